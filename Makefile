@@ -1,0 +1,64 @@
+# Everything a user or CI runs. Each target sets up what it needs in .venv; PYTHON chooses the
+# interpreter that makes it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet -c constraints.txt
+DEMO_MODEL := build/demo-model
+
+.PHONY: demo test test-slow check stubs format wheel-test demo-model eval-demo export-parity bench clean
+
+demo: $(VENV)/.demo ## conditional against universal clustering, on pictures rendered here
+	$(BIN)/crl demo
+
+test: $(VENV)/.dev ## all tests but the slow ones
+	$(BIN)/pytest
+
+test-slow: $(VENV)/.dev ## the tests that take minutes: every architecture exported
+	$(BIN)/pytest -m slow
+
+check: $(VENV)/.dev ## lint, format, types, import directions, stubs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	PYTHON=$(BIN)/python proto/generate.sh --check
+
+stubs: $(VENV)/.dev ## generate crl_sdk/pb from proto/
+	PYTHON=$(BIN)/python proto/generate.sh
+
+format: $(VENV)/.dev ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel-test: $(VENV)/.dev ## build the wheel, install it alone, embed an image with torch absent
+	PYTHON=$(BIN)/python bash tests/wheel_test.sh
+
+demo-model: $(VENV)/.dev ## train the demo model and export it: under an hour on 2 cores
+	$(BIN)/python -m crl_export.demo build $(DEMO_MODEL)
+
+eval-demo: $(VENV)/.demo ## the clustering table of the shipped model, on 3,000 held-out scenes
+	$(BIN)/python -m crl_export.demo evaluate
+
+export-parity: $(VENV)/.dev ## the parity table of all exported models
+	$(BIN)/python -m crl_export.parity_table --out benchmarks/results/export-parity
+
+bench: $(VENV)/.dev ## what conditional embeddings cost over a plain CLIP pass
+	$(BIN)/python -m crl_benchmarks.embed_latency
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The demo needs no torch; the tests do, since they export models.
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing what the demo needs (once) …"
+	$(PIP) -e '.[cpu,tasks]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing what the tests need, torch among it (once, some minutes) …"
+	$(PIP) -e '.[dev]'
+	touch $(VENV)/.demo $@

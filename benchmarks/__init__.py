@@ -1,0 +1,1 @@
+"""Benchmarks, importable as `crl_benchmarks`; each asserts correctness in the run it times."""

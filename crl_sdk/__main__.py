@@ -1,0 +1,23 @@
+"""The entry point of `crl` and `python -m crl_sdk`: says which extra is missing, if one is."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line interface."""
+    try:
+        from crl_sdk.cli import run
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("crl_sdk"):
+            raise
+        sys.exit(
+            f"crl: the package {error.name!r} is not installed. "
+            "Install the command line with: pip install 'crl-sdk[cpu]'"
+        )
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Texts → basis: duplicates merged, prompts averaged, and the affine map made from the texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crl_sdk.basis import METHODS, Basis, MergedText, Method, normalise_criterion
+from crl_sdk.errors import BasisError, InvalidInputError
+from crl_sdk.projection import EPSILON, Post, Projection, check_embeddings
+
+DEFAULT_PROMPT = "{}"
+DEFAULT_MERGE_THRESHOLD = 0.995
+
+EmbedText: TypeAlias = Callable[[Sequence[str]], NDArray[np.float32]]
+
+
+def build_basis(
+    criterion: str,
+    texts: Sequence[str],
+    embed_text: EmbedText,
+    *,
+    fingerprint: str,
+    prompts: Sequence[str] = (DEFAULT_PROMPT,),
+    method: Method = "centred",
+    post: Post = "l2",
+    merge_threshold: float = DEFAULT_MERGE_THRESHOLD,
+    reference: NDArray[np.floating] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Basis:
+    """Make a basis from texts (Conditional Representation Learning, arXiv 2510.04564).
+
+    Texts equal but for case and white space are one; texts whose embeddings have a cosine of
+    `merge_threshold` or more are merged into the first of them. Both are counted and reported,
+    because repeated texts act as hidden weights.
+
+    Args:
+        criterion: what the texts describe.
+        texts: short descriptive texts, at least one.
+        embed_text: texts to (n, d) float32 unit rows; the model's text tower.
+        fingerprint: of the model behind `embed_text`.
+        prompts: templates with one `{}` for the text. Over several, embeddings are averaged.
+        method: how to make the map of the texts T (k, d), see `make_projection`.
+        post: normalisation of the conditional embedding.
+        merge_threshold: cosine in (0, 1]; 1 merges exact duplicates only.
+        reference: (n, d) embeddings of typical images; their mean is removed (`centred` only).
+        provenance: JSON values to keep with the basis.
+
+    Raises:
+        CriterionError: the criterion is malformed.
+        InvalidInputError: no texts, a malformed prompt, threshold or reference.
+        BasisError: too few distinct texts for the method.
+    """
+    name = normalise_criterion(criterion)
+    checked_prompts = _check_prompts(prompts)
+    if not 0.0 < merge_threshold <= 1.0:
+        raise InvalidInputError(f"expected merge_threshold in (0, 1], got {merge_threshold}")
+    distinct, counts, merged = _merge_exact(texts)
+    embeddings = embed_with_prompts(distinct, checked_prompts, embed_text)
+    kept, counts, near = _merge_near(distinct, counts, embeddings, merge_threshold)
+    unit = embeddings[kept]
+    return Basis(
+        criterion=name,
+        texts=tuple(distinct[i] for i in kept),
+        counts=tuple(counts),
+        prompts=checked_prompts,
+        text_embeddings=unit,
+        projection=make_projection(unit, method, post=post, reference=reference),
+        method=method,
+        fingerprint=fingerprint,
+        merged=(*merged, *near),
+        provenance=dict(provenance or {}),
+    )
+
+
+def make_projection(
+    text_embeddings: NDArray[np.float32],
+    method: Method,
+    *,
+    post: Post = "l2",
+    reference: NDArray[np.floating] | None = None,
+) -> Projection:
+    """Make the affine map of a basis.
+
+    `cosine`: R = I·Tᵀ, the paper's own (arXiv 2510.04564).
+    `centred`: R = (I − μ)·(T − t̄)ᵀ with t̄ the mean text, and μ the mean of `reference` or 0. It
+    removes what all texts have in common, which in raw cosines hides nearly all variation.
+
+    Args:
+        text_embeddings: (k, d) float32, unit rows.
+        method: one of `METHODS`.
+        post: normalisation of the rows of R.
+        reference: (n, d) embeddings of typical images, or None.
+
+    Raises:
+        InvalidInputError: unknown method, or a reference that `cosine` does not take.
+        BasisError: `centred` with fewer than two texts.
+    """
+    k, d = text_embeddings.shape
+    if method == "cosine":
+        if reference is not None:
+            raise InvalidInputError(
+                "the method 'cosine' takes no reference embeddings; use 'centred'"
+            )
+        return Projection(np.ascontiguousarray(text_embeddings.T), np.zeros(k, np.float32), post)
+    if method != "centred":
+        raise InvalidInputError(f"expected a method in {METHODS}, got {method!r}")
+    if k < 2:  # one text minus its mean is nothing
+        raise BasisError(
+            "the method 'centred' needs at least two distinct texts, got one; add texts, or use "
+            "the method 'cosine'"
+        )
+    weight = np.ascontiguousarray((text_embeddings - text_embeddings.mean(axis=0)).T)
+    bias = np.zeros(k, np.float32)
+    if reference is not None:
+        checked = check_embeddings(reference, d)
+        if len(checked) == 0:
+            raise InvalidInputError("expected at least one reference embedding, got none")
+        bias = -(checked.mean(axis=0) @ weight)
+    return Projection(weight, bias, post)
+
+
+def embed_with_prompts(
+    texts: Sequence[str], prompts: Sequence[str], embed_text: EmbedText
+) -> NDArray[np.float32]:
+    """Embed each text under each prompt, average over prompts and normalise.
+
+    Args:
+        texts: k texts.
+        prompts: templates with one `{}`.
+        embed_text: texts to (n, d) float32 unit rows.
+
+    Returns:
+        (k, d) float32, unit rows.
+    """
+    filled = [prompt.replace("{}", text) for prompt in prompts for text in texts]
+    embeddings = np.asarray(embed_text(filled), dtype=np.float32)
+    mean = embeddings.reshape(len(prompts), len(texts), -1).mean(axis=0)
+    norms = np.linalg.norm(mean, axis=1, keepdims=True)
+    return np.asarray(mean / np.maximum(norms, EPSILON), dtype=np.float32)
+
+
+def _check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(prompts, str):
+        prompts = (prompts,)
+    if len(prompts) == 0:
+        raise InvalidInputError("expected at least one prompt, such as '{}'")
+    for prompt in prompts:
+        if prompt.count("{}") != 1:
+            raise InvalidInputError(
+                f"expected a prompt with exactly one {{}} for the text, such as "
+                f"'a photo of {{}}'; got {prompt!r}"
+            )
+    return tuple(prompts)
+
+
+def _merge_exact(
+    texts: Sequence[str],
+) -> tuple[list[str], list[int], tuple[MergedText, ...]]:
+    """Drop texts that are equal but for case and white space."""
+    if isinstance(texts, str):
+        raise InvalidInputError(f"expected a list of texts, got one string: pass [{texts[:40]!r}]")
+    first: dict[str, int] = {}
+    kept: list[str] = []
+    counts: list[int] = []
+    merged: list[MergedText] = []
+    for text in texts:
+        tidy = " ".join(text.split())
+        if not tidy:
+            raise InvalidInputError(f"a text has no visible characters ({text[:40]!r}): remove it")
+        position = first.setdefault(tidy.casefold(), len(kept))
+        if position == len(kept):
+            kept.append(tidy)
+            counts.append(1)
+        else:
+            counts[position] += 1
+            merged.append(MergedText(tidy, kept[position], 1.0))
+    if not kept:
+        raise InvalidInputError("expected at least one text, got an empty list")
+    return kept, counts, tuple(merged)
+
+
+def _merge_near(
+    texts: Sequence[str],
+    counts: Sequence[int],
+    embeddings: NDArray[np.float32],
+    threshold: float,
+) -> tuple[list[int], list[int], tuple[MergedText, ...]]:
+    """Merge each text into the first kept one whose cosine reaches `threshold`."""
+    kept: list[int] = []
+    totals: list[int] = []
+    merged: list[MergedText] = []
+    for i, text in enumerate(texts):
+        cosines = embeddings[kept] @ embeddings[i] if kept and threshold < 1 else np.zeros(0)
+        if cosines.size and cosines.max() >= threshold:
+            nearest = int(cosines.argmax())
+            totals[nearest] += counts[i]
+            merged.append(MergedText(text, texts[kept[nearest]], round(float(cosines.max()), 6)))
+        else:
+            kept.append(i)
+            totals.append(counts[i])
+    return kept, totals, tuple(merged)

@@ -1,0 +1,61 @@
+"""The command line interface `crl`; the only place that reads the environment."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from crl_sdk._version import __version__
+from crl_sdk.cli import basis, demo, embed, models
+from crl_sdk.cli.console import err, print_error
+from crl_sdk.errors import CrlError
+
+app = typer.Typer(
+    name="crl",
+    help="Conditional image embeddings: say in words what matters about your images.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("export")(models.export)
+app.command("info")(models.info)
+app.add_typer(basis.app, name="basis")
+app.command("embed")(embed.embed)
+app.command("demo")(demo.demo)
+app.command("demo-data")(demo.demo_data)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"crl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is chosen.")] = False,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=err, show_path=False)
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler]
+    )
+
+
+def run() -> None:
+    """Run `crl` with the arguments of the process; errors become one message and exit status 1."""
+    try:
+        app()
+    except CrlError as error:
+        print_error(error, as_json="--json" in sys.argv)
+        sys.exit(1)

@@ -1,0 +1,131 @@
+"""`crl basis`: make a criterion's basis from texts, and look into one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from crl_sdk.basis import Basis, Method, basis_path
+from crl_sdk.build import DEFAULT_MERGE_THRESHOLD, DEFAULT_PROMPT
+from crl_sdk.cli.console import JsonOption, note, out, print_facts, print_json, warn
+from crl_sdk.cli.options import DEFAULT_BASES, BasesOption, BundleOption, open_embedder
+from crl_sdk.errors import BasisError, InvalidInputError
+from crl_sdk.projection import Post
+
+app = typer.Typer(help="Make and inspect bases.", no_args_is_help=True)
+
+
+@app.command("create")
+def create(
+    criterion: Annotated[str, typer.Argument(help="What the texts describe, such as `color`.")],
+    texts: Annotated[
+        Path | None, typer.Option("--texts", help="UTF-8 file, one text a line.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option("--text", "-t", help="One text; repeat for more.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Template with one {} for the text; repeat to average several."),
+    ] = None,
+    method: Annotated[Method, typer.Option(help="How the projection is made.")] = "centred",
+    post: Annotated[Post, typer.Option(help="Normalisation of each conditional row.")] = "l2",
+    merge: Annotated[
+        float, typer.Option(help="Cosine from which two texts count as one; 1 merges equals only.")
+    ] = DEFAULT_MERGE_THRESHOLD,
+    bundle: BundleOption = None,
+    bases: BasesOption = DEFAULT_BASES,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing basis.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a basis from your own texts; `crl embed --criteria` then knows its name."""
+    given = [*(text or []), *(_read_texts(texts) if texts is not None else [])]
+    if not given:
+        raise InvalidInputError("expected texts: pass --texts FILE (one a line) or --text TEXT")
+    path = basis_path(bases, criterion)
+    if path.exists() and not overwrite:
+        raise BasisError(f"{path}: exists already; pass --overwrite to replace it")
+    with open_embedder(bundle) as embedder:
+        basis = embedder.create_basis(
+            criterion,
+            given,
+            prompts=tuple(prompt or (DEFAULT_PROMPT,)),
+            method=method,
+            post=post,
+            merge_threshold=merge,
+            provenance={"texts": "given by the user"},
+        )
+    try:
+        bases.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BasisError(f"{bases}: cannot be made ({error.strerror})") from error
+    basis.save(path)
+    if basis.merged:
+        pairs = ", ".join(f"{m.text} → {m.into}" for m in basis.merged)
+        warn(f"{len(basis.merged)} of {len(given)} texts merged into others: {pairs}")
+    note(f"wrote {path}")
+    _print_basis(basis, path, as_json)
+
+
+@app.command("show")
+def show(
+    file: Annotated[Path, typer.Argument(help="A basis file.")], as_json: JsonOption = False
+) -> None:
+    """Check a basis file and print what it holds."""
+    _print_basis(Basis.load(file), file, as_json)
+
+
+def _read_texts(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise InvalidInputError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(
+            f"{path}: expected UTF-8 text, one text a line ({error.reason} at byte {error.start})"
+        ) from error
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise InvalidInputError(f"{path}: expected one text a line, the file has none")
+    return texts
+
+
+def _print_basis(basis: Basis, path: Path, as_json: bool) -> None:
+    if as_json:
+        print_json(_document(basis, path))
+        return
+    print_facts(
+        str(path),
+        {
+            "criterion": basis.criterion,
+            "model": basis.fingerprint,
+            "projection": f"{basis.method}, {basis.projection.input_dim} → "
+            f"{basis.projection.output_dim}, post {basis.projection.post}",
+            "prompts": " | ".join(basis.prompts),
+        },
+    )
+    table = Table("text", "stands for", "texts merged into it")
+    for text, count in zip(basis.texts, basis.counts, strict=True):
+        merged = ", ".join(m.text for m in basis.merged if m.into == text)
+        table.add_row(text, str(count), merged)
+    out.print(table)
+
+
+def _document(basis: Basis, path: Path) -> dict[str, Any]:
+    return {
+        "path": str(path),
+        "criterion": basis.criterion,
+        "fingerprint": basis.fingerprint,
+        "method": basis.method,
+        "post": basis.projection.post,
+        "input_dim": basis.projection.input_dim,
+        "output_dim": basis.projection.output_dim,
+        "prompts": list(basis.prompts),
+        "texts": list(basis.texts),
+        "counts": list(basis.counts),
+        "merged": [{"text": m.text, "into": m.into, "cosine": m.cosine} for m in basis.merged],
+        "provenance": dict(basis.provenance),
+    }

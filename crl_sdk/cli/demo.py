@@ -1,0 +1,143 @@
+"""`crl demo` and `crl demo-data`: pictures with known answers, regrouped by each criterion."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.table import Table
+
+from crl_sdk.bundle import demo_bundle
+from crl_sdk.cli.console import JsonOption, note, out, print_json, progress_bar
+from crl_sdk.embedder import Embedder
+from crl_sdk.errors import InvalidInputError, MissingDependencyError
+
+HELD_OUT_SEED = 2
+"""The data set of `make demo`; the demo model was trained on seed 0 and chosen on seed 1."""
+
+
+def demo_data(
+    directory: Annotated[Path, typer.Argument(help="Directory to fill; made if missing.")],
+    count: Annotated[int, typer.Option("-n", min=1, max=1_000_000, help="Pictures.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal pictures.")] = 0,
+) -> None:
+    """Render scenes of the demo world as JPEG files, with their factors in labels.csv."""
+    note(f"wrote {_render(directory, count, seed)}")
+
+
+def demo(
+    count: Annotated[int, typer.Option("-n", min=100, max=20_000, help="Pictures.")] = 1500,
+    directory: Annotated[
+        Path, typer.Option("--out", "-o", help="Where to render them; reused if it is there.")
+    ] = Path("demo-output"),
+    as_json: JsonOption = False,
+) -> None:
+    """Cluster rendered scenes by each criterion: the universal embedding against conditional ones.
+
+    The pictures are held out of the demo model's training. Accuracy is that of k-means with the
+    true number of clusters, under the best assignment of clusters to labels, seeds 0-4.
+    """
+    with _needs_tasks():
+        from crl_export.demo.captions import NEUTRAL_PROMPT
+        from crl_export.demo.evaluate import kmeans_accuracy, own_words
+        from crl_export.demo.world import CRITERIA, FACTORS
+
+    folder = directory / f"scenes-{count}"
+    labels_file = folder / "labels.csv"
+    if not labels_file.exists():
+        _render(folder, count, HELD_OUT_SEED)
+    with labels_file.open(newline="") as file:
+        scenes = list(csv.DictReader(file))
+
+    rows: list[dict[str, Any]] = []
+    with _needs_tasks(), Embedder.open(demo_bundle()) as embedder:
+        for criterion in CRITERIA:
+            embedder.create_basis(criterion, own_words(criterion), prompts=[NEUTRAL_PROMPT])
+        with progress_bar() as progress:
+            task = progress.add_task("embedding", total=len(scenes))
+            started = time.perf_counter()
+            result = embedder.embed(
+                [folder / scene["file"] for scene in scenes],
+                CRITERIA,
+                progress=lambda done: progress.update(task, completed=done),
+            )
+            seconds = time.perf_counter() - started
+            task = progress.add_task("clustering", total=len(CRITERIA))
+            for criterion in CRITERIA:
+                values = FACTORS[criterion]
+                labels = np.array([values.index(scene[criterion]) for scene in scenes])
+                rows.append(
+                    {
+                        "criterion": criterion,
+                        "texts": list(own_words(criterion)),
+                        "universal": kmeans_accuracy(result.universal, labels),
+                        "conditional": kmeans_accuracy(result[criterion], labels),
+                    }
+                )
+                progress.advance(task)
+        summary = {
+            "images": len(scenes),
+            "images_per_second": round(len(scenes) / seconds, 1),
+            "engine": embedder.engine,
+            "pictures": str(folder),
+            "prompt": NEUTRAL_PROMPT,
+            "criteria": rows,
+        }
+    if as_json:
+        print_json(summary)
+    else:
+        _print_table(summary)
+
+
+def _render(directory: Path, count: int, seed: int) -> Path:
+    from crl_export.demo.dataset import write_dataset
+
+    with progress_bar() as progress:
+        task = progress.add_task("rendering", total=count)
+        try:
+            table: Path = write_dataset(
+                directory,
+                count,
+                seed,
+                on_progress=lambda done: progress.update(task, completed=done),
+            )
+        except OSError as error:
+            raise InvalidInputError(f"{directory}: {error}; choose an empty directory") from error
+    return table
+
+
+@contextmanager
+def _needs_tasks() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(error.name or "scikit-learn", "tasks", "crl demo") from error
+
+
+def _print_table(summary: dict[str, Any]) -> None:
+    table = Table(
+        title=f"Clustering accuracy on {summary['images']} pictures in {summary['pictures']}",
+        title_justify="left",
+    )
+    table.add_column("criterion")
+    table.add_column("universal", justify="right")
+    table.add_column("conditional", justify="right", style="bold")
+    table.add_column("texts of its basis", overflow="ellipsis", no_wrap=True)
+    for row in summary["criteria"]:
+        table.add_row(
+            row["criterion"],
+            f"{row['universal']:.3f}",
+            f"{row['conditional']:.3f}",
+            ", ".join(row["texts"]),
+        )
+    out.print(table)
+    note(
+        f"every picture embedded once for all criteria, {summary['images_per_second']} a second "
+        f"on {summary['engine']}, decoding included"
+    )

@@ -1,0 +1,290 @@
+"""Image bytes, files, PIL images or arrays → the uint8 pixels (H, W, 3) a model's graph takes.
+
+This is the only copy of preprocessing in the project. On RGB input it equals open_clip's
+evaluation transform bit for bit; scaling to floats and mean/std are inside the exported graph.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from crl_sdk.errors import ImageError, ImageTooLargeError
+
+if TYPE_CHECKING:
+    ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, KeyError, struct.error)
+_ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+_CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+@dataclass(frozen=True, slots=True)
+class PreprocessSpec:
+    """How a model wants its images, in open_clip's terms.
+
+    Attributes:
+        height: pixels of the model's input.
+        width: pixels of the model's input.
+        mean: per channel, subtracted after scaling to [0, 1]; applied inside the graph.
+        std: per channel, divided by after `mean`; applied inside the graph.
+        interpolation: resampling filter, always with antialiasing.
+        resize_mode: `shortest` scales the shorter side and crops the centre, `longest` scales
+            the longer side and pads, `squash` ignores the aspect ratio.
+        fill: grey level 0-255 of the padding of `longest`.
+    """
+
+    height: int
+    width: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
+    fill: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """What an image may cost before it is refused; checked before its pixels are decoded.
+
+    Attributes:
+        max_bytes: size of the encoded image.
+        max_pixels: width × height, of the image itself and of its resized intermediate.
+        min_side: shorter side in pixels; below it there is nothing to see.
+    """
+
+    max_bytes: int = 64 * 2**20
+    max_pixels: int = 64_000_000
+    min_side: int = 2
+
+
+DEFAULT_LIMITS = ImageLimits()
+
+
+def load_pixels(
+    image: ImageInput,
+    spec: PreprocessSpec,
+    *,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    source: str | None = None,
+) -> NDArray[np.uint8]:
+    """Decode one image and bring it to the model's input size.
+
+    EXIF orientation is applied. Transparent images are laid on white. 16-bit images are scaled
+    to 8 bits, CMYK and palettes become RGB, and of an animation the first frame is taken.
+
+    Args:
+        image: a path, encoded bytes (JPEG, PNG, WebP, BMP, GIF, TIFF), a PIL image, or a uint8
+            array of shape (h, w), (h, w, 1), (h, w, 2), (h, w, 3) or (h, w, 4): grey,
+            grey+alpha, RGB or RGBA.
+        spec: the model's preprocessing.
+        limits: what to refuse.
+        source: the name used in errors; a path's own name by default.
+
+    Returns:
+        (spec.height, spec.width, 3) uint8, RGB, C-contiguous.
+
+    Raises:
+        ImageTooLargeError: the image is over one of `limits`.
+        ImageError: it is missing, empty, truncated, of no known format, or of a wrong dtype.
+    """
+    name = source or (str(image) if isinstance(image, str | os.PathLike) else "image")
+    opened = _open(image, limits, name)
+    try:
+        _check_size(opened.size, spec, limits, name)
+        try:
+            opened.load()
+            upright = ImageOps.exif_transpose(opened)
+            return fit(to_rgb(upright), spec)
+        except _DECODE_ERRORS as error:
+            raise ImageError(
+                f"the image is damaged or truncated ({error}); send the complete file", source=name
+            ) from error
+    finally:
+        if opened is not image:
+            opened.close()
+
+
+def fit(image: Image.Image, spec: PreprocessSpec) -> NDArray[np.uint8]:
+    """Resize and crop (or pad) an RGB image to the model's input size, as open_clip does.
+
+    Args:
+        image: mode RGB, any size.
+        spec: the model's preprocessing.
+
+    Returns:
+        (spec.height, spec.width, 3) uint8, C-contiguous.
+    """
+    width, height = resized_size(image.size, spec)
+    if image.size != (width, height):
+        image = image.resize((width, height), _interpolation(spec))
+    left, top = _crop_offset(width, spec.width), _crop_offset(height, spec.height)
+    if (left, top, width, height) != (0, 0, spec.width, spec.height):
+        if left < 0 or top < 0:
+            canvas = Image.new(
+                "RGB", (max(width, spec.width), max(height, spec.height)), (spec.fill,) * 3
+            )
+            canvas.paste(image, (max(-left, 0), max(-top, 0)))
+            image, left, top = canvas, max(left, 0), max(top, 0)
+        image = image.crop((left, top, left + spec.width, top + spec.height))
+    return np.ascontiguousarray(image, dtype=np.uint8)
+
+
+def resized_size(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int]:
+    """Give the size an image is scaled to before cropping or padding.
+
+    Args:
+        size: (width, height) in pixels.
+        spec: the model's preprocessing.
+
+    Returns:
+        (width, height) in pixels.
+    """
+    width, height = size
+    if spec.resize_mode == "squash":
+        return spec.width, spec.height
+    if spec.resize_mode == "shortest" and spec.width == spec.height:
+        side = spec.width
+        if width <= height:
+            return side, int(side * height / width)
+        return int(side * width / height), side
+    ratios = (height / spec.height, width / spec.width)
+    ratio = max(ratios) if spec.resize_mode == "longest" else min(ratios)
+    return max(round(width / ratio), 1), max(round(height / ratio), 1)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any Pillow mode to RGB without losing range or showing hidden colours.
+
+    Args:
+        image: any mode; 16-bit modes hold 0-65535, 32-bit float mode holds 0-255.
+
+    Returns:
+        The image in mode RGB; transparent parts are laid on white.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # I, I;16, I;16B, I;16L: Pillow's own conversion clips at 255
+        values = np.asarray(image, dtype=np.float64)
+        eight_bit = np.rint(np.clip(values, 0, 65535) / 257).astype(np.uint8)
+        return Image.fromarray(eight_bit).convert("RGB")
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _open(image: ImageInput, limits: ImageLimits, name: str) -> Image.Image:
+    """Get a PIL image whose header is read and whose pixels, if encoded, are not yet decoded."""
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, np.ndarray):
+        return _from_array(image, name)
+    if isinstance(image, str | os.PathLike):
+        path = Path(image)
+        try:
+            nbytes = path.stat().st_size
+            _check_bytes(nbytes, limits, name)
+            data = path.read_bytes()
+        except OSError as error:
+            raise ImageError(
+                f"cannot be read ({error.strerror or error}); check the path", source=name
+            ) from error
+    elif isinstance(image, bytes | bytearray | memoryview):
+        data = bytes(image)
+        _check_bytes(len(data), limits, name)
+    else:
+        raise ImageError(
+            f"expected a path, encoded bytes, a PIL image or a uint8 array, "
+            f"got {type(image).__name__}",
+            source=name,
+        )
+    if not data:
+        raise ImageError("the image is empty (0 bytes); send the complete file", source=name)
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageTooLargeError(f"{error}; send a smaller image", source=name) from error
+    except _DECODE_ERRORS as error:
+        raise ImageError(
+            f"not a readable image: expected {', '.join(FORMATS)}, got {len(data)} bytes "
+            f"starting with {data[:8]!r}",
+            source=name,
+        ) from error
+
+
+def _from_array(array: NDArray[Any], name: str) -> Image.Image:
+    if array.dtype != np.uint8:
+        raise ImageError(
+            f"expected an array of dtype uint8 (0-255), got {array.dtype}; for floats in [0, 1] "
+            "pass (array * 255).round().astype('uint8')",
+            source=name,
+        )
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.ndim not in (2, 3) or channels not in _CHANNELS or 0 in array.shape:
+        raise ImageError(
+            f"expected an array of shape (h, w), (h, w, 1), (h, w, 2), (h, w, 3) or (h, w, 4), "
+            f"got {array.shape}; pass images one by one or as a list, channels last",
+            source=name,
+        )
+    if channels == 1:
+        array = array.reshape(array.shape[:2])
+    return Image.fromarray(np.ascontiguousarray(array), mode=None)
+
+
+def _check_bytes(nbytes: int, limits: ImageLimits, name: str) -> None:
+    if nbytes > limits.max_bytes:
+        raise ImageTooLargeError(
+            f"{nbytes:,} bytes are over the limit of {limits.max_bytes:,}; send a smaller image "
+            "or raise ImageLimits.max_bytes",
+            source=name,
+        )
+
+
+def _check_size(
+    size: tuple[int, int], spec: PreprocessSpec, limits: ImageLimits, name: str
+) -> None:
+    width, height = size
+    if min(size) < limits.min_side:
+        raise ImageError(
+            f"{width}×{height} pixels: the shorter side must have at least {limits.min_side}; "
+            "there is nothing to see in it",
+            source=name,
+        )
+    resized_width, resized_height = resized_size(size, spec)
+    for what, pixels in (
+        ("pixels", width * height),
+        (f"pixels once scaled to {resized_width}×{resized_height}", resized_width * resized_height),
+    ):
+        if pixels > limits.max_pixels:
+            raise ImageTooLargeError(
+                f"{width}×{height} is {pixels:,} {what}, over the limit of "
+                f"{limits.max_pixels:,}; send a smaller image or crop it, "
+                "or raise ImageLimits.max_pixels",
+                source=name,
+            )
+
+
+def _crop_offset(size: int, target: int) -> int:
+    """Where the centre crop starts; negative when padding is due (torchvision's roundings)."""
+    if size < target:
+        return -((target - size) // 2)
+    return round((size - target) / 2.0)
+
+
+def _interpolation(spec: PreprocessSpec) -> Image.Resampling:
+    # open_clip's transform for non-square targets always resizes by bicubic.
+    if spec.resize_mode == "shortest" and spec.width != spec.height:
+        return Image.Resampling.BICUBIC
+    return _RESAMPLING[spec.interpolation]

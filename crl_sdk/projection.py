@@ -1,0 +1,160 @@
+"""Projections: one affine map of unit embeddings and a row post-normalisation.
+
+The NumPy code here is the specification of every kernel and graph in the project. How a map was
+made from texts is told in `crl_sdk.basis`; nothing here knows of texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crl_sdk.errors import InvalidInputError
+
+Post: TypeAlias = Literal["l2", "standardise", "none"]
+POSTS: tuple[Post, ...] = get_args(Post)
+
+EPSILON = 1e-12
+"""Floor of a row's norm or standard deviation, so that a zero row stays zero."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Projection:
+    """`post(embedding @ weight + bias)`: a unit embedding (d,) to a conditional one (m,).
+
+    Attributes:
+        weight: (d, m) float32.
+        bias: (m,) float32.
+        post: normalisation of each row of the result.
+    """
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    post: Post = "l2"
+
+    def __post_init__(self) -> None:
+        """Check shapes, dtypes and values.
+
+        Raises:
+            InvalidInputError: they do not fit together or are not finite.
+        """
+        d_m, m = np.shape(self.weight), np.shape(self.bias)
+        if len(d_m) != 2 or 0 in d_m or m != d_m[1:]:
+            raise InvalidInputError(
+                f"expected weight (d, m) and bias (m,) with d, m >= 1, got {d_m} and {m}"
+            )
+        if self.weight.dtype != np.float32 or self.bias.dtype != np.float32:
+            raise InvalidInputError(
+                f"expected float32 weight and bias, got {self.weight.dtype} and {self.bias.dtype}"
+            )
+        if self.post not in POSTS:
+            raise InvalidInputError(f"expected post in {POSTS}, got {self.post!r}")
+        if not (np.isfinite(self.weight).all() and np.isfinite(self.bias).all()):
+            raise InvalidInputError("a projection's weight and bias must be finite")
+
+    @property
+    def input_dim(self) -> int:
+        """Length d of the embeddings it takes."""
+        return int(self.weight.shape[0])
+
+    @property
+    def output_dim(self) -> int:
+        """Length m of the conditional embeddings it gives."""
+        return int(self.weight.shape[1])
+
+    def apply(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Project universal embeddings.
+
+        Args:
+            embeddings: (n, d) float, unit rows.
+
+        Returns:
+            (n, m) float32.
+
+        Raises:
+            InvalidInputError: the shape or dtype is wrong, or a row is not finite.
+        """
+        checked = check_embeddings(embeddings, self.input_dim)
+        return normalise_rows(checked @ self.weight + self.bias, self.post)
+
+
+def normalise_rows(rows: NDArray[np.float32], post: Post) -> NDArray[np.float32]:
+    """Apply a post-normalisation to each row.
+
+    Args:
+        rows: (n, m) float32.
+        post: `l2` gives unit rows, `standardise` rows of mean 0 and unbiased standard deviation 1,
+            `none` leaves them.
+
+    Returns:
+        (n, m) float32; a row with nothing to scale (all zero, or all equal under `standardise`)
+        becomes zeros.
+    """
+    if post == "standardise":
+        rows = rows - rows.mean(axis=1, keepdims=True)
+        scale = np.sqrt(np.square(rows).sum(axis=1, keepdims=True) / max(rows.shape[1] - 1, 1))
+    elif post == "l2":
+        scale = np.linalg.norm(rows, axis=1, keepdims=True)
+    else:
+        return rows
+    return np.asarray(rows / np.maximum(scale, EPSILON), dtype=np.float32)
+
+
+def pack(
+    projections: Sequence[Projection],
+) -> tuple[NDArray[np.float32], NDArray[np.float32], list[slice]]:
+    """Lay projections side by side, so that one matrix product serves all of them.
+
+    Args:
+        projections: of one input dimension d.
+
+    Returns:
+        weight (d, K) and bias (K,) float32, K being the sum of all output dimensions, and for each
+        projection the slice of the K columns that is its own.
+
+    Raises:
+        InvalidInputError: the list is empty or the input dimensions differ.
+    """
+    dims = sorted({projection.input_dim for projection in projections})
+    if len(dims) != 1:
+        raise InvalidInputError(f"expected projections of one input dimension, got {dims}")
+    ends = np.cumsum([projection.output_dim for projection in projections])
+    slices = [
+        slice(int(end) - projection.output_dim, int(end))
+        for projection, end in zip(projections, ends, strict=True)
+    ]
+    weight = np.ascontiguousarray(np.concatenate([p.weight for p in projections], axis=1))
+    bias = np.concatenate([p.bias for p in projections])
+    return weight, bias, slices
+
+
+def check_embeddings(embeddings: NDArray[np.floating], dim: int) -> NDArray[np.float32]:
+    """Check embeddings that come from outside, and give them as float32.
+
+    Args:
+        embeddings: (n, dim), float16, float32 or float64.
+        dim: the length that is expected.
+
+    Returns:
+        (n, dim) float32; the same memory if it was that already.
+
+    Raises:
+        InvalidInputError: the shape or dtype is wrong, or a row holds NaN or infinity.
+    """
+    array = np.asarray(embeddings)
+    if array.ndim != 2 or array.shape[1] != dim:
+        raise InvalidInputError(f"expected embeddings of shape (n, {dim}), got {array.shape}")
+    if not np.issubdtype(array.dtype, np.floating):
+        raise InvalidInputError(f"expected embeddings of a float dtype, got {array.dtype}")
+    checked = array.astype(np.float32, copy=False)
+    bad = np.flatnonzero(~np.isfinite(checked).all(axis=1))
+    if bad.size:
+        raise InvalidInputError(
+            f"{bad.size} of {len(checked)} embeddings hold NaN or infinity, the first at row "
+            f"{bad[0]}: leave out the rows of images that failed"
+        )
+    return checked

@@ -1,0 +1,59 @@
+"""Arrays on the wire: NumPy ↔ the `Tensor` message, without copies where memory allows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crl_sdk.errors import InvalidInputError
+from crl_sdk.pb.crl.v1 import types_pb2
+
+_DTYPES: dict[types_pb2.DType.ValueType, np.dtype[Any]] = {
+    types_pb2.DTYPE_FLOAT32: np.dtype("<f4"),
+    types_pb2.DTYPE_FLOAT16: np.dtype("<f2"),
+    types_pb2.DTYPE_UINT8: np.dtype("u1"),
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+def encode(array: NDArray[Any]) -> types_pb2.Tensor:
+    """Make a message of an array.
+
+    Args:
+        array: any shape; float32, float16 or uint8.
+
+    Raises:
+        InvalidInputError: another dtype.
+    """
+    code = _CODES.get(array.dtype.newbyteorder("<"))
+    if code is None:
+        raise InvalidInputError(
+            f"expected an array of float32, float16 or uint8, got {array.dtype}: convert it first"
+        )
+    little = np.ascontiguousarray(array, dtype=_DTYPES[code])
+    return types_pb2.Tensor(dtype=code, shape=array.shape, data=little.tobytes())
+
+
+def decode(tensor: types_pb2.Tensor) -> NDArray[Any]:
+    """Read an array out of a message.
+
+    Returns:
+        A read-only view of the message's bytes, in its shape and dtype.
+
+    Raises:
+        InvalidInputError: an unknown dtype, or a shape that does not fit the bytes.
+    """
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None:
+        known = ", ".join(types_pb2.DType.Name(code) for code in _DTYPES)
+        raise InvalidInputError(f"expected a tensor of dtype {known}, got {tensor.dtype}")
+    shape = tuple(tensor.shape)
+    expected = math.prod(shape) * dtype.itemsize
+    if expected != len(tensor.data):
+        raise InvalidInputError(
+            f"expected {expected} bytes for shape {shape} of {dtype}, got {len(tensor.data)}"
+        )
+    return np.frombuffer(tensor.data, dtype=dtype).reshape(shape)

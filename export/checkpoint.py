@@ -1,0 +1,215 @@
+"""open_clip models with their weights: by name and tag, from a file, or a local directory."""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import hashlib
+import json
+import logging
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+from open_clip.tokenizer import SimpleTokenizer
+
+from crl_sdk.errors import ExportError
+from crl_sdk.manifest import Source
+from crl_sdk.preprocess import PreprocessSpec
+
+CONFIG_FILE = "open_clip_config.json"
+RANDOM = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model ready to be exported.
+
+    Attributes:
+        model: open_clip's model in eval mode, float32, on the CPU.
+        make_tokenizer: makes its tokenizer, when the text tower is wanted.
+        preprocess: of its image tower.
+        source: where the weights came from.
+    """
+
+    model: torch.nn.Module
+    make_tokenizer: Callable[[], Any]
+    preprocess: PreprocessSpec
+    source: Source
+
+
+def load_checkpoint(architecture: str, pretrained: str, *, seed: int = 0) -> Checkpoint:
+    """Create a model and load its weights. Nothing is unpickled but tensors.
+
+    Args:
+        architecture: open_clip's name, or a directory with `open_clip_config.json` and weights.
+        pretrained: an open_clip tag, a `.safetensors` or `.pt` file, or `none` for random weights.
+            Of a directory its own weights are taken, and this must be `none`.
+        seed: of random weights.
+
+    Raises:
+        ExportError: no such architecture, tag or file; a file that is no checkpoint or of another
+            architecture; weights that cannot be downloaded.
+    """
+    directory = Path(architecture)
+    if (directory / CONFIG_FILE).is_file():
+        if pretrained != RANDOM:
+            raise ExportError(
+                f"{directory} has its own weights; leave --pretrained out, got {pretrained!r}"
+            )
+        return _load_directory(directory)
+    if architecture not in open_clip.list_models():
+        near = difflib.get_close_matches(architecture, open_clip.list_models(), n=4, cutoff=0.5)
+        hint = f"; near names are {', '.join(near)}" if near else ""
+        raise ExportError(
+            f"open_clip has no architecture {architecture!r}{hint}; expected one of "
+            f"open_clip.list_models(), or a directory with {CONFIG_FILE}"
+        )
+    _check_pretrained(architecture, pretrained)
+    with _quiet(), _typed_errors(architecture, pretrained):
+        torch.manual_seed(seed)
+        model = open_clip.create_model(
+            architecture,
+            pretrained=None if pretrained == RANDOM else pretrained,
+            pretrained_text=False,
+        )
+    label = Path(pretrained).name if Path(pretrained).is_file() else pretrained
+    if pretrained == RANDOM:
+        label = f"{RANDOM} (random weights, seed {seed})"
+    return _checkpoint(model, architecture, label, lambda: open_clip.get_tokenizer(architecture))
+
+
+def _load_directory(directory: Path) -> Checkpoint:
+    with _quiet(), _typed_errors(str(directory), "its own weights"):
+        model = open_clip.create_model(f"local-dir:{directory}", require_pretrained=True)
+
+    def make_tokenizer() -> Any:
+        merges = sorted(directory.glob("bpe*.txt.gz"))
+        if not merges:
+            return open_clip.get_tokenizer(f"local-dir:{directory}")
+        context_length = _config(directory)["model_cfg"]["text_cfg"]["context_length"]
+        return SimpleTokenizer(str(merges[0]), context_length=context_length)
+
+    return _checkpoint(model, directory.name, "local directory", make_tokenizer)
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((directory / CONFIG_FILE).read_text())
+    return config
+
+
+def _checkpoint(
+    model: torch.nn.Module, architecture: str, label: str, make_tokenizer: Callable[[], Any]
+) -> Checkpoint:
+    return Checkpoint(
+        model=model.eval().requires_grad_(False),
+        make_tokenizer=make_tokenizer,
+        preprocess=_preprocess_spec(open_clip.get_model_preprocess_cfg(model)),
+        source=Source(
+            architecture=architecture,
+            pretrained=label,
+            weights_sha256=_weights_sha256(model),
+        ),
+    )
+
+
+def _preprocess_spec(config: dict[str, Any]) -> PreprocessSpec:
+    size = config["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return PreprocessSpec(
+        height=int(height),
+        width=int(width),
+        mean=_three(config["mean"]),
+        std=_three(config["std"]),
+        # open_clip evaluates with bicubic wherever training used a random filter
+        interpolation="bilinear" if config.get("interpolation") == "bilinear" else "bicubic",
+        resize_mode=config.get("resize_mode") or "shortest",
+        fill=int(config.get("fill_color") or 0),
+    )
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    if isinstance(values, int | float):
+        values = (values,) * 3
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+def _weights_sha256(model: torch.nn.Module) -> str:
+    """Digest names, dtypes, shapes and bytes of the state dict, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_pretrained(architecture: str, pretrained: str) -> None:
+    path = Path(pretrained)
+    if pretrained == RANDOM or path.is_file() or get_pretrained_cfg(architecture, pretrained):
+        return
+    if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or path.parent != Path():
+        raise ExportError(f"{path}: no such checkpoint file; check the path")
+    tags = ", ".join(list_pretrained_tags_by_model(architecture)) or "none"
+    raise ExportError(
+        f"{architecture} has no pretrained tag {pretrained!r}; its tags are: {tags}. "
+        "A local .safetensors or .pt file works too"
+    )
+
+
+@contextmanager
+def _typed_errors(architecture: str, pretrained: str) -> Iterator[None]:
+    """Turn what open_clip and torch raise while loading into errors that say what to do."""
+    where = f"{architecture} with {pretrained}"
+    try:
+        yield
+    except (pickle.UnpicklingError, EOFError, gzip.BadGzipFile) as error:
+        raise ExportError(
+            f"{where}: not a checkpoint of tensors only ({error}); truncated, or pickled code, "
+            "which is never run. Convert it to .safetensors where you trust it"
+        ) from error
+    except OSError as error:
+        raise ExportError(
+            f"{where}: cannot be read or downloaded ({error}); without network, download the "
+            "file elsewhere and pass its path as --pretrained"
+        ) from error
+    except RuntimeError as error:
+        message = str(error)
+        if "download" in message or "onnect" in message:
+            advice = "without network, download the file elsewhere and pass its path"
+        elif "state_dict" in message or "size mismatch" in message:
+            advice = "the checkpoint is of another architecture"
+        else:
+            advice = "the file is damaged or no checkpoint; get it again"
+        raise ExportError(f"{where}: {_first_lines(message)}; {advice}") from error
+    except Exception as error:  # safetensors, json, and open_clip raise many kinds
+        raise ExportError(
+            f"{where}: not a loadable checkpoint ({type(error).__name__}: "
+            f"{_first_lines(str(error))}); check the file"
+        ) from error
+
+
+def _first_lines(message: str, count: int = 4) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return " ".join(lines[:count])[:600]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep open_clip's chatter about weights from the user; what matters is raised."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.setLevel(level)

@@ -1,0 +1,117 @@
+"""The demo world as a data set: JPEG files with a labels table, or pixels and codes in memory."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from crl_export.demo.scenes import encode_scene, sample_scene
+from crl_export.demo.world import FACTORS
+from PIL import Image
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+LABELS_FILE = "labels.csv"
+_CHUNK = 64
+
+
+def scene_seed(seed: int, index: int) -> int:
+    """Return the seed of scene `index` of the data set `seed`; data sets share no scene.
+
+    Raises:
+        ValueError: if either is negative or `index` is a million or more.
+    """
+    if seed < 0 or not 0 <= index < 1_000_000:
+        raise ValueError(f"expected seed >= 0 and 0 <= index < 1,000,000, got {seed} and {index}")
+    return seed * 1_000_000 + index
+
+
+def write_dataset(
+    directory: Path,
+    n: int,
+    seed: int = 0,
+    *,
+    workers: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Write scenes as JPEG files and their factors as a table.
+
+    Args:
+        directory: made if missing; must hold no `labels.csv` yet.
+        n: number of scenes, 1 to 1,000,000.
+        seed: seed of the data set; equal arguments give equal bytes.
+        workers: processes to render with; by default one per CPU.
+        on_progress: called with the number of files written so far.
+
+    Returns:
+        Path of the table: a column `file` (relative to `directory`), then one per factor.
+
+    Raises:
+        ValueError: if `n` is out of range.
+        FileExistsError: if the directory already holds a data set.
+    """
+    if not 1 <= n <= 1_000_000:
+        raise ValueError(f"expected 1 to 1,000,000 images, got {n}")
+    table = directory / LABELS_FILE
+    if table.exists():
+        raise FileExistsError(f"{table} exists already: choose an empty directory or remove it")
+    (directory / "images").mkdir(parents=True, exist_ok=True)
+    partial_table = table.with_suffix(".csv.part")
+    with (
+        ProcessPoolExecutor(workers or os.cpu_count()) as pool,
+        partial_table.open("w", newline="") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["file", *FACTORS])
+        rendered = pool.map(partial(_render_labelled, seed), range(n), chunksize=_CHUNK)
+        for index, (data, values) in enumerate(rendered):
+            name = f"images/{index:06d}.jpg"
+            (directory / name).write_bytes(data)
+            writer.writerow([name, *values])
+            if on_progress is not None:
+                on_progress(index + 1)
+    partial_table.replace(table)
+    return table
+
+
+def _render_labelled(seed: int, index: int) -> tuple[bytes, list[str]]:
+    scene = sample_scene(scene_seed(seed, index))
+    return encode_scene(scene), [scene.values[name] for name in FACTORS]
+
+
+def render_arrays(
+    n: int, seed: int, side: int, *, workers: int | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Render scenes into memory, through JPEG and Pillow's bicubic resize, as a user's would be.
+
+    Args:
+        n: number of scenes.
+        seed: seed of the data set; the scenes are those of `write_dataset(…, seed)`.
+        side: side of the pixels in pixels.
+        workers: processes to render with; by default one per CPU.
+
+    Returns:
+        Pixels (n, side, side, 3) uint8 and the scenes' codes (n, number of factors) int64.
+    """
+    pixels = np.empty((n, side, side, 3), np.uint8)
+    codes = np.empty((n, len(FACTORS)), np.int64)
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        rendered = pool.map(partial(_render_resized, seed, side), range(n), chunksize=_CHUNK)
+        for index, (image, code) in enumerate(rendered):
+            pixels[index], codes[index] = image, code
+    return pixels, codes
+
+
+def _render_resized(seed: int, side: int, index: int) -> tuple[NDArray[np.uint8], tuple[int, ...]]:
+    scene = sample_scene(scene_seed(seed, index))
+    image = Image.open(io.BytesIO(encode_scene(scene)))
+    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)), scene.codes()

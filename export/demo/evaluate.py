@@ -1,0 +1,159 @@
+"""Measure conditional embeddings by clustering: does projecting on a criterion regroup by it?
+
+Works on plain arrays, so that it judges a torch model and an exported bundle alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from crl_export.demo.captions import NEUTRAL_PROMPT
+from crl_export.demo.lexicon import OFF_TOPIC, SYNONYMS
+from crl_export.demo.world import CRITERIA, FACTORS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    TextEmbedder = Callable[[Sequence[str]], NDArray[np.float32]]
+
+SEEDS = (0, 1, 2, 3, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Clustering accuracies of one criterion, each the mean over the k-means seeds.
+
+    Attributes:
+        criterion: name of the factor clustered by.
+        universal: the image embeddings themselves.
+        cosine: cosines with the criterion's words, row-normalised: the paper's embedding.
+        centred: the same with the words' common direction removed first.
+        mixed: as `centred`, with half as many off-topic words among the criterion's own.
+        mixed_cosine: as `cosine`, with the same off-topic words.
+        random: as `centred`, from as many off-topic words as the criterion has words.
+        random_cosine: as `cosine`, from the same off-topic words.
+    """
+
+    criterion: str
+    universal: float
+    cosine: float
+    centred: float
+    mixed: float
+    mixed_cosine: float
+    random: float
+    random_cosine: float
+
+
+def unit_rows(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the matrix (n, m) with rows of length one; a zero row stays zero."""
+    norms = np.linalg.norm(matrix, axis=1, keepdims=True)
+    return np.asarray(matrix / np.maximum(norms, 1e-12), np.float32)
+
+
+def conditional(
+    images: NDArray[np.float32],
+    texts: NDArray[np.float32],
+    *,
+    centred: bool,
+) -> NDArray[np.float32]:
+    """Project image embeddings on a criterion's texts.
+
+    Args:
+        images: (n, d) float32, unit rows.
+        texts: (k, d) float32, unit rows.
+        centred: subtract the texts' mean direction, so that what they share counts for nothing.
+
+    Returns:
+        Conditional embeddings, (n, k) float32, unit rows.
+    """
+    basis = texts - texts.mean(axis=0, keepdims=True) if centred else texts
+    return unit_rows(images @ basis.T)
+
+
+def clustering_accuracy(labels: NDArray[np.int64], clusters: NDArray[np.int64]) -> float:
+    """Return the share of items in the right cluster under the best one-to-one assignment."""
+    from scipy.optimize import linear_sum_assignment
+
+    size = int(max(labels.max(), clusters.max())) + 1
+    table = np.zeros((size, size), np.int64)
+    np.add.at(table, (clusters, labels), 1)
+    rows, columns = linear_sum_assignment(-table)
+    return float(table[rows, columns].sum() / len(labels))
+
+
+def kmeans_accuracy(
+    embeddings: NDArray[np.float32], labels: NDArray[np.int64], seeds: Sequence[int] = SEEDS
+) -> float:
+    """Cluster with k-means (k = number of labels) and return the mean accuracy over `seeds`."""
+    from sklearn.cluster import KMeans
+
+    k = int(labels.max()) + 1
+    runs = (KMeans(k, n_init=10, random_state=seed).fit_predict(embeddings) for seed in seeds)
+    return float(np.mean([clustering_accuracy(labels, run.astype(np.int64)) for run in runs]))
+
+
+def evaluate(
+    images: NDArray[np.float32],
+    embed_texts: TextEmbedder,
+    labels: Mapping[str, NDArray[np.int64]],
+    *,
+    prompt: str = NEUTRAL_PROMPT,
+    seeds: Sequence[int] = SEEDS,
+) -> list[Row]:
+    """Cluster held-out images by every criterion.
+
+    Args:
+        images: unit image embeddings, (n, d) float32.
+        embed_texts: from k texts to their unit embeddings, (k, d) float32.
+        labels: criterion → index of each image's value, (n,) int64.
+        prompt: template shared by all criteria and controls; holds one `{}`.
+        seeds: seeds of k-means.
+
+    Returns:
+        One row per criterion of `world.CRITERIA`, in that order.
+    """
+    rng = np.random.default_rng(0)
+    rows = []
+    for criterion in CRITERIA:
+        words = own_words(criterion)
+        off_topic = [str(word) for word in rng.permutation(OFF_TOPIC)]
+        own = embed_texts([prompt.format(word) for word in words])
+        noise = embed_texts([prompt.format(word) for word in off_topic[: len(words)]])
+        mixed = np.concatenate([own, noise[: len(words) // 2]])
+
+        def accuracy(embeddings: NDArray[np.float32], criterion: str = criterion) -> float:
+            return kmeans_accuracy(embeddings, labels[criterion], seeds)
+
+        rows.append(
+            Row(
+                criterion=criterion,
+                universal=accuracy(images),
+                cosine=accuracy(conditional(images, own, centred=False)),
+                centred=accuracy(conditional(images, own, centred=True)),
+                mixed=accuracy(conditional(images, mixed, centred=True)),
+                mixed_cosine=accuracy(conditional(images, mixed, centred=False)),
+                random=accuracy(conditional(images, noise, centred=True)),
+                random_cosine=accuracy(conditional(images, noise, centred=False)),
+            )
+        )
+    return rows
+
+
+def own_words(criterion: str) -> tuple[str, ...]:
+    """Return the world's own words for a criterion, one per value; counts as `one` … `ten`."""
+    return tuple(SYNONYMS[criterion][value][0] for value in FACTORS[criterion])
+
+
+def as_table(rows: Sequence[Row]) -> str:
+    """Format rows as a Markdown table."""
+    names = [name for name in asdict(rows[0]) if name != "criterion"]
+    lines = ["| criterion | " + " | ".join(name.replace("_", ", ") for name in names) + " |"]
+    lines.append("|---|" + "---|" * len(names))
+    for row in rows:
+        cells = (f"{getattr(row, name):.3f}" for name in names)
+        lines.append(f"| {row.criterion} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,303 @@
+"""open_clip model → bundle: graphs written, checked against torch, and put in place at once."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from torchvision.transforms.functional import normalize
+
+from crl_export import parity
+from crl_export.checkpoint import RANDOM, Checkpoint, load_checkpoint
+from crl_export.graphs import ImageGraph, TextGraph, export_image_graph, export_text_graph
+from crl_export.precision import half_graph, quantise
+from crl_export.tokenizers import write_tokenizer
+from crl_sdk._version import __version__
+from crl_sdk.bundle import ModelBundle, sha256_file
+from crl_sdk.errors import ExportError, InvalidInputError, ParityError
+from crl_sdk.manifest import (
+    MANIFEST,
+    PRECISIONS,
+    SCHEMA,
+    FileEntry,
+    Manifest,
+    Parity,
+    Precision,
+    fingerprint_of,
+    write_manifest,
+)
+from crl_sdk.manifest import ImageGraph as ImageEntry
+from crl_sdk.manifest import TextGraph as TextEntry
+from crl_sdk.preprocess import PreprocessSpec
+from crl_sdk.tokenizer import Tokenizer
+
+Progress = Callable[[str, int, int], None]
+
+TEXT_FILE, TOKENIZER_FILE = "text.onnx", "tokenizer.json"
+
+
+def export_model(
+    architecture: str,
+    *,
+    out: Path,
+    pretrained: str = RANDOM,
+    precisions: Sequence[Precision] = ("fp32",),
+    name: str | None = None,
+    text: bool = True,
+    seed: int = 0,
+    overwrite: bool = False,
+    strict_int8: bool = False,
+    progress: Progress | None = None,
+) -> ModelBundle:
+    """Turn an open_clip model into a bundle.
+
+    Every graph is run in ONNX Runtime and compared with torch in fp32 on fixed pictures and texts;
+    the measured parity goes into the manifest. Nothing is at `out` before all of it has passed.
+
+    Args:
+        architecture: open_clip's name, or a directory with `open_clip_config.json` and weights.
+        out: directory of the bundle.
+        pretrained: open_clip's tag, a `.safetensors` or `.pt` file, or `none` for random weights.
+        precisions: of the image graph.
+        name: in the manifest; the architecture by default.
+        text: export the text tower too. An image-only bundle cannot build bases.
+        seed: of random weights.
+        overwrite: replace what is at `out`.
+        strict_int8: fail where int8 misses its tolerance, instead of warning.
+        progress: called with what is done now, how many steps are done, and how many there are.
+
+    Returns:
+        The bundle, opened and verified.
+
+    Raises:
+        ExportError: the model cannot be loaded or exported, or `out` is not empty.
+        ParityError: a graph does not agree with torch.
+        InvalidInputError: an unknown precision.
+    """
+    unknown = set(precisions) - set(PRECISIONS)
+    if unknown or not precisions:
+        raise InvalidInputError(f"expected precisions of {PRECISIONS}, got {tuple(precisions)}")
+    out = Path(out)
+    _check_out(out, overwrite)
+    steps = _Steps(progress, total=3 + 2 * len(set(precisions)) + (2 if text else 0))
+
+    steps.begin("loading the model")
+    checkpoint = load_checkpoint(architecture, pretrained, seed=seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    try:
+        dim, images = _export_images(checkpoint, work, precisions, strict_int8, steps)
+        entry = _export_text(checkpoint, work, steps) if text else None
+        steps.begin("writing the manifest")
+        _write_manifest(
+            work, checkpoint, name or checkpoint.source.architecture, dim, images, entry
+        )
+        ModelBundle.open(work)
+        _replace(work, out)
+    except OSError as error:
+        raise ExportError(f"{out}: cannot be written ({error}); check free space") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    steps.begin("done")
+    return ModelBundle.open(out)
+
+
+class _Steps:
+    """Counts the steps of an export for whoever shows its progress."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._begun = progress, total, 0
+
+    def begin(self, stage: str) -> None:
+        if self._progress is not None:
+            self._progress(stage, min(self._begun, self._total), self._total)
+        self._begun += 1
+
+
+def _export_images(
+    checkpoint: Checkpoint,
+    work: Path,
+    precisions: Sequence[Precision],
+    strict_int8: bool,
+    steps: _Steps,
+) -> tuple[int, tuple[ImageEntry, ...]]:
+    """Write and check the image graphs; give d and their entries."""
+    model, spec = checkpoint.model, checkpoint.preprocess
+    pictures = parity.images(spec)
+    steps.begin("embedding the check pictures with torch")
+    reference = parity.batched(lambda rows: _torch_images(model, spec, rows), pictures)
+    dim = reference.shape[1]
+
+    entries: list[ImageEntry] = []
+    fp32 = work / "image.fp32.onnx"
+    wanted = [precision for precision in PRECISIONS if precision in precisions]
+    for precision in wanted:
+        path = work / f"image.{precision}.onnx"
+        steps.begin(f"exporting the image tower in {precision}")
+        if precision == "fp16":
+            export_image_graph(half_graph(model, spec), spec, dim, path)
+        else:
+            if not fp32.exists():
+                export_image_graph(ImageGraph(model, spec, torch.float32), spec, dim, fp32)
+            if precision == "int8":
+                quantise(fp32, path)
+        steps.begin(f"checking it in {precision} against torch")
+        measured = _check_images(path, precision, pictures, reference, strict_int8)
+        entries.append(ImageEntry(file=path.name, precision=precision, parity=measured))
+    if "fp32" not in wanted:
+        fp32.unlink(missing_ok=True)
+        Path(f"{fp32}.data").unlink(missing_ok=True)
+    return dim, tuple(entries)
+
+
+def _check_images(
+    path: Path,
+    precision: Precision,
+    pictures: NDArray[np.uint8],
+    reference: NDArray[np.float32],
+    strict_int8: bool,
+) -> Parity:
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(1)
+    weight = rng.standard_normal((reference.shape[1], parity.COLUMNS)).astype(np.float32)
+    bias = rng.standard_normal(parity.COLUMNS).astype(np.float32)
+
+    def run(rows: NDArray[np.generic]) -> NDArray[np.float32]:
+        feeds = {"image": rows, "weight": weight, "bias": bias}
+        embedding, projected = session.run(["embedding", "projected"], feeds)
+        error = np.abs(projected - (embedding @ weight + bias)).max()
+        if not error <= 1e-4:
+            raise ParityError(f"{path.name}: the projection inside the graph is off by {error:g}")
+        return np.asarray(embedding)
+
+    measured = parity.compare(reference, parity.batched(run, pictures))
+    try:
+        parity.require(measured, parity.TOLERANCES[precision], path.name)
+    except ParityError as error:
+        if precision != "int8" or strict_int8:
+            raise
+        warnings.warn(f"kept all the same: {error}", stacklevel=2)
+    return measured
+
+
+def _export_text(checkpoint: Checkpoint, work: Path, steps: _Steps) -> TextEntry:
+    """Write and check the tokenizer and the text graph."""
+    steps.begin("exporting the text tower")
+    try:
+        tokenizer = checkpoint.make_tokenizer()
+    except Exception as error:  # transformers and the hub raise many kinds
+        raise ExportError(
+            f"the tokenizer of {checkpoint.source.architecture} cannot be loaded ({error}); "
+            "export the image tower alone with --no-text"
+        ) from error
+    path = work / TOKENIZER_FILE
+    context_length, pad_id, clean = write_tokenizer(tokenizer, path)
+    fast = Tokenizer.open(path, context_length=context_length, pad_id=pad_id, clean=clean)
+    tokens = fast.encode(parity.TEXTS, truncate=True)
+    expected = tokenizer(list(parity.TEXTS)).numpy()
+    if not np.array_equal(tokens, expected):
+        row = int(np.flatnonzero((tokens != expected).any(axis=1))[0])
+        raise ParityError(f"the exported tokenizer differs from open_clip's: {parity.TEXTS[row]!r}")
+
+    graph = TextGraph(checkpoint.model).eval()
+    export_text_graph(graph, torch.from_numpy(tokens), work / TEXT_FILE)
+    steps.begin("checking it against torch")
+    with torch.inference_mode():
+        reference = graph(torch.from_numpy(tokens)).numpy()
+    session = ort.InferenceSession(str(work / TEXT_FILE), providers=["CPUExecutionProvider"])
+    measured = parity.compare(
+        reference,
+        parity.batched(lambda rows: session.run(["embedding"], {"tokens": rows})[0], tokens),
+    )
+    parity.require(measured, parity.TOLERANCES["fp32"], TEXT_FILE)
+    return TextEntry(
+        file=TEXT_FILE,
+        tokenizer=TOKENIZER_FILE,
+        context_length=context_length,
+        pad_id=pad_id,
+        clean=clean,
+        parity=measured,
+    )
+
+
+def _torch_images(
+    model: torch.nn.Module, spec: PreprocessSpec, rows: NDArray[np.generic]
+) -> NDArray[np.float32]:
+    """Embed pixels as open_clip itself would: its transform's normalisation, its tower."""
+    pixels = torch.from_numpy(rows).permute(0, 3, 1, 2).float() / 255
+    with torch.inference_mode():
+        embedding = model.encode_image(normalize(pixels, list(spec.mean), list(spec.std)))
+        return torch.nn.functional.normalize(embedding, dim=-1).numpy()
+
+
+def _write_manifest(
+    work: Path,
+    checkpoint: Checkpoint,
+    name: str,
+    dim: int,
+    images: tuple[ImageEntry, ...],
+    text: TextEntry | None,
+) -> None:
+    files = {
+        path.name: FileEntry(sha256=sha256_file(path), bytes=path.stat().st_size)
+        for path in sorted(work.iterdir())
+    }
+    tokenizer = files[TOKENIZER_FILE].sha256 if text is not None else None
+    tools = ("torch", "open_clip_torch", "onnx", "onnxruntime", "onnxscript", "tokenizers")
+    manifest = Manifest(
+        schema=SCHEMA,
+        name=name,
+        fingerprint=fingerprint_of(checkpoint.source, checkpoint.preprocess, tokenizer),
+        embedding_dim=dim,
+        preprocess=checkpoint.preprocess,
+        images=images,
+        text=text,
+        files=files,
+        source=checkpoint.source,
+        made_by={
+            "crl-sdk": __version__,
+            "python": platform.python_version(),
+            **{tool: version(tool) for tool in tools},
+        },
+    )
+    write_manifest(work, manifest)
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.is_file():
+        raise ExportError(f"{out}: is a file; expected a directory that does not exist yet")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise ExportError(f"{out}: exists already; choose another, or pass --overwrite")
+        if not (out / MANIFEST).is_file():
+            raise ExportError(
+                f"{out}: holds files but no {MANIFEST}, so it is not a bundle and is not "
+                "overwritten; choose another directory"
+            )
+
+
+def _replace(work: Path, out: Path) -> None:
+    """Put the finished directory in place; what was there is removed last."""
+    work.chmod(0o755)
+    if not out.exists():
+        work.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+    out.rename(old / "bundle")
+    try:
+        os.rename(work, out)
+    except OSError:
+        (old / "bundle").rename(out)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,168 @@
+"""torch towers → ONNX graphs, with preprocessing and projection inside the image graph."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from crl_sdk.errors import ExportError
+from crl_sdk.preprocess import PreprocessSpec
+
+OPSET = 20
+_TRACED_BATCH = 2  # a batch of one would be taken for a constant
+
+
+class ImageGraph(torch.nn.Module):
+    """uint8 pixels to unit embeddings and projected columns.
+
+    The tower runs in its own dtype; normalisation and projection always in float32.
+    """
+
+    def __init__(self, model: torch.nn.Module, spec: PreprocessSpec, dtype: torch.dtype) -> None:
+        """Wrap the image tower of an open_clip model, which must be in `dtype` already."""
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+        scale = torch.tensor(spec.std) * 255
+        self.register_buffer("mean", (torch.tensor(spec.mean) * 255).view(1, 3, 1, 1))
+        self.register_buffer("scale", (1 / scale).view(1, 3, 1, 1))
+
+    def forward(
+        self, image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed and project.
+
+        Args:
+            image: (b, H, W, 3) uint8.
+            weight: (d, k) float32.
+            bias: (k,) float32.
+
+        Returns:
+            (b, d) float32 unit rows, and (b, k) float32.
+        """
+        # to float before the transpose: TensorRT takes no uint8 transpose
+        pixels = image.to(torch.float32).permute(0, 3, 1, 2)
+        normalised = ((pixels - self.mean) * self.scale).to(self.dtype)
+        embedding = F.normalize(self.model.encode_image(normalised).to(torch.float32), dim=-1)
+        return embedding, embedding @ weight + bias
+
+
+class TextGraph(torch.nn.Module):
+    """Token ids (b, L) int64 to unit embeddings (b, d) float32."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        """Wrap the text tower of an open_clip model."""
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Embed texts."""
+        return F.normalize(self.model.encode_text(tokens).to(torch.float32), dim=-1)
+
+
+def export_image_graph(graph: ImageGraph, spec: PreprocessSpec, dim: int, path: Path) -> None:
+    """Write an image graph; batch and number of columns are dynamic.
+
+    Args:
+        graph: what to export.
+        spec: gives the size of its input.
+        dim: d of its embeddings.
+        path: of the ONNX file.
+
+    Raises:
+        ExportError: torch cannot express the model in ONNX.
+    """
+    inputs = (
+        torch.randint(0, 256, (_TRACED_BATCH, spec.height, spec.width, 3), dtype=torch.uint8),
+        torch.randn(dim, 3),
+        torch.randn(3),
+    )
+    batch, columns = torch.export.Dim("B", min=1, max=65536), torch.export.Dim("K", max=1 << 20)
+    shapes = {"image": {0: batch}, "weight": {1: columns}, "bias": {0: columns}}
+    _export(graph, inputs, shapes, ["embedding", "projected"], path)
+
+
+def export_text_graph(graph: TextGraph, tokens: torch.Tensor, path: Path) -> None:
+    """Write a text graph; the batch is dynamic, the context length fixed.
+
+    Args:
+        graph: what to export.
+        tokens: (2 or more, L) int64, typical texts.
+        path: of the ONNX file.
+
+    Raises:
+        ExportError: torch cannot express the model in ONNX.
+    """
+    shapes = {"tokens": {0: torch.export.Dim("B", min=1, max=65536)}}
+    _export(graph, (tokens[:_TRACED_BATCH],), shapes, ["embedding"], path)
+
+
+def _export(
+    graph: torch.nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    shapes: dict[str, Any],
+    outputs: list[str],
+    path: Path,
+) -> None:
+    with _exporting():
+        try:
+            program = torch.onnx.export(
+                graph.eval(),
+                inputs,
+                input_names=list(shapes),
+                output_names=outputs,
+                dynamic_shapes=shapes,
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+        except Exception as error:  # the exporter raises its own kinds and torch's
+            reason = next((s for s in str(error).splitlines() if s.strip()), "no reason given")
+            raise ExportError(
+                f"torch cannot turn this tower into ONNX ({type(error).__name__}: {reason[:300]}); "
+                "see the exception behind this one"
+            ) from error
+        if program is None:
+            raise ExportError("torch.onnx.export returned no program")
+        _free_names(program.model.graph, {*shapes, *outputs})
+        program.save(path)
+
+
+def _free_names(graph: Any, names: set[str]) -> None:
+    """Rename inner values that bear the name of an input or output; torch does not look."""
+    outer = {id(value) for value in (*graph.inputs, *graph.outputs)}
+    for node in graph:
+        for value in node.outputs:
+            if value.name in names and id(value) not in outer:
+                value.name = f"inner_{value.name}"
+
+
+@contextmanager
+def _exporting() -> Iterator[None]:
+    """Set torch up for export and put it back; its chatter goes nowhere."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    chatty = logging.getLogger("onnxscript")
+    level = chatty.level
+    chatty.setLevel(logging.ERROR)
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        chatty.setLevel(level)
+        torch.backends.mha.set_fastpath_enabled(fastpath)

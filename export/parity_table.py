@@ -1,0 +1,122 @@
+"""Export many architectures and tabulate their parity: `python -m crl_export.parity_table`.
+
+Each model runs in a process of its own, so that peak memory is that of one. Weights are random:
+what is checked is that graph and torch agree, which does not depend on training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from crl_export.exporter import export_model
+from crl_sdk.manifest import PRECISIONS
+
+MODELS = (
+    "ViT-B-32",
+    "ViT-B-32-quickgelu",
+    "ViT-B-16",
+    "RN50",
+    "MobileCLIP-S1",
+    "ViT-B-16-SigLIP",
+    "convnext_base",
+    "ViT-L-14",
+)
+IMAGE_ONLY = ("ViT-B-16-SigLIP",)  # its tokenizer has to be downloaded
+
+
+def measure(model: str, work: Path) -> dict[str, Any]:
+    """Export one model in every precision.
+
+    Args:
+        model: open_clip's name, or a checkpoint directory.
+        work: an empty directory for the bundle.
+
+    Returns:
+        Name, seconds of the whole export, and per graph its size in bytes and its parity.
+    """
+    import resource
+
+    started = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # int8 below tolerance is in the table
+        bundle = export_model(
+            model, out=work / "bundle", precisions=PRECISIONS, text=model not in IMAGE_ONLY
+        )
+    manifest = bundle.manifest
+    graphs = {graph.file: graph.parity for graph in manifest.images}
+    if manifest.text is not None:
+        graphs[manifest.text.file] = manifest.text.parity
+    return {
+        "model": manifest.name,
+        "embedding_dim": manifest.embedding_dim,
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "graphs": {
+            file: {
+                "bytes": sum(e.bytes for n, e in manifest.files.items() if n.startswith(file)),
+                "samples": parity.samples,
+                "cosine_mean": parity.cosine_mean,
+                "cosine_min": parity.cosine_min,
+                "centred_cosine_min": parity.centred_cosine_min,
+                "max_abs": parity.max_abs,
+            }
+            for file, parity in graphs.items()
+        },
+        "made_by": manifest.made_by,
+    }
+
+
+def as_table(records: list[dict[str, Any]]) -> str:
+    """Format records as a Markdown table."""
+    lines = [
+        "| model | graph | MB | cosine mean | cosine min | centred cosine min | max \\|Δ\\| |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        for file, graph in record["graphs"].items():
+            lines.append(
+                f"| {record['model']} | {file.removesuffix('.onnx')} | {graph['bytes'] / 1e6:.1f} "
+                f"| {graph['cosine_mean']:.7f} | {graph['cosine_min']:.7f} "
+                f"| {graph['centred_cosine_min']:.5f} | {graph['max_abs']:.1e} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", default=MODELS)
+    parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
+    parser.add_argument("--one", action="store_true", help="measure one model, print JSON")
+    arguments = parser.parse_args()
+    if arguments.one:
+        with tempfile.TemporaryDirectory() as work:
+            print(json.dumps(measure(arguments.models[0], Path(work))))
+        return
+    records = []
+    for model in arguments.models:
+        print(f"exporting {model} …", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "crl_export.parity_table", "--one", model]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        records.append(json.loads(done.stdout.splitlines()[-1]))
+    header = (
+        "Exported graphs against torch fp32, random weights, 16 pictures or texts "
+        "(`make export-parity`).\n\n"
+    )
+    print(as_table(records))
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.with_suffix(".md").write_text(header + as_table(records) + "\n")
+        arguments.out.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""open_clip's tokenizers as one `tokenizers` file, with equal ids.
+
+open_clip's BPE splits a text by one regular expression in which the start and end tokens are
+alternatives like any other. A `tokenizers` special token would also match inside a run of
+punctuation, where open_clip does not; so here they are built by merges of the lowest rank.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+
+from crl_sdk.errors import ExportError
+
+_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_END_OF_WORD = "</w>"
+
+
+def write_tokenizer(tokenizer: Any, path: Path) -> tuple[int, int, str]:
+    """Write `tokenizer.json`.
+
+    Args:
+        tokenizer: of open_clip: a SimpleTokenizer, or an HFTokenizer with a fast backend.
+        path: of the file to write.
+
+    Returns:
+        The context length, the id that pads a row, and the name of the cleaning of
+        `crl_sdk.tokenizer.clean_text`.
+
+    Raises:
+        ExportError: a kind of tokenizer that cannot be written so.
+    """
+    if isinstance(tokenizer, SimpleTokenizer):
+        if tokenizer.reduction_fn is not None:
+            raise ExportError("a tokenizer that drops tokens at random cannot be exported")
+        from_bpe(tokenizer).save(str(path))
+        return int(tokenizer.context_length or 0), 0, _clean_name(tokenizer.clean_fn)
+    if isinstance(tokenizer, HFTokenizer) and hasattr(tokenizer.tokenizer, "backend_tokenizer"):
+        if tokenizer.tokenizer_mode or tokenizer.strip_sep_token:
+            raise ExportError(
+                f"HFTokenizer in mode {tokenizer.tokenizer_mode!r} cannot be exported: "
+                "export the image tower alone with --no-text"
+            )
+        fast = Tokenizer.from_str(tokenizer.tokenizer.backend_tokenizer.to_str())
+        fast.no_padding()
+        fast.no_truncation()
+        fast.save(str(path))
+        pad_id = int(tokenizer.tokenizer.pad_token_id or 0)
+        return int(tokenizer.context_length or 0), pad_id, _clean_name(tokenizer.clean_fn)
+    raise ExportError(
+        f"expected open_clip's SimpleTokenizer or a fast HFTokenizer, got "
+        f"{type(tokenizer).__name__}: export the image tower alone with --no-text"
+    )
+
+
+def from_bpe(tokenizer: SimpleTokenizer) -> Tokenizer:
+    """Build a fast tokenizer that adds start and end itself and neither pads nor truncates."""
+    specials = [tokenizer.decoder[i] for i in tokenizer.all_special_ids]
+    vocabulary = {token: i for token, i in tokenizer.encoder.items() if token not in specials}
+    merges = sorted(tokenizer.bpe_ranks, key=lambda pair: tokenizer.bpe_ranks[pair])
+    for special in specials:
+        built, *rest = _pieces(tokenizer, special)
+        for piece in rest:
+            merges.append((built, piece))
+            built += piece
+            # the last one is the special token; no other text gives those before it
+            final = built == special + _END_OF_WORD
+            new_id = tokenizer.encoder[special] if final else tokenizer.vocab_size + len(vocabulary)
+            vocabulary[built] = new_id
+    fast = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix=_END_OF_WORD))
+    pattern = "(?i)" + "|".join([*specials, _PATTERN])
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    start, end = specials[:2]
+    fast.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}",
+        special_tokens=[(start, tokenizer.sot_token_id), (end, tokenizer.eot_token_id)],
+    )
+    return fast
+
+
+def _pieces(tokenizer: SimpleTokenizer, special: str) -> list[str]:
+    """Split a special token by the ordinary merges, as if it were a word."""
+    held = tokenizer.cache.pop(special)
+    try:
+        return list(tokenizer.bpe(special).split(" "))
+    finally:
+        tokenizer.cache[special] = held
+
+
+def _clean_name(clean_fn: Any) -> str:
+    names = {
+        "_clean_lower": "lower",
+        "_clean_whitespace": "whitespace",
+        "_clean_canonicalize": "canonicalize",
+    }
+    name = names.get(getattr(clean_fn, "__name__", ""))
+    if name is None:
+        raise ExportError(f"unknown text cleaning {clean_fn!r} of the tokenizer")
+    return name

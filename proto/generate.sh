@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Generates crl_sdk/pb from proto/. With --check it only tells whether the committed stubs are
+# those that the contract gives. The version of grpcio-tools in constraints.txt is part of the
+# result: an older one keeps the stubs loadable by older protobuf runtimes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+target=$(mktemp -d)
+trap 'rm -rf "$target"' EXIT
+PATH="$(dirname "$python"):$PATH" "$python" -m grpc_tools.protoc -Icrl_sdk/pb=proto \
+  --python_out="$target" --mypy_out="quiet:$target" $(cd proto && find . -name '*.proto' | sed 's#^\./#crl_sdk/pb/#' | sort)
+find "$target/crl_sdk/pb" -type d -exec sh -c 'for d; do printf "%s\n" "\"\"\"Generated from proto/ by proto/generate.sh; do not edit.\"\"\"" >"$d/__init__.py"; done' _ {} +
+if [ "${1:-}" = --check ]; then
+  diff -r -x __pycache__ "$target/crl_sdk/pb" crl_sdk/pb ||
+    { echo "crl_sdk/pb is not what proto/ gives: run make stubs"; exit 1; }
+else
+  rm -rf crl_sdk/pb
+  mv "$target/crl_sdk/pb" crl_sdk/pb
+fi

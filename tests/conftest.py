@@ -1,0 +1,43 @@
+"""Fixtures that every kind of test uses: the shipped bundle, and pictures it understands."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from crl_sdk import Embedder, demo_bundle
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 200)}
+
+
+@pytest.fixture(scope="session")
+def embedder() -> Iterator[Embedder]:
+    """The demo model, opened once; tests must not leave bases in it."""
+    with Embedder.open(demo_bundle()) as opened:
+        yield opened
+
+
+@pytest.fixture
+def bundle_copy(tmp_path: Path) -> Path:
+    """A copy of the demo bundle to damage."""
+    return Path(shutil.copytree(demo_bundle(), tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Nine JPEGs: squares of three colours at three places."""
+    directory = tmp_path_factory.mktemp("pictures")
+    paths = []
+    for name, colour in COLOURS.items():
+        for place in range(3):
+            pixels = np.full((96, 96, 3), 128, np.uint8)
+            pixels[20 + 8 * place : 60 + 8 * place, 24:64] = colour
+            path = directory / f"{name}-{place}.jpg"
+            Image.fromarray(pixels).save(path, quality=92)
+            paths.append(path)
+    return paths

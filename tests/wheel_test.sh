@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Builds the wheel, installs it with the `cpu` extra into an empty environment, and there opens the
+# shipped bundle and embeds an image, with torch absent.
+set -euo pipefail
+python=${PYTHON:?name the interpreter that builds}
+repository=$(cd "$(dirname "$0")/.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+git -C "$repository" ls-files -z --cached --others --exclude-standard |
+  (cd "$repository" && xargs -0 cp --parents -t "$work") # build outside the tree
+"$python" -m build --wheel --outdir "$work/dist" "$work" >"$work/build.log" 2>&1 ||
+  { tail -20 "$work/build.log"; exit 1; }
+"$python" -m venv "$work/venv"
+wheel=$(ls "$work"/dist/*.whl)
+"$work/venv/bin/pip" install --quiet -c "$repository/constraints.txt" "$wheel[cpu]"
+echo "$(basename "$wheel"): $(stat -c %s "$wheel") bytes"
+cd / && "$work/venv/bin/python" -W error - <<'PYTHON'
+import importlib.util
+import sys
+
+import numpy as np
+
+import crl_sdk
+
+assert "site-packages" in crl_sdk.__file__, crl_sdk.__file__
+assert importlib.util.find_spec("torch") is None, "torch must be absent here"
+with crl_sdk.Embedder.open(crl_sdk.demo_bundle()) as embedder:
+    embedder.create_basis("color", ["red", "green", "blue"])
+    image = np.full((80, 80, 3), (200, 30, 30), np.uint8)
+    result = embedder.embed([image], criteria=["color"])
+print("universal", result.universal.shape, "color", result["color"].shape)
+assert np.isfinite(result["color"]).all()
+assert "torch" not in sys.modules
+PYTHON
+"$work/venv/bin/crl" info "$("$work/venv/bin/python" -c 'import crl_sdk; print(crl_sdk.demo_bundle())')"
