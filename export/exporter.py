@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torchvision.transforms.functional import normalize
@@ -24,6 +23,7 @@ from crl_export.precision import half_graph, quantise
 from crl_export.tokenizers import write_tokenizer
 from crl_sdk._version import __version__
 from crl_sdk.bundle import ModelBundle, sha256_file
+from crl_sdk.engines.onnx import open_session
 from crl_sdk.errors import ExportError, InvalidInputError, ParityError
 from crl_sdk.manifest import (
     MANIFEST,
@@ -99,9 +99,7 @@ def export_model(
         dim, images = _export_images(checkpoint, work, precisions, strict_int8, steps)
         entry = _export_text(checkpoint, work, steps) if text else None
         steps.begin("writing the manifest")
-        _write_manifest(
-            work, checkpoint, name or checkpoint.source.architecture, dim, images, entry
-        )
+        _write_manifest(work, checkpoint, name=name, dim=dim, images=images, text=entry)
         ModelBundle.open(work)
         _replace(work, out)
     except OSError as error:
@@ -167,7 +165,7 @@ def _check_images(
     reference: NDArray[np.float32],
     strict_int8: bool,
 ) -> Parity:
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = open_session(path, precision=precision)
     rng = np.random.default_rng(1)
     weight = rng.standard_normal((reference.shape[1], parity.COLUMNS)).astype(np.float32)
     bias = rng.standard_normal(parity.COLUMNS).astype(np.float32)
@@ -214,7 +212,7 @@ def _export_text(checkpoint: Checkpoint, work: Path, steps: _Steps) -> TextEntry
     steps.begin("checking it against torch")
     with torch.inference_mode():
         reference = graph(torch.from_numpy(tokens)).numpy()
-    session = ort.InferenceSession(str(work / TEXT_FILE), providers=["CPUExecutionProvider"])
+    session = open_session(work / TEXT_FILE)
     measured = parity.compare(
         reference,
         parity.batched(lambda rows: session.run(["embedding"], {"tokens": rows})[0], tokens),
@@ -243,7 +241,8 @@ def _torch_images(
 def _write_manifest(
     work: Path,
     checkpoint: Checkpoint,
-    name: str,
+    *,
+    name: str | None,
     dim: int,
     images: tuple[ImageEntry, ...],
     text: TextEntry | None,
@@ -256,7 +255,7 @@ def _write_manifest(
     tools = ("torch", "open_clip_torch", "onnx", "onnxruntime", "onnxscript", "tokenizers")
     manifest = Manifest(
         schema=SCHEMA,
-        name=name,
+        name=name or checkpoint.source.architecture,
         fingerprint=fingerprint_of(checkpoint.source, checkpoint.preprocess, tokenizer),
         embedding_dim=dim,
         preprocess=checkpoint.preprocess,

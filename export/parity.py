@@ -20,8 +20,9 @@ COLUMNS = 7
 TEXTS = (
     "a photo of a cat", "red", "three small striped stars on grey", "an oil painting of a harbour",
     "x", "A4 paper, 80 g/m²", "it's raining", "the quick brown fox jumps over the lazy dog",
-    "animal habitat: mangrove swamp", "日本の庭園", "😀 smiling", "zero one two three four five six",
-    "a satellite picture of farmland in winter, seen from far above", "rust", "no", "fashion",
+    "animal habitat: mangrove swamp", "日本の庭園", "😀 smiling",
+    "zero one two three four five six", "rust", "no", "fashion",
+    "a satellite picture of farmland in winter, seen from far above",
 )  # fmt: skip
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.table import Table
 
@@ -17,9 +15,6 @@ from crl_sdk.bundle import demo_bundle
 from crl_sdk.cli.console import JsonOption, note, out, print_json, progress_bar
 from crl_sdk.embedder import Embedder
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
-
-HELD_OUT_SEED = 2
-"""The data set of `make demo`; the demo model was trained on seed 0 and chosen on seed 1."""
 
 
 def demo_data(
@@ -45,45 +40,43 @@ def demo(
     """
     with _needs_tasks():
         from crl_export.demo.captions import NEUTRAL_PROMPT
+        from crl_export.demo.dataset import TEST_SEED, labels_of, read_labels
         from crl_export.demo.evaluate import kmeans_accuracy, own_words
-        from crl_export.demo.world import CRITERIA, FACTORS
+        from crl_export.demo.world import CRITERIA
 
     folder = directory / f"scenes-{count}"
-    labels_file = folder / "labels.csv"
-    if not labels_file.exists():
-        _render(folder, count, HELD_OUT_SEED)
-    with labels_file.open(newline="") as file:
-        scenes = list(csv.DictReader(file))
+    if not (folder / "labels.csv").exists():
+        _render(folder, count, TEST_SEED)
+    files, codes = read_labels(folder / "labels.csv")
+    labels = labels_of(codes)
 
     rows: list[dict[str, Any]] = []
     with _needs_tasks(), Embedder.open(demo_bundle()) as embedder:
         for criterion in CRITERIA:
             embedder.create_basis(criterion, own_words(criterion), prompts=[NEUTRAL_PROMPT])
         with progress_bar() as progress:
-            task = progress.add_task("embedding", total=len(scenes))
+            task = progress.add_task("embedding", total=len(files))
             started = time.perf_counter()
             result = embedder.embed(
-                [folder / scene["file"] for scene in scenes],
+                files,
                 CRITERIA,
                 progress=lambda done: progress.update(task, completed=done),
             )
             seconds = time.perf_counter() - started
             task = progress.add_task("clustering", total=len(CRITERIA))
             for criterion in CRITERIA:
-                values = FACTORS[criterion]
-                labels = np.array([values.index(scene[criterion]) for scene in scenes])
                 rows.append(
                     {
                         "criterion": criterion,
                         "texts": list(own_words(criterion)),
-                        "universal": kmeans_accuracy(result.universal, labels),
-                        "conditional": kmeans_accuracy(result[criterion], labels),
+                        "universal": kmeans_accuracy(result.universal, labels[criterion]),
+                        "conditional": kmeans_accuracy(result[criterion], labels[criterion]),
                     }
                 )
                 progress.advance(task)
         summary = {
-            "images": len(scenes),
-            "images_per_second": round(len(scenes) / seconds, 1),
+            "images": len(files),
+            "images_per_second": round(len(files) / seconds, 1),
             "engine": embedder.engine,
             "pictures": str(folder),
             "prompt": NEUTRAL_PROMPT,

@@ -60,7 +60,9 @@ class OnnxImageEngine:
             raise InvalidInputError(
                 f"expected a precision in {PRECISIONS} or 'auto', got {chosen!r}"
             )
-        session = _open_session(bundle.image_graph(chosen), device, threads)
+        session = open_session(
+            bundle.image_graph(chosen), device=device, threads=threads, precision=chosen
+        )
         return cls(session, f"onnx/{device}/{chosen}")
 
     @property
@@ -98,7 +100,7 @@ class OnnxTextEngine:
             EngineError: the device is missing or the graph does not load.
             MissingDependencyError: ONNX Runtime is not installed.
         """
-        return cls(_open_session(bundle.text_graph(), device, threads))
+        return cls(open_session(bundle.text_graph(), device=device, threads=threads))
 
     def run(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `crl_sdk.engines.TextEngine.run`."""
@@ -106,21 +108,26 @@ class OnnxTextEngine:
         return embedding
 
 
-def _choose_precision(bundle: ModelBundle, device: Device) -> Precision:
-    order: tuple[Precision, ...] = ("fp32", "fp16", "int8")
-    if device == "cuda":
-        order = ("fp16", "fp32", "int8")
-    chosen = next(precision for precision in order if precision in bundle.precisions)
-    _log.info(
-        "precision auto: %s on %s, first of %s that the bundle has",
-        chosen,
-        device,
-        ", ".join(order),
-    )
-    return chosen
+def open_session(
+    graph: Path,
+    *,
+    device: Device = "cpu",
+    threads: int | None = None,
+    precision: Precision = "fp32",
+) -> ort.InferenceSession:
+    """Load a graph into ONNX Runtime, on this device or not at all.
 
+    Args:
+        graph: an ONNX file.
+        device: where to run.
+        threads: of one run; None for one per physical core.
+        precision: of the graph.
 
-def _open_session(graph: Path, device: Device, threads: int | None) -> ort.InferenceSession:
+    Raises:
+        EngineError: the device is missing or the graph does not load.
+        InvalidInputError: an unknown device, or fewer than one thread.
+        MissingDependencyError: ONNX Runtime is not installed.
+    """
     try:
         import onnxruntime as ort
     except ImportError as error:
@@ -141,6 +148,10 @@ def _open_session(graph: Path, device: Device, threads: int | None) -> ort.Infer
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
+    if device == "cpu" and precision == "fp16":
+        # ONNX Runtime 1.32's layout pass (NchwcTransformer) crashes on half-precision ViTs, and
+        # its blocked convolutions are for fp32 alone
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     try:
         session = ort.InferenceSession(str(graph), options, providers=[provider])
     except Exception as error:  # ONNX Runtime has no common base of its exceptions
@@ -154,6 +165,20 @@ def _open_session(graph: Path, device: Device, threads: int | None) -> ort.Infer
             "or choose another device"
         )
     return session
+
+
+def _choose_precision(bundle: ModelBundle, device: Device) -> Precision:
+    order: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+    if device == "cuda":
+        order = ("fp16", "fp32", "int8")
+    chosen = next(precision for precision in order if precision in bundle.precisions)
+    _log.info(
+        "precision auto: %s on %s, first of %s that the bundle has",
+        chosen,
+        device,
+        ", ".join(order),
+    )
+    return chosen
 
 
 def _run(

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from crl_export.demo.lexicon import SYNONYMS
 from crl_export.demo.world import CRITERIA, FACTORS
 

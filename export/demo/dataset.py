@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from crl_export.demo.scenes import encode_scene, sample_scene
-from crl_export.demo.world import FACTORS
 from PIL import Image
+
+from crl_export.demo.scenes import encode_scene, sample_scene
+from crl_export.demo.world import CRITERIA, FACTORS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LABELS_FILE = "labels.csv"
+TRAIN_SEED, TEST_SEED, MONITOR_SEED = 1, 2, 3
+"""Data sets of the demo model; the test scenes are looked at once, when training is over."""
+
 _CHUNK = 64
 
 
@@ -81,6 +85,27 @@ def write_dataset(
                 on_progress(index + 1)
     partial_table.replace(table)
     return table
+
+
+def read_labels(table: Path) -> tuple[list[Path], NDArray[np.int64]]:
+    """Read what `write_dataset` wrote.
+
+    Args:
+        table: the labels.
+
+    Returns:
+        The files, and their codes (n, number of factors) int64, in the order of the table.
+    """
+    with table.open(newline="") as file:
+        scenes = list(csv.DictReader(file))
+    codes = [[FACTORS[name].index(scene[name]) for name in FACTORS] for scene in scenes]
+    return [table.parent / scene["file"] for scene in scenes], np.array(codes, np.int64)
+
+
+def labels_of(codes: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+    """Return each criterion's labels (n,) from the codes (n, number of factors) of scenes."""
+    names = list(FACTORS)
+    return {criterion: codes[:, names.index(criterion)] for criterion in CRITERIA}
 
 
 def _render_labelled(seed: int, index: int) -> tuple[bytes, list[str]]:

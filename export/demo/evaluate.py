@@ -9,9 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from crl_export.demo.captions import NEUTRAL_PROMPT
 from crl_export.demo.lexicon import OFF_TOPIC, SYNONYMS
 from crl_export.demo.world import CRITERIA, FACTORS
+from crl_sdk.basis import Method
+from crl_sdk.build import make_projection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -46,32 +49,6 @@ class Row:
     mixed_cosine: float
     random: float
     random_cosine: float
-
-
-def unit_rows(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the matrix (n, m) with rows of length one; a zero row stays zero."""
-    norms = np.linalg.norm(matrix, axis=1, keepdims=True)
-    return np.asarray(matrix / np.maximum(norms, 1e-12), np.float32)
-
-
-def conditional(
-    images: NDArray[np.float32],
-    texts: NDArray[np.float32],
-    *,
-    centred: bool,
-) -> NDArray[np.float32]:
-    """Project image embeddings on a criterion's texts.
-
-    Args:
-        images: (n, d) float32, unit rows.
-        texts: (k, d) float32, unit rows.
-        centred: subtract the texts' mean direction, so that what they share counts for nothing.
-
-    Returns:
-        Conditional embeddings, (n, k) float32, unit rows.
-    """
-    basis = texts - texts.mean(axis=0, keepdims=True) if centred else texts
-    return unit_rows(images @ basis.T)
 
 
 def clustering_accuracy(labels: NDArray[np.int64], clusters: NDArray[np.int64]) -> float:
@@ -125,19 +102,22 @@ def evaluate(
         noise = embed_texts([prompt.format(word) for word in off_topic[: len(words)]])
         mixed = np.concatenate([own, noise[: len(words) // 2]])
 
-        def accuracy(embeddings: NDArray[np.float32], criterion: str = criterion) -> float:
-            return kmeans_accuracy(embeddings, labels[criterion], seeds)
+        def accuracy(
+            texts: NDArray[np.float32], method: Method, criterion: str = criterion
+        ) -> float:
+            conditional = make_projection(texts, method).apply(images)
+            return kmeans_accuracy(conditional, labels[criterion], seeds)
 
         rows.append(
             Row(
                 criterion=criterion,
-                universal=accuracy(images),
-                cosine=accuracy(conditional(images, own, centred=False)),
-                centred=accuracy(conditional(images, own, centred=True)),
-                mixed=accuracy(conditional(images, mixed, centred=True)),
-                mixed_cosine=accuracy(conditional(images, mixed, centred=False)),
-                random=accuracy(conditional(images, noise, centred=True)),
-                random_cosine=accuracy(conditional(images, noise, centred=False)),
+                universal=kmeans_accuracy(images, labels[criterion], seeds),
+                cosine=accuracy(own, "cosine"),
+                centred=accuracy(own, "centred"),
+                mixed=accuracy(mixed, "centred"),
+                mixed_cosine=accuracy(mixed, "cosine"),
+                random=accuracy(noise, "centred"),
+                random_cosine=accuracy(noise, "cosine"),
             )
         )
     return rows

@@ -1,6 +1,12 @@
-"""The training loss: every caption that is true of an image is a positive of it."""
+"""The training losses: every caption that is true of an image is a positive of it.
+
+A second one, early in training, reads the factors straight off the image embedding: captions
+alone take many times as long to teach an untrained image tower about shapes.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
@@ -23,6 +29,21 @@ def truth_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     negative = _mean_where(F.softplus(logits), ~truth)
     sides = truth.any(dim=0).float() + (~truth).any(dim=0).float()
     return ((positive + negative) / sides).mean()
+
+
+def readout_loss(scores: torch.Tensor, codes: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """Cross-entropy of reading each factor off an embedding, averaged over the factors.
+
+    Args:
+        scores: (n, sum of sizes) float32, the factors' values side by side.
+        codes: (n, number of factors) int64, the true value of each.
+        sizes: number of values of each factor.
+
+    Returns:
+        Scalar float32.
+    """
+    parts = zip(scores.split(list(sizes), dim=1), codes.unbind(dim=1), strict=True)
+    return torch.stack([F.cross_entropy(part, truth) for part, truth in parts]).mean()
 
 
 def _mean_where(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

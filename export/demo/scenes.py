@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
 from crl_export.demo import paint
 from crl_export.demo.world import BACKGROUNDS, COLOURS, COUNTS, SHAPES, TEXTURES, Placement, Scene
-from PIL import Image, ImageDraw, ImageFilter
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

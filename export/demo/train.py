@@ -17,24 +17,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
 from crl_export.demo import model as demo_model
 from crl_export.demo.captions import CODES, NEUTRAL_PROMPT, Captioner, filler_words, true_of
-from crl_export.demo.dataset import render_arrays
-from crl_export.demo.evaluate import as_table, conditional, evaluate, kmeans_accuracy, own_words
+from crl_export.demo.dataset import (
+    MONITOR_SEED,
+    TEST_SEED,
+    TRAIN_SEED,
+    labels_of,
+    render_arrays,
+)
+from crl_export.demo.evaluate import as_table, evaluate, kmeans_accuracy, own_words
 from crl_export.demo.lexicon import OFF_TOPIC
-from crl_export.demo.loss import truth_loss
-from crl_export.demo.world import CRITERIA
+from crl_export.demo.loss import readout_loss, truth_loss
+from crl_export.demo.world import CRITERIA, FACTORS
+from crl_sdk.build import make_projection
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
     from open_clip.tokenizer import SimpleTokenizer
 
 RECORD_FILE = "training.json"
-DATA_SEEDS = {"train": 1, "test": 2, "monitor": 3}
-"""Seeds of the data sets; the test scenes are looked at once, when training is over."""
-
 _MONITOR_IMAGES = 600
 _MAX_LOGIT_SCALE = math.log(100)
 
@@ -54,6 +59,8 @@ class Settings:
         warmup: share of the steps in which the rate rises.
         weight_decay: of AdamW, on matrices only.
         ema_decay: of the averaged weights that are kept.
+        readout: weight of the loss that reads the factors off the image embedding; it falls to
+            zero by the middle of the run, and its linear layer is thrown away.
         fillers: how many of CLIP's most frequent words captions may carry without meaning.
         seed: of the weights, the batches and the captions.
         threads: of torch; more than one makes sums differ in the last bits between machines.
@@ -67,6 +74,7 @@ class Settings:
     warmup: float = 0.04
     weight_decay: float = 0.05
     ema_decay: float = 0.998
+    readout: float = 0.5
     fillers: int = 20_000
     seed: int = 0
     threads: int = 2
@@ -104,9 +112,10 @@ def augment(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.u
     return out
 
 
-def _optimiser(model: torch.nn.Module, settings: Settings) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+def _optimiser(modules: Sequence[torch.nn.Module], settings: Settings) -> torch.optim.AdamW:
+    parameters = [p for module in modules for p in module.parameters()]
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -151,7 +160,10 @@ def fit(
     """
     rng = np.random.default_rng([settings.seed, 0x7A1])
     captioner = Captioner(filler_words(demo_model.general_words(), OFF_TOPIC)[: settings.fillers])
-    optimiser = _optimiser(model, settings)
+    sizes = [len(FACTORS[criterion]) for criterion in CRITERIA]
+    columns = [CODES[criterion] for criterion in CRITERIA]
+    readout = torch.nn.Linear(demo_model.MODEL_CONFIG["embed_dim"], sum(sizes))
+    optimiser = _optimiser((model, readout), settings)
     averaged = copy.deepcopy(model).eval()
     history: list[dict[str, float]] = []
     losses: list[float] = []
@@ -170,10 +182,15 @@ def fit(
         images = demo_model.normalise(augment(pixels[chosen], rng))
         images = images.contiguous(memory_format=torch.channels_last)
 
-        image_rows = model.encode_image(images, normalize=True)
+        embeddings = model.encode_image(images)
+        image_rows = torch.nn.functional.normalize(embeddings, dim=-1)
         text_rows = demo_model.encode_trimmed(model, tokenizer([c.text for c in captions]))
         logits = model.logit_scale.exp() * image_rows @ text_rows.T + model.logit_bias
         loss = truth_loss(logits, truth)
+        share = settings.readout * max(0.0, 1 - 2 * step / settings.steps)
+        if share:
+            known = torch.from_numpy(codes[chosen][:, columns])
+            loss = loss + share * readout_loss(readout(embeddings), known, sizes)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -205,7 +222,7 @@ def quick_accuracies(
     accuracies = {}
     for criterion in CRITERIA:
         texts = embed_texts([NEUTRAL_PROMPT.format(word) for word in own_words(criterion)])
-        embeddings = conditional(images, texts, centred=True)
+        embeddings = make_projection(texts, "centred").apply(images)
         accuracy = kmeans_accuracy(embeddings, codes[:, CODES[criterion]], seeds=(0,))
         accuracies[criterion] = round(accuracy, 4)
     return accuracies
@@ -229,9 +246,9 @@ def train(directory: Path, settings: Settings) -> dict[str, Any]:
 
     side = demo_model.IMAGE_SIZE
     log.info("rendering %d + %d scenes", settings.images, settings.test_images)
-    pixels, codes = render_arrays(settings.images, DATA_SEEDS["train"], side)
-    test_pixels, test_codes = render_arrays(settings.test_images, DATA_SEEDS["test"], side)
-    monitor = render_arrays(min(_MONITOR_IMAGES, settings.images), DATA_SEEDS["monitor"], side)
+    pixels, codes = render_arrays(settings.images, TRAIN_SEED, side)
+    test_pixels, test_codes = render_arrays(settings.test_images, TEST_SEED, side)
+    monitor = render_arrays(min(_MONITOR_IMAGES, settings.images), MONITOR_SEED, side)
     rendered = time.perf_counter()
     log.info("rendered in %.0f s", rendered - started)
 
@@ -253,7 +270,7 @@ def train(directory: Path, settings: Settings) -> dict[str, Any]:
     usage = os.times()
     record = {
         "settings": asdict(settings),
-        "data_seeds": DATA_SEEDS,
+        "data_seeds": {"train": TRAIN_SEED, "test": TEST_SEED, "monitor": MONITOR_SEED},
         "versions": _versions(("torch", "open_clip_torch", "numpy", "pillow", "scikit-learn")),
         "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -268,11 +285,6 @@ def train(directory: Path, settings: Settings) -> dict[str, Any]:
     }
     (directory / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
     return record
-
-
-def labels_of(codes: NDArray[np.int64]) -> Mapping[str, NDArray[np.int64]]:
-    """Return each criterion's labels (n,) from the codes (n, number of factors) of scenes."""
-    return {criterion: codes[:, CODES[criterion]] for criterion in CRITERIA}
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:

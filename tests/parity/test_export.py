@@ -284,8 +284,9 @@ RANGES = [
 ]  # fmt: skip
 ODD_TEXTS = [
     "<end_of_text>", "!!<end_of_text>", "a<start_of_text>b", "<END_OF_TEXT> red", "it's WE'LL I'd",
-    "'ſ x'ſs", "ß ẞ İstanbul ŉ", "&amp;amp; &lt;b&gt;", "👩‍👩‍👧 ok", "x" * 300, "1234 5a", "日本語 テスト",
-    "don’t “quote”", "a\x00b", "ﬁne", "e\u0301 é", "schÃ¶n", "a\u200bb\u00adc", "½ ² Ⅷ", "__init__",
+    "'ſ x'ſs", "ß ẞ İstanbul ŉ", "&amp;amp; &lt;b&gt;", "👩‍👩‍👧 ok", "x" * 300, "1234 5a",
+    "日本語 テスト", "don’t “quote”", "a\x00b", "ﬁne", "e\u0301 é", "schÃ¶n", "a\u200bb\u00adc",
+    "½ ² Ⅷ", "__init__",
 ]  # fmt: skip
 
 

@@ -9,14 +9,13 @@ from crl_export.demo.captions import NEUTRAL_PROMPT
 from crl_export.demo.evaluate import (
     as_table,
     clustering_accuracy,
-    conditional,
     evaluate,
     kmeans_accuracy,
     own_words,
-    unit_rows,
 )
 from crl_export.demo.lexicon import OFF_TOPIC
 from crl_export.demo.world import CRITERIA, FACTORS
+from crl_sdk.projection import normalise_rows
 
 pytest.importorskip("sklearn")
 
@@ -32,17 +31,6 @@ def test_kmeans_finds_separate_groups():
     labels = np.repeat(np.arange(4), 20)
     rows = np.eye(4, dtype=np.float32)[labels]
     assert kmeans_accuracy(rows, labels, seeds=(0,)) == 1
-
-
-def test_conditional_rows_are_unit_and_centring_removes_what_texts_share():
-    rng = np.random.default_rng(0)
-    images = unit_rows(rng.standard_normal((6, 8)).astype(np.float32))
-    texts = unit_rows(rng.standard_normal((3, 8)).astype(np.float32) + 2)
-    for centred in (False, True):
-        rows = conditional(images, texts, centred=centred)
-        assert rows.shape == (6, 3)
-        np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
-    assert np.abs(conditional(images, texts, centred=True).sum(axis=1)).max() < 1e-5
 
 
 def test_own_words_are_one_per_value():
@@ -70,10 +58,10 @@ def test_a_perfect_model_scores_one_and_its_random_basis_does_not():
             if word in OFF_TOPIC:
                 row[40:] += np.random.default_rng(len(word)).standard_normal(8) * 0.01
             rows.append(row)
-        return unit_rows(np.array(rows))
+        return normalise_rows(np.array(rows), "l2")
 
     labels = {name: codes[:, column] for column, name in enumerate(CRITERIA)}
-    rows = evaluate(unit_rows(images), embed_texts, labels, seeds=(0,))
+    rows = evaluate(normalise_rows(images, "l2"), embed_texts, labels, seeds=(0,))
     assert [row.criterion for row in rows] == list(CRITERIA)
     for row in rows:
         assert row.centred > 0.99
