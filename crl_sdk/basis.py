@@ -64,6 +64,7 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     method: Method
     post: Post
     fingerprint: str
+    merge_threshold: float
     merged: tuple[MergedText, ...]
     provenance: dict[str, Any]
     sha256: str = ""
@@ -82,6 +83,7 @@ class Basis:
         projection: the affine map, from (d,) to (k,).
         method: how the map was made of the texts.
         fingerprint: of the model bundle.
+        merge_threshold: cosine from which two texts were taken for one.
         merged: the texts left out as duplicates.
         provenance: JSON values that say where the texts came from.
     """
@@ -94,6 +96,7 @@ class Basis:
     projection: Projection
     method: Method
     fingerprint: str
+    merge_threshold: float = 1.0
     merged: tuple[MergedText, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -176,6 +179,7 @@ class Basis:
                 projection=projection,
                 method=header.method,
                 fingerprint=header.fingerprint,
+                merge_threshold=header.merge_threshold,
                 merged=header.merged,
                 provenance=header.provenance,
             )
@@ -205,6 +209,7 @@ class Basis:
             method=self.method,
             post=self.projection.post,
             fingerprint=self.fingerprint,
+            merge_threshold=self.merge_threshold,
             merged=self.merged,
             provenance=dict(self.provenance),
         )

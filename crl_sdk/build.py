@@ -71,8 +71,62 @@ def build_basis(
         projection=make_projection(unit, method, post=post, reference=reference),
         method=method,
         fingerprint=fingerprint,
+        merge_threshold=merge_threshold,
         merged=(*merged, *near),
         provenance=dict(provenance or {}),
+    )
+
+
+def edit_basis(
+    basis: Basis,
+    embed_text: EmbedText,
+    *,
+    fingerprint: str,
+    add: Sequence[str] = (),
+    remove: Sequence[str] = (),
+) -> Basis:
+    """Make a basis again with other texts, its prompts, method and post-normalisation kept.
+
+    Texts that had been merged into a removed one come back. The change is added to the basis'
+    provenance under `edits`.
+
+    Args:
+        basis: to start from.
+        embed_text: texts to (n, d) float32 unit rows; the model's text tower.
+        fingerprint: of the model behind `embed_text`.
+        add: texts to append.
+        remove: texts to leave out, equal but for case and white space.
+
+    Raises:
+        BasisMismatchError: the basis is another model's.
+        InvalidInputError: a text to remove is not there, or none would be left.
+        BasisError: the basis was centred on reference images, which it does not hold, or too few
+            texts would be left.
+    """
+    basis.require_fingerprint(fingerprint)
+    if basis.projection.bias.any():
+        raise BasisError(
+            f"basis {basis.criterion!r} was centred on reference images, which it does not hold: "
+            "make it again with build_basis(…, reference=…)"
+        )
+    texts = [*basis.texts, *(merged.text for merged in basis.merged)]
+    gone = {_folded(text) for text in remove}
+    missing = [text for text in remove if _folded(text) not in {_folded(t) for t in texts}]
+    if missing:
+        raise InvalidInputError(
+            f"basis {basis.criterion!r} has no text {missing[0]!r}; it has {', '.join(texts)}"
+        )
+    edits = [*basis.provenance.get("edits", ()), {"added": [*add], "removed": [*remove]}]
+    return build_basis(
+        basis.criterion,
+        [*(text for text in texts if _folded(text) not in gone), *add],
+        embed_text,
+        fingerprint=fingerprint,
+        prompts=basis.prompts,
+        method=basis.method,
+        post=basis.projection.post,
+        merge_threshold=basis.merge_threshold,
+        provenance={**basis.provenance, "edits": edits},
     )
 
 
@@ -171,7 +225,7 @@ def _merge_exact(
         tidy = " ".join(text.split())
         if not tidy:
             raise InvalidInputError(f"a text has no visible characters ({text[:40]!r}): remove it")
-        position = first.setdefault(tidy.casefold(), len(kept))
+        position = first.setdefault(_folded(text), len(kept))
         if position == len(kept):
             kept.append(tidy)
             counts.append(1)
@@ -203,3 +257,8 @@ def _merge_near(
             kept.append(i)
             totals.append(counts[i])
     return kept, totals, tuple(merged)
+
+
+def _folded(text: str) -> str:
+    """Give what texts that are equal but for case and white space have in common."""
+    return " ".join(text.split()).casefold()

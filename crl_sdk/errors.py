@@ -75,6 +75,10 @@ class BasisError(CrlError):
     """A basis cannot be built, read or written."""
 
 
+class GenerationError(BasisError):
+    """A language model cannot be loaded, fails, or gives nothing usable."""
+
+
 class BasisMismatchError(BasisError):
     """A basis was made for another model than the one in use."""
 

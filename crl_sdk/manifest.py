@@ -79,15 +79,17 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """The checkpoint a bundle was made from.
 
     Attributes:
-        architecture: open_clip's name of the model.
-        pretrained: open_clip's tag, a file's name, or `none` for random weights.
+        architecture: open_clip's name of the model, or a digest of its configuration.
+        pretrained: open_clip's tag, the name of a file or directory, or `none` for random weights.
         weights_sha256: digest of the state dict, names and dtypes included.
-        license: of the weights, where known.
+        quick_gelu: whether its activations are QuickGELU, which the weights do not tell.
+        license: of the weights, as told at the export.
     """
 
     architecture: str
     pretrained: str
     weights_sha256: str
+    quick_gelu: bool
     license: str = "unknown"
 
 
@@ -136,6 +138,7 @@ def fingerprint_of(source: Source, preprocess: PreprocessSpec, tokenizer_sha256:
     identity = {
         "architecture": source.architecture,
         "weights_sha256": source.weights_sha256,
+        "quick_gelu": source.quick_gelu,
         "preprocess": msgspec.to_builtins(preprocess),
         "tokenizer_sha256": tokenizer_sha256,
     }

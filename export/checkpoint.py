@@ -19,6 +19,7 @@ import open_clip
 import torch
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.tokenizer import SimpleTokenizer
+from open_clip.transformer import QuickGELU
 
 from crl_sdk.errors import ExportError
 from crl_sdk.manifest import Source
@@ -34,12 +35,14 @@ class Checkpoint:
 
     Attributes:
         model: open_clip's model in eval mode, float32, on the CPU.
+        name: what to call it if nobody says otherwise.
         make_tokenizer: makes its tokenizer, when the text tower is wanted.
         preprocess: of its image tower.
         source: where the weights came from.
     """
 
     model: torch.nn.Module
+    name: str
     make_tokenizer: Callable[[], Any]
     preprocess: PreprocessSpec
     source: Source
@@ -83,40 +86,46 @@ def load_checkpoint(architecture: str, pretrained: str, *, seed: int = 0) -> Che
     label = Path(pretrained).name if Path(pretrained).is_file() else pretrained
     if pretrained == RANDOM:
         label = f"{RANDOM} (random weights, seed {seed})"
-    return _checkpoint(model, architecture, label, lambda: open_clip.get_tokenizer(architecture))
+    return Checkpoint(
+        model=model.eval().requires_grad_(False),
+        name=architecture,
+        make_tokenizer=lambda: open_clip.get_tokenizer(architecture),
+        preprocess=_preprocess_spec(open_clip.get_model_preprocess_cfg(model)),
+        source=_source(model, architecture, label),
+    )
 
 
 def _load_directory(directory: Path) -> Checkpoint:
     with _quiet(), _typed_errors(str(directory), "its own weights"):
+        config = json.loads((directory / CONFIG_FILE).read_text())["model_cfg"]
         model = open_clip.create_model(f"local-dir:{directory}", require_pretrained=True)
 
     def make_tokenizer() -> Any:
         merges = sorted(directory.glob("bpe*.txt.gz"))
         if not merges:
             return open_clip.get_tokenizer(f"local-dir:{directory}")
-        context_length = _config(directory)["model_cfg"]["text_cfg"]["context_length"]
+        context_length = config["text_cfg"]["context_length"]
         return SimpleTokenizer(str(merges[0]), context_length=context_length)
 
-    return _checkpoint(model, directory.name, "local directory", make_tokenizer)
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((directory / CONFIG_FILE).read_text())
-    return config
-
-
-def _checkpoint(
-    model: torch.nn.Module, architecture: str, label: str, make_tokenizer: Callable[[], Any]
-) -> Checkpoint:
+    # the directory's name says nothing of the model: moved or renamed, it is the same model
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    name = directory.resolve().name
     return Checkpoint(
         model=model.eval().requires_grad_(False),
+        name=name,
         make_tokenizer=make_tokenizer,
         preprocess=_preprocess_spec(open_clip.get_model_preprocess_cfg(model)),
-        source=Source(
-            architecture=architecture,
-            pretrained=label,
-            weights_sha256=_weights_sha256(model),
-        ),
+        source=_source(model, f"config {digest[:16]}", f"directory {name}"),
+    )
+
+
+def _source(model: torch.nn.Module, architecture: str, label: str) -> Source:
+    return Source(
+        architecture=architecture,
+        pretrained=label,
+        weights_sha256=_weights_sha256(model),
+        # not in the weights, and open_clip sets it by the tag: the same file can be either
+        quick_gelu=any(isinstance(module, QuickGELU) for module in model.modules()),
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -53,6 +54,7 @@ def export_model(
     pretrained: str = RANDOM,
     precisions: Sequence[Precision] = ("fp32",),
     name: str | None = None,
+    license: str = "unknown",
     text: bool = True,
     seed: int = 0,
     overwrite: bool = False,
@@ -70,6 +72,7 @@ def export_model(
         pretrained: open_clip's tag, a `.safetensors` or `.pt` file, or `none` for random weights.
         precisions: of the image graph.
         name: in the manifest; the architecture by default.
+        license: of the weights, for the manifest.
         text: export the text tower too. An image-only bundle cannot build bases.
         seed: of random weights.
         overwrite: replace what is at `out`.
@@ -99,7 +102,9 @@ def export_model(
         dim, images = _export_images(checkpoint, work, precisions, strict_int8, steps)
         entry = _export_text(checkpoint, work, steps) if text else None
         steps.begin("writing the manifest")
-        _write_manifest(work, checkpoint, name=name, dim=dim, images=images, text=entry)
+        _write_manifest(
+            work, checkpoint, name=name, license=license, dim=dim, images=images, text=entry
+        )
         ModelBundle.open(work)
         _replace(work, out)
     except OSError as error:
@@ -243,6 +248,7 @@ def _write_manifest(
     checkpoint: Checkpoint,
     *,
     name: str | None,
+    license: str,
     dim: int,
     images: tuple[ImageEntry, ...],
     text: TextEntry | None,
@@ -255,14 +261,14 @@ def _write_manifest(
     tools = ("torch", "open_clip_torch", "onnx", "onnxruntime", "onnxscript", "tokenizers")
     manifest = Manifest(
         schema=SCHEMA,
-        name=name or checkpoint.source.architecture,
+        name=name or checkpoint.name,
         fingerprint=fingerprint_of(checkpoint.source, checkpoint.preprocess, tokenizer),
         embedding_dim=dim,
         preprocess=checkpoint.preprocess,
         images=images,
         text=text,
         files=files,
-        source=checkpoint.source,
+        source=msgspec.structs.replace(checkpoint.source, license=license),
         made_by={
             "crl-sdk": __version__,
             "python": platform.python_version(),

@@ -1,7 +1,8 @@
-"""`crl basis`: make a criterion's basis from texts, and look into one."""
+"""`crl basis`: make a criterion's basis, change its texts, and look into one."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,24 +10,29 @@ import typer
 from rich.table import Table
 
 from crl_sdk.basis import Basis, Method, basis_path
-from crl_sdk.build import DEFAULT_MERGE_THRESHOLD, DEFAULT_PROMPT
+from crl_sdk.build import DEFAULT_MERGE_THRESHOLD, DEFAULT_PROMPT, edit_basis
+from crl_sdk.cli import generation
 from crl_sdk.cli.console import JsonOption, note, out, print_facts, print_json, warn
 from crl_sdk.cli.options import DEFAULT_BASES, BasesOption, BundleOption, open_embedder
 from crl_sdk.errors import BasisError, InvalidInputError
 from crl_sdk.projection import Post
 
-app = typer.Typer(help="Make and inspect bases.", no_args_is_help=True)
+app = typer.Typer(help="Make, change and inspect bases.", no_args_is_help=True)
+
+
+TextOption = Annotated[
+    list[str] | None, typer.Option("--text", "-t", help="One text; repeat for more.")
+]
 
 
 @app.command("create")
 def create(
-    criterion: Annotated[str, typer.Argument(help="What the texts describe, such as `color`.")],
+    criterion: Annotated[str, typer.Argument(help="What matters, in words, such as `color`.")],
     texts: Annotated[
-        Path | None, typer.Option("--texts", help="UTF-8 file, one text a line.")
+        Path | None,
+        typer.Option("--from-texts", "--texts", help="Your own texts: UTF-8, one a line."),
     ] = None,
-    text: Annotated[
-        list[str] | None, typer.Option("--text", "-t", help="One text; repeat for more.")
-    ] = None,
+    text: TextOption = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="Template with one {} for the text; repeat to average several."),
@@ -36,38 +42,75 @@ def create(
     merge: Annotated[
         float, typer.Option(help="Cosine from which two texts count as one; 1 merges equals only.")
     ] = DEFAULT_MERGE_THRESHOLD,
+    model: generation.ModelOption = None,
+    hint: generation.HintOption = "",
+    example: generation.ExampleOption = None,
+    include: generation.IncludeOption = None,
+    exclude: generation.ExcludeOption = None,
+    count: generation.CountOption = 40,
+    seed: generation.SeedOption = 0,
+    form: generation.FormOption = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the ranked texts; write nothing.")
+    ] = False,
     bundle: BundleOption = None,
     bases: BasesOption = DEFAULT_BASES,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing basis.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a basis from your own texts; `crl embed --criteria` then knows its name."""
+    """Make a basis: a local language model gives its texts, or you do with --from-texts or --text.
+
+    `crl embed --criteria` then knows its name.
+    """
     given = [*(text or []), *(_read_texts(texts) if texts is not None else [])]
-    if not given:
-        raise InvalidInputError("expected texts: pass --texts FILE (one a line) or --text TEXT")
     path = basis_path(bases, criterion)
-    if path.exists() and not overwrite:
+    if path.exists() and not (overwrite or dry_run):
         raise BasisError(f"{path}: exists already; pass --overwrite to replace it")
+    prompts = tuple(prompt or (DEFAULT_PROMPT,))
     with open_embedder(bundle) as embedder:
+        provenance: Mapping[str, Any] = {"texts": "given by the user"}
+        if not given:
+            recipe = generation.recipe(
+                hint=hint, example=example, include=include, exclude=exclude, count=count,
+                seed=seed, form=form,
+            )  # fmt: skip
+            draft = generation.draft(criterion, model, recipe, embedder.embed_text, prompts)
+            if dry_run:
+                generation.print_draft(draft, as_json)
+                return
+            given, provenance = [c.text for c in draft.texts], draft.provenance
         basis = embedder.create_basis(
-            criterion,
-            given,
-            prompts=tuple(prompt or (DEFAULT_PROMPT,)),
-            method=method,
-            post=post,
-            merge_threshold=merge,
-            provenance={"texts": "given by the user"},
-        )
-    try:
-        bases.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BasisError(f"{bases}: cannot be made ({error.strerror})") from error
-    basis.save(path)
-    if basis.merged:
-        pairs = ", ".join(f"{m.text} → {m.into}" for m in basis.merged)
-        warn(f"{len(basis.merged)} of {len(given)} texts merged into others: {pairs}")
-    note(f"wrote {path}")
+            criterion, given, prompts=prompts, method=method, post=post, merge_threshold=merge,
+            provenance=provenance,
+        )  # fmt: skip
+    if not dry_run:
+        _save(basis, path)
     _print_basis(basis, path, as_json)
+
+
+@app.command("edit")
+def edit(
+    criterion: Annotated[str, typer.Argument(help="Name of the basis.")],
+    add: Annotated[list[str] | None, typer.Option(help="A text to add; repeat for more.")] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option(help="A text to remove; repeat for more.")
+    ] = None,
+    bundle: BundleOption = None,
+    bases: BasesOption = DEFAULT_BASES,
+    as_json: JsonOption = False,
+) -> None:
+    """Add texts to a basis, or remove some, and make it again with its own prompts and method."""
+    path = basis_path(bases, criterion)
+    basis = Basis.load(path)
+    if not add and not remove:
+        raise InvalidInputError("expected --add TEXT or --remove TEXT")
+    with open_embedder(bundle) as embedder:
+        changed = edit_basis(
+            basis, embedder.embed_text, fingerprint=embedder.bundle.fingerprint,
+            add=add or (), remove=remove or (),
+        )  # fmt: skip
+    _save(changed, path)
+    _print_basis(changed, path, as_json)
 
 
 @app.command("show")
@@ -76,6 +119,18 @@ def show(
 ) -> None:
     """Check a basis file and print what it holds."""
     _print_basis(Basis.load(file), file, as_json)
+
+
+def _save(basis: Basis, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BasisError(f"{path.parent}: cannot be made ({error.strerror})") from error
+    basis.save(path)
+    if basis.merged:
+        pairs = ", ".join(f"{m.text} → {m.into}" for m in basis.merged)
+        warn(f"{len(basis.merged)} texts merged into others: {pairs}")
+    note(f"wrote {path}")
 
 
 def _read_texts(path: Path) -> list[str]:
@@ -105,6 +160,7 @@ def _print_basis(basis: Basis, path: Path, as_json: bool) -> None:
             "projection": f"{basis.method}, {basis.projection.input_dim} → "
             f"{basis.projection.output_dim}, post {basis.projection.post}",
             "prompts": " | ".join(basis.prompts),
+            "merged from cosine": f"{basis.merge_threshold:g}",
         },
     )
     table = Table("text", "stands for", "texts merged into it")
@@ -126,6 +182,7 @@ def _document(basis: Basis, path: Path) -> dict[str, Any]:
         "prompts": list(basis.prompts),
         "texts": list(basis.texts),
         "counts": list(basis.counts),
+        "merge_threshold": basis.merge_threshold,
         "merged": [{"text": m.text, "into": m.into, "cosine": m.cosine} for m in basis.merged],
         "provenance": dict(basis.provenance),
     }

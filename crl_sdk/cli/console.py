@@ -18,6 +18,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.status import Status
 from rich.table import Table
 
 out = Console()
@@ -72,3 +73,10 @@ def progress_bar() -> Iterator[Progress]:
         transient=True,
     ) as progress:
         yield progress
+
+
+@contextmanager
+def spinner(message: str) -> Iterator[Status]:
+    """Show on stderr what is going on; `.update(message)` changes it."""
+    with err.status(message) as status:
+        yield status

@@ -30,6 +30,9 @@ def export(
         str, typer.Option(help=f"Comma-separated, of {', '.join(PRECISIONS)}.")
     ] = "fp32",
     name: Annotated[str | None, typer.Option(help="Name in the manifest.")] = None,
+    license_name: Annotated[
+        str, typer.Option("--license", help="Of the weights, for the manifest.")
+    ] = "unknown",
     text: Annotated[bool, typer.Option(help="Export the text tower too.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     as_json: JsonOption = False,
@@ -51,6 +54,7 @@ def export(
             out=out_dir,
             precisions=_precisions(precision),
             name=name,
+            license=license_name,
             text=text,
             overwrite=overwrite,
             progress=lambda stage, done, total: progress.update(

@@ -30,7 +30,11 @@ def build(directory: Path) -> None:
 
     train(directory / "checkpoint", Settings())
     export_model(
-        str(directory / "checkpoint"), out=directory / "bundle", name="crl-demo", overwrite=True
+        str(directory / "checkpoint"),
+        out=directory / "bundle",
+        name="crl-demo",
+        license="Apache-2.0",
+        overwrite=True,
     )
     rows = evaluate_bundle(directory / "bundle")
     record = {"prompt": NEUTRAL_PROMPT, "clustering": [asdict(row) for row in rows]}

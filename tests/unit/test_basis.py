@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from crl_sdk.basis import Basis, basis_path, normalise_criterion, write_atomically
-from crl_sdk.build import build_basis, make_projection
+from crl_sdk.build import build_basis, edit_basis, make_projection
 from crl_sdk.errors import (
     BasisError,
     BasisMismatchError,
@@ -267,3 +267,34 @@ def test_no_criterion_leaves_its_directory(criterion):
     except CriterionError:
         return
     assert path.parent == Path("bases") and path.name.endswith(".safetensors")
+
+
+def test_editing_keeps_how_it_was_made_and_tells_what_changed():
+    basis = make(("red", "RED", "green", "blue"), prompts=["a {} thing"], post="standardise")
+    changed = edit_basis(
+        basis, embed_text, fingerprint=FINGERPRINT, add=["pink"], remove=["Green "]
+    )
+    assert changed.texts == ("red", "blue", "pink") and changed.counts == (2, 1, 1)
+    expected = make(
+        ("red", "RED", "blue", "pink"), prompts=["a {} thing"], post="standardise",
+        provenance=changed.provenance,
+    )  # fmt: skip
+    assert changed.to_bytes() == expected.to_bytes()
+    again = edit_basis(changed, embed_text, fingerprint=FINGERPRINT, remove=["red"])
+    assert again.texts == ("blue", "pink")
+    assert again.provenance["edits"] == [
+        {"added": ["pink"], "removed": ["Green "]}, {"added": [], "removed": ["red"]},
+    ]  # fmt: skip
+
+
+def test_editing_refuses_what_it_cannot_do():
+    basis = make()
+    with pytest.raises(InvalidInputError, match="no text 'pink'; it has red, green, blue"):
+        edit_basis(basis, embed_text, fingerprint=FINGERPRINT, remove=["pink"])
+    with pytest.raises(BasisMismatchError):
+        edit_basis(basis, embed_text, fingerprint="0" * 64, add=["pink"])
+    with pytest.raises(BasisError, match="at least two"):
+        edit_basis(basis, embed_text, fingerprint=FINGERPRINT, remove=["red", "blue"])
+    referenced = make(reference=embed_text(["an image"]))
+    with pytest.raises(BasisError, match="reference images"):
+        edit_basis(referenced, embed_text, fingerprint=FINGERPRINT, add=["pink"])

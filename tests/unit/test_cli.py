@@ -107,7 +107,6 @@ def test_one_bad_image_is_named_and_the_others_written(crl, pictures, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["basis", "create", "color"], "--texts FILE"),
         (["basis", "create", "color", "--texts", "nowhere.txt"], "cannot be read"),
         (["basis", "create", "color", "--texts", "latin1.txt"], "expected UTF-8"),
         (["basis", "create", "color", "--texts", "empty.txt"], "one text a line"),

@@ -15,7 +15,7 @@ pytest.importorskip("sklearn")
 
 from crl_export.demo import model as demo_model  # noqa: E402
 from crl_export.demo import train as demo_train  # noqa: E402
-from crl_export.demo.loss import truth_loss  # noqa: E402
+from crl_export.demo.loss import readout_loss, truth_loss  # noqa: E402
 
 SMOKE = demo_train.Settings(images=48, test_images=40, steps=3, batch=16)
 
@@ -87,6 +87,15 @@ def test_loss_weighs_true_and_false_images_alike():
     wrong_negative[1, 0] = 20
     assert truth_loss(wrong_positive, truth).item() == pytest.approx(20 / 2 / 3, rel=1e-3)
     assert truth_loss(wrong_negative, truth).item() == pytest.approx(20 / 4 / 3, rel=1e-3)
+
+
+def test_readout_averages_the_factors():
+    codes = torch.tensor([[0, 2], [1, 0]])
+    assert readout_loss(torch.zeros(2, 5), codes, (2, 3)).item() == pytest.approx(
+        (math.log(2) + math.log(3)) / 2
+    )
+    sure = torch.tensor([[30.0, 0, 0, 0, 30], [0, 30, 30, 0, 0]])
+    assert readout_loss(sure, codes, (2, 3)).item() < 1e-6
 
 
 def test_augmentation_keeps_shape_and_is_seeded():

@@ -1,0 +1,107 @@
+"""Texts from a local language model, as `crl basis create` asks for and shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from crl_sdk.build import EmbedText
+from crl_sdk.cli.console import note, out, print_json, spinner
+from crl_sdk.errors import InvalidInputError
+from crl_sdk.generate import Draft, Form, Recipe, generate_texts
+from crl_sdk.llm import LocalModel
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="CRL_MODEL",
+        help="Language model: a GGUF file or hf:OWNER/REPO/FILE.gguf; a small one by default.",
+    ),
+]
+HintOption = Annotated[
+    str, typer.Option(help="Said beside the criterion: `as a zoologist would say`.")
+]
+ExampleOption = Annotated[
+    list[str] | None,
+    typer.Option(help="A line that shows what you mean: `pattern: striped, dotted, plain`."),
+]
+IncludeOption = Annotated[list[str] | None, typer.Option(help="A text to take in any case.")]
+ExcludeOption = Annotated[list[str] | None, typer.Option(help="A text to leave out.")]
+CountOption = Annotated[int, typer.Option(min=1, max=1000, help="Texts at most.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Equal seeds give equal texts.")]
+FormOption = Annotated[Form, typer.Option(help="How the model is asked.")]
+
+
+def recipe(
+    *,
+    hint: str,
+    example: Sequence[str] | None,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    count: int,
+    seed: int,
+    form: Form,
+) -> Recipe:
+    """Check the options and gather them.
+
+    Raises:
+        InvalidInputError: an option is out of range, or an example is not `name: text, text, …`.
+    """
+    return Recipe(
+        hint=hint, examples=dict(map(_example, example or ())), include=tuple(include or ()),
+        exclude=tuple(exclude or ()), count=count, seed=seed, form=form,
+    )  # fmt: skip
+
+
+def draft(
+    criterion: str,
+    model: str | None,
+    recipe: Recipe,
+    embed_text: EmbedText,
+    prompts: Sequence[str],
+) -> Draft:
+    """Load the language model, ask it and show how it goes."""
+    with spinner("loading the language model …") as status, LocalModel.open(model) as llm:
+
+        def progress(answers: int, tokens: int, seconds: float) -> None:
+            status.update(
+                f"{llm.name}: answer {answers + 1} of at most {recipe.max_answers}, "
+                f"{tokens / max(seconds, 1e-9):.0f} tokens/s"
+            )
+
+        made = generate_texts(
+            criterion, llm, recipe, embed_text=embed_text, prompts=prompts, progress=progress
+        )
+        note(
+            f"{llm.name}: {made.answers} answers, {llm.tokens} tokens in {llm.seconds:.1f} s, "
+            f"{len(made.texts)} texts kept, {len(made.dropped)} dropped"
+        )
+    return made
+
+
+def print_draft(draft: Draft, as_json: bool) -> None:
+    """Print the ranked texts and what was dropped."""
+    if as_json:
+        document = asdict(draft)
+        print_json(document)
+        return
+    table = Table("text", "votes", "", title=draft.criterion, title_justify="left")
+    for kept in draft.texts:
+        table.add_row(kept.text, str(kept.votes), "kept")
+    for dropped in draft.dropped:
+        table.add_row(dropped.text, str(dropped.votes), dropped.reason, style="dim")
+    out.print(table)
+
+
+def _example(line: str) -> tuple[str, tuple[str, ...]]:
+    name, colon, rest = line.partition(":")
+    texts = tuple(text.strip() for text in rest.split(",") if text.strip())
+    if not colon or not name.strip() or len(texts) < 2:
+        raise InvalidInputError(
+            f"expected an example such as 'pattern: striped, dotted, plain', got {line[:80]!r}"
+        )
+    return name.strip(), texts
