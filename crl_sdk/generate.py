@@ -32,11 +32,11 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
 }
 """Few-shot lines. None is about a factor of the demo world, on which bases are measured."""
 
-GRAMMAR = r"""root ::= " "? item (", " item){3,23} "\n"
+GRAMMAR = r"""root ::= " "? item (", " item){7,23} "\n"
 item ::= word ([ -] word){0,2}
 word ::= [a-z]{2,16} | [0-9]{1,4}
 """
-"""What an answer may be: a line of short phrases. Nothing a user types ever becomes part of it."""
+"""What an answer may be: a line of 8 to 24 short phrases. Nothing a user types is part of it."""
 
 MIN_TEXTS = 3
 """With fewer texts that more than one answer holds, the model does not know the criterion."""
@@ -57,6 +57,7 @@ class Recipe:
         patience: answers in a row without a new trusted text after which it is enough.
         temperatures: taken in turn.
         min_share: share of the answers a text must be in, beside being in two.
+        repeat_penalty: keeps small models from saying the same few texts over and over.
         max_tokens: of one answer.
         hint: added to the criterion, such as `as a zoologist would say`.
         examples: few-shot lines, criterion → texts, put before the built-in ones.
@@ -73,7 +74,8 @@ class Recipe:
     max_answers: int = 24
     patience: int = 6
     temperatures: tuple[float, ...] = (0.5, 0.7, 0.9)
-    min_share: float = 0.1
+    min_share: float = 0.12
+    repeat_penalty: float = 1.05
     max_tokens: int = 80
     hint: str = ""
     examples: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -188,7 +190,10 @@ def generate_texts(
     while len(seeds) < recipe.max_answers and unchanged < recipe.patience:
         seed = recipe.seed + len(seeds)
         sampling = Sampling(
-            recipe.temperatures[len(seeds) % len(recipe.temperatures)], seed, recipe.max_tokens
+            recipe.temperatures[len(seeds) % len(recipe.temperatures)],
+            seed,
+            recipe.repeat_penalty,
+            recipe.max_tokens,
         )
         answer = ask(compose(name, recipe, seed), GRAMMAR, sampling, on_token)
         poll.count(answer)

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import importlib.util
 import io
+import os
 import re
 import struct
 import time
@@ -43,11 +44,13 @@ class Sampling:
     Attributes:
         temperature: 0 for the likeliest token always.
         seed: equal seeds give equal answers on one machine.
+        repeat_penalty: above 1, what was just said becomes less likely.
         max_tokens: a model under a grammar may never find an end.
     """
 
     temperature: float
     seed: int
+    repeat_penalty: float = 1.0
     max_tokens: int = 96
 
 
@@ -79,6 +82,7 @@ class LocalModel:
             MissingDependencyError: llama-cpp-python is not installed.
         """
         llama_cpp = _llama_cpp()
+        threads = threads or len(os.sched_getaffinity(0))
         path = find_model(model)
         check_gguf(path)
         _require_memory(path, _read_metadata(llama_cpp, path), context)
@@ -158,7 +162,8 @@ class LocalModel:
             compiled = _llama_cpp().LlamaGrammar.from_string(grammar, verbose=False)
             options = {
                 "grammar": compiled, "temperature": sampling.temperature,
-                "seed": sampling.seed, "max_tokens": sampling.max_tokens, "stream": True,
+                "seed": sampling.seed, "repeat_penalty": sampling.repeat_penalty,
+                "max_tokens": sampling.max_tokens, "stream": True,
             }  # fmt: skip
             for chunk in start(options):
                 choice = chunk["choices"][0]

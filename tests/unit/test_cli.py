@@ -166,9 +166,9 @@ def test_texts_come_from_a_local_model(crl, tmp_path):
     crl("basis", "create", "color", "--answers", 4, "--overwrite")
     assert path.read_bytes() == first  # the same command, the same bytes
 
-    edited = document(crl("basis", "edit", "color", "--add", "teal", "--remove", "red", "--json"))
-    assert edited["texts"][-1] == "teal" and "red" not in edited["texts"]
-    assert edited["provenance"]["edits"] == [{"added": ["teal"], "removed": ["red"]}]
+    edited = document(crl("basis", "edit", "color", "--add", "zigzag", "--remove", "red", "--json"))
+    assert edited["texts"][-1] == "zigzag" and "red" not in edited["texts"]
+    assert edited["provenance"]["edits"] == [{"added": ["zigzag"], "removed": ["red"]}]
     assert (
         "has no text 'mauve'" in crl("basis", "edit", "color", "--remove", "mauve", status=1).stderr
     )
