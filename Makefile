@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 
-.PHONY: demo test test-slow check stubs format wheel-test demo-model eval-demo export-parity bench clean
+.PHONY: demo test test-slow check stubs format wheel-test demo-model eval-demo eval-bases export-parity bench clean
 
 demo: $(VENV)/.demo ## conditional against universal clustering, on pictures rendered here
 	$(BIN)/crl demo
@@ -39,6 +39,9 @@ demo-model: $(VENV)/.dev ## train the demo model and export it: under an hour on
 
 eval-demo: $(VENV)/.demo ## the clustering table of the shipped model, on 3,000 held-out scenes
 	$(BIN)/python -m crl_export.demo evaluate
+
+eval-bases: $(VENV)/.demo ## how good generated bases are, on the demo world: a quarter of an hour
+	$(BIN)/python -m crl_benchmarks.basis_quality --out benchmarks/results/basis-quality
 
 export-parity: $(VENV)/.dev ## the parity table of all exported models
 	$(BIN)/python -m crl_export.parity_table --out benchmarks/results/export-parity

@@ -41,6 +41,12 @@ word ::= [a-z]{2,16} | [0-9]{1,4}
 MIN_TEXTS = 3
 """With fewer texts that more than one answer holds, the model does not know the criterion."""
 
+SURE = 0.25
+"""Share of the answers from which a text's votes outweigh its place in the embedding space."""
+
+MIN_DISTANCE = 0.05
+"""Cosine by which a stray lies below the median at least, however close together the others are."""
+
 MAX_HINT = 200
 _PLAIN = re.compile(r"[^\W_][\w ,.'()/&-]*")
 _ARTICLES = ("a ", "an ", "the ", "some ")
@@ -65,8 +71,8 @@ class Recipe:
         exclude: texts to leave out.
         form: `completion` continues few-shot lines, `chat` asks through the model's chat template,
             `auto` takes `chat` for instruct models of at least `llm.CHAT_PARAMETERS`.
-        spread: a text is dropped if its similarity to the others lies this many robust standard
-            deviations below the median; 0 keeps all.
+        spread: a text with few votes is dropped if its similarity to the others lies this many
+            robust standard deviations, and `MIN_DISTANCE`, below the median; 0 keeps all.
     """
 
     count: int = 40
@@ -211,7 +217,7 @@ def generate_texts(
             "example line, a larger model, or texts of your own"
         )
     if embed_text is not None and recipe.spread > 0:
-        texts, strays = _drop_strays(texts, embed_text, prompts, recipe)
+        texts, strays = _drop_strays(texts, embed_text, prompts, recipe, len(seeds))
         dropped = [*dropped, *strays]
     kept, rest = texts[: recipe.count], texts[recipe.count :]
     dropped = [*dropped, *(Dropped(c.text, c.votes, "over the number asked for") for c in rest)]
@@ -351,17 +357,25 @@ def _screen(
 
 
 def _drop_strays(
-    texts: Sequence[Candidate], embed_text: EmbedText, prompts: Sequence[str], recipe: Recipe
+    texts: Sequence[Candidate],
+    embed_text: EmbedText,
+    prompts: Sequence[str],
+    recipe: Recipe,
+    answers: int,
 ) -> tuple[list[Candidate], list[Dropped]]:
-    """Drop the model's texts that lie far from the others in the embedding space."""
+    """Drop texts that lie far from the others in the embedding space and have few votes.
+
+    A text that many answers hold stays: a vision-language model may know it better than the rest.
+    """
     rows = embed_with_prompts([c.text for c in texts], prompts, embed_text)
     near = similarity_to_others(rows, np.array([max(c.votes, 1) for c in texts], np.float32))
     median = float(np.median(near))
     deviation = 1.4826 * float(np.median(np.abs(near - median)))
-    cut = median - recipe.spread * deviation
+    cut = median - max(recipe.spread * deviation, MIN_DISTANCE)
     kept, strays = [], []
     for candidate, value in zip(texts, near, strict=True):
-        if value >= cut or deviation == 0 or candidate.text in recipe.include:
+        sure = candidate.votes >= SURE * answers or candidate.text in recipe.include
+        if sure or value >= cut:
             kept.append(candidate)
         else:
             reason = f"far from the others: similarity {value:.3f}, cut {cut:.3f}"

@@ -120,20 +120,26 @@ def test_a_model_that_does_not_know_is_an_error_that_quotes_it():
 
 
 def test_strays_in_the_space_of_the_model_are_dropped():
+    """Two of twelve answers name algebra; where more do, its votes outweigh its place."""
     words = ["red", "blue", "green", "pink", "brown", "gold", "algebra"]
     rng = np.random.default_rng(0)
     rows = np.eye(8, dtype=np.float32)[[0] * 6 + [7]] + rng.normal(0, 0.1, (7, 8))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     table = dict(zip(words, rows.astype(np.float32), strict=True))
-    model = Scripted(" " + ", ".join(words) + "\n")
-    recipe = Recipe(max_answers=2)
-    draft = generate_texts(
-        "color", model, recipe, embed_text=lambda texts: np.array([table[t] for t in texts])
-    )
+    every, most = (" " + ", ".join(listed) + "\n" for listed in (words, words[:-1]))
+    recipe = Recipe(max_answers=12, patience=12)
+
+    def embed(texts):
+        return np.array([table[text] for text in texts])
+
+    draft = generate_texts("color", Scripted(*[every] * 2, *[most] * 10), recipe, embed_text=embed)
     assert [c.text for c in draft.texts] == words[:-1]
     (stray,) = draft.dropped
     assert stray.text == "algebra" and "far from the others" in stray.reason
-    assert len(generate_texts("color", model, recipe).texts) == 7
+    sure = generate_texts("color", Scripted(*[every] * 3, *[most] * 9), recipe, embed_text=embed)
+    assert len(sure.texts) == 7 and not sure.dropped
+    unfiltered = generate_texts("color", Scripted(*[every] * 2, *[most] * 10), recipe)
+    assert len(unfiltered.texts) == 7
 
 
 def test_similarity_is_the_weighted_mean_over_the_others():
