@@ -71,8 +71,9 @@ class Score:
 class World:
     """Held-out scenes, embedded once, and the texts of the model that embedded them."""
 
-    def __init__(self, embedder: Embedder, images: int) -> None:
+    def __init__(self, embedder: Embedder, images: int, splits: int) -> None:
         """Render and embed the scenes."""
+        self.splits = splits
         with tempfile.TemporaryDirectory() as scratch:
             files, codes = read_labels(write_dataset(Path(scratch), images, TEST_SEED))
             self.universal = embedder.embed(files).universal
@@ -90,7 +91,8 @@ class World:
         labels = self.labels[factor]
         if not texts:
             return Score(
-                kmeans_accuracy(self.universal, labels), few_shot_accuracy(self.universal, labels)
+                kmeans_accuracy(self.universal, labels),
+                few_shot_accuracy(self.universal, labels, self.splits),
             )
         basis = build_basis(
             AS_SAID[factor], texts, self.embedder.embed_text,
@@ -100,27 +102,30 @@ class World:
         rows = basis.projection.apply(self.universal)
         return Score(
             kmeans_accuracy(rows, labels),
-            few_shot_accuracy(rows, labels),
+            few_shot_accuracy(rows, labels, self.splits),
             len(basis.texts),
             values_named(factor, texts),
         )
 
 
-def few_shot_accuracy(rows: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
+def few_shot_accuracy(
+    rows: NDArray[np.float32], labels: NDArray[np.int64], splits: int = SPLITS
+) -> float:
     """Classify from a few examples per value, as in the paper: standardised rows, C = 1.
 
     Args:
         rows: (n, m) float32.
         labels: (n,) int64.
+        splits: how many random choices of the examples.
 
     Returns:
-        Mean accuracy on the other rows, over `SPLITS` random choices of the examples.
+        Mean accuracy on the other rows, over the splits.
     """
     from sklearn.linear_model import LogisticRegression
 
     inputs = normalise_rows(rows, "standardise")
     accuracies = []
-    for seed in range(SPLITS):
+    for seed in range(splits):
         order = np.random.default_rng(seed).permutation(len(labels))
         train = np.concatenate([order[labels[order] == v][:SHOTS] for v in np.unique(labels)])
         test = np.setdiff1d(order, train)
@@ -160,7 +165,12 @@ def repeated(measure: Callable[[int], Score], seeds: Sequence[int]) -> dict[str,
 
 
 def evaluate(
-    models: dict[str, LocalModel], *, images: int, seeds: Sequence[int], helped: bool = True
+    models: dict[str, LocalModel],
+    *,
+    images: int,
+    seeds: Sequence[int],
+    splits: int = SPLITS,
+    helped: bool = True,
 ) -> dict[str, Any]:
     """Measure all sources of texts on all factors.
 
@@ -168,6 +178,7 @@ def evaluate(
         models: name → language model.
         images: number of held-out scenes.
         seeds: of the generator and of the random words.
+        splits: of the few-shot classification.
         helped: measure hints and examples too.
 
     Returns:
@@ -175,7 +186,7 @@ def evaluate(
     """
     results: dict[str, Any] = {}
     with Embedder.open(demo_bundle()) as embedder:
-        world = World(embedder, images)
+        world = World(embedder, images, splits)
         for factor in CRITERIA:
             own = own_words(factor)
             rows = results[factor] = {

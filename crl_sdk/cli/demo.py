@@ -11,10 +11,13 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from crl_sdk.basis import Basis
 from crl_sdk.bundle import demo_bundle
-from crl_sdk.cli.console import JsonOption, note, out, print_json, progress_bar
+from crl_sdk.cli import generation
+from crl_sdk.cli.console import JsonOption, note, out, print_json, progress_bar, warn
 from crl_sdk.embedder import Embedder
-from crl_sdk.errors import InvalidInputError, MissingDependencyError
+from crl_sdk.errors import GenerationError, InvalidInputError, MissingDependencyError
+from crl_sdk.generate import Recipe
 
 
 def demo_data(
@@ -31,12 +34,17 @@ def demo(
     directory: Annotated[
         Path, typer.Option("--out", "-o", help="Where to render them; reused if it is there.")
     ] = Path("demo-output"),
+    generate: Annotated[
+        bool, typer.Option(help="Let the language model write the texts, beside the true ones.")
+    ] = True,
+    model: generation.ModelOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Cluster rendered scenes by each criterion: the universal embedding against conditional ones.
 
-    The pictures are held out of the demo model's training. Accuracy is that of k-means with the
-    true number of clusters, under the best assignment of clusters to labels, seeds 0-4.
+    A small language model turns each criterion into texts; beside them, the words the scenes were
+    made from. The pictures are held out of the demo model's training. Accuracy is that of k-means
+    with the true number of clusters, under the best assignment of clusters to labels, seeds 0-4.
     """
     with _needs_tasks():
         from crl_export.demo.captions import NEUTRAL_PROMPT
@@ -44,35 +52,43 @@ def demo(
         from crl_export.demo.evaluate import kmeans_accuracy, own_words
         from crl_export.demo.world import CRITERIA
 
-    folder = directory / f"scenes-{count}"
-    if not (folder / "labels.csv").exists():
-        _render(folder, count, TEST_SEED)
-    files, codes = read_labels(folder / "labels.csv")
-    labels = labels_of(codes)
-
-    rows: list[dict[str, Any]] = []
     with _needs_tasks(), Embedder.open(demo_bundle()) as embedder:
-        for criterion in CRITERIA:
-            embedder.create_basis(criterion, own_words(criterion), prompts=[NEUTRAL_PROMPT])
+        bases: dict[str, Basis] = {}
+        texts = {name: list(own_words(name)) for name in CRITERIA}
+        for name in CRITERIA:
+            bases[name] = embedder.create_basis(name, texts[name], prompts=[NEUTRAL_PROMPT])
+            if generate:
+                written = _generate(name, model, embedder, NEUTRAL_PROMPT)
+                if written is not None:
+                    bases[f"{name} generated"] = written
+
+        folder = directory / f"scenes-{count}"
+        if not (folder / "labels.csv").exists():
+            _render(folder, count, TEST_SEED)
+        files, codes = read_labels(folder / "labels.csv")
+        labels = labels_of(codes)
         with progress_bar() as progress:
             task = progress.add_task("embedding", total=len(files))
             started = time.perf_counter()
             result = embedder.embed(
                 files,
-                CRITERIA,
+                list(bases.values()),
                 progress=lambda done: progress.update(task, completed=done),
             )
             seconds = time.perf_counter() - started
             task = progress.add_task("clustering", total=len(CRITERIA))
-            for criterion in CRITERIA:
-                rows.append(
-                    {
-                        "criterion": criterion,
-                        "texts": list(own_words(criterion)),
-                        "universal": kmeans_accuracy(result.universal, labels[criterion]),
-                        "conditional": kmeans_accuracy(result[criterion], labels[criterion]),
-                    }
-                )
+            rows: list[dict[str, Any]] = []
+            for name in CRITERIA:
+                row: dict[str, Any] = {
+                    "criterion": name,
+                    "universal": kmeans_accuracy(result.universal, labels[name]),
+                    "true_words": kmeans_accuracy(result[name], labels[name]),
+                }
+                if f"{name} generated" in bases:
+                    rows_of = result[f"{name} generated"]
+                    row["generated"] = kmeans_accuracy(rows_of, labels[name])
+                    row["texts"] = list(bases[f"{name} generated"].texts)
+                rows.append(row)
                 progress.advance(task)
         summary = {
             "images": len(files),
@@ -86,6 +102,23 @@ def demo(
         print_json(summary)
     else:
         _print_table(summary)
+
+
+def _generate(name: str, model: str | None, embedder: Embedder, prompt: str) -> Basis | None:
+    """Let the language model write a criterion's texts; None, with a warning, if it cannot."""
+    try:
+        draft = generation.draft(name, model, Recipe(), embedder.embed_text, [prompt])
+    except GenerationError as error:
+        warn(str(error))
+        return None
+    basis = embedder.create_basis(
+        f"{name} generated",
+        [candidate.text for candidate in draft.texts],
+        prompts=[prompt],
+        provenance=draft.provenance,
+    )
+    out.print(f"[bold]{name}[/]: {', '.join(basis.texts)}", highlight=False)
+    return basis
 
 
 def _render(directory: Path, count: int, seed: int) -> Path:
@@ -120,14 +153,12 @@ def _print_table(summary: dict[str, Any]) -> None:
     )
     table.add_column("criterion")
     table.add_column("universal", justify="right")
-    table.add_column("conditional", justify="right", style="bold")
-    table.add_column("texts of its basis", overflow="ellipsis", no_wrap=True)
+    table.add_column("conditional, texts from the language model", justify="right", style="bold")
+    table.add_column("conditional, true words", justify="right")
     for row in summary["criteria"]:
+        generated = f"{row['generated']:.3f}" if "generated" in row else "none"
         table.add_row(
-            row["criterion"],
-            f"{row['universal']:.3f}",
-            f"{row['conditional']:.3f}",
-            ", ".join(row["texts"]),
+            row["criterion"], f"{row['universal']:.3f}", generated, f"{row['true_words']:.3f}"
         )
     out.print(table)
     note(

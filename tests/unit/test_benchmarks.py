@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from crl_benchmarks import basis_quality
 from crl_benchmarks.embed_latency import CRITERIA, measure
 from crl_sdk import ModelBundle, demo_bundle
 
@@ -11,3 +14,35 @@ def test_embed_latency():
     assert [record["batch"] for record in records] == [1, 3]
     for record in records:
         assert all(record[f"criteria_{count}"]["p50_ms"] > 0 for count in CRITERIA)
+
+
+class Fluent:
+    """A language model that knows shapes and colours, and says nothing of use on the rest."""
+
+    name, follows_instructions = "fluent", False
+
+    def complete(self, prompt, grammar, sampling, on_token=None):
+        criterion = prompt.splitlines()[-1].rstrip(":")
+        known = {"shape": " round, oval, square, star, heart, cross, triangle\n",
+                 "color": " red, green, blue, yellow, pink, purple, black, white\n"}  # fmt: skip
+        return known.get(criterion, " ...\n")
+
+    chat = complete
+
+    def describe(self):
+        return {"name": self.name}
+
+
+def test_basis_quality():
+    pytest.importorskip("sklearn")
+    results = basis_quality.evaluate(
+        {"fluent": Fluent()}, images=200, seeds=[0], splits=1, helped=False
+    )
+    assert basis_quality.gain(results["shape"], "fluent") > 0.5
+    assert basis_quality.gain(results["colour"], "fluent") > 0.7
+    assert basis_quality.gain(results["colour"], "random words") < 0.7
+    (refused,) = results["count"]["fluent"]["scores"]
+    (universal,) = results["count"]["universal"]["scores"]
+    assert refused == universal  # where the model gives nothing, nothing is gained
+    assert basis_quality.as_table(results).count("| shape |") == 4
+    assert basis_quality.values_named("shape", ["Rounded", "stars", "cone"]) == 2
