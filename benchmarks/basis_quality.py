@@ -28,9 +28,10 @@ from crl_export.demo.world import CRITERIA
 from crl_sdk import Embedder, demo_bundle
 from crl_sdk.build import DEFAULT_MERGE_THRESHOLD, build_basis
 from crl_sdk.errors import GenerationError
-from crl_sdk.generate import Recipe, generate_texts, text_key
+from crl_sdk.generate import Recipe, generate_texts
 from crl_sdk.llm import LocalModel
 from crl_sdk.projection import normalise_rows
+from crl_sdk.votes import text_key
 
 SHOTS = 10
 SPLITS = 20

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -20,6 +19,7 @@ from crl_sdk.basis import normalise_criterion
 from crl_sdk.build import DEFAULT_PROMPT, EmbedText, embed_with_prompts
 from crl_sdk.errors import GenerationError, InvalidInputError
 from crl_sdk.llm import LocalModel, Sampling
+from crl_sdk.votes import Candidate, Poll, text_key
 
 Progress: TypeAlias = Callable[[int, int, float], None]
 Form: TypeAlias = Literal["auto", "completion", "chat"]
@@ -49,7 +49,6 @@ MIN_DISTANCE = 0.05
 
 MAX_HINT = 200
 _PLAIN = re.compile(r"[^\W_][\w ,.'()/&-]*")
-_ARTICLES = ("a ", "an ", "the ", "some ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +116,6 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A text, and how many of the model's answers hold it."""
-
-    text: str
-    votes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Dropped:
     """A text that was left out, and why."""
 
@@ -150,6 +141,11 @@ class Draft:
     dropped: tuple[Dropped, ...]
     answers: int
     provenance: dict[str, Any]
+
+    @property
+    def unsure(self) -> bool:
+        """Whether no text is in `SURE` of the answers: the model hardly knows the criterion."""
+        return all(text.votes < SURE * self.answers for text in self.texts)
 
 
 def generate_texts(
@@ -182,35 +178,11 @@ def generate_texts(
     form = recipe.form
     if form == "auto":
         form = "chat" if model.follows_instructions else "completion"
-    ask = model.chat if form == "chat" else model.complete
-    compose = compose_chat if form == "chat" else compose_completion
-
-    def on_token(tokens: int, seconds: float) -> None:
-        if progress is not None:
-            progress(len(seeds), tokens, seconds)
-
-    poll = _Poll()
-    unchanged, trusted = 0, 0
-    seeds: list[int] = []
-    answer = ""
-    while len(seeds) < recipe.max_answers and unchanged < recipe.patience:
-        seed = recipe.seed + len(seeds)
-        sampling = Sampling(
-            recipe.temperatures[len(seeds) % len(recipe.temperatures)],
-            seed,
-            recipe.repeat_penalty,
-            recipe.max_tokens,
-        )
-        answer = ask(compose(name, recipe, seed), GRAMMAR, sampling, on_token)
-        poll.count(answer)
-        seeds.append(seed)
-        now = sum(votes >= 2 for votes in poll.votes.values())
-        unchanged, trusted = (0, now) if now > trusted else (unchanged + 1, trusted)
-
+    poll, seeds = _ask(name, model, recipe, form, progress)
     ranked = poll.ranking()
     texts, dropped = _screen(name, ranked, recipe, len(seeds))
     if len(texts) < MIN_TEXTS:
-        said = ", ".join(f"{c.text} ({c.votes})" for c in ranked[:12]) or repr(answer[:80])
+        said = ", ".join(f"{c.text} ({c.votes})" for c in ranked[:12]) or "nothing"
         raise GenerationError(
             f"{model.name} does not seem to know {name!r}: in {len(seeds)} answers it agreed on "
             f"{len(texts)} texts, {MIN_TEXTS} are needed. It said: {said}. Try a hint or an "
@@ -240,6 +212,34 @@ def generate_texts(
     )
 
 
+def _ask(
+    criterion: str, model: LocalModel, recipe: Recipe, form: Form, progress: Progress | None
+) -> tuple[Poll, list[int]]:
+    """Ask until answers add nothing any more; give their votes and their seeds."""
+    ask = model.chat if form == "chat" else model.complete
+    compose = compose_chat if form == "chat" else compose_completion
+    poll, seeds = Poll(), list[int]()
+    unchanged = trusted = 0
+
+    def on_token(tokens: int, seconds: float) -> None:
+        if progress is not None:
+            progress(len(seeds), tokens, seconds)
+
+    while len(seeds) < recipe.max_answers and unchanged < recipe.patience:
+        seed = recipe.seed + len(seeds)
+        sampling = Sampling(
+            recipe.temperatures[len(seeds) % len(recipe.temperatures)],
+            seed,
+            recipe.repeat_penalty,
+            recipe.max_tokens,
+        )
+        poll.count(ask(compose(criterion, recipe, seed), GRAMMAR, sampling, on_token))
+        seeds.append(seed)
+        now = sum(votes >= 2 for votes in poll.votes.values())
+        unchanged, trusted = (0, now) if now > trusted else (unchanged + 1, trusted)
+    return poll, seeds
+
+
 def compose_completion(criterion: str, recipe: Recipe, seed: int) -> str:
     """Write few-shot lines, in an order that the seed decides, and the line to be continued.
 
@@ -263,64 +263,6 @@ def compose_chat(criterion: str, recipe: Recipe, seed: int) -> str:
         f"different values that the {criterion} of what is in a picture can have, each of one to "
         f"three words, lower case, separated by commas.{hint} Answer with the list alone."
     )
-
-
-def text_key(text: str) -> str:
-    """Give what two texts share that differ in case, article, hyphen or plural alone."""
-    plain = " ".join(text.casefold().replace("-", " ").split())
-    for article in _ARTICLES:
-        plain = plain.removeprefix(article)
-    return " ".join(_singular(word) for word in plain.split())
-
-
-def _singular(word: str) -> str:
-    """Cut a plural ending; a key need not be a word, only the same for both numbers."""
-    if len(word) > 4 and word.endswith("ies"):
-        return word[:-3] + "y"
-    if len(word) > 4 and word.endswith(("ses", "xes", "zes", "ches", "shes")):
-        return word[:-2]
-    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
-        return word[:-1]
-    return word
-
-
-class _Poll:
-    """Counts in how many answers each text occurs, under all its spellings."""
-
-    def __init__(self) -> None:
-        self.votes: Counter[str] = Counter()
-        self._spellings: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        self._positions: defaultdict[str, list[int]] = defaultdict(list)
-
-    def count(self, answer: str) -> None:
-        """Count the texts of an answer, each once; the last may be cut off and is left out."""
-        texts = answer.split(",") if answer.endswith("\n") else answer.split(",")[:-1]
-        seen: set[str] = set()
-        for position, raw in enumerate(texts):
-            text = " ".join(raw.split())
-            key = text_key(text)
-            if not key:
-                continue
-            self._spellings[key][text] += 1
-            if key not in seen:
-                seen.add(key)
-                self.votes[key] += 1
-                self._positions[key].append(position)
-
-    def ranking(self) -> list[Candidate]:
-        """Give the texts, most votes first, then earliest named; each in its commonest spelling."""
-
-        def order(key: str) -> tuple[float, float, str]:
-            return -self.votes[key], float(np.mean(self._positions[key])), key
-
-        return [
-            Candidate(self._spelling(key), self.votes[key]) for key in sorted(self.votes, key=order)
-        ]
-
-    def _spelling(self, key: str) -> str:
-        """Give the commonest spelling; of several, the shortest."""
-        spellings = self._spellings[key]
-        return min(spellings, key=lambda text: (-spellings[text], len(text), text))
 
 
 def _screen(

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from crl_sdk.build import EmbedText
-from crl_sdk.cli.console import note, out, print_json, spinner
+from crl_sdk.cli.console import note, out, print_json, spinner, warn
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.generate import Draft, Form, Recipe, generate_texts
 from crl_sdk.llm import LocalModel
@@ -84,6 +84,11 @@ def draft(
         note(
             f"{llm.name}: {made.answers} answers, {llm.tokens} tokens in {llm.seconds:.1f} s, "
             f"{len(made.texts)} texts kept, {len(made.dropped)} dropped"
+        )
+    if made.unsure:
+        warn(
+            f"{llm.name} hardly knows {made.criterion!r}: no text is in a quarter of its answers. "
+            "Look at them with --dry-run; a hint, an example or a larger model may help"
         )
     return made
 

@@ -19,8 +19,8 @@ from crl_sdk.generate import (
     compose_completion,
     generate_texts,
     similarity_to_others,
-    text_key,
 )
+from crl_sdk.votes import text_key
 
 
 class Scripted:
@@ -115,8 +115,15 @@ def test_a_model_that_does_not_know_is_an_error_that_quotes_it():
     answers = [f" {a}, {b}, {c}\n" for a, b, c in zip("abcd", "efgh", "ijkl", strict=True)]
     with pytest.raises(GenerationError, match=r"seem to know 'plant disease'.*a \(1\).*a hint"):
         generate_texts("plant disease", Scripted(*answers), Recipe(max_answers=4))
-    with pytest.raises(GenerationError, match=r"'\{\}\{\}'"):
+    with pytest.raises(GenerationError, match="It said: nothing"):
         generate_texts("color", Scripted("{}{}"), Recipe(max_answers=2))
+
+
+def test_a_flat_list_is_called_unsure():
+    few = [f" {word}, {word} x, {word} y\n" for word in ("up", "low", "far")]
+    assert not generate_texts("viewpoint", Scripted(*few), Recipe(max_answers=12)).unsure
+    flat = [f" a{i}, b{i}, c{i}\n" for i in range(6)]
+    assert generate_texts("viewpoint", Scripted(*flat), Recipe(max_answers=12, patience=12)).unsure
 
 
 def test_strays_in_the_space_of_the_model_are_dropped():
