@@ -14,13 +14,16 @@ from crl_sdk._version import __version__
 if TYPE_CHECKING:
     from crl_sdk.basis import Basis
     from crl_sdk.bundle import ModelBundle, demo_bundle
+    from crl_sdk.client import AsyncClient, Client
     from crl_sdk.embedder import Embedder, Embeddings
     from crl_sdk.errors import CrlError
     from crl_sdk.preprocess import ImageLimits
     from crl_sdk.projection import Projection
 
 _HOMES = {
+    "AsyncClient": "crl_sdk.client",
     "Basis": "crl_sdk.basis",
+    "Client": "crl_sdk.client",
     "CrlError": "crl_sdk.errors",
     "Embedder": "crl_sdk.embedder",
     "Embeddings": "crl_sdk.embedder",
@@ -31,7 +34,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "AsyncClient",
     "Basis",
+    "Client",
     "CrlError",
     "Embedder",
     "Embeddings",

@@ -113,6 +113,10 @@ class Basis:
                 f"crl basis create {self.criterion!r}"
             )
 
+    def sha256(self) -> str:
+        """Digest everything the basis says, in hex: equal for equal bases, wherever they lie."""
+        return _digest(self._header(), self._tensors())
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the basis; the file is replaced whole or not at all.
 

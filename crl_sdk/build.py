@@ -51,8 +51,8 @@ def build_basis(
 
     Raises:
         CriterionError: the criterion is malformed.
-        InvalidInputError: no texts, a malformed prompt, threshold or reference.
-        BasisError: too few distinct texts for the method.
+        InvalidInputError: no texts, too few for the method, a malformed prompt, threshold or
+            reference.
     """
     name = normalise_criterion(criterion)
     checked_prompts = _check_prompts(prompts)
@@ -99,9 +99,8 @@ def edit_basis(
 
     Raises:
         BasisMismatchError: the basis is another model's.
-        InvalidInputError: a text to remove is not there, or none would be left.
-        BasisError: the basis was centred on reference images, which it does not hold, or too few
-            texts would be left.
+        InvalidInputError: a text to remove is not there, or too few would be left.
+        BasisError: the basis was centred on reference images, which it does not hold.
     """
     basis.require_fingerprint(fingerprint)
     if basis.projection.bias.any():
@@ -150,8 +149,8 @@ def make_projection(
         reference: (n, d) embeddings of typical images, or None.
 
     Raises:
-        InvalidInputError: unknown method, or a reference that `cosine` does not take.
-        BasisError: `centred` with fewer than two texts.
+        InvalidInputError: unknown method, a reference that `cosine` does not take, or `centred`
+            with fewer than two texts.
     """
     k, d = text_embeddings.shape
     if method == "cosine":
@@ -163,7 +162,7 @@ def make_projection(
     if method != "centred":
         raise InvalidInputError(f"expected a method in {METHODS}, got {method!r}")
     if k < 2:  # one text minus its mean is nothing
-        raise BasisError(
+        raise InvalidInputError(
             "the method 'centred' needs at least two distinct texts, got one; add texts, or use "
             "the method 'cosine'"
         )

@@ -18,7 +18,13 @@ from crl_sdk.basis import Basis, normalise_criterion
 from crl_sdk.build import build_basis
 from crl_sdk.bundle import ModelBundle
 from crl_sdk.engines import ImageEngine, TextEngine
-from crl_sdk.errors import CriterionError, ImageBatchError, ImageError, InvalidInputError
+from crl_sdk.errors import (
+    CriterionError,
+    ImageBatchError,
+    ImageError,
+    InvalidInputError,
+    UnknownCriterionError,
+)
 from crl_sdk.preprocess import DEFAULT_LIMITS, ImageLimits, load_pixels
 from crl_sdk.projection import normalise_rows, pack
 
@@ -209,7 +215,7 @@ class Embedder:
             progress: called after each batch with the number of images done so far.
 
         Raises:
-            CriterionError: no basis of that name is loaded.
+            UnknownCriterionError: no basis of that name is loaded.
             BasisMismatchError: a basis was made for another model.
             ImageBatchError: some images failed; it carries the result of the others.
             EngineError: an engine run failed.
@@ -257,6 +263,20 @@ class Embedder:
             raise ImageBatchError(errors, result)
         return result
 
+    def embed_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Embed what `crl_sdk.preprocess` made of images, in one engine run.
+
+        Args:
+            pixels: (n, H, W, 3) uint8, in the model's own size.
+
+        Returns:
+            (n, d) float32, unit rows.
+
+        Raises:
+            EngineError: the run failed.
+        """
+        return self._image_engine.run(pixels, *self._pack([])[:2])[0]
+
     def embed_text(self, texts: Sequence[str], *, truncate: bool = False) -> NDArray[np.float32]:
         """Embed texts with the text tower.
 
@@ -297,7 +317,7 @@ class Embedder:
             (n, m) float32.
 
         Raises:
-            CriterionError: no basis of that name is loaded.
+            UnknownCriterionError: no basis of that name is loaded.
             BasisMismatchError: the basis was made for another model.
             InvalidInputError: a wrong shape or dtype, NaN or infinity.
         """
@@ -309,7 +329,7 @@ class Embedder:
             return criterion
         name = normalise_criterion(criterion)
         if name not in self._bases:
-            raise CriterionError(
+            raise UnknownCriterionError(
                 f"no basis {name!r} is loaded, known are {sorted(self._bases)}: make one with "
                 f"create_basis({name!r}, texts) or load one with add_basis(path)"
             )

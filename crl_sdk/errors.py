@@ -17,7 +17,11 @@ class InvalidInputError(CrlError, ValueError):
 
 
 class CriterionError(InvalidInputError):
-    """A criterion's name is malformed, or no basis of that name is loaded."""
+    """A criterion's name is malformed."""
+
+
+class UnknownCriterionError(CriterionError):
+    """No basis of that name is loaded; the message lists those that are."""
 
 
 class ImageError(InvalidInputError):
@@ -75,6 +79,10 @@ class BasisError(CrlError):
     """A basis cannot be built, read or written."""
 
 
+class BasisExistsError(BasisError):
+    """There is a basis of that name, which was not to be replaced."""
+
+
 class GenerationError(BasisError):
     """A language model cannot be loaded, fails, or gives nothing usable."""
 
@@ -85,6 +93,31 @@ class BasisMismatchError(BasisError):
 
 class EngineError(CrlError):
     """A runtime, device or precision is missing, or an inference run failed."""
+
+
+class ServiceError(CrlError):
+    """A service cannot be reached, or refused a call for a reason of its own."""
+
+
+class OverloadedError(ServiceError):
+    """The service has more to do than it may queue.
+
+    Attributes:
+        retry_after: seconds after which another try may succeed.
+    """
+
+    def __init__(self, message: str, *, retry_after: float = 0.1) -> None:
+        """Store `retry_after` beside the message."""
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(ServiceError, TimeoutError):
+    """The time given for a call was over before it was done."""
+
+
+class AccessError(ServiceError):
+    """The token is missing, unknown, or without the right that a call needs."""
 
 
 class ExportError(CrlError):

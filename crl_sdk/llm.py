@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crl_sdk.bundle import sha256_file
-from crl_sdk.errors import GenerationError, MissingDependencyError
+from crl_sdk.errors import CrlError, GenerationError, MissingDependencyError
 
 if TYPE_CHECKING:
     import llama_cpp
@@ -171,6 +171,8 @@ class LocalModel:
                 self.tokens += 1
                 if on_token is not None:
                     on_token(self.tokens, self.seconds + time.perf_counter() - started)
+        except CrlError:  # of on_token, which may end it
+            raise
         except Exception as error:  # llama_cpp raises bare ValueError and RuntimeError
             raise GenerationError(f"{self.name}: llama.cpp failed ({error})") from error
         finally:

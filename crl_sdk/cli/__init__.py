@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from crl_sdk._version import __version__
-from crl_sdk.cli import basis, demo, embed, models
+from crl_sdk.cli import basis, demo, embed, models, serve
 from crl_sdk.cli.console import err, print_error
 from crl_sdk.errors import CrlError
 
@@ -24,6 +24,7 @@ app.command("export")(models.export)
 app.command("info")(models.info)
 app.add_typer(basis.app, name="basis")
 app.command("embed")(embed.embed)
+app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 app.command("demo-data")(demo.demo_data)
 

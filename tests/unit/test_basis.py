@@ -124,8 +124,8 @@ def test_golden_file():
         ([], {}, InvalidInputError, "at least one text"),
         ("red", {}, InvalidInputError, r"pass \['red'\]"),
         (["red", "  "], {}, InvalidInputError, "no visible characters"),
-        (["red"], {}, BasisError, "at least two distinct texts"),
-        (["red", "RED"], {}, BasisError, "at least two distinct texts"),
+        (["red"], {}, InvalidInputError, "at least two distinct texts"),
+        (["red", "RED"], {}, InvalidInputError, "at least two distinct texts"),
         (["red", "blue"], {"prompts": []}, InvalidInputError, "at least one prompt"),
         (["red", "blue"], {"prompts": ["no place"]}, InvalidInputError, "exactly one {}"),
         (["red", "blue"], {"prompts": ["{} {}"]}, InvalidInputError, "exactly one {}"),
@@ -150,7 +150,7 @@ def test_bad_arguments(texts, options, error, words):
 
 def test_one_text_is_enough_for_cosine():
     assert make(["red"], method="cosine").projection.output_dim == 1
-    with pytest.raises(BasisError):
+    with pytest.raises(InvalidInputError):
         make_projection(np.ones((1, 8), np.float32), "centred")
 
 
@@ -293,7 +293,7 @@ def test_editing_refuses_what_it_cannot_do():
         edit_basis(basis, embed_text, fingerprint=FINGERPRINT, remove=["pink"])
     with pytest.raises(BasisMismatchError):
         edit_basis(basis, embed_text, fingerprint="0" * 64, add=["pink"])
-    with pytest.raises(BasisError, match="at least two"):
+    with pytest.raises(InvalidInputError, match="at least two"):
         edit_basis(basis, embed_text, fingerprint=FINGERPRINT, remove=["red", "blue"])
     referenced = make(reference=embed_text(["an image"]))
     with pytest.raises(BasisError, match="reference images"):

@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[2]
 
 def test_public_names():
     assert crl_sdk.__all__ == [
+        "AsyncClient",
         "Basis",
+        "Client",
         "CrlError",
         "Embedder",
         "Embeddings",

@@ -1,0 +1,60 @@
+"""`crl serve`: the service in the foreground."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from crl_sdk.cli import generation
+from crl_sdk.cli.options import (
+    DEFAULT_BASES,
+    BasesOption,
+    BundleOption,
+    DeviceOption,
+    PrecisionOption,
+    ThreadsOption,
+    open_embedder,
+)
+from crl_sdk.errors import MissingDependencyError
+from crl_sdk.llm import LocalModel
+
+
+def serve(
+    address: Annotated[
+        str, typer.Option(help="host:port (port 0: any free one) or unix:PATH.")
+    ] = "127.0.0.1:50051",
+    bundle: BundleOption = None,
+    bases: BasesOption = DEFAULT_BASES,
+    precision: PrecisionOption = "auto",
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images of one engine run at most.")] = 32,
+    max_queue: Annotated[int, typer.Option(min=1, help="Images that may wait.")] = 1024,
+    cache_mb: Annotated[int, typer.Option(min=0, help="Of known embeddings; 0 for none.")] = 256,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Offer GenerateBasis with a local language model.")
+    ] = False,
+    model: generation.ModelOption = None,
+) -> None:
+    """Serve conditional embeddings over gRPC until SIGTERM or Ctrl-C, then drain."""
+    try:
+        from crl_sdk.serving.pipeline import Limits
+        from crl_sdk.serving.server import Settings
+        from crl_sdk.serving.server import serve as run
+    except ImportError as error:
+        raise MissingDependencyError(error.name or "grpcio", "serve", "crl serve") from error
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    settings = Settings(
+        address=address,
+        bases=Path(bases),
+        limits=Limits(max_batch=max_batch, max_queue=max_queue, cache_bytes=cache_mb << 20),
+        open_model=partial(LocalModel.open, model) if generate else None,
+    )
+    with open_embedder(bundle, precision, device, threads) as embedder:
+        asyncio.run(run(embedder, settings))

@@ -1,0 +1,1 @@
+"""The service: batcher and request path know no transport; service and server speak gRPC."""

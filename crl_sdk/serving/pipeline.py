@@ -1,0 +1,269 @@
+"""The path of one request, top to bottom: read, look up, decode, batch, project. No transport."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crl_sdk.embedder import Embedder
+from crl_sdk.errors import DeadlineError, ImageError, InvalidInputError, OverloadedError
+from crl_sdk.preprocess import load_pixels
+from crl_sdk.projection import check_embeddings
+from crl_sdk.serving.bases import BasisStore, StoredBasis
+from crl_sdk.serving.batcher import Batcher, Row
+from crl_sdk.serving.cache import EmbeddingCache
+
+Source = bytes | NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the service takes on.
+
+    Attributes:
+        max_images: images of one request.
+        max_batch: images of one engine run.
+        max_queue: images that wait for the engine.
+        max_decoding: images that are being decoded or wait for it.
+        cache_bytes: of the embedding cache; 0 for none.
+    """
+
+    max_images: int = 256
+    max_batch: int = 32
+    max_queue: int = 1024
+    max_decoding: int = 1024
+    cache_bytes: int = 256 * 2**20
+
+
+@dataclass(slots=True)
+class ImageOutcome:
+    """What became of one image.
+
+    Attributes:
+        embedding: (d,) float32, None if the image failed.
+        error: why, else None.
+        digest: SHA-256 of its bytes or pixels; empty for a stored embedding.
+        cached: whether its embedding was known.
+    """
+
+    embedding: NDArray[np.float32] | None = None
+    error: ImageError | None = None
+    digest: bytes = b""
+    cached: bool = False
+
+
+@dataclass(slots=True)
+class Timing:
+    """Seconds of the slowest image in each stage, and of the whole request."""
+
+    preprocess: float = 0.0
+    queue: float = 0.0
+    infer: float = 0.0
+    project: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The answer to a request.
+
+    Attributes:
+        images: one outcome per image.
+        universal: (n, d) float32; NaN in the rows of failed images.
+        conditional: (n, m) float32 per basis, in the order asked for; NaN likewise.
+        bases: those used, all of one moment.
+        timing: where the time went.
+    """
+
+    images: list[ImageOutcome]
+    universal: NDArray[np.float32]
+    conditional: list[NDArray[np.float32]]
+    bases: list[StoredBasis]
+    timing: Timing
+
+
+class Pipeline:
+    """Serves requests with one model. `start` it in the event loop that will call `embed`."""
+
+    def __init__(self, embedder: Embedder, bases: BasisStore, limits: Limits = Limits()) -> None:
+        """Store the parts; the embedder's engine runs in the batcher's thread."""
+        self.embedder = embedder
+        self.bases = bases
+        self.limits = limits
+        self.cache = EmbeddingCache(limits.cache_bytes)
+        spec = embedder.bundle.preprocess
+        self.batcher = Batcher(
+            embedder.embed_pixels,
+            np.zeros((1, spec.height, spec.width, 3), np.uint8),
+            max_batch=limits.max_batch,
+            max_queue=limits.max_queue,
+        )
+        self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="crl-decode")
+        self._decoding = 0
+
+    def start(self) -> None:
+        """Start the engine's thread. Call it in the event loop."""
+        self.batcher.start(asyncio.get_running_loop())
+
+    async def warm_up(self) -> None:
+        """Run the engine through the real queue, at batch 1 and at the largest batch."""
+        spec = self.embedder.bundle.preprocess
+        blank = np.zeros((spec.height, spec.width, 3), np.uint8)
+        for count in (1, self.limits.max_batch):
+            await asyncio.gather(
+                *self.batcher.submit([blank] * count, deadline=None, client="warm-up")
+            )
+
+    async def stop(self) -> None:
+        """Finish what waits, then free the threads."""
+        await asyncio.to_thread(self.batcher.stop)
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+
+    async def embed(
+        self,
+        images: Sequence[Source],
+        criteria: Sequence[str] = (),
+        *,
+        deadline: float | None = None,
+        client: str = "",
+    ) -> Result:
+        """Embed images for criteria. A bad image fails alone.
+
+        Args:
+            images: each an encoded image (bytes), pixels (uint8 of 2 or 3 dimensions) or a stored
+                universal embedding (float of shape (d,)).
+            criteria: names of bases, each once.
+            deadline: `time.monotonic()` after which nobody waits.
+            client: whose turn it is in the queue.
+
+        Raises:
+            InvalidInputError: no images, too many, or a stored embedding that does not fit.
+            CriterionError: no such basis.
+            OverloadedError: too much waits already.
+            DeadlineError: the deadline has passed.
+            EngineError: the engine failed.
+        """
+        arrived = time.monotonic()
+        if not 1 <= len(images) <= self.limits.max_images:
+            raise InvalidInputError(
+                f"expected 1 to {self.limits.max_images} images in one call, got {len(images)}"
+            )
+        bases = self.bases.select(criteria)
+        timing = Timing()
+        outcomes = [self._look_up(source) for source in images]
+        wanted = [
+            (source, outcome)
+            for source, outcome in zip(images, outcomes, strict=True)
+            if outcome.embedding is None and outcome.error is None
+        ]
+        if wanted:
+            await self._compute(wanted, deadline, client, timing)
+        started = time.monotonic()
+        universal, conditional = self._project(outcomes, bases)
+        now = time.monotonic()
+        timing.project, timing.total = now - started, now - arrived
+        return Result(outcomes, universal, conditional, bases, timing)
+
+    def _look_up(self, source: Source) -> ImageOutcome:
+        """Recognise a stored embedding or a known image."""
+        if isinstance(source, np.ndarray) and source.dtype.kind == "f":
+            row = check_embeddings(source[None], self.embedder.bundle.embedding_dim)[0]
+            return ImageOutcome(embedding=row)
+        outcome = ImageOutcome(digest=digest_of(source))
+        outcome.embedding = self.cache.get(outcome.digest)
+        outcome.cached = outcome.embedding is not None
+        return outcome
+
+    async def _compute(
+        self,
+        wanted: list[tuple[Source, ImageOutcome]],
+        deadline: float | None,
+        client: str,
+        timing: Timing,
+    ) -> None:
+        """Decode images in the pool, run them through the engine, and keep what comes out."""
+        started = time.monotonic()
+        if deadline is not None and deadline <= started:
+            raise DeadlineError("the deadline had passed when the request arrived")
+        if self._decoding + len(wanted) > self.limits.max_decoding:
+            self.batcher.counts.rejected += len(wanted)
+            raise OverloadedError(
+                f"{self._decoding} images are being decoded, {self.limits.max_decoding} may be; "
+                "try again later, or send fewer at once",
+                retry_after=0.2,
+            )
+        loop = asyncio.get_running_loop()
+        self._decoding += len(wanted)
+        try:
+            decoded = await asyncio.gather(
+                *(
+                    loop.run_in_executor(self._decoders, self._decode, source, deadline)
+                    for source, _ in wanted
+                )
+            )
+        finally:
+            self._decoding -= len(wanted)
+        timing.preprocess = time.monotonic() - started
+        ready: list[tuple[NDArray[np.uint8], ImageOutcome]] = []
+        for pixels, (_, outcome) in zip(decoded, wanted, strict=True):
+            if isinstance(pixels, ImageError):
+                outcome.error = pixels
+            else:
+                ready.append((pixels, outcome))
+        if not ready:
+            return
+        futures = self.batcher.submit(
+            [pixels for pixels, _ in ready], deadline=deadline, client=client
+        )
+        try:
+            rows: list[Row] = await asyncio.gather(*futures)
+        finally:
+            for future in futures:  # if one fails, or the caller is gone, none is waited for
+                future.cancel()
+        for row, (_, outcome) in zip(rows, ready, strict=True):
+            outcome.embedding = row.embedding
+            self.cache.put(outcome.digest, row.embedding)
+        timing.queue = max(row.queue_seconds for row in rows)
+        timing.infer = max(row.infer_seconds for row in rows)
+
+    def _decode(self, source: Source, deadline: float | None) -> NDArray[np.uint8] | ImageError:
+        if deadline is not None and deadline <= time.monotonic():
+            raise DeadlineError("the deadline passed before the image was decoded")
+        try:
+            return load_pixels(source, self.embedder.bundle.preprocess, limits=self.embedder.limits)
+        except ImageError as error:
+            return error
+
+    def _project(
+        self, outcomes: Sequence[ImageOutcome], bases: Sequence[StoredBasis]
+    ) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
+        universal = np.full((len(outcomes), self.embedder.bundle.embedding_dim), np.nan, np.float32)
+        good = [i for i, outcome in enumerate(outcomes) if outcome.embedding is not None]
+        for i in good:
+            universal[i] = outcomes[i].embedding
+        conditional = []
+        for stored in bases:
+            projection = stored.basis.projection
+            rows = np.full((len(outcomes), projection.output_dim), np.nan, np.float32)
+            if good:
+                rows[good] = projection.apply(universal[good])
+            conditional.append(rows)
+        return universal, conditional
+
+
+def digest_of(source: Source) -> bytes:
+    """Give the SHA-256 of encoded bytes, or of shape and pixels: 32 bytes."""
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).digest()
+    digest = hashlib.sha256(f"pixels {source.shape}".encode())
+    digest.update(np.ascontiguousarray(source).data)
+    return digest.digest()

@@ -1,0 +1,168 @@
+"""The server: one event loop, our services, health and reflection, a graceful end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from crl_sdk.embedder import Embedder
+from crl_sdk.errors import ServiceError
+from crl_sdk.pb.crl.v1 import basis_pb2, basis_pb2_grpc, embedding_pb2, embedding_pb2_grpc
+from crl_sdk.serving.bases import BasisStore
+from crl_sdk.serving.pipeline import Limits, Pipeline
+from crl_sdk.serving.service import BasisService, EmbeddingService, OpenModel
+
+SERVICES = (
+    embedding_pb2.DESCRIPTOR.services_by_name["EmbeddingService"].full_name,
+    basis_pb2.DESCRIPTOR.services_by_name["BasisService"].full_name,
+)
+HANG_SECONDS = 30.0
+"""An engine run that takes longer counts as hanging: health says so until it ends."""
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How the server listens.
+
+    Attributes:
+        address: `host:port`, port 0 for any free one, or `unix:PATH`.
+        bases: directory of bases, which this server owns.
+        limits: what it takes on.
+        max_message_bytes: of one message, in either direction.
+        open_model: loads the language model of GenerateBasis; None to offer none.
+        drain_seconds: how long calls that are under way may take after SIGTERM.
+    """
+
+    address: str = "127.0.0.1:50051"
+    bases: Path = Path("bases")
+    limits: Limits = field(default_factory=Limits)
+    max_message_bytes: int = 64 * 2**20
+    drain_seconds: float = 30.0
+    open_model: OpenModel | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server that answers.
+
+    Attributes:
+        address: where it listens, with the port it got.
+        pipeline: what it serves from.
+    """
+
+    address: str
+    pipeline: Pipeline
+
+
+@asynccontextmanager
+async def running(embedder: Embedder, settings: Settings) -> AsyncIterator[Running]:
+    """Serve while the context is open; leaving it drains and stops.
+
+    Args:
+        embedder: the model; it is not closed.
+        settings: how to listen.
+
+    Raises:
+        ServiceError: the address cannot be used.
+        BasisError: another server owns the directory of bases.
+        EngineError: the engine fails on the warm-up.
+    """
+    bases = BasisStore(settings.bases, embedder.bundle.fingerprint)
+    bases.open()
+    pipeline = Pipeline(embedder, bases, settings.limits)
+    size = settings.max_message_bytes
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", size),
+            ("grpc.max_send_message_length", size),
+            ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a twin
+        ]
+    )
+    status = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(status, server)
+    embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingService(pipeline), server)
+    basis_pb2_grpc.add_BasisServiceServicer_to_server(
+        BasisService(pipeline, settings.open_model), server
+    )
+    names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    watcher: asyncio.Task[None] | None = None
+    try:
+        address = _listen(server, settings.address)
+        await _set_health(status, _NOT_SERVING)
+        await server.start()
+        pipeline.start()
+        await pipeline.warm_up()
+        await _set_health(status, _SERVING)
+        watcher = asyncio.create_task(_watch(pipeline, status))
+        yield Running(address, pipeline)
+    finally:
+        if watcher is not None:
+            watcher.cancel()
+        await status.enter_graceful_shutdown()  # health first: balancers look elsewhere
+        await server.stop(settings.drain_seconds)
+        await pipeline.stop()
+        bases.close()
+
+
+async def serve(embedder: Embedder, settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then let what is under way finish."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(kind, stop.set)
+    async with running(embedder, settings) as server:
+        _log.info(
+            "serving %s (%s) on %s, bases: %s",
+            embedder.bundle.manifest.name,
+            embedder.engine,
+            server.address,
+            ", ".join(sorted(server.pipeline.bases.snapshot)) or "none",
+        )
+        await stop.wait()
+        _log.info("draining: calls under way have %.0f s", settings.drain_seconds)
+    _log.info("stopped")
+
+
+def _listen(server: grpc.aio.Server, address: str) -> str:
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ServiceError(f"{address}: cannot listen there ({error}); is it taken?") from error
+    return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+
+
+async def _set_health(status: health.aio.HealthServicer, value: int) -> None:
+    for name in ("", *SERVICES):
+        await status.set(name, value)
+
+
+async def _watch(pipeline: Pipeline, status: health.aio.HealthServicer) -> None:
+    """Keep health true: it turns when the engine fails or hangs, and back when it runs again."""
+    healthy = True
+    with contextlib.suppress(asyncio.CancelledError):
+        while True:
+            await asyncio.sleep(0.2)
+            batcher = pipeline.batcher
+            now = batcher.failed is None and batcher.running_seconds < HANG_SECONDS
+            if now != healthy:
+                healthy = now
+                _log.log(
+                    logging.INFO if now else logging.ERROR,
+                    "the engine %s", "is back" if now else "fails or hangs: not serving",
+                )  # fmt: skip
+                await _set_health(status, _SERVING if now else _NOT_SERVING)
