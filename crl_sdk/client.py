@@ -48,6 +48,23 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 
 @dataclass(frozen=True, slots=True)
+class Security:
+    """How a client proves who it is, and knows its server.
+
+    Attributes:
+        token: sent as `authorization: Bearer TOKEN`. Without TLS it travels in plain text.
+        authority: PEM file of the authority that signed the server's certificate; None for no TLS.
+        certificate: PEM file of the client's own certificate, for mTLS.
+        key: PEM file of its private key.
+    """
+
+    token: str = ""
+    authority: str | os.PathLike[str] | None = None
+    certificate: str | os.PathLike[str] | None = None
+    key: str | os.PathLike[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """How a client calls.
 
@@ -58,6 +75,7 @@ class Options:
         batch_size: images of one call.
         max_in_flight: calls under way at once for one long list of images.
         max_message_bytes: of one message, in either direction.
+        security: token and TLS.
     """
 
     timeout: float = 30.0
@@ -65,6 +83,7 @@ class Options:
     batch_size: int = 16
     max_in_flight: int = 4
     max_message_bytes: int = 64 * 2**20
+    security: Security = field(default_factory=Security)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +133,9 @@ class AsyncClient:
             options: how to call.
         """
         self.address, self.options = address, options
-        self._channel = grpc.aio.insecure_channel(address, options=_channel_options(options))
+        self._channel = _channel(address, options)
+        token = options.security.token
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._embedding = embedding_pb2_grpc.EmbeddingServiceStub(self._channel)
         self._bases = basis_pb2_grpc.BasisServiceStub(self._channel)
 
@@ -258,7 +279,8 @@ class AsyncClient:
         ends = time.monotonic() + self.options.timeout
         for attempt in range(self.options.retries + 1):
             try:
-                return await method(request, timeout=max(ends - time.monotonic(), 0.001))
+                remaining = max(ends - time.monotonic(), 0.001)
+                return await method(request, timeout=remaining, metadata=self._metadata)
             except grpc.aio.AioRpcError as error:
                 typed = error_of(error.code(), error.details() or "", error.trailing_metadata())
                 pause = _pause(error.code(), typed, attempt)
@@ -381,11 +403,29 @@ class Client:
         self._wait(self._client.delete_basis(criterion))
 
 
-def _channel_options(options: Options) -> list[tuple[str, int]]:
-    return [
+def _channel(address: str, options: Options) -> grpc.aio.Channel:
+    sizes = [
         ("grpc.max_receive_message_length", options.max_message_bytes),
         ("grpc.max_send_message_length", options.max_message_bytes),
     ]
+    security = options.security
+    if security.authority is None:
+        if security.certificate is not None:
+            raise InvalidInputError("a client certificate needs the server's authority too")
+        return grpc.aio.insecure_channel(address, options=sizes)
+    credentials = grpc.ssl_channel_credentials(
+        _read(security.authority), _read(security.key), _read(security.certificate)
+    )
+    return grpc.aio.secure_channel(address, credentials, options=sizes)
+
+
+def _read(path: str | os.PathLike[str] | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InvalidInputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _pause(code: grpc.StatusCode, error: Exception, attempt: int) -> float | None:

@@ -20,7 +20,7 @@ from crl_sdk.cli.options import (
     ThreadsOption,
     open_embedder,
 )
-from crl_sdk.errors import MissingDependencyError
+from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.llm import LocalModel
 
 
@@ -36,6 +36,16 @@ def serve(
     max_batch: Annotated[int, typer.Option(min=1, help="Images of one engine run at most.")] = 32,
     max_queue: Annotated[int, typer.Option(min=1, help="Images that may wait.")] = 1024,
     cache_mb: Annotated[int, typer.Option(min=0, help="Of known embeddings; 0 for none.")] = 256,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="PEM certificate chain; with --tls-key.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM private key.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="PEM authority that clients' certificates must be of: mTLS.")
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="TOML file of bearer tokens with their rights.")
+    ] = None,
     generate: Annotated[
         bool, typer.Option("--generate", help="Offer GenerateBasis with a local language model.")
     ] = False,
@@ -44,14 +54,21 @@ def serve(
     """Serve conditional embeddings over gRPC until SIGTERM or Ctrl-C, then drain."""
     try:
         from crl_sdk.serving.pipeline import Limits
+        from crl_sdk.serving.security import Tls, read_tokens
         from crl_sdk.serving.server import Settings
         from crl_sdk.serving.server import serve as run
     except ImportError as error:
         raise MissingDependencyError(error.name or "grpcio", "serve", "crl serve") from error
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True
+    )  # a log to keep, not a screen to look at
+    if (tls_cert is None) != (tls_key is None) or (tls_client_ca and tls_cert is None):
+        raise InvalidInputError("expected --tls-cert and --tls-key together")
     settings = Settings(
         address=address,
+        tls=Tls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None,
+        tokens=read_tokens(tokens) if tokens is not None else (),
         bases=Path(bases),
         limits=Limits(max_batch=max_batch, max_queue=max_queue, cache_bytes=cache_mb << 20),
         open_model=partial(LocalModel.open, model) if generate else None,

@@ -20,6 +20,7 @@ from crl_sdk.errors import ServiceError
 from crl_sdk.pb.crl.v1 import basis_pb2, basis_pb2_grpc, embedding_pb2, embedding_pb2_grpc
 from crl_sdk.serving.bases import BasisStore
 from crl_sdk.serving.pipeline import Limits, Pipeline
+from crl_sdk.serving.security import Tls, Token, TokenInterceptor
 from crl_sdk.serving.service import BasisService, EmbeddingService, OpenModel
 
 SERVICES = (
@@ -42,6 +43,8 @@ class Settings:
         address: `host:port`, port 0 for any free one, or `unix:PATH`.
         bases: directory of bases, which this server owns.
         limits: what it takes on.
+        tls: files of its TLS; None for plain text.
+        tokens: who may call; none for everybody.
         max_message_bytes: of one message, in either direction.
         open_model: loads the language model of GenerateBasis; None to offer none.
         drain_seconds: how long calls that are under way may take after SIGTERM.
@@ -50,6 +53,8 @@ class Settings:
     address: str = "127.0.0.1:50051"
     bases: Path = Path("bases")
     limits: Limits = field(default_factory=Limits)
+    tls: Tls | None = None
+    tokens: tuple[Token, ...] = ()
     max_message_bytes: int = 64 * 2**20
     drain_seconds: float = 30.0
     open_model: OpenModel | None = None
@@ -78,6 +83,7 @@ async def running(embedder: Embedder, settings: Settings) -> AsyncIterator[Runni
 
     Raises:
         ServiceError: the address cannot be used.
+        InvalidInputError: the files of its TLS cannot be read.
         BasisError: another server owns the directory of bases.
         EngineError: the engine fails on the warm-up.
     """
@@ -86,11 +92,12 @@ async def running(embedder: Embedder, settings: Settings) -> AsyncIterator[Runni
     pipeline = Pipeline(embedder, bases, settings.limits)
     size = settings.max_message_bytes
     server = grpc.aio.server(
+        interceptors=[TokenInterceptor(settings.tokens)] if settings.tokens else [],
         options=[
             ("grpc.max_receive_message_length", size),
             ("grpc.max_send_message_length", size),
             ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a twin
-        ]
+        ],
     )
     status = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
@@ -102,7 +109,7 @@ async def running(embedder: Embedder, settings: Settings) -> AsyncIterator[Runni
     reflection.enable_server_reflection(names, server)
     watcher: asyncio.Task[None] | None = None
     try:
-        address = _listen(server, settings.address)
+        address = _listen(server, settings)
         await _set_health(status, _NOT_SERVING)
         await server.start()
         pipeline.start()
@@ -138,9 +145,13 @@ async def serve(embedder: Embedder, settings: Settings) -> None:
     _log.info("stopped")
 
 
-def _listen(server: grpc.aio.Server, address: str) -> str:
+def _listen(server: grpc.aio.Server, settings: Settings) -> str:
+    address = settings.address
     try:
-        port = server.add_insecure_port(address)
+        if settings.tls is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, settings.tls.credentials())
     except RuntimeError as error:
         raise ServiceError(f"{address}: cannot listen there ({error}); is it taken?") from error
     return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"

@@ -1,0 +1,74 @@
+"""`crl serve` as a process: it says where it listens, answers, drains on SIGTERM and goes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from crl_sdk import Client
+
+
+@pytest.fixture
+def crl_serve(tmp_path):
+    """Start `crl serve` with arguments; give the process and its address."""
+    processes = []
+
+    def start(*arguments: object) -> tuple[subprocess.Popen[str], str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "crl_sdk", "serve", *map(str, arguments)],
+            cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+            env={k: v for k, v in os.environ.items() if not k.startswith("CRL_")},
+        )  # fmt: skip
+        processes.append(process)
+        timer = threading.Timer(30, process.kill)  # reading ends then
+        timer.start()
+        seen = ""
+        for line in process.stderr:
+            seen += line
+            match = re.search(r"serving crl-demo \(onnx/cpu/fp32\) on (\S+),", line)
+            if match:
+                timer.cancel()
+                return process, match[1]
+        timer.cancel()
+        raise AssertionError(f"it ended with {process.wait()}: {seen}")
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "unix:crl.sock"])
+def test_it_serves_and_drains(crl_serve, tmp_path, pictures, address):
+    process, listening = crl_serve("--address", address)
+    if address.startswith("unix:"):
+        listening = f"unix:{tmp_path / 'crl.sock'}"
+    with Client(listening) as client:
+        client.create_basis("color", ["red", "green", "blue"])
+        rows = client.embed(pictures, criteria=["color"])["color"]
+    assert rows.shape == (9, 3) and (tmp_path / "bases" / "color.safetensors").exists()
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 0 and "draining" in stderr and "stopped" in stderr
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--address", "nonsense:port"], "cannot listen there"),
+        (["--tls-cert", "cert.pem"], "--tls-key together"),
+        (["--tokens", "none.toml"], "not a TOML file of tokens"),
+        (["--bundle", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_it_cannot_start_with(crl_serve, arguments, words):
+    with pytest.raises(AssertionError, match=re.escape(words)) as caught:
+        crl_serve("--address", "127.0.0.1:0", *arguments)
+    assert "it ended with 1" in str(caught.value) and "Traceback" not in str(caught.value)
