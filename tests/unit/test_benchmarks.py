@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from crl_benchmarks import basis_quality
+from crl_benchmarks import basis_quality, service_overhead
 from crl_benchmarks.embed_latency import CRITERIA, measure
 from crl_sdk import ModelBundle, demo_bundle
 
@@ -46,3 +46,9 @@ def test_basis_quality():
     assert refused == universal  # where the model gives nothing, nothing is gained
     assert basis_quality.as_table(results).count("| shape |") == 4
     assert basis_quality.values_named("shape", ["Rounded", "stars", "cone"]) == 2
+
+
+def test_service_overhead():
+    result = service_overhead.measure(runs=5, rounds=1, seconds=0.2, side=96)
+    assert result["latency"]["service_p50_ms"] > 0
+    assert result["throughput"]["cached_per_second"] > 0

@@ -1,0 +1,201 @@
+"""What the service costs beside its pieces, all in one run on one machine.
+
+`python -m crl_benchmarks.service_overhead` measures, taking turns:
+
+- latency: `Embed` of one new JPEG at concurrency 1, against decoding and running the same picture
+  in process. The difference is what the service adds: gRPC, digest, queue, threads, reply.
+- throughput: `Embed` of a known JPEG from several concurrent callers, against a bare gRPC server on
+  the same library that returns as many bytes as it is asked to.
+
+Rows are compared with the embedder's in the same run. Ends in one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import numpy as np
+from PIL import Image
+
+from crl_export.demo.scenes import encode_scene, sample_scene
+from crl_sdk import Client, Embedder, __version__, demo_bundle, wire
+from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
+from crl_sdk.preprocess import load_pixels
+
+CRITERION, TEXTS = "color", ["red", "green", "blue", "yellow", "black", "white"]
+CALLERS = 8
+
+_ECHO = """
+import asyncio, sys
+import grpc
+
+async def main():
+    reply = bytes(int(sys.argv[1]))
+
+    async def echo(request, context):
+        return reply
+
+    server = grpc.aio.server()
+    handler = grpc.unary_unary_rpc_method_handler(echo)
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("bare.Echo", {"Echo": handler}),)
+    )
+    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    await server.start()
+    await server.wait_for_termination()
+
+asyncio.run(main())
+"""
+
+
+def new_picture(number: int, side: int) -> bytes:
+    """Encode a scene that no cache has seen, as a JPEG of the given side."""
+    image = Image.open(io.BytesIO(encode_scene(sample_scene(10_000_000 + number))))
+    buffer = io.BytesIO()
+    image.resize((side, side)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+@contextmanager
+def process(arguments: list[str], ready: str, *, stream: str) -> Iterator[str]:
+    """Start a process and give the line that says it is ready; it is ended afterwards."""
+    pipes = {stream: subprocess.PIPE}
+    with subprocess.Popen(arguments, text=True, **pipes) as running:  # type: ignore[call-overload]
+        try:
+            for line in getattr(running, stream):
+                if ready in line:
+                    yield line
+                    break
+            else:
+                raise RuntimeError(f"{arguments[:4]} ended before it was ready")
+        finally:
+            running.terminate()
+
+
+def latency(address: str, embedder: Embedder, runs: int, side: int) -> dict[str, float]:
+    """Time single calls of new pictures, and the same work in process, in turn."""
+    spec = embedder.bundle.preprocess
+    remote, local = [], []
+    with grpc.insecure_channel(address) as channel:
+        stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+        for i in range(runs + 20):
+            data = new_picture(i, side)
+            image = embedding_pb2.Image(encoded=data)
+            request = embedding_pb2.EmbedRequest(images=[image], criteria=[CRITERION])
+            started = time.perf_counter()
+            reply = stub.Embed(request)
+            middle = time.perf_counter()
+            rows = embedder.embed_pixels(load_pixels(data, spec)[None])
+            ended = time.perf_counter()
+            assert np.abs(wire.decode(reply.universal) - rows).max() < 1e-5, "wrong rows"
+            if i >= 20:
+                remote.append(middle - started)
+                local.append(ended - middle)
+    extra = np.array(remote) - np.array(local)
+    return {
+        "service_p50_ms": _ms(remote, 50), "service_p99_ms": _ms(remote, 99),
+        "pieces_p50_ms": _ms(local, 50), "pieces_p99_ms": _ms(local, 99),
+        "overhead_p50_ms": _ms(extra, 50),
+    }  # fmt: skip
+
+
+async def _rate(address: str, method: str, request: bytes, seconds: float) -> float:
+    """Call again and again from several callers; give calls per second."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        call = channel.unary_unary(method)
+        await call(request)
+        ends = time.perf_counter() + seconds
+        started, done = time.perf_counter(), 0
+
+        async def caller() -> None:
+            nonlocal done
+            while time.perf_counter() < ends:
+                await call(request)
+                done += 1
+
+        await asyncio.gather(*(caller() for _ in range(CALLERS)))
+        return done / (time.perf_counter() - started)
+
+
+def throughput(address: str, rounds: int, seconds: float, side: int) -> dict[str, float]:
+    """Compare calls per second of a known image with those of a bare echo, in turn."""
+    image = embedding_pb2.Image(encoded=new_picture(-1, side))
+    request = embedding_pb2.EmbedRequest(images=[image], criteria=[CRITERION])
+    with grpc.insecure_channel(address) as channel:
+        stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+        stub.Embed(request)
+        reply = stub.Embed(request)
+    assert reply.images[0].cached, "expected a cache hit"
+    size, data = str(reply.ByteSize()), request.SerializeToString()
+    with process([sys.executable, "-c", _ECHO, size], "", stream="stdout") as port:
+        bare_address = f"127.0.0.1:{int(port)}"
+        pairs = []
+        for _ in range(rounds):
+            bare = asyncio.run(_rate(bare_address, "/bare.Echo/Echo", data, seconds))
+            hits = asyncio.run(_rate(address, "/crl.v1.EmbeddingService/Embed", data, seconds))
+            pairs.append((bare, hits))
+    bare_rates, hit_rates = np.array(pairs).T
+    return {
+        "request_bytes": len(data),
+        "reply_bytes": reply.ByteSize(),
+        "bare_per_second": round(float(np.median(bare_rates))),
+        "cached_per_second": round(float(np.median(hit_rates))),
+        "ratio": round(float(np.median(hit_rates / bare_rates)), 3),
+    }
+
+
+def measure(runs: int, rounds: int, seconds: float, side: int) -> dict[str, Any]:
+    """Measure both on the demo model; the server is a process of its own."""
+    with (
+        tempfile.TemporaryDirectory() as bases,
+        Embedder.open(demo_bundle()) as embedder,
+        process(
+            [sys.executable, "-m", "crl_sdk", "serve", "--address", "127.0.0.1:0",
+             "--bases", bases],
+            " on 127.0.0.1:", stream="stderr",
+        ) as line,
+    ):  # fmt: skip
+        address = line.split(" on ")[1].split(",")[0]
+        with Client(address) as client:
+            client.create_basis(CRITERION, TEXTS)
+        return {
+            "picture": f"JPEG {side}x{side}",
+            "latency": latency(address, embedder, runs, side),
+            "throughput": throughput(address, rounds, seconds, side),
+        }
+
+
+def _ms(values: Any, percentile: float) -> float:
+    return round(float(np.percentile(values, percentile)) * 1e3, 3)
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--side", type=int, default=224)
+    arguments = parser.parse_args()
+    result = measure(arguments.runs, arguments.rounds, arguments.seconds, arguments.side)
+    for part in ("latency", "throughput"):
+        for name, value in result[part].items():
+            print(f"{part:11} {name:18} {value}")
+    versions = {"crl_sdk": __version__, "grpc": grpc.__version__, "machine": platform.machine()}
+    print(json.dumps(result | versions))
+
+
+if __name__ == "__main__":
+    main()
