@@ -46,6 +46,9 @@ def serve(
     tokens: Annotated[
         Path | None, typer.Option(help="TOML file of bearer tokens with their rights.")
     ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="host:port of Prometheus metrics over HTTP; none by default.")
+    ] = None,
     generate: Annotated[
         bool, typer.Option("--generate", help="Offer GenerateBasis with a local language model.")
     ] = False,
@@ -68,6 +71,7 @@ def serve(
     settings = Settings(
         address=address,
         tls=Tls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None,
+        metrics_address=metrics,
         tokens=read_tokens(tokens) if tokens is not None else (),
         bases=Path(bases),
         limits=Limits(max_batch=max_batch, max_queue=max_queue, cache_bytes=cache_mb << 20),

@@ -96,6 +96,7 @@ class Batcher:
         self.max_queue = max_queue
         self.counts = Counts()
         self.failed: EngineError | None = None
+        self.on_batch: Callable[[int], None] | None = None
         self._run = run
         self._probe = probe
         self._waiting: OrderedDict[str, deque[_Item]] = OrderedDict()
@@ -224,6 +225,8 @@ class Batcher:
         seconds = time.monotonic() - started
         self.counts.served += len(batch)
         self.counts.batches += 1
+        if self.on_batch is not None:
+            self.on_batch(len(batch))
         return [
             (item, Row(embeddings[i], started - item.submitted, seconds, len(batch)))
             for i, item in enumerate(batch)

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +109,7 @@ class Pipeline:
         )
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="crl-decode")
         self._decoding = 0
+        self.on_result: Callable[[Result], None] | None = None
 
     def start(self) -> None:
         """Start the engine's thread. Call it in the event loop."""
@@ -171,7 +172,10 @@ class Pipeline:
         universal, conditional = self._project(outcomes, bases)
         now = time.monotonic()
         timing.project, timing.total = now - started, now - arrived
-        return Result(outcomes, universal, conditional, bases, timing)
+        result = Result(outcomes, universal, conditional, bases, timing)
+        if self.on_result is not None:
+            self.on_result(result)
+        return result
 
     def _look_up(self, source: Source) -> ImageOutcome:
         """Recognise a stored embedding or a known image."""

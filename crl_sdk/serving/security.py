@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn, TypeAlias, get_args
 import grpc
 
 from crl_sdk.errors import AccessError, InvalidInputError
+from crl_sdk.serving.handlers import in_place_of
 from crl_sdk.status import trailers_of
 
 Right: TypeAlias = Literal["embed", "bases"]
@@ -137,7 +138,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         return None, ""
 
 
-def _refusing(handler: Handler, code: grpc.StatusCode, message: str) -> Handler:
+def _refusing(handler: Handler, code: grpc.StatusCode, message: str) -> Any:
     """Give a handler of the same kind that ends every call at once."""
     trailers = trailers_of(AccessError(message))
 
@@ -148,14 +149,7 @@ def _refusing(handler: Handler, code: grpc.StatusCode, message: str) -> Handler:
         await context.abort(code, message, trailers)
         yield None
 
-    kinds = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }
-    kind: Any = kinds[handler.request_streaming, handler.response_streaming]
-    return kind(refuse_stream if handler.response_streaming else refuse)  # type: ignore[no-any-return]
+    return in_place_of(handler, refuse, refuse_stream)
 
 
 def _pem(path: Path) -> bytes:

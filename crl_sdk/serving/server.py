@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +14,13 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
 
 from crl_sdk.embedder import Embedder
 from crl_sdk.errors import ServiceError
 from crl_sdk.pb.crl.v1 import basis_pb2, basis_pb2_grpc, embedding_pb2, embedding_pb2_grpc
 from crl_sdk.serving.bases import BasisStore
+from crl_sdk.serving.metrics import Metrics, MetricsInterceptor
 from crl_sdk.serving.pipeline import Limits, Pipeline
 from crl_sdk.serving.security import Tls, Token, TokenInterceptor
 from crl_sdk.serving.service import BasisService, EmbeddingService, OpenModel
@@ -45,6 +47,7 @@ class Settings:
         limits: what it takes on.
         tls: files of its TLS; None for plain text.
         tokens: who may call; none for everybody.
+        metrics_address: `host:port` of Prometheus' page over HTTP; None for none.
         max_message_bytes: of one message, in either direction.
         open_model: loads the language model of GenerateBasis; None to offer none.
         drain_seconds: how long calls that are under way may take after SIGTERM.
@@ -55,6 +58,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     tls: Tls | None = None
     tokens: tuple[Token, ...] = ()
+    metrics_address: str | None = None
     max_message_bytes: int = 64 * 2**20
     drain_seconds: float = 30.0
     open_model: OpenModel | None = None
@@ -67,10 +71,14 @@ class Running:
     Attributes:
         address: where it listens, with the port it got.
         pipeline: what it serves from.
+        metrics: what it counts.
+        metrics_address: `host:port` of Prometheus' page, with the port it got; empty for none.
     """
 
     address: str
     pipeline: Pipeline
+    metrics: Metrics
+    metrics_address: str
 
 
 @asynccontextmanager
@@ -90,9 +98,13 @@ async def running(embedder: Embedder, settings: Settings) -> AsyncIterator[Runni
     bases = BasisStore(settings.bases, embedder.bundle.fingerprint)
     bases.open()
     pipeline = Pipeline(embedder, bases, settings.limits)
+    metrics = Metrics(pipeline)
     size = settings.max_message_bytes
     server = grpc.aio.server(
-        interceptors=[TokenInterceptor(settings.tokens)] if settings.tokens else [],
+        interceptors=[
+            MetricsInterceptor(metrics),  # outermost: refused calls count too
+            *([TokenInterceptor(settings.tokens)] if settings.tokens else []),
+        ],
         options=[
             ("grpc.max_receive_message_length", size),
             ("grpc.max_send_message_length", size),
@@ -108,16 +120,19 @@ async def running(embedder: Embedder, settings: Settings) -> AsyncIterator[Runni
     names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     watcher: asyncio.Task[None] | None = None
+    stop_metrics: Callable[[], None] = lambda: None  # noqa: E731
     try:
         address = _listen(server, settings)
+        stop_metrics, metrics_address = _serve_metrics(metrics, settings.metrics_address)
         await _set_health(status, _NOT_SERVING)
         await server.start()
         pipeline.start()
         await pipeline.warm_up()
         await _set_health(status, _SERVING)
         watcher = asyncio.create_task(_watch(pipeline, status))
-        yield Running(address, pipeline)
+        yield Running(address, pipeline, metrics, metrics_address)
     finally:
+        stop_metrics()
         if watcher is not None:
             watcher.cancel()
         await status.enter_graceful_shutdown()  # health first: balancers look elsewhere
@@ -155,6 +170,24 @@ def _listen(server: grpc.aio.Server, settings: Settings) -> str:
     except RuntimeError as error:
         raise ServiceError(f"{address}: cannot listen there ({error}); is it taken?") from error
     return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+
+
+def _serve_metrics(metrics: Metrics, address: str | None) -> tuple[Callable[[], None], str]:
+    """Serve the page over HTTP in a thread; give what stops it, and where it is."""
+    if address is None:
+        return (lambda: None), ""
+    host, _, port = address.rpartition(":")
+    try:
+        http, thread = start_http_server(int(port), host or "127.0.0.1", metrics.registry)
+    except (OSError, ValueError) as error:
+        raise ServiceError(f"{address}: cannot serve metrics there ({error})") from error
+
+    def stop() -> None:
+        http.shutdown()
+        http.server_close()
+        thread.join()
+
+    return stop, f"{host or '127.0.0.1'}:{http.server_port}"
 
 
 async def _set_health(status: health.aio.HealthServicer, value: int) -> None:

@@ -33,6 +33,7 @@ class Server:
             raise
         self.address: str = running_server.address
         self.pipeline: Pipeline = running_server.pipeline
+        self.metrics_address: str = running_server.metrics_address
 
     def wait(self, work):
         """Run a coroutine in the server's loop."""
