@@ -134,6 +134,7 @@ def _export(
         if program is None:
             raise ExportError("torch.onnx.export returned no program")
         _free_names(program.model.graph, {*shapes, *outputs})
+        _forget_origin(program.model)
         program.save(path)
 
 
@@ -144,6 +145,19 @@ def _free_names(graph: Any, names: set[str]) -> None:
         for value in node.outputs:
             if value.name in names and id(value) not in outer:
                 value.name = f"inner_{value.name}"
+
+
+def _forget_origin(model: Any) -> None:
+    """Drop torch's notes on each node: stack traces that name files of the exporting machine."""
+    model.metadata_props.clear()
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        graph.metadata_props.clear()
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+                value.doc_string = None
 
 
 @contextmanager

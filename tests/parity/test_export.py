@@ -21,7 +21,7 @@ from crl_export import exporter, parity
 from crl_export.exporter import export_model
 from crl_export.parity_table import MODELS, measure
 from crl_export.tokenizers import write_tokenizer
-from crl_sdk import Embedder
+from crl_sdk import Embedder, demo_bundle
 from crl_sdk.errors import ExportError, InvalidInputError, ParityError
 from crl_sdk.manifest import Parity
 from crl_sdk.tokenizer import Tokenizer, clean_text
@@ -115,6 +115,14 @@ def test_the_graphs_are_what_they_say(vit):
         assert last.op_type in ("Add", "Gemm")  # the projection stays in fp32
         halves = sum(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)
         assert (halves > 5) == (precision == "fp16")
+
+
+def test_a_bundle_names_no_file_of_the_machine_that_made_it(vit):
+    _, bundle = vit
+    for path in (*bundle.path.iterdir(), *demo_bundle().iterdir()):
+        data = path.read_bytes()
+        for trace in (b"site-packages", b'File "', str(Path(__file__).parents[2]).encode()):
+            assert trace not in data, (path.name, trace)
 
 
 def test_exporting_twice_gives_the_same_space(vit, tmp_path):
