@@ -88,11 +88,13 @@ class FakeEngine:
 
     def __init__(self, dim: int, seconds: float = 0.0) -> None:
         self.dim, self.seconds, self.fails = dim, seconds, False
+        self.entered: list[int] = []
         self.batches: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
 
     def run(self, pixels, weight, bias):
+        self.entered.append(len(pixels))
         self.gate.wait(30)
         time.sleep(self.seconds)
         if self.fails:

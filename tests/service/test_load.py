@@ -117,7 +117,7 @@ def test_a_client_retries_until_there_is_room(serve, faked, engine):
 def test_calls_that_were_cancelled_cost_nothing(serve, faked, engine):
     server = serve(faked)
     engine.gate.clear()
-    before = sum(engine.batches)
+    before, entered = sum(engine.batches), sum(engine.entered)
     with grpc.insecure_channel(server.address) as channel:
         stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
         from crl_sdk import wire
@@ -130,14 +130,15 @@ def test_calls_that_were_cancelled_cost_nothing(serve, faked, engine):
             )
             for _ in range(6)
         ]
-        until(lambda: server.pipeline.batcher.depth == 5)
+        until(lambda: sum(engine.entered) - entered + server.pipeline.batcher.depth == 6)
+        running = sum(engine.entered) - entered  # mostly one; two that came together are one batch
         for call in calls:
             call.cancel()
         time.sleep(0.2)
     engine.gate.set()
     until(lambda: server.pipeline.batcher.depth == 0)
-    assert sum(engine.batches) - before <= 1
-    assert server.pipeline.batcher.counts.cancelled == 5
+    assert sum(engine.batches) - before == running < 6
+    assert server.pipeline.batcher.counts.cancelled == 6 - running
 
 
 def test_an_engine_that_fails_turns_health_until_it_runs_again(serve, faked, engine, monkeypatch):
@@ -178,17 +179,20 @@ def test_images_that_wait_are_batched_without_a_timer(serve, faked, engine):
         client.embed([picture()])
     assert engine.batches == [1]  # an idle engine starts at once
     engine.gate.clear()
+    del engine.entered[:]
 
     async def many():
         async with AsyncClient(server.address) as client:
             tasks = [asyncio.create_task(client.embed([picture()])) for _ in range(20)]
-            while server.pipeline.batcher.depth < 19:
+            while sum(engine.entered) + server.pipeline.batcher.depth < 20:
                 await asyncio.sleep(0.01)
+            first = engine.entered[0]  # what had come when the engine started
             engine.gate.set()
-            return await asyncio.gather(*tasks)
+            await asyncio.gather(*tasks)
+            return first
 
-    asyncio.run(many())
-    assert engine.batches == [1, 1, 16, 3]
+    first = asyncio.run(asyncio.wait_for(many(), timeout=30))
+    assert engine.batches[1:3] == [first, min(16, 20 - first)] and sum(engine.batches) == 21
 
 
 def test_clients_take_turns():
