@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 
-.PHONY: demo test test-slow check stubs format wheel-test demo-model eval-demo eval-bases export-parity bench clean
+.PHONY: demo test test-slow check stubs format wheel-test conformance demo-model eval-demo eval-bases export-parity bench clean
 
 demo: $(VENV)/.demo ## conditional against universal clustering, on pictures rendered here
 	$(BIN)/crl demo
@@ -33,6 +33,9 @@ format: $(VENV)/.dev ## let ruff mend what it can
 
 wheel-test: $(VENV)/.dev ## build the wheel, install it alone, embed an image with torch absent
 	PYTHON=$(BIN)/python bash tests/wheel_test.sh
+
+conformance: $(VENV)/.dev ## unmodified Triton clients against our server; perf_analyzer's tables
+	PYTHON=$(BIN)/python bash tests/conformance/run.sh
 
 demo-model: $(VENV)/.dev ## train the demo model and export it: under an hour on 2 cores
 	$(BIN)/python -m crl_export.demo build $(DEMO_MODEL)

@@ -120,6 +120,10 @@ class AccessError(ServiceError):
     """The token is missing, unknown, or without the right that a call needs."""
 
 
+class NotOfferedError(ServiceError):
+    """The server could do this, but its operator has not enabled it."""
+
+
 class ExportError(CrlError):
     """A checkpoint could not be turned into a bundle."""
 

@@ -22,6 +22,7 @@ _CODES: dict[type[errors.CrlError], grpc.StatusCode] = {
     errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.AccessError: grpc.StatusCode.PERMISSION_DENIED,
+    errors.NotOfferedError: grpc.StatusCode.UNIMPLEMENTED,
     errors.EngineError: grpc.StatusCode.UNAVAILABLE,
     errors.IntegrityError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.UnsupportedSchemaError: grpc.StatusCode.INVALID_ARGUMENT,

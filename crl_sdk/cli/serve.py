@@ -53,6 +53,13 @@ def serve(
         bool, typer.Option("--generate", help="Offer GenerateBasis with a local language model.")
     ] = False,
     model: generation.ModelOption = None,
+    shared_memory: Annotated[
+        bool,
+        typer.Option(
+            "--shared-memory",
+            help="Let KServe clients name shared memory of this machine: any that this user has.",
+        ),
+    ] = False,
 ) -> None:
     """Serve conditional embeddings over gRPC until SIGTERM or Ctrl-C, then drain."""
     try:
@@ -75,6 +82,7 @@ def serve(
         tokens=read_tokens(tokens) if tokens is not None else (),
         bases=Path(bases),
         limits=Limits(max_batch=max_batch, max_queue=max_queue, cache_bytes=cache_mb << 20),
+        shared_memory=shared_memory,
         open_model=partial(LocalModel.open, model) if generate else None,
     )
     with open_embedder(bundle, precision, device, threads) as embedder:

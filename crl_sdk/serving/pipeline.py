@@ -63,13 +63,17 @@ class ImageOutcome:
 
 @dataclass(slots=True)
 class Timing:
-    """Seconds of the slowest image in each stage, and of the whole request."""
+    """Seconds of the slowest image in each stage, and of the whole request.
+
+    `executions` are engine runs: of each, the share that this request's images had in it.
+    """
 
     preprocess: float = 0.0
     queue: float = 0.0
     infer: float = 0.0
     project: float = 0.0
     total: float = 0.0
+    executions: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +242,7 @@ class Pipeline:
             self.cache.put(outcome.digest, row.embedding)
         timing.queue = max(row.queue_seconds for row in rows)
         timing.infer = max(row.infer_seconds for row in rows)
+        timing.executions = sum(1 / row.batch_size for row in rows)
 
     def _decode(self, source: Source, deadline: float | None) -> NDArray[np.uint8] | ImageError:
         if deadline is not None and deadline <= time.monotonic():

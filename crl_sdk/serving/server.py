@@ -19,7 +19,9 @@ from prometheus_client import start_http_server
 from crl_sdk.embedder import Embedder
 from crl_sdk.errors import ServiceError
 from crl_sdk.pb.crl.v1 import basis_pb2, basis_pb2_grpc, embedding_pb2, embedding_pb2_grpc
+from crl_sdk.pb.inference import kserve_pb2, kserve_pb2_grpc
 from crl_sdk.serving.bases import BasisStore
+from crl_sdk.serving.kserve import InferenceService
 from crl_sdk.serving.metrics import Metrics, MetricsInterceptor
 from crl_sdk.serving.pipeline import Limits, Pipeline
 from crl_sdk.serving.security import Tls, Token, TokenInterceptor
@@ -28,12 +30,11 @@ from crl_sdk.serving.service import BasisService, EmbeddingService, OpenModel
 SERVICES = (
     embedding_pb2.DESCRIPTOR.services_by_name["EmbeddingService"].full_name,
     basis_pb2.DESCRIPTOR.services_by_name["BasisService"].full_name,
+    kserve_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
 HANG_SECONDS = 30.0
 """An engine run that takes longer counts as hanging: health says so until it ends."""
 
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _log = logging.getLogger(__name__)
 
 
@@ -49,6 +50,7 @@ class Settings:
         tokens: who may call; none for everybody.
         metrics_address: `host:port` of Prometheus' page over HTTP; None for none.
         max_message_bytes: of one message, in either direction.
+        shared_memory: let KServe clients name shared memory objects of this machine.
         open_model: loads the language model of GenerateBasis; None to offer none.
         drain_seconds: how long calls that are under way may take after SIGTERM.
     """
@@ -61,6 +63,7 @@ class Settings:
     metrics_address: str | None = None
     max_message_bytes: int = 64 * 2**20
     drain_seconds: float = 30.0
+    shared_memory: bool = False
     open_model: OpenModel | None = None
 
 
@@ -79,6 +82,26 @@ class Running:
     pipeline: Pipeline
     metrics: Metrics
     metrics_address: str
+
+
+class _Health(health.aio.HealthServicer):
+    """Health of the whole server and of each service, which is the same for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.serving = False
+
+    async def turn(self, serving: bool) -> None:
+        """Say of everything that it serves, or does not."""
+        self.serving = serving
+        states = health_pb2.HealthCheckResponse
+        for name in ("", *SERVICES):
+            await self.set(name, states.SERVING if serving else states.NOT_SERVING)
+
+    async def drain(self) -> None:
+        """Say for good that nothing serves any more."""
+        self.serving = False
+        await self.enter_graceful_shutdown()
 
 
 @asynccontextmanager
@@ -111,12 +134,16 @@ async def running(embedder: Embedder, settings: Settings) -> AsyncIterator[Runni
             ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a twin
         ],
     )
-    status = health.aio.HealthServicer()
+    status = _Health()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
     embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingService(pipeline), server)
     basis_pb2_grpc.add_BasisServiceServicer_to_server(
         BasisService(pipeline, settings.open_model), server
     )
+    inference = InferenceService(
+        pipeline, ready=lambda: status.serving, shared_memory=settings.shared_memory
+    )
+    kserve_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, server)
     names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     watcher: asyncio.Task[None] | None = None
@@ -124,20 +151,21 @@ async def running(embedder: Embedder, settings: Settings) -> AsyncIterator[Runni
     try:
         address = _listen(server, settings)
         stop_metrics, metrics_address = _serve_metrics(metrics, settings.metrics_address)
-        await _set_health(status, _NOT_SERVING)
+        await status.turn(False)
         await server.start()
         pipeline.start()
         await pipeline.warm_up()
-        await _set_health(status, _SERVING)
+        await status.turn(True)
         watcher = asyncio.create_task(_watch(pipeline, status))
         yield Running(address, pipeline, metrics, metrics_address)
     finally:
         stop_metrics()
         if watcher is not None:
             watcher.cancel()
-        await status.enter_graceful_shutdown()  # health first: balancers look elsewhere
+        await status.drain()  # health first: balancers look elsewhere
         await server.stop(settings.drain_seconds)
         await pipeline.stop()
+        inference.close()
         bases.close()
 
 
@@ -190,12 +218,7 @@ def _serve_metrics(metrics: Metrics, address: str | None) -> tuple[Callable[[], 
     return stop, f"{host or '127.0.0.1'}:{http.server_port}"
 
 
-async def _set_health(status: health.aio.HealthServicer, value: int) -> None:
-    for name in ("", *SERVICES):
-        await status.set(name, value)
-
-
-async def _watch(pipeline: Pipeline, status: health.aio.HealthServicer) -> None:
+async def _watch(pipeline: Pipeline, status: _Health) -> None:
     """Keep health true: it turns when the engine fails or hangs, and back when it runs again."""
     healthy = True
     with contextlib.suppress(asyncio.CancelledError):
@@ -209,4 +232,4 @@ async def _watch(pipeline: Pipeline, status: health.aio.HealthServicer) -> None:
                     logging.INFO if now else logging.ERROR,
                     "the engine %s", "is back" if now else "fails or hangs: not serving",
                 )  # fmt: skip
-                await _set_health(status, _SERVING if now else _NOT_SERVING)
+                await status.turn(now)

@@ -16,7 +16,13 @@ from crl_sdk import wire
 from crl_sdk._version import __version__
 from crl_sdk.basis import METHODS, Basis
 from crl_sdk.build import DEFAULT_PROMPT, build_basis
-from crl_sdk.errors import CrlError, ImageTooLargeError, InvalidInputError, ServiceError
+from crl_sdk.errors import (
+    CrlError,
+    ImageTooLargeError,
+    InvalidInputError,
+    NotOfferedError,
+    ServiceError,
+)
 from crl_sdk.generate import Recipe, generate_texts
 from crl_sdk.llm import LocalModel
 from crl_sdk.pb.crl.v1 import (
@@ -58,7 +64,7 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
         self, request: embedding_pb2.EmbedRequest, context: Context
     ) -> embedding_pb2.EmbedResponse:
         """See proto/crl/v1/embedding.proto."""
-        return await _answer(context, lambda: self._embed(request, context))
+        return await answer(context, lambda: self._embed(request, context))
 
     async def EmbedStream(
         self,
@@ -114,7 +120,7 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
                 fingerprint=self._pipeline.embedder.bundle.fingerprint,
             )
 
-        return await _answer(context, embed)
+        return await answer(context, embed)
 
     async def GetModel(
         self, request: embedding_pb2.GetModelRequest, context: Context
@@ -179,7 +185,7 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
             (stored,) = self._pipeline.bases.select([request.criterion])
             return basis_pb2.GetBasisResponse(info=_info(stored), file=stored.basis.to_bytes())
 
-        return await _answer(context, get)
+        return await answer(context, get)
 
     async def PutBasis(
         self, request: basis_pb2.PutBasisRequest, context: Context
@@ -195,7 +201,7 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
             return basis_pb2.PutBasisResponse(info=_info(stored), replaced=replaced)
 
         # once begun it is finished, even if the client goes away
-        return await _answer(context, lambda: asyncio.shield(asyncio.to_thread(put)))
+        return await answer(context, lambda: asyncio.shield(asyncio.to_thread(put)))
 
     async def DeleteBasis(
         self, request: basis_pb2.DeleteBasisRequest, context: Context
@@ -206,18 +212,18 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
             self._pipeline.bases.delete(request.criterion)
             return basis_pb2.DeleteBasisResponse()
 
-        return await _answer(context, lambda: asyncio.shield(asyncio.to_thread(delete)))
+        return await answer(context, lambda: asyncio.shield(asyncio.to_thread(delete)))
 
     async def GenerateBasis(
         self, request: basis_pb2.GenerateBasisRequest, context: Context
     ) -> AsyncIterator[basis_pb2.GenerateBasisResponse]:
         """See proto/crl/v1/basis.proto."""
         if self._open_model is None:
-            await context.abort(
-                grpc.StatusCode.UNIMPLEMENTED,
+            message = (
                 "this server has no language model; its operator can start it with --generate, "
-                "or send a basis with PutBasis",
+                "or send a basis with PutBasis"
             )
+            await abort(context, NotOfferedError(message))
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[basis_pb2.GenerateBasisResponse | CrlError] = asyncio.Queue()
         gone = threading.Event()
@@ -311,7 +317,7 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
         )
 
 
-async def _answer(context: Context, work: Callable[[], Awaitable[Reply]]) -> Reply:
+async def answer(context: Context, work: Callable[[], Awaitable[Reply]]) -> Reply:
     """Do the work of a call; its typed errors become the call's status."""
     try:
         return await work()
