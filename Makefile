@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 
-.PHONY: demo test test-slow check stubs format wheel-test conformance demo-model eval-demo eval-bases export-parity bench clean
+.PHONY: demo test test-slow check stubs format wheel-test conformance demo-model eval-demo eval-bases export-parity bench load clean
 
 demo: $(VENV)/.demo ## conditional against universal clustering, on pictures rendered here
 	$(BIN)/crl demo
@@ -52,6 +52,10 @@ export-parity: $(VENV)/.dev ## the parity table of all exported models
 bench: $(VENV)/.dev ## what conditional embeddings cost over a plain CLIP pass, and the service over both
 	$(BIN)/python -m crl_benchmarks.embed_latency
 	$(BIN)/python -m crl_benchmarks.service_overhead
+
+load: $(VENV)/.dev ## ten times what the service can for a minute, then 80 % for five
+	$(BIN)/python -m crl_benchmarks.service_load overload --seconds 60
+	$(BIN)/python -m crl_benchmarks.service_load soak --seconds 300
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output

@@ -17,18 +17,16 @@ import asyncio
 import io
 import json
 import platform
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import grpc
 import numpy as np
 from PIL import Image
 
+from crl_benchmarks.processes import process, serve_command
 from crl_export.demo.scenes import encode_scene, sample_scene
 from crl_sdk import Client, Embedder, __version__, demo_bundle, wire
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
@@ -66,22 +64,6 @@ def new_picture(number: int, side: int) -> bytes:
     buffer = io.BytesIO()
     image.resize((side, side)).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
-
-
-@contextmanager
-def process(arguments: list[str], ready: str, *, stream: str) -> Iterator[str]:
-    """Start a process and give the line that says it is ready; it is ended afterwards."""
-    pipes = {stream: subprocess.PIPE}
-    with subprocess.Popen(arguments, text=True, **pipes) as running:  # type: ignore[call-overload]
-        try:
-            for line in getattr(running, stream):
-                if ready in line:
-                    yield line
-                    break
-            else:
-                raise RuntimeError(f"{arguments[:4]} ended before it was ready")
-        finally:
-            running.terminate()
 
 
 def latency(address: str, embedder: Embedder, runs: int, side: int) -> dict[str, float]:
@@ -139,7 +121,7 @@ def throughput(address: str, rounds: int, seconds: float, side: int) -> dict[str
         reply = stub.Embed(request)
     assert reply.images[0].cached, "expected a cache hit"
     size, data = str(reply.ByteSize()), request.SerializeToString()
-    with process([sys.executable, "-c", _ECHO, size], "", stream="stdout") as port:
+    with process([sys.executable, "-c", _ECHO, size], "", stream="stdout") as (port, _):
         bare_address = f"127.0.0.1:{int(port)}"
         pairs = []
         for _ in range(rounds):
@@ -161,12 +143,8 @@ def measure(runs: int, rounds: int, seconds: float, side: int) -> dict[str, Any]
     with (
         tempfile.TemporaryDirectory() as bases,
         Embedder.open(demo_bundle()) as embedder,
-        process(
-            [sys.executable, "-m", "crl_sdk", "serve", "--address", "127.0.0.1:0",
-             "--bases", bases],
-            " on 127.0.0.1:", stream="stderr",
-        ) as line,
-    ):  # fmt: skip
+        process(serve_command("--bases", bases), " on 127.0.0.1:", stream="stderr") as (line, _),
+    ):
         address = line.split(" on ")[1].split(",")[0]
         with Client(address) as client:
             client.create_basis(CRITERION, TEXTS)

@@ -24,6 +24,9 @@ from crl_sdk.serving.cache import EmbeddingCache
 
 Source = bytes | NDArray[Any]
 
+_SPARE = 2.0
+"""How much longer than expected a request may take and still be in time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -32,15 +35,13 @@ class Limits:
     Attributes:
         max_images: images of one request.
         max_batch: images of one engine run.
-        max_queue: images that wait for the engine.
-        max_decoding: images that are being decoded or wait for it.
+        max_queue: images that are being decoded or wait for the engine.
         cache_bytes: of the embedding cache; 0 for none.
     """
 
     max_images: int = 256
     max_batch: int = 32
     max_queue: int = 1024
-    max_decoding: int = 1024
     cache_bytes: int = 256 * 2**20
 
 
@@ -95,6 +96,33 @@ class Result:
     timing: Timing
 
 
+class Pace:
+    """How long an image takes under the load of the moment, learnt from those that went through.
+
+    An image that had n others before it and took t seconds says t / (n + 1). Recent requests count
+    most, and of these the ones with much before them.
+    """
+
+    def __init__(self) -> None:
+        """Know nothing yet."""
+        self._seconds = self._images = 0.0
+
+    @property
+    def seconds_per_image(self) -> float:
+        """Of a queue that is being worked off; 0 while nothing is known."""
+        return self._seconds / self._images if self._images else 0.0
+
+    def learn(self, images: int, seconds: float) -> None:
+        """Take into account that a request with so many images in the works took so long."""
+        self._seconds = 0.9 * self._seconds + seconds
+        self._images = 0.9 * self._images + images
+
+    def learn_at_least(self, images: int, seconds: float) -> None:
+        """The same of a request that was given up: it would have taken longer."""
+        if seconds > images * self.seconds_per_image:
+            self.learn(images, seconds)
+
+
 class Pipeline:
     """Serves requests with one model. `start` it in the event loop that will call `embed`."""
 
@@ -113,6 +141,7 @@ class Pipeline:
         )
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="crl-decode")
         self._decoding = 0
+        self._pace = Pace()
         self.on_result: Callable[[Result], None] | None = None
 
     def start(self) -> None:
@@ -198,17 +227,27 @@ class Pipeline:
         client: str,
         timing: Timing,
     ) -> None:
-        """Decode images in the pool, run them through the engine, and keep what comes out."""
+        """Let images in if they can be done in time, have them done, and learn how long it took."""
         started = time.monotonic()
         if deadline is not None and deadline <= started:
             raise DeadlineError("the deadline had passed when the request arrived")
-        if self._decoding + len(wanted) > self.limits.max_decoding:
-            self.batcher.counts.rejected += len(wanted)
-            raise OverloadedError(
-                f"{self._decoding} images are being decoded, {self.limits.max_decoding} may be; "
-                "try again later, or send fewer at once",
-                retry_after=0.2,
-            )
+        ahead = self._admit(len(wanted), deadline, started)
+        try:
+            await self._run(wanted, deadline, client, timing)
+        except (DeadlineError, asyncio.CancelledError):
+            self._pace.learn_at_least(ahead, time.monotonic() - started)
+            raise
+        self._pace.learn(ahead, time.monotonic() - started)
+
+    async def _run(
+        self,
+        wanted: list[tuple[Source, ImageOutcome]],
+        deadline: float | None,
+        client: str,
+        timing: Timing,
+    ) -> None:
+        """Decode images in the pool, run them through the engine, and keep what comes out."""
+        started = time.monotonic()
         loop = asyncio.get_running_loop()
         self._decoding += len(wanted)
         try:
@@ -243,6 +282,34 @@ class Pipeline:
         timing.queue = max(row.queue_seconds for row in rows)
         timing.infer = max(row.infer_seconds for row in rows)
         timing.executions = sum(1 / row.batch_size for row in rows)
+
+    def _admit(self, count: int, deadline: float | None, now: float) -> int:
+        """Refuse images for which there is no room, or that would not be done in time.
+
+        What is refused costs nothing; what is let in has half its time to spare, so that bursts and
+        slow batches do not turn accepted work into work for nobody.
+
+        Returns:
+            How many images are in the works, these included.
+
+        Raises:
+            OverloadedError: too many, or too slow.
+        """
+        waiting = self._decoding + self.batcher.depth
+        ahead = (waiting + count) * self._pace.seconds_per_image
+        if waiting + count > self.limits.max_queue:
+            reason = f"the queue is full: {waiting} images wait, {self.limits.max_queue} may"
+        elif waiting and deadline is not None and now + _SPARE * ahead > deadline:
+            reason = (
+                f"{waiting} images wait, which takes about {ahead * 1e3:.0f} ms; the deadline is "
+                f"in {(deadline - now) * 1e3:.0f} ms"
+            )
+        else:
+            return waiting + count
+        self.batcher.counts.rejected += count
+        raise OverloadedError(
+            f"{reason}; try again later, or send fewer at once", retry_after=max(ahead / 2, 0.05)
+        )
 
     def _decode(self, source: Source, deadline: float | None) -> NDArray[np.uint8] | ImageError:
         if deadline is not None and deadline <= time.monotonic():

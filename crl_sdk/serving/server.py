@@ -177,11 +177,12 @@ async def serve(embedder: Embedder, settings: Settings) -> None:
         loop.add_signal_handler(kind, stop.set)
     async with running(embedder, settings) as server:
         _log.info(
-            "serving %s (%s) on %s, bases: %s",
+            "serving %s (%s) on %s, bases: %s; metrics: %s",
             embedder.bundle.manifest.name,
             embedder.engine,
             server.address,
             ", ".join(sorted(server.pipeline.bases.snapshot)) or "none",
+            server.metrics_address or "none",
         )
         await stop.wait()
         _log.info("draining: calls under way have %.0f s", settings.drain_seconds)

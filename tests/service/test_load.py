@@ -18,7 +18,7 @@ from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.serving import batcher as batcher_module
 from crl_sdk.serving.batcher import Batcher
 from crl_sdk.serving.cache import EmbeddingCache
-from crl_sdk.serving.pipeline import Limits
+from crl_sdk.serving.pipeline import Limits, Pace
 
 _numbers = count()
 
@@ -65,8 +65,8 @@ def test_a_deadline_of_a_millisecond(serve, faked, engine):
     server = serve(faked)
     engine.seconds = 0.2
     with Client(server.address, Options(timeout=0.001, retries=0)) as client:
-        for _ in range(20):
-            with pytest.raises(DeadlineError):
+        for _ in range(20):  # late, or, while others wait, refused because it would be
+            with pytest.raises((DeadlineError, OverloadedError)):
                 client.embed([picture()])
     with Client(server.address) as client:
         assert client.embed([picture()]).universal.shape == (1, 128)
@@ -253,3 +253,49 @@ def test_the_cache_is_bounded_and_forgets_the_least_used():
     nothing = EmbeddingCache(0)
     nothing.put(b"a", rows[0])
     assert nothing.get(b"a") is None and nothing.used_bytes == 0
+
+
+def test_what_would_be_late_is_refused_at_once_and_the_rest_is_in_time(serve, faked, engine):
+    """Ten times the load: nothing is computed for nobody, and what is let in keeps its deadline."""
+    server = serve(faked, limits=Limits(max_batch=4))
+    engine.seconds = 0.1  # 40 images a second
+    before = sum(engine.batches)
+
+    async def flood():
+        outcomes = {"served": 0, "refused": 0}
+        async with AsyncClient(server.address, Options(retries=0, timeout=1.0)) as client:
+
+            async def call():
+                try:
+                    await client.embed([picture()])
+                except OverloadedError as error:
+                    assert "deadline" in str(error) and error.retry_after > 0
+                    outcomes["refused"] += 1
+                else:
+                    outcomes["served"] += 1
+
+            tasks = []
+            for _ in range(300):
+                tasks.append(asyncio.create_task(call()))
+                await asyncio.sleep(0.005)
+            await asyncio.gather(*tasks)
+        return outcomes
+
+    outcomes = asyncio.run(flood())
+    assert outcomes["served"] + outcomes["refused"] == 300  # no deadline was missed
+    assert outcomes["served"] >= 30 and outcomes["refused"] >= 100
+    assert sum(engine.batches) - before == outcomes["served"]
+
+
+def test_the_pace_follows_what_went_through():
+    pace = Pace()
+    assert pace.seconds_per_image == 0
+    pace.learn(100, 1.0)
+    assert pace.seconds_per_image == pytest.approx(0.01)
+    pace.learn_at_least(100, 0.5)  # given up early: says nothing
+    assert pace.seconds_per_image == pytest.approx(0.01)
+    pace.learn_at_least(100, 9.0)
+    assert pace.seconds_per_image > 0.04
+    for _ in range(100):
+        pace.learn(10, 0.02)
+    assert pace.seconds_per_image == pytest.approx(0.002, rel=0.01)

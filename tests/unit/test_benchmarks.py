@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from crl_benchmarks import basis_quality, service_overhead
+from crl_benchmarks import basis_quality, service_load, service_overhead
 from crl_benchmarks.embed_latency import CRITERIA, measure
 from crl_sdk import ModelBundle, demo_bundle
 
@@ -52,3 +52,12 @@ def test_service_overhead():
     result = service_overhead.measure(runs=5, rounds=1, seconds=0.2, side=96)
     assert result["latency"]["service_p50_ms"] > 0
     assert result["throughput"]["cached_per_second"] > 0
+
+
+def test_service_load():
+    result = service_load.run(
+        "overload", seconds=1.0, deadline=1.0, max_queue=64, probe_seconds=0.5
+    )
+    assert result["wrong_rows"] == 0 and result["served_calls"] > 0
+    assert result["images_computed"] >= result["images_served"]
+    assert result["rss_peak_mb"] > 0
