@@ -203,7 +203,7 @@ def run(
                 f"http://{page[1]}/metrics",
                 seconds=seconds,
                 probe_seconds=probe_seconds,
-            )  # fmt: skip
+            )
         )
 
 

@@ -81,7 +81,10 @@ def serve(
         metrics_address=metrics,
         tokens=read_tokens(tokens) if tokens is not None else (),
         bases=Path(bases),
-        limits=Limits(max_batch=max_batch, max_queue=max_queue, cache_bytes=cache_mb << 20),
+        limits=Limits(
+            max_images=min(Limits().max_images, max_queue),
+            max_batch=max_batch, max_queue=max_queue, cache_bytes=cache_mb << 20,
+        ),  # fmt: skip
         shared_memory=shared_memory,
         open_model=partial(LocalModel.open, model) if generate else None,
     )

@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,21 +136,33 @@ class Batcher:
     def submit(
         self, images: Sequence[NDArray[np.uint8]], *, deadline: float | None, client: str
     ) -> list[asyncio.Future[Row]]:
-        """Queue the images of one request, all or none. Call it in the event loop.
+        """Queue images and give what will hold their rows; for the event loop. See `put`."""
+        assert self._loop is not None, "start the batcher first"
+        futures: list[asyncio.Future[Row]] = [self._loop.create_future() for _ in images]
+        self.put(images, futures, deadline=deadline, client=client)
+        return futures
+
+    def put(
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        futures: Sequence[asyncio.Future[Any]],
+        *,
+        deadline: float | None,
+        client: str,
+    ) -> None:
+        """Queue the images of one request, all or none. Call it in any thread.
 
         Args:
             images: (H, W, 3) uint8 each.
+            futures: of the event loop, one per image; each gets a `Row`. Cancelling one takes its
+                image out of the queue's way.
             deadline: `time.monotonic()` after which nobody waits; None for never.
             client: who takes turns; requests of one client wait for each other.
-
-        Returns:
-            One future per image; cancelling it takes the image out of the queue's way.
 
         Raises:
             OverloadedError: the queue has no room for all of them.
             EngineError: the engine has failed.
         """
-        assert self._loop is not None, "start the batcher first"
         now = time.monotonic()
         with self._changed:
             if self.failed is not None:
@@ -163,11 +176,23 @@ class Batcher:
                     "again later, or send fewer at once",
                     retry_after=self._drain_seconds(),
                 )
-            items = [_Item(px, deadline, self._loop.create_future(), now) for px in images]
+            items = [
+                _Item(pixels, deadline, future, now)
+                for pixels, future in zip(images, futures, strict=True)
+            ]
             self._waiting.setdefault(client, deque()).extend(items)
             self._depth += len(items)
             self._changed.notify()
-        return [item.future for item in items]
+
+    def give_up(self, future: asyncio.Future[Any], since: float) -> DeadlineError:
+        """Count an image that nobody waits for any more, and say why. Call it in any thread."""
+        with self._changed:
+            if future.cancelled():
+                self.counts.cancelled += 1
+            else:
+                self.counts.expired += 1
+        waited = time.monotonic() - since
+        return DeadlineError(f"the deadline passed after {waited * 1e3:.0f} ms in the queue")
 
     def _drain_seconds(self) -> float:
         """Guess when there will be room: the time of a few runs."""
@@ -181,7 +206,7 @@ class Batcher:
                 if not self._depth and self._stopping:
                     return
                 batch, dropped = self._take()
-            self._deliver([(item, self._reason(item)) for item in dropped])
+            self._deliver([(item, self.give_up(item.future, item.submitted)) for item in dropped])
             if batch:
                 self._deliver(self._infer(batch))
             if self.failed is not None:
@@ -201,14 +226,6 @@ class Batcher:
             late = item.deadline is not None and item.deadline <= now
             (dropped if late or item.future.cancelled() else batch).append(item)
         return batch, dropped
-
-    def _reason(self, item: _Item) -> DeadlineError:
-        if item.future.cancelled():
-            self.counts.cancelled += 1
-        else:
-            self.counts.expired += 1
-        waited = time.monotonic() - item.submitted
-        return DeadlineError(f"the deadline passed after {waited * 1e3:.0f} ms in the queue")
 
     def _infer(self, batch: list[_Item]) -> list[tuple[_Item, Row | Exception]]:
         started = time.monotonic()

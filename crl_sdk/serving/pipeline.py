@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk.embedder import Embedder
-from crl_sdk.errors import DeadlineError, ImageError, InvalidInputError, OverloadedError
+from crl_sdk.errors import (
+    CrlError,
+    DeadlineError,
+    EngineError,
+    ImageError,
+    InvalidInputError,
+    OverloadedError,
+)
 from crl_sdk.preprocess import load_pixels
 from crl_sdk.projection import check_embeddings
 from crl_sdk.serving.bases import BasisStore, StoredBasis
@@ -35,7 +44,7 @@ class Limits:
     Attributes:
         max_images: images of one request.
         max_batch: images of one engine run.
-        max_queue: images that are being decoded or wait for the engine.
+        max_queue: images in the works: being decoded, waiting for the engine, or in it.
         cache_bytes: of the embedding cache; 0 for none.
     """
 
@@ -43,6 +52,19 @@ class Limits:
     max_batch: int = 32
     max_queue: int = 1024
     cache_bytes: int = 256 * 2**20
+
+    def __post_init__(self) -> None:
+        """Check that they fit together.
+
+        Raises:
+            InvalidInputError: a batch, or a call, would never find room.
+        """
+        if not max(self.max_batch, self.max_images) <= self.max_queue:
+            raise InvalidInputError(
+                f"expected room for a batch and a call in the queue, got max_queue "
+                f"{self.max_queue} under max_batch {self.max_batch} or max_images "
+                f"{self.max_images}: raise the first or lower the others"
+            )
 
 
 @dataclass(slots=True)
@@ -140,7 +162,7 @@ class Pipeline:
             max_queue=limits.max_queue,
         )
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="crl-decode")
-        self._decoding = 0
+        self._in_works = 0
         self._pace = Pace()
         self.on_result: Callable[[Result], None] | None = None
 
@@ -232,11 +254,14 @@ class Pipeline:
         if deadline is not None and deadline <= started:
             raise DeadlineError("the deadline had passed when the request arrived")
         ahead = self._admit(len(wanted), deadline, started)
+        self._in_works = ahead
         try:
             await self._run(wanted, deadline, client, timing)
         except (DeadlineError, asyncio.CancelledError):
             self._pace.learn_at_least(ahead, time.monotonic() - started)
             raise
+        finally:
+            self._in_works -= len(wanted)
         self._pace.learn(ahead, time.monotonic() - started)
 
     async def _run(
@@ -249,39 +274,76 @@ class Pipeline:
         """Decode images in the pool, run them through the engine, and keep what comes out."""
         started = time.monotonic()
         loop = asyncio.get_running_loop()
-        self._decoding += len(wanted)
+        futures: list[asyncio.Future[Row | ImageError]] = [loop.create_future() for _ in wanted]
+        decoded: list[NDArray[np.uint8] | Exception] = [EngineError("not decoded")] * len(wanted)
+        left = threading.Semaphore(len(wanted) - 1)
+
+        def decode(i: int) -> None:
+            decoded[i] = self._decode(wanted[i][0], futures[i], deadline)
+            if not left.acquire(blocking=False):  # the last one: all go on, without a detour
+                timing.preprocess = time.monotonic() - started
+                self._hand_over(decoded, futures, deadline, client)
+
+        for i in range(len(wanted)):
+            self._decoders.submit(decode, i)
         try:
-            decoded = await asyncio.gather(
-                *(
-                    loop.run_in_executor(self._decoders, self._decode, source, deadline)
-                    for source, _ in wanted
-                )
-            )
-        finally:
-            self._decoding -= len(wanted)
-        timing.preprocess = time.monotonic() - started
-        ready: list[tuple[NDArray[np.uint8], ImageOutcome]] = []
-        for pixels, (_, outcome) in zip(decoded, wanted, strict=True):
-            if isinstance(pixels, ImageError):
-                outcome.error = pixels
-            else:
-                ready.append((pixels, outcome))
-        if not ready:
-            return
-        futures = self.batcher.submit(
-            [pixels for pixels, _ in ready], deadline=deadline, client=client
-        )
-        try:
-            rows: list[Row] = await asyncio.gather(*futures)
+            rows = await asyncio.gather(*futures)
         finally:
             for future in futures:  # if one fails, or the caller is gone, none is waited for
                 future.cancel()
-        for row, (_, outcome) in zip(rows, ready, strict=True):
+        for row, (_, outcome) in zip(rows, wanted, strict=True):
+            if isinstance(row, ImageError):
+                outcome.error = row
+                continue
             outcome.embedding = row.embedding
             self.cache.put(outcome.digest, row.embedding)
-        timing.queue = max(row.queue_seconds for row in rows)
-        timing.infer = max(row.infer_seconds for row in rows)
-        timing.executions = sum(1 / row.batch_size for row in rows)
+            timing.queue = max(timing.queue, row.queue_seconds)
+            timing.infer = max(timing.infer, row.infer_seconds)
+            timing.executions += 1 / row.batch_size
+
+    def _decode(
+        self, source: Source, future: asyncio.Future[Any], deadline: float | None
+    ) -> NDArray[np.uint8] | Exception:
+        """Give an image's pixels, or why there are none; in a thread of the pool."""
+        now = time.monotonic()
+        if future.cancelled() or (deadline is not None and deadline <= now):
+            return self.batcher.give_up(future, now)
+        try:
+            return load_pixels(source, self.embedder.bundle.preprocess, limits=self.embedder.limits)
+        except Exception as error:  # whatever it is, its caller must hear of it
+            return error
+
+    def _hand_over(
+        self,
+        decoded: Sequence[NDArray[np.uint8] | Exception],
+        futures: Sequence[asyncio.Future[Any]],
+        deadline: float | None,
+        client: str,
+    ) -> None:
+        """Queue the images of a request that could be decoded; in a thread of the pool."""
+        failed = {i: item for i, item in enumerate(decoded) if isinstance(item, Exception)}
+        ready = [(item, i) for i, item in enumerate(decoded) if not isinstance(item, Exception)]
+        if ready:
+            try:
+                self.batcher.put(
+                    [pixels for pixels, _ in ready], [futures[i] for _, i in ready],
+                    deadline=deadline, client=client,
+                )  # fmt: skip
+            except CrlError as error:
+                failed |= {i: error for _, i in ready}
+
+        def settle() -> None:
+            for i, error in failed.items():
+                if futures[i].done():
+                    continue
+                if isinstance(error, ImageError):
+                    futures[i].set_result(error)
+                else:
+                    futures[i].set_exception(error)
+
+        if failed:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                futures[0].get_loop().call_soon_threadsafe(settle)
 
     def _admit(self, count: int, deadline: float | None, now: float) -> int:
         """Refuse images for which there is no room, or that would not be done in time.
@@ -295,7 +357,7 @@ class Pipeline:
         Raises:
             OverloadedError: too many, or too slow.
         """
-        waiting = self._decoding + self.batcher.depth
+        waiting = self._in_works
         ahead = (waiting + count) * self._pace.seconds_per_image
         if waiting + count > self.limits.max_queue:
             reason = f"the queue is full: {waiting} images wait, {self.limits.max_queue} may"
@@ -310,14 +372,6 @@ class Pipeline:
         raise OverloadedError(
             f"{reason}; try again later, or send fewer at once", retry_after=max(ahead / 2, 0.05)
         )
-
-    def _decode(self, source: Source, deadline: float | None) -> NDArray[np.uint8] | ImageError:
-        if deadline is not None and deadline <= time.monotonic():
-            raise DeadlineError("the deadline passed before the image was decoded")
-        try:
-            return load_pixels(source, self.embedder.bundle.preprocess, limits=self.embedder.limits)
-        except ImageError as error:
-            return error
 
     def _project(
         self, outcomes: Sequence[ImageOutcome], bases: Sequence[StoredBasis]

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from crl_sdk import AsyncClient, Client
 from crl_sdk.client import Options
-from crl_sdk.errors import DeadlineError, EngineError, OverloadedError
+from crl_sdk.errors import DeadlineError, EngineError, InvalidInputError, OverloadedError
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.serving import batcher as batcher_module
 from crl_sdk.serving.batcher import Batcher
@@ -73,7 +73,7 @@ def test_a_deadline_of_a_millisecond(serve, faked, engine):
 
 
 def test_over_the_queue_calls_are_refused_at_once(serve, faked, engine):
-    server = serve(faked, limits=Limits(max_queue=8, max_batch=4))
+    server = serve(faked, limits=Limits(max_queue=8, max_images=8, max_batch=4))
     engine.seconds = 0.3
 
     async def flood():
@@ -103,7 +103,7 @@ def test_over_the_queue_calls_are_refused_at_once(serve, faked, engine):
 
 
 def test_a_client_retries_until_there_is_room(serve, faked, engine):
-    server = serve(faked, limits=Limits(max_queue=2, max_batch=2))
+    server = serve(faked, limits=Limits(max_queue=2, max_images=2, max_batch=2))
     engine.seconds = 0.05
 
     async def all_at_once():
@@ -299,3 +299,8 @@ def test_the_pace_follows_what_went_through():
     for _ in range(100):
         pace.learn(10, 0.02)
     assert pace.seconds_per_image == pytest.approx(0.002, rel=0.01)
+
+
+def test_limits_that_let_nothing_through_are_refused():
+    with pytest.raises(InvalidInputError, match="max_queue 8 under max_batch 32"):
+        Limits(max_queue=8, max_images=8)
