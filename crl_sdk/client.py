@@ -35,7 +35,6 @@ from crl_sdk.pb.crl.v1 import (
     basis_pb2_grpc,
     embedding_pb2,
     embedding_pb2_grpc,
-    types_pb2,
 )
 from crl_sdk.status import error_of
 
@@ -477,7 +476,7 @@ def _image(image: ClientImage, position: int) -> embedding_pb2.Image:
             ) from error
     if isinstance(image, np.ndarray):
         tensor = wire.encode(image)
-        if tensor.dtype == types_pb2.DTYPE_UINT8:
+        if tensor.dtype == embedding_pb2.DTYPE_UINT8:
             return embedding_pb2.Image(pixels=tensor)
         return embedding_pb2.Image(embedding=tensor)
     if hasattr(image, "save"):  # PIL, without importing it
@@ -504,7 +503,7 @@ def _read_response(
             kind = ImageTooLargeError if large else ImageError
             errors[position] = kind(status.message, source=f"image {position}")
 
-    def rows(tensor: types_pb2.Tensor) -> NDArray[np.float32]:
+    def rows(tensor: embedding_pb2.Tensor) -> NDArray[np.float32]:
         array: NDArray[np.float32] = wire.decode(tensor)
         if not local:
             return array

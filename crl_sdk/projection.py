@@ -148,11 +148,12 @@ def check_embeddings(embeddings: NDArray[np.floating], dim: int) -> NDArray[np.f
     array = np.asarray(embeddings)
     if array.ndim != 2 or array.shape[1] != dim:
         raise InvalidInputError(f"expected embeddings of shape (n, {dim}), got {array.shape}")
-    if not np.issubdtype(array.dtype, np.floating):
+    if array.dtype.kind != "f":
         raise InvalidInputError(f"expected embeddings of a float dtype, got {array.dtype}")
     checked = array.astype(np.float32, copy=False)
-    bad = np.flatnonzero(~np.isfinite(checked).all(axis=1))
-    if bad.size:
+    finite = np.isfinite(checked)
+    if not finite.all():
+        bad = np.flatnonzero(~finite.all(axis=1))
         raise InvalidInputError(
             f"{bad.size} of {len(checked)} embeddings hold NaN or infinity, the first at row "
             f"{bad[0]}: leave out the rows of images that failed"

@@ -9,17 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk.errors import InvalidInputError
-from crl_sdk.pb.crl.v1 import types_pb2
+from crl_sdk.pb.crl.v1 import embedding_pb2
 
-_DTYPES: dict[types_pb2.DType.ValueType, np.dtype[Any]] = {
-    types_pb2.DTYPE_FLOAT32: np.dtype("<f4"),
-    types_pb2.DTYPE_FLOAT16: np.dtype("<f2"),
-    types_pb2.DTYPE_UINT8: np.dtype("u1"),
+_DTYPES: dict[embedding_pb2.DType.ValueType, np.dtype[Any]] = {
+    embedding_pb2.DTYPE_FLOAT32: np.dtype("<f4"),
+    embedding_pb2.DTYPE_FLOAT16: np.dtype("<f2"),
+    embedding_pb2.DTYPE_UINT8: np.dtype("u1"),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
-def encode(array: NDArray[Any]) -> types_pb2.Tensor:
+def encode(array: NDArray[Any]) -> embedding_pb2.Tensor:
     """Make a message of an array.
 
     Args:
@@ -34,10 +34,10 @@ def encode(array: NDArray[Any]) -> types_pb2.Tensor:
             f"expected an array of float32, float16 or uint8, got {array.dtype}: convert it first"
         )
     little = np.ascontiguousarray(array, dtype=_DTYPES[code])
-    return types_pb2.Tensor(dtype=code, shape=array.shape, data=little.tobytes())
+    return embedding_pb2.Tensor(dtype=code, shape=array.shape, data=little.tobytes())
 
 
-def decode(tensor: types_pb2.Tensor) -> NDArray[Any]:
+def decode(tensor: embedding_pb2.Tensor) -> NDArray[Any]:
     """Read an array out of a message.
 
     Returns:
@@ -48,7 +48,7 @@ def decode(tensor: types_pb2.Tensor) -> NDArray[Any]:
     """
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None:
-        known = ", ".join(types_pb2.DType.Name(code) for code in _DTYPES)
+        known = ", ".join(embedding_pb2.DType.Name(code) for code in _DTYPES)
         raise InvalidInputError(f"expected a tensor of dtype {known}, got {tensor.dtype}")
     shape = tuple(tensor.shape)
     expected = math.prod(shape) * dtype.itemsize

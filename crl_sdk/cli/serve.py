@@ -83,8 +83,10 @@ def serve(
         bases=Path(bases),
         limits=Limits(
             max_images=min(Limits().max_images, max_queue),
-            max_batch=max_batch, max_queue=max_queue, cache_bytes=cache_mb << 20,
-        ),  # fmt: skip
+            max_batch=max_batch,
+            max_queue=max_queue,
+            cache_bytes=cache_mb << 20,
+        ),
         shared_memory=shared_memory,
         open_model=partial(LocalModel.open, model) if generate else None,
     )

@@ -30,7 +30,6 @@ from crl_sdk.pb.crl.v1 import (
     basis_pb2_grpc,
     embedding_pb2,
     embedding_pb2_grpc,
-    types_pb2,
 )
 from crl_sdk.projection import POSTS
 from crl_sdk.serving.bases import StoredBasis
@@ -47,9 +46,9 @@ STREAM_WINDOW = 8
 _PROGRESS_SECONDS = 0.2
 
 _ROW_DTYPES: dict[int, type[np.floating]] = {
-    types_pb2.DTYPE_UNSPECIFIED: np.float32,
-    types_pb2.DTYPE_FLOAT32: np.float32,
-    types_pb2.DTYPE_FLOAT16: np.float16,
+    embedding_pb2.DTYPE_UNSPECIFIED: np.float32,
+    embedding_pb2.DTYPE_FLOAT32: np.float32,
+    embedding_pb2.DTYPE_FLOAT16: np.float16,
 }
 
 
@@ -362,7 +361,7 @@ def _source(image: embedding_pb2.Image, position: int) -> Source:
 def _response(
     result: Result, fingerprint: str, dtype: type[np.floating], omit_universal: bool
 ) -> embedding_pb2.EmbedResponse:
-    def rows(array: NDArray[np.float32]) -> types_pb2.Tensor:
+    def rows(array: NDArray[np.float32]) -> embedding_pb2.Tensor:
         return wire.encode(array.astype(dtype, copy=False))
 
     codes = embedding_pb2.ImageStatus

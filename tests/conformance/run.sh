@@ -55,4 +55,14 @@ perf "pixels, batches in system shared memory" -m crl-pixels.color --shape PIXEL
 perf "JPEG, streaming" -m crl.color --input-data jpeg.json --streaming
 perf "stored embeddings" -m crl-embedding.color
 echo
+if command -v npm >/dev/null; then
+  echo "== Node.js, from proto/ alone"
+  rm -rf "$home/node" && cp -r examples/node "$home/node" && sed -i "s#../../proto#../../../proto#" "$home/node/embed.mjs"
+  (cd "$home/node" && npm install --silent --no-audit --no-fund >/dev/null &&
+    node embed.mjs "$address" color "$work"/0.jpg "$work"/log) | tee "$work/node"
+  grep -q '0.jpg.*\(red\|green\|blue\|yellow\)$' "$work/node" && grep -q 'not a readable image' "$work/node"
+else
+  echo "== Node.js: skipped, there is no npm"
+fi
+echo
 echo "conformance: tritonclient and perf_analyzer 2.46.0, all modes passed"

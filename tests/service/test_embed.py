@@ -21,7 +21,7 @@ from crl_sdk.errors import (
     ServiceError,
     UnknownCriterionError,
 )
-from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc, types_pb2
+from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 
 COLOR_TEXTS = ["red", "green", "blue", "yellow"]
 
@@ -176,8 +176,8 @@ def stub(server):
         yield embedding_pb2_grpc.EmbeddingServiceStub(channel)
 
 
-def pixels(shape, data, dtype=types_pb2.DTYPE_UINT8):
-    return embedding_pb2.Image(pixels=types_pb2.Tensor(dtype=dtype, shape=shape, data=data))
+def pixels(shape, data, dtype=embedding_pb2.DTYPE_UINT8):
+    return embedding_pb2.Image(pixels=embedding_pb2.Tensor(dtype=dtype, shape=shape, data=data))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def pixels(shape, data, dtype=types_pb2.DTYPE_UINT8):
         (pixels([2**40, 2**40], b"12"), "expected .* bytes"),
         (pixels([48], bytes(48)), "expected pixels UINT8 of shape"),
         (pixels([4, 4, 1, 3], bytes(48)), "expected pixels UINT8 of shape"),
-        (pixels([2, 2], bytes(16), types_pb2.DTYPE_FLOAT32), "expected pixels UINT8"),
+        (pixels([2, 2], bytes(16), embedding_pb2.DTYPE_FLOAT32), "expected pixels UINT8"),
         (pixels([4, 4], bytes(16), 77), "expected a tensor of dtype"),
         (embedding_pb2.Image(embedding=wire.encode(np.ones(5, np.float32))), r"\(n, 128\)"),
         (embedding_pb2.Image(embedding=wire.encode(np.full(128, np.nan, np.float32))), "NaN"),
@@ -204,7 +204,7 @@ def test_tensors_that_do_not_fit(stub, image, words):
 def test_the_form_of_the_reply(stub, pictures):
     image = embedding_pb2.Image(encoded=pictures[0].read_bytes())
     request = embedding_pb2.EmbedRequest(
-        images=[image], criteria=["color"], dtype=types_pb2.DTYPE_FLOAT16, omit_universal=True
+        images=[image], criteria=["color"], dtype=embedding_pb2.DTYPE_FLOAT16, omit_universal=True
     )
     reply = stub.Embed(request)
     assert not reply.HasField("universal")
@@ -212,7 +212,7 @@ def test_the_form_of_the_reply(stub, pictures):
     assert rows.dtype == np.float16 and rows.shape == (1, 4)
     assert len(reply.images[0].digest) == 32 and reply.timings.total_us > 0
     with pytest.raises(grpc.RpcError, match="FLOAT32 or FLOAT16"):
-        stub.Embed(embedding_pb2.EmbedRequest(images=[image], dtype=types_pb2.DTYPE_UINT8))
+        stub.Embed(embedding_pb2.EmbedRequest(images=[image], dtype=embedding_pb2.DTYPE_UINT8))
     with pytest.raises(grpc.RpcError, match="expected 1 to 256 images"):
         stub.Embed(embedding_pb2.EmbedRequest())
 

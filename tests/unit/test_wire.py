@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from crl_sdk import wire
 from crl_sdk.errors import InvalidInputError
-from crl_sdk.pb.crl.v1 import types_pb2
+from crl_sdk.pb.crl.v1 import embedding_pb2
 
 ARRAYS = st.sampled_from(["<f4", ">f4", "<f2", "u1"]).flatmap(
     lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0))
@@ -19,7 +19,7 @@ ARRAYS = st.sampled_from(["<f4", ">f4", "<f2", "u1"]).flatmap(
 
 @given(ARRAYS)
 def test_round_trip(array):
-    message = types_pb2.Tensor.FromString(wire.encode(array).SerializeToString())
+    message = embedding_pb2.Tensor.FromString(wire.encode(array).SerializeToString())
     again = wire.decode(message)
     assert again.shape == array.shape and again.dtype == array.dtype.newbyteorder("<")
     np.testing.assert_array_equal(again, array)
@@ -41,7 +41,7 @@ def test_views_are_encoded_by_value():
 )
 def test_malformed_messages(dtype, shape, data):
     with pytest.raises(InvalidInputError, match="expected"):
-        wire.decode(types_pb2.Tensor(dtype=dtype, shape=shape, data=data))
+        wire.decode(embedding_pb2.Tensor(dtype=dtype, shape=shape, data=data))
 
 
 def test_other_dtypes():

@@ -11,7 +11,6 @@ an error of the call: its `ImageStatus` says what is wrong, and its rows are NaN
 """
 
 from collections import abc as _abc
-from crl_sdk.pb.crl.v1 import types_pb2 as _types_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -27,6 +26,26 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _DType:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DType.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DTYPE_UNSPECIFIED: _DType.ValueType  # 0
+    DTYPE_FLOAT32: _DType.ValueType  # 1
+    DTYPE_FLOAT16: _DType.ValueType  # 2
+    DTYPE_UINT8: _DType.ValueType  # 3
+
+class DType(_DType, metaclass=_DTypeEnumTypeWrapper):
+    """Type of a tensor's elements."""
+
+DTYPE_UNSPECIFIED: DType.ValueType  # 0
+DTYPE_FLOAT32: DType.ValueType  # 1
+DTYPE_FLOAT16: DType.ValueType  # 2
+DTYPE_UINT8: DType.ValueType  # 3
+Global___DType: _TypeAlias = DType  # noqa: Y015
+
 @_typing.final
 class EmbedRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -35,7 +54,7 @@ class EmbedRequest(_message.Message):
     CRITERIA_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     OMIT_UNIVERSAL_FIELD_NUMBER: _builtins.int
-    dtype: _types_pb2.DType.ValueType
+    dtype: Global___DType.ValueType
     """Of the tensors in the reply: FLOAT32 (also if unspecified) or FLOAT16."""
     omit_universal: _builtins.bool
     """Leave the universal embeddings out of the reply."""
@@ -52,7 +71,7 @@ class EmbedRequest(_message.Message):
         *,
         images: _abc.Iterable[Global___Image] | None = ...,
         criteria: _abc.Iterable[_builtins.str] | None = ...,
-        dtype: _types_pb2.DType.ValueType = ...,
+        dtype: Global___DType.ValueType = ...,
         omit_universal: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
@@ -75,21 +94,21 @@ class Image(_message.Message):
     encoded: _builtins.bytes
     """An encoded image: JPEG, PNG, WebP, BMP, GIF (its first frame) or TIFF."""
     @_builtins.property
-    def pixels(self) -> _types_pb2.Tensor:
+    def pixels(self) -> Global___Tensor:
         """Pixels: UINT8 of shape (height, width), or (height, width, 1 to 4): grey, grey and alpha,
         RGB, RGBA. Resized by the server as an encoded image would be.
         """
 
     @_builtins.property
-    def embedding(self) -> _types_pb2.Tensor:
+    def embedding(self) -> Global___Tensor:
         """A universal embedding of this model, FLOAT32 or FLOAT16 of shape (d): only projected."""
 
     def __init__(
         self,
         *,
         encoded: _builtins.bytes = ...,
-        pixels: _types_pb2.Tensor | None = ...,
-        embedding: _types_pb2.Tensor | None = ...,
+        pixels: Global___Tensor | None = ...,
+        embedding: Global___Tensor | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["embedding", b"embedding", "encoded", b"encoded", "pixels", b"pixels", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -117,7 +136,7 @@ class EmbedResponse(_message.Message):
         """One per image, in the order of the request."""
 
     @_builtins.property
-    def universal(self) -> _types_pb2.Tensor:
+    def universal(self) -> Global___Tensor:
         """Universal embeddings (n, d), unit rows; absent if omitted."""
 
     @_builtins.property
@@ -130,7 +149,7 @@ class EmbedResponse(_message.Message):
         self,
         *,
         images: _abc.Iterable[Global___ImageStatus] | None = ...,
-        universal: _types_pb2.Tensor | None = ...,
+        universal: Global___Tensor | None = ...,
         conditional: _abc.Iterable[Global___ConditionalEmbedding] | None = ...,
         fingerprint: _builtins.str = ...,
         timings: Global___Timings | None = ...,
@@ -204,14 +223,14 @@ class ConditionalEmbedding(_message.Message):
     basis_sha256: _builtins.str
     """SHA-256 of the basis that was used, in hex: the version that made these rows."""
     @_builtins.property
-    def rows(self) -> _types_pb2.Tensor:
+    def rows(self) -> Global___Tensor:
         """(n, m): rows of the images, post-normalised as the basis says."""
 
     def __init__(
         self,
         *,
         criterion: _builtins.str = ...,
-        rows: _types_pb2.Tensor | None = ...,
+        rows: Global___Tensor | None = ...,
         basis_sha256: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows"]  # noqa: Y015
@@ -345,7 +364,7 @@ class EmbedTextRequest(_message.Message):
     TEXTS_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     TRUNCATE_FIELD_NUMBER: _builtins.int
-    dtype: _types_pb2.DType.ValueType
+    dtype: Global___DType.ValueType
     """FLOAT32 (also if unspecified) or FLOAT16."""
     truncate: _builtins.bool
     """Cut texts that are longer than the context, instead of refusing the call."""
@@ -357,7 +376,7 @@ class EmbedTextRequest(_message.Message):
         self,
         *,
         texts: _abc.Iterable[_builtins.str] | None = ...,
-        dtype: _types_pb2.DType.ValueType = ...,
+        dtype: Global___DType.ValueType = ...,
         truncate: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
@@ -376,13 +395,13 @@ class EmbedTextResponse(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
     @_builtins.property
-    def embeddings(self) -> _types_pb2.Tensor:
+    def embeddings(self) -> Global___Tensor:
         """(n, d), unit rows."""
 
     def __init__(
         self,
         *,
-        embeddings: _types_pb2.Tensor | None = ...,
+        embeddings: Global___Tensor | None = ...,
         fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings"]  # noqa: Y015
@@ -499,3 +518,35 @@ class Preprocessing(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Preprocessing: _TypeAlias = Preprocessing  # noqa: Y015
+
+@_typing.final
+class Tensor(_message.Message):
+    """An array: raw little-endian elements in row-major order, nothing between them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DTYPE_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    dtype: Global___DType.ValueType
+    data: _builtins.bytes
+    @_builtins.property
+    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Lengths of the dimensions, outermost first. Their product times the size of an element is the
+        length of `data`.
+        """
+
+    def __init__(
+        self,
+        *,
+        dtype: Global___DType.ValueType = ...,
+        shape: _abc.Iterable[_builtins.int] | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "dtype", b"dtype", "shape", b"shape"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
