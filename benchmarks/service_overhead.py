@@ -3,7 +3,8 @@
 `python -m crl_benchmarks.service_overhead` measures, taking turns:
 
 - latency: `Embed` of one new JPEG at concurrency 1, against decoding and running the same picture
-  in process. The difference is what the service adds: gRPC, digest, queue, threads, reply.
+  in process. The difference is what the service adds: gRPC, digest, queue, threads, reply. Beside
+  it, what gRPC alone takes: a bare server of the same library that returns as many bytes.
 - throughput: `Embed` of a known JPEG from several concurrent callers, against a bare gRPC server on
   the same library that returns as many bytes as it is asked to.
 
@@ -67,10 +68,15 @@ def new_picture(number: int, side: int) -> bytes:
 
 
 def latency(address: str, embedder: Embedder, runs: int, side: int) -> dict[str, float]:
-    """Time single calls of new pictures, and the same work in process, in turn."""
+    """Time single calls of new pictures, the same work in process, and bare calls, in turn."""
     spec = embedder.bundle.preprocess
-    remote, local = [], []
-    with grpc.insecure_channel(address) as channel:
+    remote, local, bare = [], [], []
+    with (
+        process([sys.executable, "-c", _ECHO, "745"], "", stream="stdout") as (port, _),
+        grpc.insecure_channel(f"127.0.0.1:{int(port)}") as bare_channel,
+        grpc.insecure_channel(address) as channel,
+    ):
+        echo = bare_channel.unary_unary("/bare.Echo/Echo")
         stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
         for i in range(runs + 20):
             data = new_picture(i, side)
@@ -81,15 +87,18 @@ def latency(address: str, embedder: Embedder, runs: int, side: int) -> dict[str,
             middle = time.perf_counter()
             rows = embedder.embed_pixels(load_pixels(data, spec)[None])
             ended = time.perf_counter()
+            echo(request.SerializeToString())
+            echoed = time.perf_counter()
             assert np.abs(wire.decode(reply.universal) - rows).max() < 1e-5, "wrong rows"
             if i >= 20:
                 remote.append(middle - started)
                 local.append(ended - middle)
+                bare.append(echoed - ended)
     extra = np.array(remote) - np.array(local)
     return {
         "service_p50_ms": _ms(remote, 50), "service_p99_ms": _ms(remote, 99),
         "pieces_p50_ms": _ms(local, 50), "pieces_p99_ms": _ms(local, 99),
-        "overhead_p50_ms": _ms(extra, 50),
+        "overhead_p50_ms": _ms(extra, 50), "bare_grpc_p50_ms": _ms(bare, 50),
     }  # fmt: skip
 
 

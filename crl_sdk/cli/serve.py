@@ -6,7 +6,7 @@ import asyncio
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -53,6 +53,12 @@ def serve(
         bool, typer.Option("--generate", help="Offer GenerateBasis with a local language model.")
     ] = False,
     model: generation.ModelOption = None,
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option(help="json: one object a line.")
+    ] = "text",
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="A log line per call, not only for failures.")
+    ] = False,
     shared_memory: Annotated[
         bool,
         typer.Option(
@@ -63,6 +69,7 @@ def serve(
 ) -> None:
     """Serve conditional embeddings over gRPC until SIGTERM or Ctrl-C, then drain."""
     try:
+        from crl_sdk.serving.logs import handler_of
         from crl_sdk.serving.pipeline import Limits
         from crl_sdk.serving.security import Tls, read_tokens
         from crl_sdk.serving.server import Settings
@@ -70,9 +77,8 @@ def serve(
     except ImportError as error:
         raise MissingDependencyError(error.name or "grpcio", "serve", "crl serve") from error
 
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True
-    )  # a log to keep, not a screen to look at
+    # a log to keep, not a screen to look at
+    logging.basicConfig(level=logging.INFO, handlers=[handler_of(log_format)], force=True)
     if (tls_cert is None) != (tls_key is None) or (tls_client_ca and tls_cert is None):
         raise InvalidInputError("expected --tls-cert and --tls-key together")
     settings = Settings(
@@ -88,6 +94,7 @@ def serve(
             cache_bytes=cache_mb << 20,
         ),
         shared_memory=shared_memory,
+        access_log=access_log,
         open_model=partial(LocalModel.open, model) if generate else None,
     )
     with open_embedder(bundle, precision, device, threads) as embedder:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-import grpc
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from crl_sdk.serving.handlers import in_place_of
+from crl_sdk.serving.calls import Ended
 from crl_sdk.serving.pipeline import Pipeline, Result
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-OTHER = "other"
-"""Label of methods that this server does not have: what clients invent must not fill memory."""
 
 
 class Metrics:
@@ -66,10 +60,10 @@ class Metrics:
             self._stages.labels("infer").observe(timing.infer)
         self._stages.labels("project").observe(timing.project)
 
-    def ended(self, method: str, code: grpc.StatusCode, seconds: float) -> None:
+    def ended(self, call: Ended) -> None:
         """Count a call."""
-        self._calls.labels(method, code.name).inc()
-        self._seconds.labels(method).observe(seconds)
+        self._calls.labels(call.method, call.code.name).inc()
+        self._seconds.labels(call.method).observe(call.seconds)
 
 
 class _State(Collector):
@@ -98,63 +92,3 @@ class _State(Collector):
         lookups.add_metric(["hit"], pipeline.cache.hits)
         lookups.add_metric(["miss"], pipeline.cache.misses)
         yield lookups
-
-
-class MetricsInterceptor(grpc.aio.ServerInterceptor):
-    """Counts and times calls that are answered once; streams count as one call at their end."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        """Store where to count."""
-        self._metrics = metrics
-
-    async def intercept_service(
-        self,
-        continuation: Callable[
-            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
-        ],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """Wrap the handler of a method."""
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            self._metrics.ended(OTHER, grpc.StatusCode.UNIMPLEMENTED, 0.0)
-            return None
-        method = handler_call_details.method
-        return _wrapped(handler, lambda code, s: self._metrics.ended(method, code, s))
-
-
-def _wrapped(handler: Any, ended: Callable[[grpc.StatusCode, float], None]) -> Any:
-    """Give a handler that does the same and tells how it ended."""
-
-    def code_of(context: Any, error: BaseException | None) -> grpc.StatusCode:
-        if isinstance(error, asyncio.CancelledError):
-            return grpc.StatusCode.CANCELLED
-        told = context.code()
-        if error is None:
-            return grpc.StatusCode.OK
-        return told if isinstance(told, grpc.StatusCode) else grpc.StatusCode.UNKNOWN
-
-    async def once(request: Any, context: Any) -> Any:
-        started, error = time.monotonic(), None
-        try:
-            call = handler.stream_unary if handler.request_streaming else handler.unary_unary
-            return await call(request, context)
-        except BaseException as caught:
-            error = caught
-            raise
-        finally:
-            ended(code_of(context, error), time.monotonic() - started)
-
-    async def many(request: Any, context: Any) -> Any:
-        started, error = time.monotonic(), None
-        try:
-            call = handler.stream_stream if handler.request_streaming else handler.unary_stream
-            async for reply in call(request, context):
-                yield reply
-        except BaseException as caught:
-            error = caught
-            raise
-        finally:
-            ended(code_of(context, error), time.monotonic() - started)
-
-    return in_place_of(handler, once, many)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn, TypeAlias, get_args
 import grpc
 
 from crl_sdk.errors import AccessError, InvalidInputError
+from crl_sdk.serving.calls import REQUEST_ID_KEY, request_id
 from crl_sdk.serving.handlers import in_place_of
 from crl_sdk.status import trailers_of
 
@@ -24,7 +25,11 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _CHANGES = frozenset(
     f"/crl.v1.BasisService/{name}" for name in ("PutBasis", "DeleteBasis", "GenerateBasis")
 )
-_OPEN = ("/grpc.health.v1.Health/",)  # probes carry no tokens
+_OPEN = (  # probes carry no tokens
+    "/grpc.health.v1.Health/",
+    "/inference.GRPCInferenceService/ServerLive",
+    "/inference.GRPCInferenceService/ServerReady",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +148,10 @@ def _refusing(handler: Handler, code: grpc.StatusCode, message: str) -> Any:
     trailers = trailers_of(AccessError(message))
 
     async def refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
-        await context.abort(code, message, trailers)
+        await context.abort(code, message, (*trailers, (REQUEST_ID_KEY, request_id.get())))
 
     async def refuse_stream(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        await context.abort(code, message, trailers)
+        await refuse(_, context)
         yield None
 
     return in_place_of(handler, refuse, refuse_stream)

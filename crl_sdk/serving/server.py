@@ -21,8 +21,9 @@ from crl_sdk.errors import ServiceError
 from crl_sdk.pb.crl.v1 import basis_pb2, basis_pb2_grpc, embedding_pb2, embedding_pb2_grpc
 from crl_sdk.pb.inference import kserve_pb2, kserve_pb2_grpc
 from crl_sdk.serving.bases import BasisStore
+from crl_sdk.serving.calls import CallInterceptor, access_log, failure_log
 from crl_sdk.serving.kserve import InferenceService
-from crl_sdk.serving.metrics import Metrics, MetricsInterceptor
+from crl_sdk.serving.metrics import Metrics
 from crl_sdk.serving.pipeline import Limits, Pipeline
 from crl_sdk.serving.security import Tls, Token, TokenInterceptor
 from crl_sdk.serving.service import BasisService, EmbeddingService, OpenModel
@@ -51,6 +52,7 @@ class Settings:
         metrics_address: `host:port` of Prometheus' page over HTTP; None for none.
         max_message_bytes: of one message, in either direction.
         shared_memory: let KServe clients name shared memory objects of this machine.
+        access_log: a log line per call; without it, only for those that fail by the server's fault.
         open_model: loads the language model of GenerateBasis; None to offer none.
         drain_seconds: how long calls that are under way may take after SIGTERM.
     """
@@ -64,6 +66,7 @@ class Settings:
     max_message_bytes: int = 64 * 2**20
     drain_seconds: float = 30.0
     shared_memory: bool = False
+    access_log: bool = False
     open_model: OpenModel | None = None
 
 
@@ -125,7 +128,9 @@ async def running(embedder: Embedder, settings: Settings) -> AsyncIterator[Runni
     size = settings.max_message_bytes
     server = grpc.aio.server(
         interceptors=[
-            MetricsInterceptor(metrics),  # outermost: refused calls count too
+            CallInterceptor(  # outermost: refused calls count too
+                [metrics.ended, access_log if settings.access_log else failure_log]
+            ),
             *([TokenInterceptor(settings.tokens)] if settings.tokens else []),
         ],
         options=[

@@ -33,6 +33,7 @@ from crl_sdk.pb.crl.v1 import (
 )
 from crl_sdk.projection import POSTS
 from crl_sdk.serving.bases import StoredBasis
+from crl_sdk.serving.calls import REQUEST_ID_KEY, request_id
 from crl_sdk.serving.pipeline import Pipeline, Result, Source
 from crl_sdk.status import code_of, trailers_of
 
@@ -326,7 +327,8 @@ async def answer(context: Context, work: Callable[[], Awaitable[Reply]]) -> Repl
 
 async def abort(context: Context, error: CrlError) -> NoReturn:
     """End a call with the status of an error."""
-    await context.abort(code_of(error), str(error), trailers_of(error))
+    trailers = (*trailers_of(error), (REQUEST_ID_KEY, request_id.get()))
+    await context.abort(code_of(error), str(error), trailers)
 
 
 def _row_dtype(dtype: int) -> type[np.floating]:

@@ -1,0 +1,50 @@
+"""Log lines for people or, as one JSON object each, for machines; with the id of their request."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import Literal
+
+from crl_sdk.serving.calls import request_id
+
+LogFormat = Literal["text", "json"]
+_EXTRAS = ("method", "code", "peer", "seconds")
+
+
+class _Text(logging.Formatter):
+    """A line that begins with the time and ends with the request's id, if there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        name = request_id.get()
+        return f"{line} [{name}]" if name else line
+
+
+class _Json(logging.Formatter):
+    """One JSON object: time (UTC, ISO 8601), level, logger, message, what is known of the call."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line: dict[str, object] = {
+            "time": f"{seconds}.{record.msecs:03.0f}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if request_id.get():
+            line["request_id"] = request_id.get()
+        line |= {name: getattr(record, name) for name in _EXTRAS if hasattr(record, name)}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def handler_of(form: LogFormat) -> logging.Handler:
+    """Give a handler that writes to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        _Json() if form == "json" else _Text("%(asctime)s %(levelname)s %(message)s")
+    )
+    return handler
