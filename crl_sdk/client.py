@@ -6,16 +6,15 @@ Needs numpy, grpcio and protobuf. Paths and PIL images are sent as encoded bytes
 from __future__ import annotations
 
 import asyncio
-import io
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
@@ -23,12 +22,21 @@ from numpy.typing import NDArray
 
 from crl_sdk import wire
 from crl_sdk.errors import (
-    CriterionError,
+    CrlError,
     ImageBatchError,
-    ImageError,
-    ImageTooLargeError,
     InvalidInputError,
     OverloadedError,
+    ServiceError,
+)
+from crl_sdk.messages import (
+    RemoteEmbeddings,
+    all_failed,
+    embed_request,
+    joined,
+    read_response,
+    readable,
+    stale_parts,
+    with_conditional,
 )
 from crl_sdk.pb.crl.v1 import (
     basis_pb2,
@@ -39,11 +47,12 @@ from crl_sdk.pb.crl.v1 import (
 from crl_sdk.status import error_of
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    ClientImage: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]"
+    from crl_sdk.messages import ClientImage
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+_REPROJECTIONS = 3
+"""How often a result is made whole when bases change while it is made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,9 @@ class Options:
         batch_size: images of one call.
         max_in_flight: calls under way at once for one long list of images.
         max_message_bytes: of one message, in either direction.
+        resize: decode and resize here, with the server's own preprocessing, and send pixels: less
+            to send of large pictures, less work for the server, the same rows bit for bit. Needs
+            Pillow. The server's cache knows such an image by its pixels, not by its file.
         security: token and TLS.
     """
 
@@ -82,43 +94,8 @@ class Options:
     batch_size: int = 16
     max_in_flight: int = 4
     max_message_bytes: int = 64 * 2**20
+    resize: bool = False
     security: Security = field(default_factory=Security)
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteEmbeddings:
-    """What the service gave for n images.
-
-    Attributes:
-        universal: (n, d) float32, unit rows; NaN in the rows of failed images.
-        conditional: criterion → (n, m) float32; NaN likewise.
-        errors: position → why an image failed.
-        cached: (n,) bool, whether the server knew the image.
-        basis_sha256: criterion → version of the basis that was used.
-        fingerprint: of the model.
-        timings: microseconds of each stage, as the server measured them, summed over the calls.
-    """
-
-    universal: NDArray[np.float32]
-    conditional: Mapping[str, NDArray[np.float32]]
-    errors: Mapping[int, ImageError]
-    cached: NDArray[np.bool_]
-    basis_sha256: Mapping[str, str]
-    fingerprint: str
-    timings: Mapping[str, int] = field(default_factory=dict)
-
-    def __getitem__(self, criterion: str) -> NDArray[np.float32]:
-        """Return the conditional embeddings (n, m) of a criterion.
-
-        Raises:
-            CriterionError: it was not asked for.
-        """
-        name = " ".join(criterion.lower().split())
-        if name not in self.conditional:
-            raise CriterionError(
-                f"criterion {name!r} was not asked for; asked for were {sorted(self.conditional)}"
-            )
-        return self.conditional[name]
 
 
 class AsyncClient:
@@ -135,6 +112,7 @@ class AsyncClient:
         self._channel = _channel(address, options)
         token = options.security.token
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._model: embedding_pb2.Model | None = None  # asked for when images are resized here
         self._embedding = embedding_pb2_grpc.EmbeddingServiceStub(self._channel)
         self._bases = basis_pb2_grpc.BasisServiceStub(self._channel)
 
@@ -164,6 +142,8 @@ class AsyncClient:
     ) -> RemoteEmbeddings:
         """Embed images, any number of them; their order is kept.
 
+        All rows of a criterion are of one version of its basis, even if it is replaced meanwhile.
+
         Args:
             images: paths, encoded bytes, PIL images, uint8 pixels (H, W[, C]), or stored universal
                 embeddings (d,) as float arrays.
@@ -181,7 +161,15 @@ class AsyncClient:
         if on_error not in ("raise", "collect"):
             raise InvalidInputError(f"expected on_error 'raise' or 'collect', got {on_error!r}")
         parts = [part async for part in self.embed_batches(images, criteria)]
-        result = _joined(parts)
+        for _ in range(_REPROJECTIONS):
+            stale = stale_parts(parts)
+            if not stale:
+                break
+            for i in stale:
+                parts[i] = await self._reproject(parts[i], criteria)
+        else:
+            raise ServiceError("the bases changed again and again during the call: call again")
+        result = joined(parts)
         if result.errors and on_error == "raise":
             raise ImageBatchError(dict(result.errors), result)
         return result
@@ -212,11 +200,28 @@ class AsyncClient:
     async def _embed_batch(
         self, images: list[ClientImage], criteria: Sequence[str]
     ) -> RemoteEmbeddings:
-        request, local = _embed_request(images, criteria)
+        if self.options.resize and self._model is None:
+            self._model = await self.model()
+        how = self._model.preprocessing if self._model is not None else None
+        if how is None and all(isinstance(image, bytes | np.ndarray) for image in images):
+            request, local = embed_request(images, criteria)
+        else:  # files and decoding would hold up the event loop
+            request, local = await asyncio.to_thread(embed_request, images, criteria, how)
         if not request.images:
-            return _all_failed(local, len(images))
+            return all_failed(local, len(images))
         response = await self._call(self._embedding.Embed, request)
-        return _read_response(response, local, len(images))
+        if self._model is not None and response.fingerprint != self._model.fingerprint:
+            self._model = None  # another model, which may want other pixels
+            return await self._embed_batch(images, criteria)
+        return read_response(response, local, len(images))
+
+    async def _reproject(self, part: RemoteEmbeddings, criteria: Sequence[str]) -> RemoteEmbeddings:
+        """Project a part's embeddings again, on the bases as they are now."""
+        rows = part.universal[readable(part)]
+        if not len(rows):
+            return part
+        fresh = await self._embed_batch(list(rows), criteria)
+        return with_conditional(part, fresh)
 
     async def embed_text(
         self, texts: Sequence[str], *, truncate: bool = False
@@ -273,6 +278,55 @@ class AsyncClient:
         request = basis_pb2.DeleteBasisRequest(criterion=criterion)
         await self._call(self._bases.DeleteBasis, request, retry=False)
 
+    async def generate_basis(
+        self,
+        criterion: str,
+        *,
+        hint: str = "",
+        prompts: Sequence[str] = (),
+        count: int = 0,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        seed: int = 0,
+        no_replace: bool = False,
+        progress: Callable[[basis_pb2.GenerationProgress], None] | None = None,
+        timeout: float = 600.0,
+    ) -> basis_pb2.BasisInfo:
+        """Let the server's language model write the texts of a criterion; use them from now on.
+
+        Args:
+            criterion: in words.
+            hint: said beside it, such as "as a zoologist would say".
+            prompts: templates with one {} each; the server's default if none.
+            count: texts at most; 0 for the default.
+            include: texts to take in any case.
+            exclude: texts to leave out.
+            seed: equal seeds give equal texts.
+            no_replace: refuse where the criterion has a basis.
+            progress: called with answers and tokens so far.
+            timeout: seconds; leaving the call stops the model.
+
+        Raises:
+            NotOfferedError: the server has no language model.
+            GenerationError: it answers nothing usable.
+            BasisExistsError: there is a basis and `no_replace` is set.
+        """
+        request = basis_pb2.GenerateBasisRequest(
+            criterion=criterion, hint=hint, prompts=prompts, count=count, include=include,
+            exclude=exclude, seed=seed, no_replace=no_replace,
+        )  # fmt: skip
+        try:
+            call = self._bases.GenerateBasis(request, timeout=timeout, metadata=self._metadata)
+            async for event in call:
+                if event.HasField("done"):
+                    info: basis_pb2.BasisInfo = event.done.info
+                    return info
+                if progress is not None:
+                    progress(event.progress)
+        except grpc.aio.AioRpcError as error:
+            raise _typed(error) from error
+        raise ServiceError("the server ended the generation without a basis: try again")
+
     async def _call(self, method: Any, request: Any, *, retry: bool = True) -> Any:
         """Make a call; retry it with growing pauses while the server is overloaded or away."""
         ends = time.monotonic() + self.options.timeout
@@ -281,7 +335,7 @@ class AsyncClient:
                 remaining = max(ends - time.monotonic(), 0.001)
                 return await method(request, timeout=remaining, metadata=self._metadata)
             except grpc.aio.AioRpcError as error:
-                typed = error_of(error.code(), error.details() or "", error.trailing_metadata())
+                typed = _typed(error)
                 pause = _pause(error.code(), typed, attempt)
                 late = pause is not None and time.monotonic() + pause >= ends
                 if not retry or pause is None or late or attempt == self.options.retries:
@@ -397,6 +451,11 @@ class Client:
         )
         return info
 
+    def generate_basis(self, criterion: str, **options: Any) -> basis_pb2.BasisInfo:
+        """See `AsyncClient.generate_basis`; `progress` is called in the client's thread."""
+        info: basis_pb2.BasisInfo = self._wait(self._client.generate_basis(criterion, **options))
+        return info
+
     def delete_basis(self, criterion: str) -> None:
         """See `AsyncClient.delete_basis`."""
         self._wait(self._client.delete_basis(criterion))
@@ -416,6 +475,10 @@ def _channel(address: str, options: Options) -> grpc.aio.Channel:
         _read(security.authority), _read(security.key), _read(security.certificate)
     )
     return grpc.aio.secure_channel(address, credentials, options=sizes)
+
+
+def _typed(error: grpc.aio.AioRpcError) -> CrlError:
+    return error_of(error.code(), error.details() or "", error.trailing_metadata())
 
 
 def _read(path: str | os.PathLike[str] | None) -> bytes | None:
@@ -449,122 +512,3 @@ def _batches(images: Iterable[ClientImage], size: int) -> Iterator[list[ClientIm
     iterator = iter(images)
     while batch := list(islice(iterator, size)):
         yield batch
-
-
-def _embed_request(
-    images: Sequence[ClientImage], criteria: Sequence[str]
-) -> tuple[embedding_pb2.EmbedRequest, dict[int, ImageError]]:
-    """Encode images; those that cannot be read here stay here, with their errors."""
-    messages, errors = [], {}
-    for position, image in enumerate(images):
-        try:
-            messages.append(_image(image, position))
-        except ImageError as error:
-            errors[position] = error
-    return embedding_pb2.EmbedRequest(images=messages, criteria=criteria), errors
-
-
-def _image(image: ClientImage, position: int) -> embedding_pb2.Image:
-    if isinstance(image, bytes):
-        return embedding_pb2.Image(encoded=image)
-    if isinstance(image, str | os.PathLike):
-        try:
-            return embedding_pb2.Image(encoded=Path(image).read_bytes())
-        except OSError as error:
-            raise ImageError(
-                f"cannot be read ({error.strerror}); check the path", source=str(image)
-            ) from error
-    if isinstance(image, np.ndarray):
-        tensor = wire.encode(image)
-        if tensor.dtype == embedding_pb2.DTYPE_UINT8:
-            return embedding_pb2.Image(pixels=tensor)
-        return embedding_pb2.Image(embedding=tensor)
-    if hasattr(image, "save"):  # PIL, without importing it
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", compress_level=1)
-        return embedding_pb2.Image(encoded=buffer.getvalue())
-    raise InvalidInputError(
-        f"image {position}: expected a path, bytes, a PIL image or an array, "
-        f"got {type(image).__name__}"
-    )
-
-
-def _read_response(
-    response: embedding_pb2.EmbedResponse, local: Mapping[int, ImageError], count: int
-) -> RemoteEmbeddings:
-    """Read a reply; without local failures its tensors are views of the message."""
-    sent = [i for i in range(count) if i not in local]
-    errors = dict(local)
-    cached = np.zeros(count, np.bool_)
-    for position, status in zip(sent, response.images, strict=True):
-        cached[position] = status.cached
-        if status.code != embedding_pb2.ImageStatus.OK:
-            large = status.code == embedding_pb2.ImageStatus.TOO_LARGE
-            kind = ImageTooLargeError if large else ImageError
-            errors[position] = kind(status.message, source=f"image {position}")
-
-    def rows(tensor: embedding_pb2.Tensor) -> NDArray[np.float32]:
-        array: NDArray[np.float32] = wire.decode(tensor)
-        if not local:
-            return array
-        spread = np.full((count, array.shape[1]), np.nan, np.float32)
-        spread[sent] = array
-        return spread
-
-    return RemoteEmbeddings(
-        universal=rows(response.universal),
-        conditional={part.criterion: rows(part.rows) for part in response.conditional},
-        errors=errors,
-        cached=cached,
-        basis_sha256={part.criterion: part.basis_sha256 for part in response.conditional},
-        fingerprint=response.fingerprint,
-        timings={
-            name.name: getattr(response.timings, name.name)
-            for name in embedding_pb2.Timings.DESCRIPTOR.fields
-        },
-    )
-
-
-def _all_failed(errors: dict[int, ImageError], count: int) -> RemoteEmbeddings:
-    """Give the result of a batch of which nothing could be sent."""
-    none = np.full((count, 0), np.nan, np.float32)
-    return RemoteEmbeddings(none, {}, errors, np.zeros(count, np.bool_), {}, "")
-
-
-def _joined(parts: Sequence[RemoteEmbeddings]) -> RemoteEmbeddings:
-    """Join the results of batches; those of which nothing could be sent become rows of NaN.
-
-    Raises:
-        InvalidInputError: there are none.
-    """
-    if not parts:
-        raise InvalidInputError("expected at least one image, got an empty list")
-    if len(parts) == 1:
-        return parts[0]
-    model = next((part for part in parts if part.fingerprint), parts[0])
-    starts = np.cumsum([0, *(len(part.cached) for part in parts)])
-
-    def rows(name: str | None) -> NDArray[np.float32]:
-        like = model.universal if name is None else model.conditional[name]
-        blank = [np.full((len(p.cached), like.shape[1]), np.nan, np.float32) for p in parts]
-        return np.concatenate(
-            [
-                blank[i] if not p.fingerprint else p.universal if name is None
-                else p.conditional[name]
-                for i, p in enumerate(parts)
-            ]
-        )  # fmt: skip
-
-    return RemoteEmbeddings(
-        universal=rows(None),
-        conditional={name: rows(name) for name in model.conditional},
-        errors={
-            int(start) + position: error
-            for start, part in zip(starts, parts, strict=False)
-            for position, error in part.errors.items()
-        },
-        cached=np.concatenate([part.cached for part in parts]),
-        basis_sha256=model.basis_sha256,
-        fingerprint=model.fingerprint,
-        timings={name: sum(part.timings.get(name, 0) for part in parts) for name in model.timings},
-    )

@@ -238,5 +238,10 @@ def test_the_servers_language_model_writes_a_basis(serve, embedder, pictures):
         abandoned = stub.GenerateBasis(basis_pb2.GenerateBasisRequest(criterion="mood"))
         next(abandoned)
         abandoned.cancel()
+    seen = []
     with Client(server.address) as client:
         assert client.embed(pictures[:1], criteria=["mood"])["mood"].shape[0] == 1
+        info = client.generate_basis("mood", progress=seen.append, exclude=["blue"])
+        assert "red" in info.texts and "blue" not in info.texts and seen
+        with pytest.raises(BasisExistsError):
+            client.generate_basis("mood", no_replace=True)
