@@ -13,6 +13,7 @@ from crl_sdk.errors import CrlError, InvalidInputError, NotOfferedError, Unknown
 from crl_sdk.pb.inference import kserve_pb2 as pb
 from crl_sdk.pb.inference import kserve_pb2_grpc
 from crl_sdk.serving.bases import StoredBasis
+from crl_sdk.serving.calls import caller
 from crl_sdk.serving.kserve_tensors import (
     CONDITIONAL,
     DATATYPES,
@@ -356,7 +357,7 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
                 images,
                 [] if basis is None else [basis.basis.criterion],
                 deadline=_deadline(request.parameters, context),
-                client=context.peer(),
+                client=caller.get(),
             )
             _raise_failures(result)
             reply = pb.ModelInferResponse(

@@ -33,7 +33,7 @@ from crl_sdk.pb.crl.v1 import (
 )
 from crl_sdk.projection import POSTS
 from crl_sdk.serving.bases import StoredBasis
-from crl_sdk.serving.calls import REQUEST_ID_KEY, request_id
+from crl_sdk.serving.calls import REQUEST_ID_KEY, caller, request_id
 from crl_sdk.serving.pipeline import Pipeline, Result, Source
 from crl_sdk.status import code_of, trailers_of
 
@@ -153,7 +153,7 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
             sources,
             request.criteria,
             deadline=None if remaining is None else time.monotonic() + remaining,
-            client=context.peer(),
+            client=caller.get(),
         )
         return _response(
             result, self._pipeline.embedder.bundle.fingerprint, dtype, request.omit_universal
