@@ -8,7 +8,7 @@ DEMO_MODEL := build/demo-model
 
 .PHONY: demo test test-slow check stubs format wheel-test conformance demo-model eval-demo eval-bases export-parity bench load clean
 
-demo: $(VENV)/.demo ## conditional against universal clustering, on pictures rendered here
+demo: $(VENV)/.demo ## criteria in words, a language model, bases, the service, a report
 	$(BIN)/crl demo
 
 test: $(VENV)/.dev ## all tests but the slow ones

@@ -210,7 +210,7 @@ def joined(parts: Sequence[RemoteEmbeddings]) -> RemoteEmbeddings:
         universal=rows(None),
         conditional={name: rows(name) for name in model.conditional},
         errors={
-            int(start) + position: error
+            int(start) + position: _moved(error, position, int(start))
             for start, part in zip(starts, parts, strict=False)
             for position, error in part.errors.items()
         },
@@ -219,6 +219,13 @@ def joined(parts: Sequence[RemoteEmbeddings]) -> RemoteEmbeddings:
         fingerprint=model.fingerprint,
         timings={name: sum(part.timings.get(name, 0) for part in parts) for name in model.timings},
     )
+
+
+def _moved(error: ImageError, position: int, start: int) -> ImageError:
+    """Give an error that names its image by the position in the whole list."""
+    if error.source != f"image {position}":
+        return error
+    return type(error)(error.reason, source=f"image {start + position}")
 
 
 def stale_parts(parts: Sequence[RemoteEmbeddings]) -> list[int]:

@@ -105,6 +105,12 @@ def test_results_of_two_models_are_never_joined(client, pictures):
         stale_parts([part, replace(part, fingerprint="another")])
 
 
+def test_errors_name_the_position_in_the_whole_list(server, pictures):
+    with Client(server.address, Options(batch_size=2)) as client:
+        result = client.embed([*pictures[:3], b"junk"], on_error="collect")
+    assert str(result.errors[3]).startswith("image 3: not a readable image")
+
+
 def test_one_batch_is_read_without_copies(client, pictures):
     rows = client.embed([path.read_bytes() for path in pictures], ["color"])["color"]
     assert rows.dtype == np.float32 and rows.shape[0] == 9
