@@ -143,6 +143,12 @@ def failure_log(ended: Ended) -> None:
         )  # fmt: skip
 
 
+def unexpected(method: str, error: Exception) -> str:
+    """Log an exception that nobody expected, and give what its client may know of it."""
+    _log.error("%s failed", method, exc_info=error)
+    return f"the server failed; its log tells why under the request id {request_id.get()}"
+
+
 _FAILURES = frozenset(
     {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE}
 )
@@ -166,11 +172,8 @@ async def _report(context: Any, method: str, error: BaseException) -> None:
     meant = isinstance(error, grpc.aio.AbortError | asyncio.CancelledError | GeneratorExit)
     if meant or not isinstance(error, Exception):
         return
-    _log.error("%s failed", method, exc_info=error)
     await context.abort(
-        grpc.StatusCode.INTERNAL,
-        f"the server failed; its log tells why under the request id {request_id.get()}",
-        ((REQUEST_ID_KEY, request_id.get()),),
+        grpc.StatusCode.INTERNAL, unexpected(method, error), ((REQUEST_ID_KEY, request_id.get()),)
     )
 
 

@@ -36,6 +36,9 @@ SERVICES = (
 HANG_SECONDS = 30.0
 """An engine run that takes longer counts as hanging: health says so until it ends."""
 
+MAX_CONCURRENT_STREAMS = 1024
+"""Calls of one connection at once; a client's further ones wait on its side."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -137,6 +140,10 @@ async def running(embedder: Embedder, settings: Settings) -> AsyncIterator[Runni
             ("grpc.max_receive_message_length", size),
             ("grpc.max_send_message_length", size),
             ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a twin
+            ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+            ("grpc.keepalive_time_ms", 60_000),  # machines that went away without a word
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.keepalive_permit_without_calls", 1),
         ],
     )
     status = _Health()

@@ -33,7 +33,7 @@ from crl_sdk.pb.crl.v1 import (
 )
 from crl_sdk.projection import POSTS
 from crl_sdk.serving.bases import StoredBasis
-from crl_sdk.serving.calls import REQUEST_ID_KEY, caller, request_id
+from crl_sdk.serving.calls import REQUEST_ID_KEY, caller, request_id, unexpected
 from crl_sdk.serving.pipeline import Pipeline, Result, Source
 from crl_sdk.status import code_of, trailers_of
 
@@ -77,12 +77,15 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
         tasks: set[asyncio.Task[None]] = set()
 
         async def serve(message: embedding_pb2.EmbedStreamRequest) -> None:
+            reply = embedding_pb2.EmbedStreamResponse(id=message.id)
             try:
-                response = await self._embed(message.request, context)
-                await done.put(embedding_pb2.EmbedStreamResponse(id=message.id, response=response))
+                reply.response.CopyFrom(await self._embed(message.request, context))
             except CrlError as error:
-                status = embedding_pb2.Status(code=code_of(error).value[0], message=str(error))
-                await done.put(embedding_pb2.EmbedStreamResponse(id=message.id, error=status))
+                reply.error.code, reply.error.message = code_of(error).value[0], str(error)
+            except Exception as error:  # of one request: the others are answered
+                reply.error.code = grpc.StatusCode.INTERNAL.value[0]
+                reply.error.message = unexpected("/crl.v1.EmbeddingService/EmbedStream", error)
+            await done.put(reply)
 
         async def read() -> None:
             try:

@@ -1,0 +1,138 @@
+"""Streams whose clients are slow, do not read, or go away; requests that fail in unforeseen ways."""
+
+from __future__ import annotations
+
+import threading
+import time
+from itertools import count
+
+import grpc
+import numpy as np
+import pytest
+
+from crl_sdk import Client, wire
+from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
+from crl_sdk.serving.service import STREAM_WINDOW
+
+_numbers = count()
+
+
+@pytest.fixture
+def channel_of():
+    """Open channels; all are closed at the end."""
+    channels = []
+
+    def connect(server) -> grpc.Channel:
+        channels.append(grpc.insecure_channel(server.address))
+        return channels[-1]
+
+    yield connect
+    for channel in channels:
+        channel.close()
+
+
+def message(images: int = 1) -> embedding_pb2.EmbedStreamRequest:
+    """A request of pictures that no cache has seen."""
+    number = next(_numbers)
+    pixels = np.full((96, 96, 3), 50, np.uint8)
+    pixels[0, :2] = [[number % 256, number // 256, 0], [1, 2, 3]]
+    image = embedding_pb2.Image(pixels=wire.encode(pixels))
+    request = embedding_pb2.EmbedRequest(images=[image] * images)
+    return embedding_pb2.EmbedStreamRequest(id=str(number), request=request)
+
+
+def until(condition, seconds: float = 10.0) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def test_streams_that_say_little_keep_nobody_waiting(serve, faked, channel_of):
+    server = serve(faked, drain_seconds=1)
+    stub = embedding_pb2_grpc.EmbeddingServiceStub(channel_of(server))
+    leave = threading.Event()
+
+    def drip():
+        yield message()
+        leave.wait(60)
+
+    streams = [stub.EmbedStream(drip()) for _ in range(50)]
+    for stream in streams:
+        assert next(stream).response.images[0].code == embedding_pb2.ImageStatus.OK
+    with Client(server.address) as client:
+        assert client.embed([np.full((96, 96, 3), 7, np.uint8)]).universal.shape == (1, 128)
+    started = time.monotonic()
+    server.stop()  # they do not hold up its end for longer than it drains
+    assert time.monotonic() - started < 10
+    leave.set()
+    for stream in streams:
+        with pytest.raises(grpc.RpcError):
+            list(stream)
+
+
+def test_a_client_that_does_not_read_is_not_read_either(serve, faked, channel_of):
+    server = serve(faked)
+    rows = wire.encode(np.ones(128, np.float32) / np.float32(np.sqrt(128)))
+    known = [embedding_pb2.Image(embedding=rows)] * 256  # answered with 128 KiB
+    results, sent, leave = [], [], threading.Event()
+    server.pipeline.on_result = results.append
+
+    def flood():
+        for i in range(1000):
+            if leave.is_set():
+                return
+            sent.append(i)
+            request = embedding_pb2.EmbedRequest(images=known)
+            yield embedding_pb2.EmbedStreamRequest(id=str(i), request=request)
+
+    stream = embedding_pb2_grpc.EmbeddingServiceStub(channel_of(server)).EmbedStream(flood())
+    until(lambda: len(results) >= STREAM_WINDOW)
+    before = -1
+    while before != len(results):  # until nothing moves any more
+        before = len(results)
+        time.sleep(0.5)
+    assert len(results) < 500 and len(sent) < 1000
+    with Client(server.address) as client:
+        assert client.embed([np.full((96, 96, 3), 9, np.uint8)]).universal.shape == (1, 128)
+    assert sum(1 for _ in zip(stream, range(1000), strict=False)) == 1000  # it reads: all goes on
+    leave.set()
+
+
+def test_the_work_of_a_stream_that_went_away_is_dropped(serve, faked, engine, channel_of):
+    server = serve(faked)
+    batcher = server.pipeline.batcher
+    engine.gate.clear()
+    entered, computed = sum(engine.entered), sum(engine.batches)
+    stub = embedding_pb2_grpc.EmbeddingServiceStub(channel_of(server))
+    stream = stub.EmbedStream(iter([message() for _ in range(STREAM_WINDOW)]))
+    until(lambda: sum(engine.entered) - entered + batcher.depth == STREAM_WINDOW)
+    running = sum(engine.entered) - entered
+    stream.cancel()
+    time.sleep(0.2)
+    engine.gate.set()
+    until(lambda: batcher.depth == 0)
+    assert sum(engine.batches) - computed == running < STREAM_WINDOW
+    assert batcher.counts.cancelled == STREAM_WINDOW - running
+
+
+def test_a_request_that_fails_in_an_unforeseen_way_is_answered(
+    serve, faked, channel_of, monkeypatch, caplog
+):
+    server = serve(faked)
+    embed = server.pipeline.embed
+
+    async def fails(sources, *arguments, **options):
+        if len(sources) == 2:
+            raise ZeroDivisionError("a secret of the server")
+        return await embed(sources, *arguments, **options)
+
+    monkeypatch.setattr(server.pipeline, "embed", fails)
+    stub = embedding_pb2_grpc.EmbeddingServiceStub(channel_of(server))
+    messages = [message(), message(images=2), *(message() for _ in range(3 * STREAM_WINDOW))]
+    replies = {reply.id: reply for reply in stub.EmbedStream(iter(messages))}
+    assert set(replies) == {sent.id for sent in messages}
+    broken = replies[messages[1].id].error
+    assert broken.code == grpc.StatusCode.INTERNAL.value[0]
+    assert "secret" not in broken.message and "secret" in caplog.text
+    assert sum(reply.HasField("response") for reply in replies.values()) == len(messages) - 1
