@@ -1,4 +1,4 @@
-"""Streams whose clients are slow, do not read, or go away; requests that fail in unforeseen ways."""
+"""Streams whose clients are slow, do not read, or go away; failures nobody foresaw."""
 
 from __future__ import annotations
 
