@@ -27,9 +27,9 @@ from typing import Any
 import grpc
 import numpy as np
 
-from crl_benchmarks.processes import process, serve_command
 from crl_benchmarks.service_overhead import CRITERION, TEXTS, new_picture
 from crl_sdk import Client, Embedder, __version__, demo_bundle, wire
+from crl_sdk.cli.local_server import local_server
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.preprocess import load_pixels
 
@@ -182,28 +182,18 @@ def run(
 ) -> dict[str, Any]:
     """Start a server, put the load on and give the figures."""
     with (
-        tempfile.TemporaryDirectory() as bases,
-        process(
-            serve_command("--bases", bases, "--cache-mb", "0", "--max-queue", str(max_queue),
-                          "--metrics", "127.0.0.1:0", "--threads", "1"),
-            " on 127.0.0.1:", stream="stderr",
-        ) as (line, pid),
+        tempfile.TemporaryDirectory() as folder,
+        local_server(
+            demo_bundle(), Path(folder) / "serve.log", "--cache-mb", "0",
+            "--max-queue", str(max_queue), "--metrics", "127.0.0.1:0", "--threads", "1",
+        ) as server,
     ):  # fmt: skip
-        address = re.search(r" on (127\.0\.0\.1:\d+)", line)
-        page = re.search(r"metrics: (127\.0\.0\.1:\d+)", line)
-        assert address and page, line
-        with Client(address[1]) as client:
+        with Client(server.address) as client:
             client.create_basis(CRITERION, TEXTS)
-        load = Load(address[1], deadline)
+        load = Load(server.address, deadline)
+        page = f"http://{server.metrics}/metrics"
         return asyncio.run(
-            measure(
-                mode,
-                load,
-                pid,
-                f"http://{page[1]}/metrics",
-                seconds=seconds,
-                probe_seconds=probe_seconds,
-            )
+            measure(mode, load, server.pid, page, seconds=seconds, probe_seconds=probe_seconds)
         )
 
 

@@ -18,18 +18,22 @@ import asyncio
 import io
 import json
 import platform
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 from PIL import Image
 
-from crl_benchmarks.processes import process, serve_command
 from crl_export.demo.scenes import encode_scene, sample_scene
 from crl_sdk import Client, Embedder, __version__, demo_bundle, wire
+from crl_sdk.cli.local_server import local_server
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.preprocess import load_pixels
 
@@ -59,6 +63,18 @@ asyncio.run(main())
 """
 
 
+@contextmanager
+def _echo_server(reply_bytes: int) -> Iterator[str]:
+    """Start a process that answers everything with so many bytes; give its address."""
+    command = [sys.executable, "-c", _ECHO, str(reply_bytes)]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        try:
+            yield f"127.0.0.1:{int(running.stdout.readline())}"
+        finally:
+            running.terminate()
+
+
 def new_picture(number: int, side: int) -> bytes:
     """Encode a scene that no cache has seen, as a JPEG of the given side."""
     image = Image.open(io.BytesIO(encode_scene(sample_scene(10_000_000 + number))))
@@ -72,8 +88,8 @@ def latency(address: str, embedder: Embedder, runs: int, side: int) -> dict[str,
     spec = embedder.bundle.preprocess
     remote, local, bare = [], [], []
     with (
-        process([sys.executable, "-c", _ECHO, "745"], "", stream="stdout") as (port, _),
-        grpc.insecure_channel(f"127.0.0.1:{int(port)}") as bare_channel,
+        _echo_server(745) as bare_address,
+        grpc.insecure_channel(bare_address) as bare_channel,
         grpc.insecure_channel(address) as channel,
     ):
         echo = bare_channel.unary_unary("/bare.Echo/Echo")
@@ -129,9 +145,8 @@ def throughput(address: str, rounds: int, seconds: float, side: int) -> dict[str
         stub.Embed(request)
         reply = stub.Embed(request)
     assert reply.images[0].cached, "expected a cache hit"
-    size, data = str(reply.ByteSize()), request.SerializeToString()
-    with process([sys.executable, "-c", _ECHO, size], "", stream="stdout") as (port, _):
-        bare_address = f"127.0.0.1:{int(port)}"
+    data = request.SerializeToString()
+    with _echo_server(reply.ByteSize()) as bare_address:
         pairs = []
         for _ in range(rounds):
             bare = asyncio.run(_rate(bare_address, "/bare.Echo/Echo", data, seconds))
@@ -150,17 +165,16 @@ def throughput(address: str, rounds: int, seconds: float, side: int) -> dict[str
 def measure(runs: int, rounds: int, seconds: float, side: int) -> dict[str, Any]:
     """Measure both on the demo model; the server is a process of its own."""
     with (
-        tempfile.TemporaryDirectory() as bases,
+        tempfile.TemporaryDirectory() as folder,
         Embedder.open(demo_bundle()) as embedder,
-        process(serve_command("--bases", bases), " on 127.0.0.1:", stream="stderr") as (line, _),
+        local_server(demo_bundle(), Path(folder) / "serve.log") as server,
     ):
-        address = line.split(" on ")[1].split(",")[0]
-        with Client(address) as client:
+        with Client(server.address) as client:
             client.create_basis(CRITERION, TEXTS)
         return {
             "picture": f"JPEG {side}x{side}",
-            "latency": latency(address, embedder, runs, side),
-            "throughput": throughput(address, rounds, seconds, side),
+            "latency": latency(server.address, embedder, runs, side),
+            "throughput": throughput(server.address, rounds, seconds, side),
         }
 
 

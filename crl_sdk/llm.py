@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib.util
-import io
 import os
 import re
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,7 @@ class LocalModel:
                     verbose=False,
                 )  # fmt: skip
             except Exception as error:  # it raises ValueError, AssertionError and others
-                raise _unreadable(path, log.getvalue() or str(error)) from error
+                raise _unreadable(path, "".join(log) or str(error)) from error
         return cls(llama, path, sha256_file(path))
 
     @property
@@ -264,7 +264,7 @@ def _read_metadata(llama_cpp: Any, path: Path) -> dict[str, str]:
     with _captured() as log:
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
     if not model:
-        raise _unreadable(path, log.getvalue())
+        raise _unreadable(path, "".join(log))
     try:
         metadata = {}
         for i in range(llama_cpp.llama_model_meta_count(model)):
@@ -333,16 +333,35 @@ def _parameters(metadata: dict[str, str]) -> float:
     return float(match[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[match[2]] if match else 0.0
 
 
+@cache
 def _llama_cpp() -> Any:
     try:
         import llama_cpp
     except ImportError as error:
         raise MissingDependencyError("llama-cpp-python", "generate", "generating texts") from error
+    llama_cpp.llama_log_set(_keep_line(llama_cpp), None)
     return llama_cpp
 
 
+_said: ContextVar[list[str] | None] = ContextVar("_said", default=None)
+
+
+@cache  # llama.cpp calls it for as long as the process lives
+def _keep_line(llama_cpp: Any) -> Any:
+    def keep(_level: int, text: bytes, _data: Any) -> None:
+        lines = _said.get()
+        if lines is not None:
+            lines.append(text.decode("utf-8", "replace"))
+
+    return llama_cpp.llama_log_callback(keep)
+
+
 @contextmanager
-def _captured() -> Iterator[io.StringIO]:
-    """Keep llama.cpp's log off the terminal and give it; its Python wrapper prints it."""
-    with contextlib.redirect_stderr(io.StringIO()) as log:
-        yield log
+def _captured() -> Iterator[list[str]]:
+    """Give what llama.cpp logs in this thread meanwhile; all else of its log is dropped."""
+    lines: list[str] = []
+    token = _said.set(lines)
+    try:
+        yield lines
+    finally:
+        _said.reset(token)

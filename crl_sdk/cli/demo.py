@@ -19,7 +19,7 @@ from crl_sdk.basis import SUFFIX, Basis, normalise_criterion
 from crl_sdk.build import DEFAULT_PROMPT
 from crl_sdk.bundle import demo_bundle
 from crl_sdk.cli import generation
-from crl_sdk.cli.console import JsonOption, note, out, print_json, progress_bar, warn
+from crl_sdk.cli.console import JsonOption, err, note, out, print_json, progress_bar, warn
 from crl_sdk.cli.grouping import (
     Panel,
     choose_count,
@@ -110,8 +110,8 @@ def demo(
     with _needs_tasks():
         given = _scenes(directory, count) if images is None else _own(images, criteria, prompt)
         path = demo_bundle() if images is None else bundle_or_demo(bundle)
-        step = _steps(as_json)
-        bases = _bases(step, path, given, model if generate else None, directory, generate, fresh)
+        step = _steps()
+        bases = _bases(step, path, given, model, directory, generate, fresh)
         step(f"embedding {len(given.files)} pictures over gRPC")
         seconds, result = _embed(path, directory, given.files, bases)
         step("grouping")
@@ -137,15 +137,14 @@ def demo(
         _print_table(summary)
 
 
-def _steps(quiet: bool) -> Any:
-    """Give what tells the user, step by step, what is being done."""
+def _steps() -> Any:
+    """Give what tells the user on stderr, step by step, what is being done."""
     number = 0
 
     def step(what: str) -> None:
         nonlocal number
         number += 1
-        if not quiet:
-            out.print(f"[bold]{number}[/] {what} …", highlight=False)
+        err.print(f"[bold]{number}[/] {what} …", highlight=False)
 
     return step
 
@@ -224,7 +223,7 @@ def _written(
         )  # fmt: skip
         kept.mkdir(parents=True, exist_ok=True)
         basis.save(file)
-    out.print(f"  [bold]{name}[/]: {', '.join(basis.texts)}", highlight=False)
+    note(f"  {name}: {', '.join(basis.texts)}")
     return basis
 
 

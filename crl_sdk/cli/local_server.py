@@ -23,7 +23,10 @@ START_SECONDS = 180.0
 STOP_SECONDS = 15.0
 """How long the server may drain before it is killed."""
 
-_READY = re.compile(r"serving (?P<model>.+) \((?P<engine>[^)]+)\) on (?P<address>[^\s,]+)")
+_READY = re.compile(
+    r"serving (?P<model>.+) \((?P<engine>[^)]+)\) on (?P<address>[^\s,]+), .*"
+    r"metrics: (?P<metrics>\S+)\n"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +37,19 @@ class LocalServer:
         address: what a client connects to.
         model: name of the model it serves.
         engine: what runs it, such as `onnx/cpu/fp32`.
+        metrics: `host:port` of its metrics page, or `none`.
+        pid: of its process.
     """
 
     address: str
     model: str
     engine: str
+    metrics: str
+    pid: int
 
 
 @contextmanager
-def local_server(bundle: Path, log: Path) -> Iterator[LocalServer]:
+def local_server(bundle: Path, log: Path, *options: str) -> Iterator[LocalServer]:
     """Serve a bundle on a free port of the loopback, with a directory of bases that goes with it.
 
     The process is ended with SIGTERM when the block is left: at its end, by an error, by Ctrl-C,
@@ -51,6 +58,7 @@ def local_server(bundle: Path, log: Path) -> Iterator[LocalServer]:
     Args:
         bundle: the model to serve.
         log: file that takes the server's log.
+        options: further ones of `crl serve`.
 
     Raises:
         ServiceError: it ended, or said nothing for `START_SECONDS`; the end of its log is named.
@@ -62,7 +70,7 @@ def local_server(bundle: Path, log: Path) -> Iterator[LocalServer]:
     ):
         process = subprocess.Popen(
             [sys.executable, "-m", "crl_sdk", "serve", "--address", "127.0.0.1:0",
-             "--bases", bases, "--bundle", str(bundle)],
+             "--bases", bases, "--bundle", str(bundle), *options],
             stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file,
         )  # fmt: skip
         try:
@@ -77,7 +85,9 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> LocalServe
         ended = process.poll() is not None
         said = log.read_text(encoding="utf-8", errors="replace")
         if ready := _READY.search(said):
-            return LocalServer(ready["address"], ready["model"], ready["engine"])
+            return LocalServer(
+                ready["address"], ready["model"], ready["engine"], ready["metrics"], process.pid
+            )
         if ended:
             raise ServiceError(
                 f"crl serve ended with status {process.returncode}: {said.strip()[-800:]}"

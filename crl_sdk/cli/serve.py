@@ -59,6 +59,10 @@ def serve(
     access_log: Annotated[
         bool, typer.Option("--access-log", help="A log line per call, not only for failures.")
     ] = False,
+    otlp: Annotated[
+        str | None,
+        typer.Option(help="http(s)://host:port of an OpenTelemetry collector (OTLP over gRPC)."),
+    ] = None,
     shared_memory: Annotated[
         bool,
         typer.Option(
@@ -95,6 +99,7 @@ def serve(
         ),
         shared_memory=shared_memory,
         access_log=access_log,
+        otlp=otlp,
         open_model=partial(LocalModel.open, model) if generate else None,
     )
     with open_embedder(bundle, precision, device, threads) as embedder:

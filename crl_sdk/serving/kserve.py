@@ -13,7 +13,7 @@ from crl_sdk.errors import CrlError, InvalidInputError, NotOfferedError, Unknown
 from crl_sdk.pb.inference import kserve_pb2 as pb
 from crl_sdk.pb.inference import kserve_pb2_grpc
 from crl_sdk.serving.bases import StoredBasis
-from crl_sdk.serving.calls import caller
+from crl_sdk.serving.calls import caller, unexpected
 from crl_sdk.serving.kserve_tensors import (
     CONDITIONAL,
     DATATYPES,
@@ -27,16 +27,13 @@ from crl_sdk.serving.kserve_tensors import (
     write_outputs,
 )
 from crl_sdk.serving.pipeline import Pipeline, Result
-from crl_sdk.serving.service import Context, answer
+from crl_sdk.serving.service import STREAM_WINDOW, Context, answer
 from crl_sdk.serving.shared_memory import SharedMemory
 
 MODELS = {"crl": IMAGE, "crl-pixels": PIXELS, "crl-embedding": EMBEDDING}
 """Models that give universal embeddings, one per kind of input; `crl.CRITERION` and so on are those
 of a basis. (One model with optional inputs would do, but perf_analyzer refuses these with shared
 memory.)"""
-
-STREAM_WINDOW = 8
-"""Requests of one stream that are in the works at once; the next is read when one is done."""
 
 _VERSION = "1"
 _PLATFORM = "crl_onnx"
@@ -381,11 +378,14 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
     ) -> pb.ModelStreamInferResponse:
         try:
             reply = await self._infer(request, context)
-        except CrlError as error:
+        except Exception as error:  # of one request: the others are answered
+            told = str(error)
+            if not isinstance(error, CrlError):
+                told = unexpected("/inference.GRPCInferenceService/ModelStreamInfer", error)
             failed = pb.ModelInferResponse(
                 model_name=request.model_name, model_version=_VERSION, id=request.id
             )
-            return pb.ModelStreamInferResponse(error_message=str(error), infer_response=failed)
+            return pb.ModelStreamInferResponse(error_message=told, infer_response=failed)
         reply.parameters["triton_final_response"].bool_param = True
         return pb.ModelStreamInferResponse(infer_response=reply)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
-from typing import Literal
+from typing import Literal, TextIO
 
 from crl_sdk.serving.calls import request_id
 
@@ -41,9 +42,24 @@ class _Json(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
+class _OwnStderr(logging.StreamHandler[TextIO]):
+    """Writes to stderr through a file descriptor of its own.
+
+    llama-cpp-python sends the process's to nowhere while it loads a model, and what the server logs
+    meanwhile would be lost.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace"))
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
+
+
 def handler_of(form: LogFormat) -> logging.Handler:
-    """Give a handler that writes to stderr."""
-    handler = logging.StreamHandler()
+    """Give a handler that writes to stderr. Close it when it is no longer used."""
+    handler = _OwnStderr()
     handler.setFormatter(
         _Json() if form == "json" else _Text("%(asctime)s %(levelname)s %(message)s")
     )

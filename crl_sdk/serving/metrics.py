@@ -44,7 +44,7 @@ class Metrics:
         )
         self.registry.register(_State(pipeline))
         pipeline.batcher.on_batch = self._batches.observe
-        pipeline.on_result = self.served
+        pipeline.on_result.append(self.served)
 
     def served(self, result: Result) -> None:
         """Count the images and stages of a request."""

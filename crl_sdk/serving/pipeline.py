@@ -164,7 +164,7 @@ class Pipeline:
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="crl-decode")
         self._in_works = 0
         self._pace = Pace()
-        self.on_result: Callable[[Result], None] | None = None
+        self.on_result: list[Callable[[Result], None]] = []
 
     def start(self) -> None:
         """Start the engine's thread. Call it in the event loop."""
@@ -228,8 +228,8 @@ class Pipeline:
         now = time.monotonic()
         timing.project, timing.total = now - started, now - arrived
         result = Result(outcomes, universal, conditional, bases, timing)
-        if self.on_result is not None:
-            self.on_result(result)
+        for tell in self.on_result:
+            tell(result)
         return result
 
     def _look_up(self, source: Source) -> ImageOutcome:

@@ -27,6 +27,7 @@ from crl_sdk.serving.metrics import Metrics
 from crl_sdk.serving.pipeline import Limits, Pipeline
 from crl_sdk.serving.security import Tls, Token, TokenInterceptor
 from crl_sdk.serving.service import BasisService, EmbeddingService, OpenModel
+from crl_sdk.serving.tracing import Tracing
 
 SERVICES = (
     embedding_pb2.DESCRIPTOR.services_by_name["EmbeddingService"].full_name,
@@ -37,7 +38,13 @@ HANG_SECONDS = 30.0
 """An engine run that takes longer counts as hanging: health says so until it ends."""
 
 MAX_CONCURRENT_STREAMS = 1024
-"""Calls of one connection at once; a client's further ones wait on its side."""
+"""Calls of one connection at once; a client's further ones wait on its side, or are refused."""
+
+KEEPALIVE_SECONDS = 60.0
+"""Peers that are silent for so long are pinged: machines go away without a word."""
+
+KEEPALIVE_TIMEOUT_SECONDS = 20.0
+"""A peer that does not answer a ping in this time is gone, and its calls are cancelled."""
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +62,7 @@ class Settings:
         metrics_address: `host:port` of Prometheus' page over HTTP; None for none.
         max_message_bytes: of one message, in either direction.
         shared_memory: let KServe clients name shared memory objects of this machine.
+        otlp: `http://host:port` of an OpenTelemetry collector; None for no traces.
         access_log: a log line per call; without it, only for those that fail by the server's fault.
         open_model: loads the language model of GenerateBasis; None to offer none.
         drain_seconds: how long calls that are under way may take after SIGTERM.
@@ -70,6 +78,7 @@ class Settings:
     drain_seconds: float = 30.0
     shared_memory: bool = False
     access_log: bool = False
+    otlp: str | None = None
     open_model: OpenModel | None = None
 
 
@@ -128,12 +137,16 @@ async def running(embedder: Embedder, settings: Settings) -> AsyncIterator[Runni
     bases.open()
     pipeline = Pipeline(embedder, bases, settings.limits)
     metrics = Metrics(pipeline)
+    tracing = Tracing(settings.otlp) if settings.otlp else None
+    if tracing is not None:
+        pipeline.on_result.append(tracing.served)
     size = settings.max_message_bytes
     server = grpc.aio.server(
         interceptors=[
             CallInterceptor(  # outermost: refused calls count too
                 [metrics.ended, access_log if settings.access_log else failure_log]
             ),
+            *([tracing.interceptor] if tracing else []),
             *([TokenInterceptor(settings.tokens)] if settings.tokens else []),
         ],
         options=[
@@ -141,8 +154,9 @@ async def running(embedder: Embedder, settings: Settings) -> AsyncIterator[Runni
             ("grpc.max_send_message_length", size),
             ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a twin
             ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
-            ("grpc.keepalive_time_ms", 60_000),  # machines that went away without a word
-            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.keepalive_time_ms", round(KEEPALIVE_SECONDS * 1e3)),
+            ("grpc.keepalive_timeout_ms", round(KEEPALIVE_TIMEOUT_SECONDS * 1e3)),
+            ("grpc.http2.ping_timeout_ms", round(KEEPALIVE_TIMEOUT_SECONDS * 1e3)),
             ("grpc.keepalive_permit_without_calls", 1),
         ],
     )
@@ -179,6 +193,8 @@ async def running(embedder: Embedder, settings: Settings) -> AsyncIterator[Runni
         await pipeline.stop()
         inference.close()
         bases.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
 
 async def serve(embedder: Embedder, settings: Settings) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,20 +103,21 @@ def test_groups_are_named_by_labels_or_by_the_text_that_sets_them_apart():
     assert groups[0].purity == pytest.approx(5 / 6) and groups[0].fitting.count(False) == 1
 
 
-def test_a_kept_basis_is_reused_only_for_the_same_command(tmp_path, monkeypatch):
-    asked = []
-
-    class Draft:
-        texts = ()
-        provenance: dict[str, object] = {}  # noqa: RUF012
+@pytest.fixture
+def drafted(monkeypatch) -> list[str]:
+    """Have a list of three words stand in for the language model; give the criteria asked for."""
+    asked: list[str] = []
 
     def draft(name, *_):
         asked.append(name)
-        made = Draft()
-        made.texts = [type("Text", (), {"text": text}) for text in ("red", "green", "blue")]
-        return made
+        texts = [SimpleNamespace(text=text) for text in ("red", "green", "blue")]
+        return SimpleNamespace(texts=texts, provenance={})
 
     monkeypatch.setattr(demo_module.generation, "draft", draft)
+    return asked
+
+
+def test_a_kept_basis_is_reused_only_for_the_same_command(tmp_path, drafted):
     with Embedder.open(demo_bundle()) as embedder:
         for prompt, fresh in (("{}", False), ("{}", False), ("a {}", False), ("{}", True)):
             basis = demo_module._written("colour", None, embedder, prompt, tmp_path, fresh)
@@ -122,4 +125,15 @@ def test_a_kept_basis_is_reused_only_for_the_same_command(tmp_path, monkeypatch)
         for kept in tmp_path.iterdir():
             kept.write_bytes(b"damaged")
         assert demo_module._written("colour", None, embedder, "{}", tmp_path, False) is not None
-    assert len(asked) == 4
+    assert len(drafted) == 4
+
+
+def test_json_is_all_there_is_on_stdout(folder, drafted, capsys):
+    demo(
+        images=folder, criteria="Colour", groups=3, prompt="{}", bundle=None, count=1500,
+        directory=folder / "out", generate=True, fresh=False, model=None, as_json=True,
+    )  # fmt: skip
+    said = capsys.readouterr()
+    assert drafted == ["colour"] and "red, green, blue" in said.err
+    told = json.loads(said.out)
+    assert told["images"] == 9 and "colour" in json.dumps(told)

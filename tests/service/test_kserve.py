@@ -150,6 +150,23 @@ def test_a_stream_goes_on_after_a_request_that_fails(stub, pictures):
     assert "not a readable image" in replies[1].error_message
 
 
+def test_a_stream_goes_on_after_what_nobody_foresaw(server, stub, pictures, monkeypatch, caplog):
+    embed = server.pipeline.embed
+
+    async def fails(sources, *arguments, **options):
+        if sources[0] == b"junk":
+            raise ZeroDivisionError("a secret of the server")
+        return await embed(sources, *arguments, **options)
+
+    monkeypatch.setattr(server.pipeline, "embed", fails)
+    data = [pictures[0].read_bytes(), b"junk", *[path.read_bytes() for path in pictures] * 3]
+    requests = [infer_request(shape=[1, 1], raw=element(d), id=str(i)) for i, d in enumerate(data)]
+    replies = list(stub.ModelStreamInfer(iter(requests)))
+    assert [reply.infer_response.id for reply in replies] == [r.id for r in requests]
+    assert [i for i, reply in enumerate(replies) if reply.error_message] == [1]
+    assert "secret" not in replies[1].error_message and "secret" in caplog.text
+
+
 def test_shared_memory_is_off_unless_the_operator_allows_it(stub):
     request = pb.SystemSharedMemoryRegisterRequest(name="a", key="/a", byte_size=4)
     code = grpc.StatusCode.UNIMPLEMENTED

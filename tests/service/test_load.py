@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from itertools import count
 
 import grpc
 import numpy as np
@@ -19,23 +18,7 @@ from crl_sdk.serving import batcher as batcher_module
 from crl_sdk.serving.batcher import Batcher
 from crl_sdk.serving.cache import EmbeddingCache
 from crl_sdk.serving.pipeline import Limits, Pace
-
-_numbers = count()
-
-
-def picture() -> np.ndarray:
-    """A picture that no cache has seen."""
-    number = next(_numbers)
-    pixels = np.full((96, 96, 3), 100, np.uint8)
-    pixels[0, :2] = [[number % 256, number // 256 % 256, 0], [number // 65536, 1, 2]]
-    return pixels
-
-
-def until(condition, seconds: float = 10.0) -> None:
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends, "it did not happen in time"
-        time.sleep(0.01)
+from support import picture, until
 
 
 def health_of(address: str, service: str = "") -> int:

@@ -92,8 +92,22 @@ def test_failures_of_the_server_are_logged_without_it_too(serve, faked, engine, 
     assert any(getattr(r, "code", "") == "UNAVAILABLE" for r in caplog.records)
 
 
-def test_json_lines_hold_the_id_and_stay_one_line(capsys):
-    handler = handler_of("json")
+@pytest.fixture
+def handler():
+    """Make handlers; all are closed at the end."""
+    made = []
+
+    def make(form):
+        made.append(handler_of(form))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_json_lines_hold_the_id_and_stay_one_line(handler):
+    text, handler = handler("text"), handler("json")
     record = logging.LogRecord("crl", logging.INFO, "", 0, 'two\nlines and "quotes"', None, None)
     record.method = "/a/b"
     token = request_id.set("seven")
@@ -106,4 +120,14 @@ def test_json_lines_hold_the_id_and_stay_one_line(capsys):
     assert told["request_id"] == "seven" and told["method"] == "/a/b"
     assert told["message"] == 'two\nlines and "quotes"' and told["time"].endswith("Z")
     assert "request_id" not in json.loads(handler.format(record))
-    assert handler_of("text").format(record).endswith('"quotes"')
+    assert text.format(record).endswith('"quotes"')
+
+
+def test_what_is_logged_while_a_language_model_loads_is_not_lost(handler, capfd):
+    from llama_cpp._utils import suppress_stdout_stderr
+
+    log = logging.Logger("crl")
+    log.addHandler(handler("text"))
+    with suppress_stdout_stderr():  # as llama_cpp.Llama does while it loads
+        log.warning("the engine fails")
+    assert "the engine fails" in capfd.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from itertools import count
@@ -12,7 +13,9 @@ import pytest
 
 from crl_sdk import Client, wire
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
+from crl_sdk.serving import server as server_module
 from crl_sdk.serving.service import STREAM_WINDOW
+from support import picture, until
 
 _numbers = count()
 
@@ -33,19 +36,9 @@ def channel_of():
 
 def message(images: int = 1) -> embedding_pb2.EmbedStreamRequest:
     """A request of pictures that no cache has seen."""
-    number = next(_numbers)
-    pixels = np.full((96, 96, 3), 50, np.uint8)
-    pixels[0, :2] = [[number % 256, number // 256, 0], [1, 2, 3]]
-    image = embedding_pb2.Image(pixels=wire.encode(pixels))
+    image = embedding_pb2.Image(pixels=wire.encode(picture()))
     request = embedding_pb2.EmbedRequest(images=[image] * images)
-    return embedding_pb2.EmbedStreamRequest(id=str(number), request=request)
-
-
-def until(condition, seconds: float = 10.0) -> None:
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends, "it did not happen in time"
-        time.sleep(0.01)
+    return embedding_pb2.EmbedStreamRequest(id=str(next(_numbers)), request=request)
 
 
 def test_streams_that_say_little_keep_nobody_waiting(serve, faked, channel_of):
@@ -76,7 +69,7 @@ def test_a_client_that_does_not_read_is_not_read_either(serve, faked, channel_of
     rows = wire.encode(np.ones(128, np.float32) / np.float32(np.sqrt(128)))
     known = [embedding_pb2.Image(embedding=rows)] * 256  # answered with 128 KiB
     results, sent, leave = [], [], threading.Event()
-    server.pipeline.on_result = results.append
+    server.pipeline.on_result.append(results.append)
 
     def flood():
         for i in range(1000):
@@ -136,3 +129,79 @@ def test_a_request_that_fails_in_an_unforeseen_way_is_answered(
     assert broken.code == grpc.StatusCode.INTERNAL.value[0]
     assert "secret" not in broken.message and "secret" in caplog.text
     assert sum(reply.HasField("response") for reply in replies.values()) == len(messages) - 1
+
+
+class Forwarder:
+    """A line to a server that can be cut without either end being told."""
+
+    def __init__(self, address: str) -> None:
+        self._to = ("127.0.0.1", int(address.rpartition(":")[2]))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.cut = threading.Event()
+        self._sockets: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        try:
+            here, _ = self._listener.accept()
+            there = socket.create_connection(self._to)
+        except OSError:
+            return
+        self._sockets += [here, there]
+        for source, target in ((here, there), (there, here)):
+            threading.Thread(target=self._copy, args=(source, target), daemon=True).start()
+
+    def _copy(self, source: socket.socket, target: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                if not self.cut.is_set():
+                    target.sendall(data)
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        for each in (self._listener, *self._sockets):
+            each.close()
+
+
+def test_a_machine_that_went_away_without_a_word_is_let_go(serve, faked, engine, monkeypatch):
+    monkeypatch.setattr(server_module, "KEEPALIVE_SECONDS", 1.0)
+    monkeypatch.setattr(server_module, "KEEPALIVE_TIMEOUT_SECONDS", 1.0)
+    server = serve(faked)
+    batcher = server.pipeline.batcher
+    line = Forwarder(server.address)
+    engine.gate.clear()
+    with grpc.insecure_channel(line.address) as channel:
+        stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+        entered = sum(engine.entered)
+        calls = [stub.Embed.future(message().request) for _ in range(4)]
+        until(lambda: sum(engine.entered) - entered + batcher.depth == 4)
+        waiting = batcher.depth
+        line.cut.set()
+        time.sleep(4)  # a second of silence, and one without an answer
+        engine.gate.set()
+        until(lambda: batcher.depth == 0)
+        line.close()
+        for call in calls:
+            call.cancel()
+    assert waiting and batcher.counts.cancelled == waiting
+
+
+def test_a_connection_has_so_many_calls_at_once(serve, faked, engine, channel_of, monkeypatch):
+    monkeypatch.setattr(server_module, "MAX_CONCURRENT_STREAMS", 4)
+    server = serve(faked)
+    batcher = server.pipeline.batcher
+    engine.gate.clear()
+    entered = sum(engine.entered)
+    stub = embedding_pb2_grpc.EmbeddingServiceStub(channel_of(server))
+    calls = [stub.Embed.future(message().request) for _ in range(50)]
+    until(lambda: sum(engine.entered) - entered + batcher.depth == 4)
+    time.sleep(0.3)
+    assert sum(engine.entered) - entered + batcher.depth == 4
+    engine.gate.set()
+    codes = {
+        call.code() for call in calls
+    }  # the rest waited on the client's side, or came too soon
+    assert codes <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
+    assert grpc.StatusCode.OK in codes
