@@ -50,7 +50,8 @@ class Tracing:
         exporter = OTLPSpanExporter(endpoint, insecure=parts.scheme == "http", timeout=5)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("crl_sdk", __version__)
-        self.interceptor: Any = aio_server_interceptor(tracer_provider=self._provider)
+        interceptor: Any = aio_server_interceptor  # it has no types
+        self.interceptor: Any = interceptor(tracer_provider=self._provider)
 
     def served(self, result: Result) -> None:
         """Make the span of a request, inside the call that is being served."""
