@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from crl_sdk.errors import (
     InvalidInputError,
     UnsupportedSchemaError,
 )
+from crl_sdk.files import write_atomically
 from crl_sdk.projection import Post, Projection
 
 SCHEMA = 1
@@ -125,7 +125,7 @@ class Basis:
         Raises:
             BasisError: the file cannot be written.
         """
-        write_atomically(Path(path), self.to_bytes())
+        write_atomically(Path(path), self.to_bytes(), BasisError)
 
     def to_bytes(self) -> bytes:
         """Serialise the basis as a safetensors file.
@@ -244,30 +244,6 @@ def basis_path(directory: Path, criterion: str) -> Path:
         CriterionError: the name is malformed; it never becomes a path then.
     """
     return directory / f"{normalise_criterion(criterion).replace(' ', '+')}{SUFFIX}"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old or the new content, never a part, even on a crash.
-
-    Raises:
-        BasisError: the directory does not exist or the disk is full.
-    """
-    temporary: str | None = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-        ) as file:
-            temporary = file.name
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise BasisError(
-            f"{path}: cannot be written ({error.strerror}); check the directory and free space"
-        ) from error
 
 
 def _read_header(data: bytes, where: str) -> _Header:

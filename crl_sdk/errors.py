@@ -95,6 +95,10 @@ class EngineError(CrlError):
     """A runtime, device or precision is missing, or an inference run failed."""
 
 
+class PlanError(EngineError):
+    """A compiled engine is missing, damaged, stale, or made for another machine."""
+
+
 class ServiceError(CrlError):
     """A service cannot be reached, or refused a call for a reason of its own."""
 

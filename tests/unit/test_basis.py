@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from crl_sdk.basis import Basis, basis_path, normalise_criterion, write_atomically
+from crl_sdk.basis import Basis, basis_path, normalise_criterion
 from crl_sdk.build import build_basis, edit_basis, make_projection
 from crl_sdk.errors import (
     BasisError,
@@ -23,6 +23,7 @@ from crl_sdk.errors import (
     InvalidInputError,
     UnsupportedSchemaError,
 )
+from crl_sdk.files import write_atomically
 
 FINGERPRINT = "ab" * 32
 GOLDEN = Path(__file__).parent / "golden" / "basis.safetensors"
@@ -245,10 +246,10 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(BasisError, match="No space left"):
-        write_atomically(path, b"new")
+        write_atomically(path, b"new", BasisError)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == [path.name]
     with pytest.raises(BasisError, match="cannot be written"):
-        write_atomically(tmp_path / "nowhere" / "x", b"new")
+        write_atomically(tmp_path / "nowhere" / "x", b"new", BasisError)
 
 
 def test_criteria_have_one_written_form(tmp_path):

@@ -1,0 +1,291 @@
+"""Plans: engines compiled from a bundle's image graph. Their records, and the checks before use.
+
+A plan is a file of TensorRT's in `engines/` of the bundle, with a record (JSON) of the same stem
+beside it. Nothing here imports TensorRT.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+from crl_sdk.bundle import ModelBundle, sha256_file
+from crl_sdk.errors import PlanError
+from crl_sdk.files import write_atomically
+from crl_sdk.manifest import Precision
+
+SCHEMA = 1
+DIRECTORY = "engines"
+
+Runtime: TypeAlias = Literal["tensorrt-rtx", "tensorrt"]
+
+
+class Baked(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The basis whose projection is a constant of a plan: its criterion and its digest."""
+
+    criterion: str
+    sha256: str
+
+
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All that decides what a plan is; equal recipes need no second compilation.
+
+    Attributes:
+        runtime: whose plan it is.
+        runtime_version: a plan runs with the version that made it.
+        architectures: compute capabilities it has code for, such as `sm86`, sorted.
+        precision: of the tower; normalising and projecting are float32 always.
+        batch: fewest, usual and most images of a run.
+        max_columns: most columns K of packed bases in a run; 0 where a basis is baked in.
+        onnx_sha256: of the image graph.
+        baked: the basis that is fixed in it, if any.
+    """
+
+    runtime: Runtime
+    runtime_version: str
+    architectures: tuple[str, ...]
+    precision: Precision
+    batch: tuple[int, int, int]
+    max_columns: int
+    onnx_sha256: str
+    baked: Baked | None = None
+
+    @property
+    def stem(self) -> str:
+        """Name of its files without suffix: runtime, version, precision and a digest of all."""
+        identity = msgspec.json.encode((SCHEMA, self), order="deterministic")
+        digest = hashlib.sha256(identity).hexdigest()[:12]
+        return f"{self.runtime}-{self.runtime_version}-{self.precision}-{digest}"
+
+
+class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An input or output: -1 stands for a dimension that differs from run to run."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The record of a compiled engine.
+
+    Attributes:
+        schema: of this record.
+        recipe: what it was made from.
+        fingerprint: of the bundle's embedding space.
+        sha256: of the plan file.
+        bytes: its size.
+        inputs: as TensorRT read them from the graph.
+        outputs: likewise.
+        layers: of the network, before TensorRT fuses them.
+        projection: names of the layers from the unit embedding to the projected columns.
+        seconds: the compilation took.
+        peak_memory: bytes resident in the process that compiled, at most.
+        verified: whether its numbers were compared on a GPU; a compiler alone cannot know.
+    """
+
+    schema: int
+    recipe: Recipe
+    fingerprint: str
+    sha256: str
+    bytes: int
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    layers: int
+    projection: tuple[str, ...]
+    seconds: float
+    peak_memory: int
+    verified: bool = False
+
+
+def plans_directory(bundle: ModelBundle) -> Path:
+    """Give where the plans of a bundle are by default."""
+    return bundle.path / DIRECTORY
+
+
+def write_plan(directory: Path, plan: Plan, data: bytes) -> Path:
+    """Write a plan, then its record: a plan without one is no plan.
+
+    Returns:
+        The plan file.
+
+    Raises:
+        PlanError: the disk is full, or the directory cannot be written.
+    """
+    path = directory / f"{plan.recipe.stem}.plan"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlanError(
+            f"{directory}: cannot be made ({error.strerror}); choose another with --out"
+        ) from error
+    write_atomically(path, data, PlanError)
+    record = msgspec.json.format(msgspec.json.encode(plan, order="deterministic"), indent=2)
+    write_atomically(path.with_suffix(".json"), record + b"\n", PlanError)
+    return path
+
+
+def read_plans(directory: Path) -> list[Plan]:
+    """Read the records of a directory, by name; one that is not there has none.
+
+    Raises:
+        PlanError: a record is damaged, of another schema, or under another's name.
+    """
+    return [_read(path) for path in sorted(directory.glob("*.json"))]
+
+
+def find_plan(directory: Path, recipe: Recipe) -> Plan | None:
+    """Give the record of exactly this recipe if its plan is there and whole, else None."""
+    path = directory / f"{recipe.stem}.json"
+    try:
+        plan = _read(path)
+        _check_file(path.with_suffix(".plan"), plan)
+    except (PlanError, OSError):
+        return None
+    return plan
+
+
+def choose_plan(
+    bundle: ModelBundle,
+    directory: Path,
+    *,
+    runtime: Runtime,
+    runtime_version: str,
+    architecture: str,
+    precision: Precision | Literal["auto"] = "auto",
+) -> Plan:
+    """Choose the plan that fits a machine.
+
+    Args:
+        bundle: the model.
+        directory: of the plans.
+        runtime: what is installed.
+        runtime_version: of it.
+        architecture: of the GPU, such as `sm89`.
+        precision: `auto` takes fp16 before fp32.
+
+    Raises:
+        PlanError: none fits; the message says why each does not and how to compile one.
+    """
+    order: Sequence[str] = ("fp16", "fp32") if precision == "auto" else (precision,)
+    reasons = []
+    for wanted in order:
+        for plan in read_plans(directory):
+            recipe = plan.recipe
+            if recipe.precision != wanted:
+                continue
+            reason = _misfit(bundle, plan, runtime, runtime_version, architecture)
+            if reason is None:
+                return plan
+            reasons.append(f"{recipe.stem}: {reason}")
+    told = "; ".join(reasons) or f"no plan in {', '.join(order)} there"
+    command = compile_command(bundle, runtime, order[0], architecture)
+    raise PlanError(
+        f"{directory}: no plan for {runtime} {runtime_version} on {architecture} ({told}); "
+        f"compile one: {command}"
+    )
+
+
+def load_plan(bundle: ModelBundle, directory: Path, plan: Plan) -> bytes:
+    """Read a plan file that is the one its record tells of and was made from this bundle.
+
+    Raises:
+        PlanError: it is missing, cut off or changed, or the bundle's graph changed since.
+    """
+    reason = _stale(bundle, plan)
+    if reason is not None:
+        recipe = plan.recipe
+        command = compile_command(
+            bundle, recipe.runtime, recipe.precision, ",".join(recipe.architectures)
+        )
+        raise PlanError(f"{directory / recipe.stem}.plan: {reason}; compile it again: {command}")
+    path = directory / f"{plan.recipe.stem}.plan"
+    _check_file(path, plan)
+    return path.read_bytes()
+
+
+def compile_command(
+    bundle: ModelBundle, runtime: Runtime, precision: str, architectures: str
+) -> str:
+    """Give the command that compiles a plan."""
+    return shlex.join(
+        ["crl", "compile", str(bundle.path), "--runtime", runtime, "--precision", precision,
+         *(["--arch", architectures] if runtime == "tensorrt-rtx" else [])]
+    )  # fmt: skip
+
+
+def graph_digest(bundle: ModelBundle, precision: Precision) -> str:
+    """Give the SHA-256 of a bundle's image graph as its manifest has it.
+
+    Raises:
+        BundleError: the bundle has no graph in this precision.
+    """
+    return bundle.manifest.files[bundle.image_graph(precision).name].sha256
+
+
+def _stale(bundle: ModelBundle, plan: Plan) -> str | None:
+    recipe = plan.recipe
+    if plan.fingerprint != bundle.fingerprint:
+        return f"of another model ({plan.fingerprint[:12]}…, this is {bundle.fingerprint[:12]}…)"
+    if recipe.precision not in bundle.precisions:
+        return f"the bundle has no {recipe.precision} graph any more"
+    now = graph_digest(bundle, recipe.precision)
+    if now != recipe.onnx_sha256:
+        return f"made from graph {recipe.onnx_sha256[:12]}…, the bundle now has {now[:12]}…"
+    return None
+
+
+def _misfit(
+    bundle: ModelBundle, plan: Plan, runtime: Runtime, version: str, architecture: str
+) -> str | None:
+    recipe = plan.recipe
+    if recipe.runtime != runtime:
+        return f"for {recipe.runtime}"
+    if recipe.runtime_version != version:
+        return f"for version {recipe.runtime_version}"
+    if architecture not in recipe.architectures:
+        return f"for {', '.join(recipe.architectures)}"
+    if recipe.baked is not None:
+        return f"only for the criterion {recipe.baked.criterion!r}"
+    return _stale(bundle, plan)
+
+
+def _read(path: Path) -> Plan:
+    try:
+        raw: Any = msgspec.json.decode(path.read_bytes())
+        schema = raw.get("schema") if isinstance(raw, dict) else None
+        if isinstance(schema, int) and schema != SCHEMA:
+            raise PlanError(f"{path}: schema {schema}, this SDK reads {SCHEMA}: compile it again")
+        plan = msgspec.convert(raw, Plan)
+    except (msgspec.MsgspecError, OSError) as error:
+        raise PlanError(
+            f"{path}: not a readable record of a plan ({error}); remove it and compile again"
+        ) from error
+    if plan.recipe.stem != path.stem:
+        raise PlanError(
+            f"{path}: the record of {plan.recipe.stem}, renamed or edited; remove it and compile "
+            "again"
+        )
+    return plan
+
+
+def _check_file(path: Path, plan: Plan) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise PlanError(f"{path}: missing ({error.strerror}); compile it again") from error
+    if size != plan.bytes:
+        raise PlanError(
+            f"{path}: expected {plan.bytes:,} bytes, got {size:,}: it is cut off or was changed; "
+            "compile it again"
+        )
+    if (digest := sha256_file(path)) != plan.sha256:
+        raise PlanError(
+            f"{path}: expected SHA-256 {plan.sha256[:12]}…, got {digest[:12]}…: it was changed; "
+            "compile it again"
+        )
