@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from crl_sdk._version import __version__
-from crl_sdk.cli import basis, compile, demo, embed, models, serve
+from crl_sdk.cli import basis, compile, demo, doctor, embed, models, serve
 from crl_sdk.cli.console import err, print_error
 from crl_sdk.errors import CrlError
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.command("export")(models.export)
 app.command("info")(models.info)
+app.command("doctor")(doctor.doctor)
 app.command("compile")(compile.compile_bundle)
 app.add_typer(basis.app, name="basis")
 app.command("embed")(embed.embed)

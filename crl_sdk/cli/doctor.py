@@ -1,0 +1,56 @@
+"""`crl doctor`: what this machine has, and which engine runs a bundle on it."""
+
+from __future__ import annotations
+
+import msgspec
+from rich.markup import escape
+from rich.table import Table
+
+from crl_sdk.bundle import ModelBundle
+from crl_sdk.cli.console import JsonOption, out, print_facts, print_json
+from crl_sdk.cli.options import BundleOption, bundle_or_demo
+from crl_sdk.machine import Candidate, Machine, candidates, examine
+
+
+def doctor(bundle: BundleOption = None, as_json: JsonOption = False) -> None:
+    """Tell what this machine has, which engine is taken for a bundle, and why not the others."""
+    opened = ModelBundle.open(bundle_or_demo(bundle))
+    machine = examine()
+    engines = candidates(machine, opened)
+    if as_json:
+        print_json(
+            {
+                "machine": msgspec.to_builtins(machine),
+                "bundle": str(opened.path),
+                "engines": msgspec.to_builtins(engines),
+                "chosen": next((each.engine for each in engines if each.usable), None),
+            }
+        )
+        return
+    print_facts("this machine", _facts(machine))
+    out.print(_table(opened, engines))
+
+
+def _facts(machine: Machine) -> dict[str, object]:
+    gpus = [f"{gpu.name}, {gpu.architecture}, {gpu.memory >> 20} MiB" for gpu in machine.gpus]
+    return {
+        "system": machine.system,
+        "processor": f"{machine.processor}, {machine.cores} cores",
+        "instructions": ", ".join(machine.features) or "none that matter",
+        "memory": f"{machine.memory >> 20} MiB",
+        "GPUs": "; ".join(gpus) or "none",
+        "CUDA": machine.cuda,
+        **{str(runtime): told for runtime, told in machine.runtimes.items()},
+        "ONNX Runtime": ", ".join(machine.providers) or "not installed",
+        "packages": ", ".join(f"{name} {found}" for name, found in machine.packages.items()),
+        "crl-sdk": f"{machine.crl_sdk}, Python {machine.python}",
+    }
+
+
+def _table(bundle: ModelBundle, engines: list[Candidate]) -> Table:
+    table = Table("engine", "", "why", title=str(bundle.path), title_justify="left")
+    chosen = next((each for each in engines if each.usable), None)
+    for each in engines:
+        state = "taken" if each is chosen else "usable" if each.usable else "no"
+        table.add_row(escape(each.engine), state, escape(each.reason))
+    return table

@@ -1,0 +1,198 @@
+"""What this machine has to run models with: processor, GPUs, runtimes. For `crl doctor`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+
+from crl_sdk._version import __version__
+from crl_sdk.bundle import ModelBundle
+from crl_sdk.engines import cuda
+from crl_sdk.engines.toolkit import load_toolkit
+from crl_sdk.errors import CrlError
+from crl_sdk.plans import Runtime, plans_directory, read_plans
+
+_FEATURES = (
+    "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
+    "asimddp", "i8mm", "bf16", "sve",
+)  # fmt: skip
+"""What decides which kernels a runtime takes: of x86-64, then of Arm."""
+
+_PACKAGES = (
+    "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu12-libs", "tensorrt",
+    "cuda-bindings", "grpcio", "llama-cpp-python", "torch", "triton",
+)  # fmt: skip
+
+
+class Gpu(msgspec.Struct, frozen=True, kw_only=True):
+    """A GPU: name, compute capability such as `sm89`, memory in bytes."""
+
+    name: str
+    architecture: str
+    memory: int
+
+
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine for a bundle: whether it can run here and, if not, why."""
+
+    engine: str
+    usable: bool
+    reason: str
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found.
+
+    Attributes:
+        crl_sdk: version of this package.
+        python: version.
+        system: kernel and architecture.
+        processor: its name.
+        cores: that this process may use.
+        features: instruction sets that matter here.
+        memory: bytes of main memory, 0 where the system does not tell.
+        gpus: through the driver; empty if there is none.
+        cuda: version of CUDA that the driver supports, or why there is no GPU.
+        runtimes: TensorRT flavours: version, or why it cannot be used.
+        providers: of ONNX Runtime.
+        packages: versions of those installed.
+    """
+
+    crl_sdk: str
+    python: str
+    system: str
+    processor: str
+    cores: int
+    features: tuple[str, ...]
+    memory: int
+    gpus: tuple[Gpu, ...]
+    cuda: str
+    runtimes: dict[Runtime, str]
+    providers: tuple[str, ...]
+    packages: dict[str, str]
+
+
+def examine() -> Machine:
+    """Look at this machine. Nothing it lacks is an error."""
+    info = _read("/proc/cpuinfo")
+    words = set(re.sub(r"^(?!flags|Features).*$", "", info, flags=re.MULTILINE).split())
+    name = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    memory = re.search(r"^MemTotal:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+    gpus, told = _gpus()
+    return Machine(
+        crl_sdk=__version__,
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        processor=name[1] if name else platform.processor() or "unknown",
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        features=tuple(feature for feature in _FEATURES if feature in words),
+        memory=int(memory[1]) << 10 if memory else 0,
+        gpus=gpus,
+        cuda=told,
+        runtimes={runtime: _runtime(runtime) for runtime in get_args(Runtime)},
+        providers=_providers(),
+        packages={name: found for name in _PACKAGES if (found := _version(name))},
+    )
+
+
+def candidates(machine: Machine, bundle: ModelBundle) -> list[Candidate]:
+    """List the engines for a bundle, the one that is taken by default first among the usable.
+
+    Engines are ONNX Runtime's on a CPU and on CUDA, in each precision of the bundle. Plans are told
+    of too: they can be compiled, but this version does not run them.
+    """
+    found = [
+        Candidate(
+            engine=f"onnx/{device}/{precision}",
+            usable=provider in machine.providers and (device == "cpu" or bool(machine.gpus)),
+            reason=_why(machine, device, provider),
+        )
+        for device, provider, order in (
+            ("cpu", "CPUExecutionProvider", ("fp32", "fp16", "int8")),
+            ("cuda", "CUDAExecutionProvider", ("fp16", "fp32", "int8")),
+        )
+        for precision in order
+        if precision in bundle.precisions
+    ]
+    try:
+        plans = read_plans(plans_directory(bundle))
+    except CrlError as error:
+        return [*found, Candidate(engine="tensorrt", usable=False, reason=str(error))]
+    return found + [
+        Candidate(
+            engine=f"{plan.recipe.runtime}/{'+'.join(plan.recipe.architectures)}/"
+            f"{plan.recipe.precision}",
+            usable=False,
+            reason="compiled; this version of crl does not run plans",
+        )
+        for plan in plans
+    ]
+
+
+def _why(machine: Machine, device: str, provider: str) -> str:
+    if provider not in machine.providers:
+        extra = "cpu" if device == "cpu" else "gpu"
+        has = ", ".join(machine.providers) or "none"
+        return f"ONNX Runtime has no {provider} (it has {has}): pip install 'crl-sdk[{extra}]'"
+    if device == "cuda" and not machine.gpus:
+        return machine.cuda
+    return "asked for with --device cuda" if device == "cuda" else "runs everywhere"
+
+
+def _gpus() -> tuple[tuple[Gpu, ...], str]:
+    try:
+        cu = cuda.driver()
+        number = cuda.check(cu.cuDriverGetVersion(), "asking for the driver's version")
+        gpus = []
+        for i in range(cuda.check(cu.cuDeviceGetCount(), "counting GPUs")):
+            device = cuda.check(cu.cuDeviceGet(i), f"opening GPU {i}")
+            name = cuda.check(cu.cuDeviceGetName(128, device), "asking for its name")
+            memory = cuda.check(cu.cuDeviceTotalMem(device), "asking for its memory")
+            gpus.append(
+                Gpu(
+                    name=bytes(name).split(b"\0")[0].decode("utf-8", "replace"),
+                    architecture=cuda.architecture(i),
+                    memory=int(memory),
+                )
+            )
+    except CrlError as error:
+        return (), str(error)
+    return tuple(gpus), f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _runtime(runtime: Runtime) -> str:
+    try:
+        return load_toolkit(runtime).version
+    except CrlError as error:
+        return str(error)
+
+
+def _providers() -> tuple[str, ...]:
+    if importlib.util.find_spec("onnxruntime") is None:
+        return ()
+    import onnxruntime as ort
+
+    names: Sequence[Any] = ort.get_available_providers()
+    return tuple(map(str, names))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
