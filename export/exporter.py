@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torchvision.transforms.functional import normalize
 
-from crl_export import parity
 from crl_export.checkpoint import RANDOM, Checkpoint, load_checkpoint
 from crl_export.graphs import ImageGraph, TextGraph, export_image_graph, export_text_graph
 from crl_export.precision import half_graph, quantise
 from crl_export.tokenizers import write_tokenizer
+from crl_sdk import parity
 from crl_sdk._version import __version__
 from crl_sdk.bundle import ModelBundle, sha256_file
 from crl_sdk.engines.onnx import open_session

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import save_file
 
-from crl_export import exporter, parity
+from crl_export import exporter
 from crl_export.exporter import export_model
 from crl_export.parity_table import MODELS, measure
 from crl_export.tokenizers import write_tokenizer
-from crl_sdk import Embedder, demo_bundle
+from crl_sdk import Embedder, demo_bundle, parity
 from crl_sdk.errors import ExportError, InvalidInputError, ParityError
 from crl_sdk.manifest import Parity
 from crl_sdk.tokenizer import Tokenizer, clean_text

@@ -1,4 +1,4 @@
-"""How far an exported graph is from torch in fp32, on fixed pictures and texts."""
+"""How far embeddings are from a reference in float32, on fixed pictures and texts."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def compare(reference: NDArray[np.float32], measured: NDArray[np.float32]) -> Pa
     """Compare embeddings row by row.
 
     Args:
-        reference: (n, d), torch in fp32, unit rows.
-        measured: (n, d), the graph's.
+        reference: (n, d), in float32, unit rows.
+        measured: (n, d), of what is compared.
     """
     exact, other = reference.astype(np.float64), measured.astype(np.float64)
     cosines = _cosines(exact, other)
@@ -115,13 +115,9 @@ def compare(reference: NDArray[np.float32], measured: NDArray[np.float32]) -> Pa
     )
 
 
-def require(parity: Parity, tolerance: Tolerance, graph: str) -> None:
-    """Fail where a graph does not reach its tolerance.
-
-    Raises:
-        ParityError: names the graph, what was measured and what is required.
-    """
-    failures = [
+def failures(parity: Parity, tolerance: Tolerance) -> list[str]:
+    """Tell what does not reach a tolerance, with what was measured and what is required."""
+    return [
         f"{name} {getattr(parity, name):.7g} (required {sign} {getattr(tolerance, name):g})"
         for name, sign in (
             ("cosine_min", ">="),
@@ -131,10 +127,18 @@ def require(parity: Parity, tolerance: Tolerance, graph: str) -> None:
         )
         if not _holds(getattr(parity, name), sign, getattr(tolerance, name))
     ]
-    if failures:
+
+
+def require(parity: Parity, tolerance: Tolerance, graph: str) -> None:
+    """Fail where a graph does not reach its tolerance.
+
+    Raises:
+        ParityError: names the graph, what was measured and what is required.
+    """
+    if told := failures(parity, tolerance):
         raise ParityError(
             f"{graph} does not agree with torch fp32 on {parity.samples} samples: "
-            f"{', '.join(failures)}; nothing was written. Try another precision"
+            f"{', '.join(told)}; nothing was written. Try another precision"
         )
 
 

@@ -1,0 +1,171 @@
+"""Does an engine give on this machine what it must, and how fast: for `crl verify`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import cast
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from crl_sdk import parity
+from crl_sdk.bundle import ModelBundle
+from crl_sdk.engines import ImageEngine
+from crl_sdk.engines.onnx import Device, OnnxImageEngine
+from crl_sdk.errors import InvalidInputError
+from crl_sdk.machine import Machine, candidates, examine
+from crl_sdk.manifest import Parity, Precision
+
+SCHEMA = 1
+
+_COLUMNS = 7
+_PROJECTED = 1e-4
+"""How far projected columns of unit-norm weights may be from `embedding @ weight + bias`."""
+
+
+class Latency(msgspec.Struct, frozen=True, kw_only=True):
+    """Runs of one batch size: how many, and their milliseconds at two percentiles."""
+
+    batch: int
+    runs: int
+    p50_ms: float
+    p99_ms: float
+
+
+class Verification(msgspec.Struct, frozen=True, kw_only=True):
+    """The record of a verification, for keeping or sending.
+
+    Attributes:
+        schema: of this record.
+        time: when it was made, UTC.
+        engine: what was verified.
+        model: name and fingerprint of the bundle.
+        agrees: whether all of it is within tolerance.
+        failures: what is not.
+        parity: of the universal embeddings with the fp32 graph's on the CPU, on fixed pictures.
+        projected_max_abs: largest difference of the projected columns from NumPy's, on the engine's
+            own embeddings.
+        latencies: of engine runs alone, without decoding.
+        machine: what it ran on.
+    """
+
+    schema: int
+    time: str
+    engine: str
+    model: dict[str, str]
+    agrees: bool
+    failures: tuple[str, ...]
+    parity: Parity
+    projected_max_abs: float
+    latencies: tuple[Latency, ...]
+    machine: Machine
+
+
+def verify(
+    bundle: ModelBundle,
+    engine: str | None = None,
+    *,
+    batches: Sequence[int] = (1, 8, 32),
+    seconds: float = 2.0,
+    progress: Callable[[str], None] | None = None,
+) -> Verification:
+    """Compare an engine with the bundle's fp32 graph on the CPU, and time it.
+
+    Args:
+        bundle: the model; it must have a graph in fp32.
+        engine: such as `onnx/cpu/int8`; None for the one that is taken by default here.
+        batches: sizes to time.
+        seconds: for each; at least five runs are timed.
+        progress: called with what is being done.
+
+    Raises:
+        InvalidInputError: no such engine for this bundle, or it cannot run here, with the reason.
+        BundleError: the bundle has no fp32 graph.
+        EngineError: the engine does not load, or a run failed.
+    """
+    tell = progress or (lambda _: None)
+    if not batches or min(batches) < 1 or seconds <= 0:
+        raise InvalidInputError(
+            f"expected batches >= 1 and seconds > 0, got {list(batches)}, {seconds}"
+        )
+    machine = examine()
+    name = _choose(machine, bundle, engine)
+    tell(f"running the fp32 reference of {bundle.manifest.name}")
+    pixels = parity.images(bundle.preprocess)
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((bundle.embedding_dim, _COLUMNS)).astype(np.float32)
+    weight /= np.linalg.norm(weight, axis=0)
+    bias = rng.standard_normal(_COLUMNS).astype(np.float32)
+    reference = OnnxImageEngine.open(bundle, precision="fp32", device="cpu")
+    expected = parity.batched(lambda part: reference.run(part, weight, bias)[0], pixels)
+
+    tell(f"running {name} on the same pictures")
+    opened = _open(bundle, name)
+    rows, columns = opened.run(pixels, weight, bias)
+    measured = parity.batched(lambda part: opened.run(part, weight, bias)[0], pixels)
+    found = parity.compare(expected, measured)
+    projected = float(np.abs(columns - (rows @ weight + bias)).max())
+    failures = parity.failures(found, parity.TOLERANCES[name.rpartition("/")[2]])
+    if not projected <= _PROJECTED:  # NaN fails too
+        failures.append(f"projected_max_abs {projected:.3g} (required <= {_PROJECTED:g})")
+    latencies = []
+    for batch in batches:
+        tell(f"timing batches of {batch}")
+        repeated = np.resize(pixels, (batch, *pixels.shape[1:]))
+        latencies.append(_time(opened, repeated, weight, bias, seconds))
+    return Verification(
+        schema=SCHEMA,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        engine=name,
+        model={"name": bundle.manifest.name, "fingerprint": bundle.fingerprint},
+        agrees=not failures,
+        failures=tuple(failures),
+        parity=found,
+        projected_max_abs=projected,
+        latencies=tuple(latencies),
+        machine=machine,
+    )
+
+
+def _choose(machine: Machine, bundle: ModelBundle, engine: str | None) -> str:
+    known = {each.engine: each for each in candidates(machine, bundle)}
+    usable = [each.engine for each in known.values() if each.usable]
+    if engine is None and usable:
+        return usable[0]
+    if engine not in usable:
+        reason = f" ({known[engine].reason})" if engine in known else ""
+        raise InvalidInputError(
+            f"expected an engine of {', '.join(usable) or 'none'}, got {engine!r}{reason}: "
+            "`crl doctor` lists them"
+        )
+    return str(engine)
+
+
+def _open(bundle: ModelBundle, name: str) -> ImageEngine:
+    _, device, precision = name.split("/")
+    return OnnxImageEngine.open(
+        bundle, precision=cast(Precision, precision), device=cast(Device, device)
+    )
+
+
+def _time(
+    engine: ImageEngine,
+    pixels: NDArray[np.uint8],
+    weight: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    seconds: float,
+) -> Latency:
+    times: list[float] = []
+    engine.run(pixels, weight, bias)  # what is done once per shape is not timed
+    ends = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < ends:
+        started = time.perf_counter()
+        engine.run(pixels, weight, bias)
+        times.append(time.perf_counter() - started)
+    p50, p99 = np.percentile(times, (50, 99)) * 1e3
+    return Latency(
+        batch=len(pixels), runs=len(times), p50_ms=round(float(p50), 3), p99_ms=round(float(p99), 3)
+    )
