@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from crl_sdk.errors import ParityError
 from crl_sdk.manifest import Parity
 from crl_sdk.preprocess import PreprocessSpec
+
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 BATCHES = (1, 3, 12)
 """Sizes of the checked runs; none is the size that was traced."""
@@ -78,7 +81,7 @@ def images(spec: PreprocessSpec, count: int = sum(BATCHES), seed: int = 0) -> ND
 
 
 def batched(
-    run: Callable[[NDArray[np.generic]], NDArray[np.float32]], rows: NDArray[np.generic]
+    run: Callable[[NDArray[Scalar]], NDArray[np.float32]], rows: NDArray[Scalar]
 ) -> NDArray[np.float32]:
     """Run a graph over rows in batches of `BATCHES`, then what is left.
 
