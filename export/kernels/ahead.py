@@ -1,0 +1,124 @@
+"""The projection kernel as machine code for GPUs that are not here: cubin, PTX, what it needs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from crl_export.kernels.projection import project_segments
+from crl_sdk.errors import ExportError, InvalidInputError
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_120", "sm_121")
+
+DTYPES = ("fp16", "bf16", "fp32")
+
+BLOCKS = {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_K": 64}
+WARPS = 8
+"""With these blocks nothing spills on any architecture; 64 rows or 4 warps did."""
+
+_PTX_VERSION = 82
+"""Of the PTX where an architecture allows it: drivers from CUDA 12.2 on read it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """The compiled kernel.
+
+    Attributes:
+        architecture: such as `sm_89`.
+        cubin: machine code, ELF.
+        ptx: what a driver can compile for later GPUs of the family.
+        registers: of a thread.
+        shared: bytes of shared memory of a block.
+        scratch: bytes of global scratch memory; more than 0 could not be launched without Triton.
+        spilled: bytes of registers that went to local memory, of a thread.
+    """
+
+    architecture: str
+    cubin: bytes
+    ptx: str
+    registers: int
+    shared: int
+    scratch: int
+    spilled: int
+
+
+def compile_kernel(
+    architecture: str,
+    *,
+    x_dtype: str = "fp16",
+    weight_dtype: str = "fp32",
+    out_dtype: str = "fp32",
+    unit: bool = True,
+    single: bool = False,
+) -> Kernel:
+    """Compile the kernel for one architecture and one set of types. Needs no GPU.
+
+    Args:
+        architecture: of `ARCHITECTURES`.
+        x_dtype: of the embeddings, of `DTYPES`.
+        weight_dtype: fp32, or fp16 for tensor cores.
+        out_dtype: fp32 or fp16.
+        unit: normalise the rows of the input.
+        single: for segments of at most `BLOCKS["BLOCK_K"]` columns.
+
+    Raises:
+        InvalidInputError: an unknown architecture or type.
+        ExportError: the code needs scratch memory.
+    """
+    if architecture not in ARCHITECTURES:
+        raise InvalidInputError(
+            f"expected an architecture of {', '.join(ARCHITECTURES)}, got {architecture!r}"
+        )
+    for name, dtype in (("x", x_dtype), ("weight", weight_dtype), ("out", out_dtype)):
+        if dtype not in DTYPES:
+            raise InvalidInputError(f"expected {name} in {', '.join(DTYPES)}, got {dtype!r}")
+    number = int(architecture[3:])
+    signature = {
+        "x": f"*{x_dtype}", "weight": f"*{weight_dtype}", "bias": "*fp32", "starts": "*i32",
+        "posts": "*i32", "out": f"*{out_dtype}", "n": "i32", "d": "i32", "k": "i32",
+    }  # fmt: skip
+    constants = {**BLOCKS, "UNIT": unit, "SINGLE": single}
+    source = ASTSource(
+        fn=project_segments,
+        signature={**signature, **dict.fromkeys(constants, "constexpr")},
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in range(6)},  # pointers, not n, d, k
+    )
+    options: dict[str, int] = {"num_warps": WARPS}
+    if number < 100:
+        options["ptx_version"] = _PTX_VERSION
+    compiled = triton.compile(source, target=GPUTarget("cuda", number, 32), options=options)
+    cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
+    scratch = int(getattr(compiled.metadata, "global_scratch_size", 0) or 0)
+    if scratch:
+        raise ExportError(f"the kernel for {architecture} needs {scratch} bytes of scratch memory")
+    usage = _usage(cubin)
+    return Kernel(
+        architecture=architecture,
+        cubin=cubin,
+        ptx=ptx,
+        registers=usage["REG"],
+        shared=int(compiled.metadata.shared),
+        scratch=scratch,
+        spilled=usage["STACK"] + usage["LOCAL"],
+    )
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    """Read what the machine code needs with Triton's own copy of NVIDIA's cuobjdump."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run(
+            [str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told)}

@@ -1,0 +1,39 @@
+"""The fused projection kernel: parity in Triton's interpreter, code for every architecture."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from crl_export.kernels.ahead import ARCHITECTURES, compile_kernel
+from crl_sdk.errors import InvalidInputError
+
+
+def test_it_agrees_with_numpy_in_the_interpreter():
+    ran = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("interpreted.py"))],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0 and ran.stdout.strip() == "agrees", ran.stderr[-3000:]
+
+
+@pytest.mark.parametrize("types", [("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp16")])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_it_compiles_without_a_gpu(architecture, types):
+    kernel = compile_kernel(architecture, x_dtype=types[0], weight_dtype=types[1])
+    assert kernel.cubin[:4] == b"\x7fELF" and f".target {architecture}" in kernel.ptx
+    assert kernel.scratch == kernel.spilled == 0 and 0 < kernel.registers < 255
+    assert 0 < kernel.shared <= 48 * 1024  # without asking the driver for more
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"), [("sm_70", {}), ("sm89", {}), ("sm_89", {"x_dtype": "int8"})]
+)
+def test_what_it_does_not_compile_for(architecture, options):
+    with pytest.raises(InvalidInputError, match="expected"):
+        compile_kernel(architecture, **options)
