@@ -29,8 +29,6 @@ from crl_sdk.preprocess import DEFAULT_LIMITS, ImageLimits, load_pixels
 from crl_sdk.projection import normalise_rows, pack
 
 if TYPE_CHECKING:
-    from crl_sdk.engines.onnx import Device
-    from crl_sdk.manifest import Precision
     from crl_sdk.preprocess import ImageInput
 
 _TEXT_BATCH = 64
@@ -105,35 +103,46 @@ class Embedder:
         cls,
         bundle: ModelBundle | str | os.PathLike[str],
         *,
-        precision: Precision | Literal["auto"] = "auto",
-        device: Device = "cpu",
+        engine: str = "auto",
         threads: int | None = None,
+        baked: Basis | None = None,
         limits: ImageLimits = DEFAULT_LIMITS,
     ) -> Embedder:
-        """Open a bundle with ONNX Runtime.
+        """Open a bundle with an engine of this machine.
 
         Args:
             bundle: a directory that `crl export` wrote, or `crl_sdk.demo_bundle()`.
-            precision: of the image tower; `auto` logs what it chose.
-            device: where to run; never replaced by another in silence.
-            threads: of one engine run; None for one per physical core.
+            engine: `auto`, which logs what it chose; or a name that `crl doctor` lists, or its
+                beginning: `onnx/cpu/int8`, `onnx/cuda`, `tensorrt-rtx`. It is never replaced by
+                another in silence.
+            threads: of one engine run on a CPU; None for one per physical core.
+            baked: with a TensorRT engine, take the plan that has this basis fixed in it; the basis
+                is loaded too.
             limits: which images to refuse.
 
         Raises:
-            BundleError: no such bundle, or none of this precision.
+            InvalidInputError: no engine of this bundle is called so.
+            BundleError: no such bundle.
             IntegrityError: a file of the bundle was changed.
-            EngineError: the device is missing or a graph does not load.
-            MissingDependencyError: ONNX Runtime is not installed.
+            EngineError: the engine cannot run here or does not load.
+            PlanError: a compiled plan is missing, damaged or stale.
+            MissingDependencyError: a package that the engine needs is not installed.
         """
-        from crl_sdk.engines.onnx import OnnxImageEngine, OnnxTextEngine
+        from crl_sdk.selection import open_engine, open_text_engine
 
         opened = bundle if isinstance(bundle, ModelBundle) else ModelBundle.open(bundle)
-        return cls(
+        if baked is not None:
+            baked.require_fingerprint(opened.fingerprint)
+        image_engine = open_engine(opened, engine, threads=threads, baked=baked)
+        embedder = cls(
             opened,
-            OnnxImageEngine.open(opened, precision=precision, device=device, threads=threads),
-            lambda: OnnxTextEngine.open(opened, device=device, threads=threads),
+            image_engine,
+            lambda: open_text_engine(opened, image_engine.description, threads=threads),
             limits=limits,
         )
+        if baked is not None:
+            embedder.add_basis(baked)
+        return embedder
 
     def __enter__(self) -> Embedder:
         """Use as a context manager; leaving it closes the embedder."""
@@ -149,8 +158,9 @@ class Embedder:
         self.close()
 
     def close(self) -> None:
-        """Stop the decoding threads. Idempotent."""
+        """Stop the decoding threads and free the engine's device memory. Idempotent."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._image_engine.close()
 
     @property
     def engine(self) -> str:

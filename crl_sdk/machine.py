@@ -14,11 +14,11 @@ from typing import Any, get_args
 import msgspec
 
 from crl_sdk._version import __version__
-from crl_sdk.bundle import ModelBundle
 from crl_sdk.engines import cuda
+from crl_sdk.engines.providers import PROVIDERS, plugin_installed
 from crl_sdk.engines.toolkit import load_toolkit
 from crl_sdk.errors import CrlError
-from crl_sdk.plans import Runtime, plans_directory, read_plans
+from crl_sdk.plans import Runtime
 
 _FEATURES = (
     "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
@@ -38,14 +38,6 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     architecture: str
     memory: int
-
-
-class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """An engine for a bundle: whether it can run here and, if not, why."""
-
-    engine: str
-    usable: bool
-    reason: str
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,7 +78,7 @@ def examine() -> Machine:
     words = set(re.sub(r"^(?!flags|Features).*$", "", info, flags=re.MULTILINE).split())
     name = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     memory = re.search(r"^MemTotal:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
-    gpus, told = _gpus()
+    gpus, told = find_gpus()
     return Machine(
         crl_sdk=__version__,
         python=platform.python_version(),
@@ -98,56 +90,13 @@ def examine() -> Machine:
         gpus=gpus,
         cuda=told,
         runtimes={runtime: _runtime(runtime) for runtime in get_args(Runtime)},
-        providers=_providers(),
+        providers=find_providers(),
         packages={name: found for name in _PACKAGES if (found := _version(name))},
     )
 
 
-def candidates(machine: Machine, bundle: ModelBundle) -> list[Candidate]:
-    """List the engines for a bundle, the one that is taken by default first among the usable.
-
-    Engines are ONNX Runtime's on a CPU and on CUDA, in each precision of the bundle. Plans are told
-    of too: they can be compiled, but this version does not run them.
-    """
-    found = [
-        Candidate(
-            engine=f"onnx/{device}/{precision}",
-            usable=provider in machine.providers and (device == "cpu" or bool(machine.gpus)),
-            reason=_why(machine, device, provider),
-        )
-        for device, provider, order in (
-            ("cpu", "CPUExecutionProvider", ("fp32", "fp16", "int8")),
-            ("cuda", "CUDAExecutionProvider", ("fp16", "fp32", "int8")),
-        )
-        for precision in order
-        if precision in bundle.precisions
-    ]
-    try:
-        plans = read_plans(plans_directory(bundle))
-    except CrlError as error:
-        return [*found, Candidate(engine="tensorrt", usable=False, reason=str(error))]
-    return found + [
-        Candidate(
-            engine=f"{plan.recipe.runtime}/{'+'.join(plan.recipe.architectures)}/"
-            f"{plan.recipe.precision}",
-            usable=False,
-            reason="compiled; this version of crl does not run plans",
-        )
-        for plan in plans
-    ]
-
-
-def _why(machine: Machine, device: str, provider: str) -> str:
-    if provider not in machine.providers:
-        extra = "cpu" if device == "cpu" else "gpu"
-        has = ", ".join(machine.providers) or "none"
-        return f"ONNX Runtime has no {provider} (it has {has}): pip install 'crl-sdk[{extra}]'"
-    if device == "cuda" and not machine.gpus:
-        return machine.cuda
-    return "asked for with --device cuda" if device == "cuda" else "runs everywhere"
-
-
-def _gpus() -> tuple[tuple[Gpu, ...], str]:
+def find_gpus() -> tuple[tuple[Gpu, ...], str]:
+    """Give the GPUs, and the CUDA version of the driver or why there are none."""
     try:
         cu = cuda.driver()
         number = cuda.check(cu.cuDriverGetVersion(), "asking for the driver's version")
@@ -175,13 +124,15 @@ def _runtime(runtime: Runtime) -> str:
         return str(error)
 
 
-def _providers() -> tuple[str, ...]:
+def find_providers() -> tuple[str, ...]:
+    """Give ONNX Runtime's providers; none if it is not installed."""
     if importlib.util.find_spec("onnxruntime") is None:
         return ()
     import onnxruntime as ort
 
     names: Sequence[Any] = ort.get_available_providers()
-    return tuple(map(str, names))
+    plugin = (PROVIDERS["tensorrt-rtx"].name,) if plugin_installed() else ()
+    return (*map(str, names), *plugin)
 
 
 def _version(package: str) -> str:

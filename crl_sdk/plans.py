@@ -19,7 +19,7 @@ from crl_sdk.errors import PlanError
 from crl_sdk.files import write_atomically
 from crl_sdk.manifest import Precision
 
-SCHEMA = 1
+SCHEMA = 2
 DIRECTORY = "engines"
 
 Runtime: TypeAlias = Literal["tensorrt-rtx", "tensorrt"]
@@ -86,7 +86,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         projection: names of the layers from the unit embedding to the projected columns.
         seconds: the compilation took.
         peak_memory: bytes resident in the process that compiled, at most.
-        verified: whether its numbers were compared on a GPU; a compiler alone cannot know.
+        verified: architectures of the GPUs on which `crl verify` found that it agrees with the
+            fp32 graph; a compiler alone cannot know.
     """
 
     schema: int
@@ -100,7 +101,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     projection: tuple[str, ...]
     seconds: float
     peak_memory: int
-    verified: bool = False
+    verified: tuple[str, ...] = ()
 
 
 def plans_directory(bundle: ModelBundle) -> Path:
@@ -125,9 +126,19 @@ def write_plan(directory: Path, plan: Plan, data: bytes) -> Path:
             f"{directory}: cannot be made ({error.strerror}); choose another with --out"
         ) from error
     write_atomically(path, data, PlanError)
-    record = msgspec.json.format(msgspec.json.encode(plan, order="deterministic"), indent=2)
-    write_atomically(path.with_suffix(".json"), record + b"\n", PlanError)
+    _write_record(directory, plan)
     return path
+
+
+def mark_verified(directory: Path, plan: Plan, architecture: str) -> None:
+    """Record that a plan agrees with the fp32 graph on a GPU of this architecture.
+
+    Raises:
+        PlanError: the record cannot be written.
+    """
+    if architecture not in plan.verified:
+        verified = tuple(sorted({*plan.verified, architecture}))
+        _write_record(directory, msgspec.structs.replace(plan, verified=verified))
 
 
 def read_plans(directory: Path) -> list[Plan]:
@@ -136,7 +147,7 @@ def read_plans(directory: Path) -> list[Plan]:
     Raises:
         PlanError: a record is damaged, of another schema, or under another's name.
     """
-    return [_read(path) for path in sorted(directory.glob("*.json"))]
+    return [_read(path) for path in sorted(directory.glob("tensorrt*.json"))]
 
 
 def find_plan(directory: Path, recipe: Recipe) -> Plan | None:
@@ -158,6 +169,7 @@ def choose_plan(
     runtime_version: str,
     architecture: str,
     precision: Precision | Literal["auto"] = "auto",
+    baked: str | None = None,
 ) -> Plan:
     """Choose the plan that fits a machine.
 
@@ -168,18 +180,22 @@ def choose_plan(
         runtime_version: of it.
         architecture: of the GPU, such as `sm89`.
         precision: `auto` takes fp16 before fp32.
+        baked: SHA-256 of the basis that must be fixed in it; None for a plan of any bases.
 
     Raises:
         PlanError: none fits; the message says why each does not and how to compile one.
     """
-    order: Sequence[str] = ("fp16", "fp32") if precision == "auto" else (precision,)
+    order: Sequence[str] = [each for each in ("fp16", "fp32") if each in bundle.precisions]
+    if precision != "auto":
+        order = [precision]
     reasons = []
     for wanted in order:
         for plan in read_plans(directory):
             recipe = plan.recipe
             if recipe.precision != wanted:
                 continue
-            reason = _misfit(bundle, plan, runtime, runtime_version, architecture)
+            reason = _misfit(plan, runtime, runtime_version, architecture, baked)
+            reason = reason or _stale(bundle, plan)
             if reason is None:
                 return plan
             reasons.append(f"{recipe.stem}: {reason}")
@@ -228,6 +244,11 @@ def graph_digest(bundle: ModelBundle, precision: Precision) -> str:
     return bundle.manifest.files[bundle.image_graph(precision).name].sha256
 
 
+def _write_record(directory: Path, plan: Plan) -> None:
+    record = msgspec.json.format(msgspec.json.encode(plan, order="deterministic"), indent=2)
+    write_atomically(directory / f"{plan.recipe.stem}.json", record + b"\n", PlanError)
+
+
 def _stale(bundle: ModelBundle, plan: Plan) -> str | None:
     recipe = plan.recipe
     if plan.fingerprint != bundle.fingerprint:
@@ -241,7 +262,11 @@ def _stale(bundle: ModelBundle, plan: Plan) -> str | None:
 
 
 def _misfit(
-    bundle: ModelBundle, plan: Plan, runtime: Runtime, version: str, architecture: str
+    plan: Plan,
+    runtime: Runtime,
+    version: str,
+    architecture: str,
+    baked: str | None,
 ) -> str | None:
     recipe = plan.recipe
     if recipe.runtime != runtime:
@@ -250,9 +275,11 @@ def _misfit(
         return f"for version {recipe.runtime_version}"
     if architecture not in recipe.architectures:
         return f"for {', '.join(recipe.architectures)}"
-    if recipe.baked is not None:
+    if recipe.baked is None and baked is not None:
+        return "with no basis fixed in it"
+    if recipe.baked is not None and recipe.baked.sha256 != baked:
         return f"only for the criterion {recipe.baked.criterion!r}"
-    return _stale(bundle, plan)
+    return None
 
 
 def _read(path: Path) -> Plan:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import cast
 
 import msgspec
 import numpy as np
@@ -14,10 +13,13 @@ from numpy.typing import NDArray
 from crl_sdk import parity
 from crl_sdk.bundle import ModelBundle
 from crl_sdk.engines import ImageEngine
-from crl_sdk.engines.onnx import Device, OnnxImageEngine
+from crl_sdk.engines.onnx import OnnxImageEngine
+from crl_sdk.engines.tensorrt import TensorRTImageEngine
 from crl_sdk.errors import InvalidInputError
-from crl_sdk.machine import Machine, candidates, examine
-from crl_sdk.manifest import Parity, Precision
+from crl_sdk.machine import Machine, examine
+from crl_sdk.manifest import Parity
+from crl_sdk.plans import mark_verified, plans_directory
+from crl_sdk.selection import candidates, choose, open_engine
 
 SCHEMA = 1
 
@@ -76,15 +78,17 @@ def verify(
 
     Args:
         bundle: the model; it must have a graph in fp32.
-        engine: such as `onnx/cpu/int8`; None for the one that is taken by default here.
+        engine: such as `onnx/cpu/int8`, or the beginning of a name; None for the one that is taken
+            by default here. A plan that agrees is recorded as verified on this GPU's architecture.
         batches: sizes to time.
         seconds: for each; at least five runs are timed.
         progress: called with what is being done.
 
     Raises:
-        InvalidInputError: no such engine for this bundle, or it cannot run here, with the reason.
+        InvalidInputError: no such engine for this bundle.
         BundleError: the bundle has no fp32 graph.
-        EngineError: the engine does not load, or a run failed.
+        EngineError: the engine cannot run here, does not load, or a run failed.
+        PlanError: a compiled plan is damaged or stale, or its record cannot be written.
     """
     tell = progress or (lambda _: None)
     if not batches or min(batches) < 1 or seconds <= 0:
@@ -92,7 +96,7 @@ def verify(
             f"expected batches >= 1 and seconds > 0, got {list(batches)}, {seconds}"
         )
     machine = examine()
-    name = _choose(machine, bundle, engine)
+    name = choose(candidates(bundle), engine or "auto").engine
     tell(f"running the fp32 reference of {bundle.manifest.name}")
     pixels = parity.images(bundle.preprocess)
     rng = np.random.default_rng(0)
@@ -103,19 +107,24 @@ def verify(
     expected = parity.batched(lambda part: reference.run(part, weight, bias)[0], pixels)
 
     tell(f"running {name} on the same pictures")
-    opened = _open(bundle, name)
-    rows, columns = opened.run(pixels, weight, bias)
-    measured = parity.batched(lambda part: opened.run(part, weight, bias)[0], pixels)
-    found = parity.compare(expected, measured)
-    projected = float(np.abs(columns - (rows @ weight + bias)).max())
-    failures = parity.failures(found, parity.TOLERANCES[name.rpartition("/")[2]])
-    if not projected <= _PROJECTED:  # NaN fails too
-        failures.append(f"projected_max_abs {projected:.3g} (required <= {_PROJECTED:g})")
-    latencies = []
-    for batch in batches:
-        tell(f"timing batches of {batch}")
-        repeated = np.resize(pixels, (batch, *pixels.shape[1:]))
-        latencies.append(_time(opened, repeated, weight, bias, seconds))
+    opened = open_engine(bundle, name)
+    try:
+        rows, columns = opened.run(pixels, weight, bias)
+        measured = parity.batched(lambda part: opened.run(part, weight, bias)[0], pixels)
+        found = parity.compare(expected, measured)
+        projected = float(np.abs(columns - (rows @ weight + bias)).max())
+        failures = parity.failures(found, parity.TOLERANCES[name.rpartition("/")[2]])
+        if not projected <= _PROJECTED:  # NaN fails too
+            failures.append(f"projected_max_abs {projected:.3g} (required <= {_PROJECTED:g})")
+        if not failures and isinstance(opened, TensorRTImageEngine):
+            mark_verified(plans_directory(bundle), opened.plan, machine.gpus[0].architecture)
+        latencies = []
+        for batch in batches:
+            tell(f"timing batches of {batch}")
+            repeated = np.resize(pixels, (batch, *pixels.shape[1:]))
+            latencies.append(_time(opened, repeated, weight, bias, seconds))
+    finally:
+        opened.close()
     return Verification(
         schema=SCHEMA,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -127,27 +136,6 @@ def verify(
         projected_max_abs=projected,
         latencies=tuple(latencies),
         machine=machine,
-    )
-
-
-def _choose(machine: Machine, bundle: ModelBundle, engine: str | None) -> str:
-    known = {each.engine: each for each in candidates(machine, bundle)}
-    usable = [each.engine for each in known.values() if each.usable]
-    if engine is None and usable:
-        return usable[0]
-    if engine not in usable:
-        reason = f" ({known[engine].reason})" if engine in known else ""
-        raise InvalidInputError(
-            f"expected an engine of {', '.join(usable) or 'none'}, got {engine!r}{reason}: "
-            "`crl doctor` lists them"
-        )
-    return str(engine)
-
-
-def _open(bundle: ModelBundle, name: str) -> ImageEngine:
-    _, device, precision = name.split("/")
-    return OnnxImageEngine.open(
-        bundle, precision=cast(Precision, precision), device=cast(Device, device)
     )
 
 

@@ -174,6 +174,8 @@ def _build(
         raise ExportError(f"{graph}: no projection in {recipe.runtime}'s network: export again")
 
     config = builder.create_builder_config()
+    if toolkit.runtime == "tensorrt-rtx":  # without it a run cannot be recorded as a CUDA graph
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if toolkit.architectures:
         config.num_compute_capabilities = len(recipe.architectures)
         for i, name in enumerate(recipe.architectures):

@@ -7,10 +7,12 @@ from typing import Annotated, Literal
 
 import msgspec
 import typer
+from rich.table import Table
 
 from crl_sdk.basis import Basis
 from crl_sdk.bundle import ModelBundle
-from crl_sdk.cli.console import JsonOption, note, print_facts, print_json, progress_bar
+from crl_sdk.cli.console import JsonOption, note, out, print_facts, print_json, progress_bar
+from crl_sdk.engines.kernels import kernels_directory
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.plans import Plan, Runtime
 
@@ -37,9 +39,21 @@ def compile_bundle(
         Path | None, typer.Option("--out", "-o", help="Directory; BUNDLE/engines by default.")
     ] = None,
     force: Annotated[bool, typer.Option(help="Compile even if the plan is there.")] = False,
+    kernel: Annotated[
+        bool,
+        typer.Option(
+            "--kernel",
+            help="Compile the projection kernel for stored embeddings instead; only --arch and "
+            "--out count.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compile image tower and projection into one TensorRT plan. TensorRT-RTX needs no GPU here."""
+    architectures = [part.strip() for part in arch.split(",") if part.strip()]
+    if kernel:
+        _compile_kernels(bundle, architectures, out_dir, as_json=as_json)
+        return
     try:
         from crl_export.tensorrt import compile_plan
     except ImportError as error:
@@ -53,7 +67,7 @@ def compile_bundle(
             ModelBundle.open(bundle),
             runtime=runtime,
             precision=precision,
-            architectures=[part.strip() for part in arch.split(",") if part.strip()],
+            architectures=architectures,
             batch=_batch(batch),
             max_columns=max_columns,
             baked=Basis.load(baked) if baked is not None else None,
@@ -70,6 +84,39 @@ def compile_bundle(
         print_json({**told, **msgspec.to_builtins(plan)})
     else:
         print_facts(str(compiled.path), _facts(plan))
+
+
+def _compile_kernels(
+    bundle: Path, architectures: list[str], out_dir: Path | None, *, as_json: bool
+) -> None:
+    try:
+        from crl_export.kernels.ahead import compile_kernels
+    except ImportError as error:
+        raise MissingDependencyError(
+            error.name or "triton", "export", "crl compile --kernel"
+        ) from error
+
+    folder = out_dir or kernels_directory(ModelBundle.open(bundle))
+    with progress_bar() as progress:
+        task = progress.add_task("compiling", total=None)
+        kernels = compile_kernels(
+            folder,
+            architectures,
+            progress=lambda stage, done, total: progress.update(
+                task, description=stage, completed=done, total=total
+            ),
+        )
+    note(f"wrote {len(kernels.variants)} kernels to {folder}; not run on hardware")
+    if as_json:
+        print_json({"path": str(folder), **msgspec.to_builtins(kernels)})
+        return
+    table = Table("architecture", "embeddings", "unit", "single", "registers", "shared", "bytes")
+    for each in kernels.variants:
+        table.add_row(
+            each.architecture, each.embeddings, str(each.unit), str(each.single),
+            str(each.registers), str(each.shared), str(each.bytes),
+        )  # fmt: skip
+    out.print(table)
 
 
 def _batch(value: str) -> tuple[int, int, int]:

@@ -9,21 +9,22 @@ from rich.table import Table
 from crl_sdk.bundle import ModelBundle
 from crl_sdk.cli.console import JsonOption, out, print_facts, print_json
 from crl_sdk.cli.options import BundleOption, bundle_or_demo
-from crl_sdk.machine import Candidate, Machine, candidates, examine
+from crl_sdk.machine import Machine, examine
+from crl_sdk.selection import Candidate, candidates
 
 
 def doctor(bundle: BundleOption = None, as_json: JsonOption = False) -> None:
     """Tell what this machine has, which engine is taken for a bundle, and why not the others."""
     opened = ModelBundle.open(bundle_or_demo(bundle))
     machine = examine()
-    engines = candidates(machine, opened)
+    engines = candidates(opened)
     if as_json:
         print_json(
             {
                 "machine": msgspec.to_builtins(machine),
                 "bundle": str(opened.path),
                 "engines": msgspec.to_builtins(engines),
-                "chosen": next((each.engine for each in engines if each.usable), None),
+                "chosen": next((each.engine for each in engines if _taken(each)), None),
             }
         )
         return
@@ -49,8 +50,13 @@ def _facts(machine: Machine) -> dict[str, object]:
 
 def _table(bundle: ModelBundle, engines: list[Candidate]) -> Table:
     table = Table("engine", "", "why", title=str(bundle.path), title_justify="left")
-    chosen = next((each for each in engines if each.usable), None)
+    chosen = next(filter(_taken, engines), None)
     for each in engines:
         state = "taken" if each is chosen else "usable" if each.usable else "no"
         table.add_row(escape(each.engine), state, escape(each.reason))
     return table
+
+
+def _taken(candidate: Candidate) -> bool:
+    """Tell whether `auto` may take an engine; it takes the first such."""
+    return candidate.usable and candidate.automatic

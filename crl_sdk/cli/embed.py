@@ -15,8 +15,7 @@ from crl_sdk.cli.options import (
     DEFAULT_BASES,
     BasesOption,
     BundleOption,
-    DeviceOption,
-    PrecisionOption,
+    EngineOption,
     ThreadsOption,
     open_embedder,
 )
@@ -36,8 +35,7 @@ def embed(
     criteria: Annotated[str, typer.Option(help="Comma-separated names of bases.")] = "",
     bundle: BundleOption = None,
     bases: BasesOption = DEFAULT_BASES,
-    precision: PrecisionOption = "auto",
-    device: DeviceOption = "cpu",
+    engine: EngineOption = "auto",
     threads: ThreadsOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per engine run.")] = 32,
     as_json: JsonOption = False,
@@ -47,7 +45,7 @@ def embed(
     paths = _find_images(images)
     names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
     loaded = [_load_basis(bases, name) for name in names]
-    with open_embedder(bundle, precision, device, threads) as embedder, progress_bar() as progress:
+    with open_embedder(bundle, engine, threads) as embedder, progress_bar() as progress:
         task = progress.add_task("embedding", total=len(paths))
         result = embedder.embed(
             paths,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from crl_sdk.bundle import demo_bundle
 from crl_sdk.cli.console import note
 from crl_sdk.embedder import Embedder
-from crl_sdk.manifest import Precision
 
 BundleOption = Annotated[
     Path | None,
@@ -25,10 +24,13 @@ BasesOption = Annotated[
     Path,
     typer.Option("--bases", envvar="CRL_BASES", help="Directory of basis files."),
 ]
-PrecisionOption = Annotated[
-    Literal["auto", "fp32", "fp16", "int8"], typer.Option(help="Of the image tower's graph.")
+EngineOption = Annotated[
+    str,
+    typer.Option(
+        help="auto, or a name that `crl doctor` lists or its beginning: onnx/cpu/int8, onnx/cuda, "
+        "tensorrt-rtx."
+    ),
 ]
-DeviceOption = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Threads of one engine run; one per core by default.")
 ]
@@ -45,12 +47,7 @@ def bundle_or_demo(bundle: Path | None) -> Path:
 
 
 def open_embedder(
-    bundle: Path | None,
-    precision: Precision | Literal["auto"] = "auto",
-    device: Literal["cpu", "cuda"] = "cpu",
-    threads: int | None = None,
+    bundle: Path | None, engine: str = "auto", threads: int | None = None
 ) -> Embedder:
     """Open the bundle named on the command line, or the demo model."""
-    return Embedder.open(
-        bundle_or_demo(bundle), precision=precision, device=device, threads=threads
-    )
+    return Embedder.open(bundle_or_demo(bundle), engine=engine, threads=threads)

@@ -15,8 +15,7 @@ from crl_sdk.cli.options import (
     DEFAULT_BASES,
     BasesOption,
     BundleOption,
-    DeviceOption,
-    PrecisionOption,
+    EngineOption,
     ThreadsOption,
     open_embedder,
 )
@@ -30,8 +29,7 @@ def serve(
     ] = "127.0.0.1:50051",
     bundle: BundleOption = None,
     bases: BasesOption = DEFAULT_BASES,
-    precision: PrecisionOption = "auto",
-    device: DeviceOption = "cpu",
+    engine: EngineOption = "auto",
     threads: ThreadsOption = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Images of one engine run at most.")] = 32,
     max_queue: Annotated[int, typer.Option(min=1, help="Images that may wait.")] = 1024,
@@ -102,5 +100,5 @@ def serve(
         otlp=otlp,
         open_model=partial(LocalModel.open, model) if generate else None,
     )
-    with open_embedder(bundle, precision, device, threads) as embedder:
+    with open_embedder(bundle, engine, threads) as embedder:
         asyncio.run(run(embedder, settings))

@@ -38,6 +38,9 @@ class ImageEngine(Protocol):
             EngineError: the run failed.
         """
 
+    def close(self) -> None:
+        """Free what it holds of a device. Idempotent; later runs may be refused."""
+
 
 class TextEngine(Protocol):
     """Runs a text tower."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import triton
@@ -13,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from crl_export.kernels.projection import project_segments
+from crl_sdk.engines.kernels import SCHEMA, Kernels, Variant, write_kernels
 from crl_sdk.errors import ExportError, InvalidInputError
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_120", "sm_121")
@@ -110,6 +114,67 @@ def compile_kernel(
         scratch=scratch,
         spilled=usage["STACK"] + usage["LOCAL"],
     )
+
+
+def compile_kernels(
+    directory: Path,
+    architectures: Sequence[str] = (),
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Kernels:
+    """Compile all variants that the runtime launches, and write them with their record.
+
+    Args:
+        directory: see `crl_sdk.engines.kernels.kernels_directory`.
+        architectures: such as `sm89`; all of `ARCHITECTURES` if empty.
+        progress: called with what is done now, how many steps are done, and how many there are.
+
+    Raises:
+        InvalidInputError: an unknown architecture.
+        ExportError: the code needs scratch memory.
+        PlanError: the directory cannot be written.
+    """
+    known = [name.replace("_", "") for name in ARCHITECTURES]
+    if unknown := sorted(set(architectures) - set(known)):
+        raise InvalidInputError(
+            f"expected architectures of {', '.join(known)}, got {', '.join(unknown)}"
+        )
+    wanted = [name for name in known if name in architectures or not architectures]
+    switches = list(product(wanted, DTYPES, (False, True), (False, True)))
+    variants, files = [], {}
+    for done, (architecture, dtype, unit, single) in enumerate(switches):
+        if progress is not None:
+            progress(f"{architecture} {dtype}", done, len(switches))
+        kernel = compile_kernel(f"sm_{architecture[2:]}", x_dtype=dtype, unit=unit, single=single)
+        stem = f"{architecture}-{dtype}{'-unit' * unit}{'-single' * single}"
+        code, ptx = kernel.cubin, kernel.ptx.encode()
+        files |= {f"{stem}.cubin": code, f"{stem}.ptx": ptx}
+        variants.append(
+            Variant(
+                file=f"{stem}.cubin",
+                ptx=f"{stem}.ptx",
+                sha256=(hashlib.sha256(code).hexdigest(), hashlib.sha256(ptx).hexdigest()),
+                architecture=architecture,
+                embeddings=dtype,
+                unit=unit,
+                single=single,
+                registers=kernel.registers,
+                shared=kernel.shared,
+                scratch=kernel.scratch,
+                spilled=kernel.spilled,
+                bytes=len(code),
+            )
+        )
+    kernels = Kernels(
+        schema=SCHEMA,
+        triton=triton.__version__,
+        rows=BLOCKS["BLOCK_N"],
+        columns=BLOCKS["BLOCK_K"],
+        threads=32 * WARPS,
+        variants=tuple(variants),
+    )
+    write_kernels(directory, kernels, files)
+    return kernels
 
 
 def _usage(cubin: bytes) -> dict[str, int]:

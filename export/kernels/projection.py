@@ -9,9 +9,6 @@ computed a second time rather than read back.
 import triton
 import triton.language as tl
 
-POST_NUMBERS = {"none": 0, "l2": 1, "standardise": 2}
-"""Posts of `crl_sdk.projection` as the kernel takes them."""
-
 
 @triton.jit
 def _columns(
@@ -54,7 +51,7 @@ def project_segments(
         weight: (d, k) float32, or float16 for tensor cores; products are summed in float32.
         bias: (k,) float32.
         starts: (segments + 1,) int32; segment s has the columns starts[s] to starts[s + 1].
-        posts: (segments,) int32, of `POST_NUMBERS`.
+        posts: (segments,) int32, of `crl_sdk.engines.kernels.POST_NUMBERS`.
         out: (n, k) float32 or float16.
         n: rows.
         d: length of an embedding.

@@ -64,5 +64,7 @@ if command -v npm >/dev/null; then
 else
   echo "== Node.js: skipped, there is no npm"
 fi
+echo "== the real bindings of enterprise TensorRT, over empty libraries"
+"$python" tests/conformance/tensorrt_bindings.py
 echo
 echo "conformance: tritonclient and perf_analyzer 2.46.0, all modes passed"

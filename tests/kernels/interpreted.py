@@ -11,7 +11,8 @@ import torch  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from crl_export.kernels.projection import POST_NUMBERS, project_segments  # noqa: E402
+from crl_export.kernels.projection import project_segments  # noqa: E402
+from crl_sdk.engines.kernels import POST_NUMBERS  # noqa: E402
 from crl_sdk.projection import EPSILON, normalise_rows  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -180,7 +180,7 @@ def test_plans_that_must_not_be_loaded(bundle, tmp_path):
     chosen = choose_plan(bundle, folder, architecture="sm89", **here)
     assert load_plan(bundle, folder, chosen)[4:8] == bytes(4)
     again = "crl compile .* --runtime tensorrt-rtx --precision"
-    with pytest.raises(PlanError, match=f"for sm89.*{again} fp16 --arch sm86"):
+    with pytest.raises(PlanError, match=f"for sm89.*{again} fp32 --arch sm86"):
         choose_plan(bundle, folder, architecture="sm86", **here)
     with pytest.raises(PlanError, match=f"for version {plan.recipe.runtime_version}.*{again}"):
         choose_plan(
@@ -202,7 +202,7 @@ def test_plans_that_must_not_be_loaded(bundle, tmp_path):
     record = compiled.path.with_suffix(".json")
     text = record.read_text()
     edits = {
-        "schema 7": text.replace('"schema": 1', '"schema": 7'),
+        "schema 7": text.replace('"schema": 2', '"schema": 7'),
         "renamed or edited": text.replace('"sm89"', '"sm86"'),
         "not a readable record": text[:100],
     }

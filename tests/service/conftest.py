@@ -93,6 +93,9 @@ class FakeEngine:
         self.gate = threading.Event()
         self.gate.set()
 
+    def close(self):
+        self.closed = True
+
     def run(self, pixels, weight, bias):
         self.entered.append(len(pixels))
         self.gate.wait(30)

@@ -120,7 +120,7 @@ def test_one_bad_image_is_named_and_the_others_written(crl, pictures, tmp_path):
         (["embed", "x.jpg", "--out", "no/such/x.npz"], "does not exist"),
         (["embed", ".", "--out", "x.npz"], "no image files"),
         (["embed", "x.jpg", "--out", "x.npz", "--criteria", "mood"], "known are []"),
-        (["embed", "x.jpg", "--out", "x.npz", "--device", "cuda"], "CUDAExecutionProvider"),
+        (["embed", "x.jpg", "--out", "x.npz", "--engine", "onnx/cuda"], "CUDAExecutionProvider"),
         (["export", "ViT-B-32", "--out", "b", "--precision", "fp8"], "fp32, fp16, int8"),
     ],
 )

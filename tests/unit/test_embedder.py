@@ -174,11 +174,10 @@ def test_bad_arguments(embedder, bases, pictures):
 
 def test_engines_that_are_not_there():
     with pytest.raises(EngineError, match="CUDAExecutionProvider"):
-        Embedder.open(demo_bundle(), device="cuda")
-    with pytest.raises(InvalidInputError, match="expected a device"):
-        Embedder.open(demo_bundle(), device="tpu")
-    with pytest.raises(InvalidInputError, match="expected a precision"):
-        Embedder.open(demo_bundle(), precision="fp8")
+        Embedder.open(demo_bundle(), engine="onnx/cuda")
+    for wrong in ("onnx/tpu", "onnx/cpu/fp8", "onnx/cp", ""):
+        with pytest.raises(InvalidInputError, match=r"expected an engine of .*onnx/cpu/fp32"):
+            Embedder.open(demo_bundle(), engine=wrong)
     with pytest.raises(InvalidInputError, match="threads"):
         Embedder.open(demo_bundle(), threads=0)
     with pytest.raises(BundleError, match="no readable"):
@@ -207,7 +206,7 @@ def test_precisions_of_the_bundle_agree(embedder, pictures):
     """Each precision against fp32, by the parity the manifest records (and a margin)."""
     reference = embedder.embed(pictures).universal
     for graph in embedder.bundle.manifest.images:
-        with Embedder.open(demo_bundle(), precision=graph.precision) as other:
+        with Embedder.open(demo_bundle(), engine=f"onnx/cpu/{graph.precision}") as other:
             assert other.engine == f"onnx/cpu/{graph.precision}"
             cosines = (other.embed(pictures).universal * reference).sum(axis=1)
         assert cosines.min() > (0.98 if graph.precision == "int8" else 0.9995)

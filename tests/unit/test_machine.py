@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 
-import msgspec
 import pytest
 
-from crl_sdk import ModelBundle, demo_bundle, machine
+from crl_sdk import demo_bundle, machine
 from crl_sdk.cli.doctor import doctor
 from crl_sdk.engines import cuda
-from crl_sdk.engines.onnx import OnnxImageEngine
 from crl_sdk.errors import EngineError
-from crl_sdk.machine import Gpu, candidates, examine
+from crl_sdk.machine import examine
 
 
 @pytest.fixture
@@ -29,36 +27,6 @@ def test_this_machine(no_gpu):
     assert found.gpus == () and "libcuda" in found.cuda
     assert found.runtimes["tensorrt-rtx"].startswith("1.")
     assert "CPUExecutionProvider" in found.providers and "numpy" in found.packages
-
-
-def test_the_engine_it_names_is_the_one_that_is_taken(no_gpu):
-    bundle = ModelBundle.open(demo_bundle())
-    engines = candidates(examine(), bundle)
-    chosen = next(each for each in engines if each.usable)
-    assert chosen.engine == OnnxImageEngine.open(bundle).description
-    (out,) = [each for each in engines if not each.usable]
-    assert out.engine == "onnx/cuda/fp32" and "crl-sdk[gpu]" in out.reason
-
-
-def test_with_a_gpu_and_its_provider_cuda_is_usable(no_gpu):
-    bundle = ModelBundle.open(demo_bundle())
-    found = msgspec.structs.replace(
-        examine(), providers=("CUDAExecutionProvider", "CPUExecutionProvider")
-    )
-    reasons = {each.engine: each for each in candidates(found, bundle)}
-    assert not reasons["onnx/cuda/fp32"].usable and "libcuda" in reasons["onnx/cuda/fp32"].reason
-    gpu = Gpu(name="one", architecture="sm89", memory=2**33)
-    found = msgspec.structs.replace(found, gpus=(gpu,))
-    reasons = {each.engine: each for each in candidates(found, bundle)}
-    assert reasons["onnx/cuda/fp32"].usable
-
-
-def test_damaged_records_of_plans_are_told(no_gpu, bundle_copy):
-    folder = bundle_copy / "engines"
-    folder.mkdir()
-    (folder / "x.json").write_text("{")
-    engines = candidates(examine(), ModelBundle.open(bundle_copy))
-    assert engines[-1].engine == "tensorrt" and "compile again" in engines[-1].reason
 
 
 def test_it_is_printed_and_is_json(no_gpu, capsys, monkeypatch):

@@ -1,0 +1,212 @@
+"""Which engine runs a bundle on this machine, why not the others, and opening it by name.
+
+An engine's name is `runtime/device/precision`, such as `onnx/cpu/fp32` or `tensorrt-rtx/cuda/fp16`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import cast, get_args
+
+import msgspec
+
+from crl_sdk.basis import Basis
+from crl_sdk.bundle import ModelBundle
+from crl_sdk.engines import ImageEngine, TextEngine
+from crl_sdk.engines.onnx import OnnxImageEngine, OnnxTextEngine
+from crl_sdk.engines.providers import PROVIDERS, Device
+from crl_sdk.engines.tensorrt import TensorRTImageEngine
+from crl_sdk.engines.toolkit import load_toolkit
+from crl_sdk.errors import CrlError, EngineError, InvalidInputError
+from crl_sdk.machine import find_gpus, find_providers
+from crl_sdk.manifest import Precision
+from crl_sdk.plans import Runtime, choose_plan, compile_command, plans_directory, read_plans
+
+_log = logging.getLogger(__name__)
+
+_ON_CPU: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+_ON_GPU: tuple[Precision, ...] = ("fp16", "fp32", "int8")
+
+
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine for a bundle.
+
+    Attributes:
+        engine: its name.
+        usable: whether it can run here.
+        automatic: whether `auto` may take it.
+        reason: why it is usable, is not, or has to be asked for.
+    """
+
+    engine: str
+    usable: bool
+    automatic: bool
+    reason: str
+
+
+def candidates(bundle: ModelBundle) -> list[Candidate]:
+    """List the engines of a bundle; `auto` takes the first that is usable and automatic.
+
+    On a GPU: plans that `crl verify` found to agree on its architecture, then ONNX Runtime's CUDA
+    provider; on a CPU: ONNX Runtime. Its TensorRT providers compile for minutes when they first
+    start, and plans that nobody verified may be wrong, so that both have to be asked for.
+    """
+    gpus, cuda = find_gpus()
+    here = gpus[0].architecture if gpus else None
+    found = [
+        _plan(bundle, runtime, precision, here, cuda)
+        for runtime in get_args(Runtime)
+        for precision in ("fp16", "fp32")
+        if precision in bundle.precisions
+    ]
+    providers = find_providers()
+    for device in ("cuda", "tensorrt", "tensorrt-rtx", "cpu"):
+        for precision in _ON_CPU if device == "cpu" else _ON_GPU:
+            if precision in bundle.precisions:
+                found.append(_onnx(device, precision, providers, here, cuda))
+    return found
+
+
+def choose(engines: Sequence[Candidate], wanted: str) -> Candidate:
+    """Choose an engine by name.
+
+    Args:
+        engines: from `candidates`.
+        wanted: `auto`, a name, or the beginning of one, such as `onnx/cuda` or `tensorrt-rtx`.
+
+    Raises:
+        InvalidInputError: no engine of this bundle is called so.
+        EngineError: none that is called so can run here; the message says why.
+    """
+    if wanted == "auto":
+        named = [each for each in engines if each.automatic]
+    else:
+        parts = wanted.split("/")
+        named = [each for each in engines if each.engine.split("/")[: len(parts)] == parts]
+        if not named:
+            raise InvalidInputError(
+                f"expected an engine of {', '.join(each.engine for each in engines)}, the "
+                f"beginning of a name, or auto; got {wanted!r}"
+            )
+    usable = next((each for each in named if each.usable), None)
+    if usable is None:
+        told = "; ".join(f"{each.engine}: {each.reason}" for each in named)
+        raise EngineError(
+            f"engine {wanted!r} cannot run here ({told}); `crl doctor` lists what can"
+        )
+    return usable
+
+
+def open_engine(
+    bundle: ModelBundle,
+    engine: str = "auto",
+    *,
+    threads: int | None = None,
+    baked: Basis | None = None,
+) -> ImageEngine:
+    """Open the image engine of a name, and log what was chosen and why.
+
+    Args:
+        bundle: a verified bundle.
+        engine: see `choose`.
+        threads: of one run on a CPU; None for one per physical core.
+        baked: with a TensorRT engine, take the plan that has this basis fixed in it.
+
+    Raises:
+        InvalidInputError: no engine of this bundle is called so.
+        EngineError: it cannot run here, or does not load.
+        PlanError: a plan is missing, damaged or stale.
+        MissingDependencyError: a package is not installed.
+    """
+    runtime = engine.split("/", maxsplit=1)[0]
+    if baked is not None:
+        if runtime not in get_args(Runtime):
+            raise InvalidInputError(
+                f"expected an engine of {', '.join(get_args(Runtime))} to go with a baked basis, "
+                f"got {engine!r}"
+            )
+        return TensorRTImageEngine.open(bundle, runtime=cast(Runtime, runtime), baked=baked)
+    chosen = choose(candidates(bundle), engine)
+    _log.info("engine %s: %s (%s)", engine, chosen.engine, chosen.reason)
+    runtime, device, precision = chosen.engine.split("/")
+    if runtime in get_args(Runtime):
+        return TensorRTImageEngine.open(
+            bundle, runtime=cast(Runtime, runtime), precision=cast(Precision, precision)
+        )
+    return OnnxImageEngine.open(
+        bundle,
+        precision=cast(Precision, precision),
+        device=cast(Device, device),
+        threads=threads,
+    )
+
+
+def open_text_engine(
+    bundle: ModelBundle, image_engine: str, *, threads: int | None = None
+) -> TextEngine:
+    """Open the text engine that goes with an image engine: on CUDA with it, else on the CPU.
+
+    Raises:
+        BundleError: the bundle is image-only.
+        EngineError: the graph does not load.
+        MissingDependencyError: ONNX Runtime is not installed.
+    """
+    device: Device = "cuda" if image_engine.startswith("onnx/cuda/") else "cpu"
+    return OnnxTextEngine.open(bundle, device=device, threads=threads)
+
+
+def _onnx(
+    device: Device, precision: Precision, providers: Sequence[str], here: str | None, cuda: str
+) -> Candidate:
+    provider, usable, reason = PROVIDERS[device], True, "runs everywhere"
+    automatic = device in ("cpu", "cuda")
+    if provider.name not in providers:
+        usable = False
+        has = ", ".join(providers) or "nothing"
+        reason = f"ONNX Runtime has no {provider.name} (it has {has}): {provider.install}"
+    elif device != "cpu":
+        usable = here is not None
+        reason = f"a GPU of {here}" if here else cuda
+        if usable and not automatic:
+            reason = "has to be asked for: it compiles when it first starts"
+    return Candidate(
+        engine=f"onnx/{device}/{precision}", usable=usable, automatic=automatic, reason=reason
+    )
+
+
+def _plan(
+    bundle: ModelBundle, runtime: Runtime, precision: Precision, here: str | None, cuda: str
+) -> Candidate:
+    usable, automatic = False, False
+    folder = plans_directory(bundle)
+    try:
+        compiled = [
+            plan.recipe
+            for plan in read_plans(folder)
+            if (plan.recipe.runtime, plan.recipe.precision) == (runtime, precision)
+        ]
+        if not compiled:
+            reason = f"not compiled: {compile_command(bundle, runtime, precision, here or '')}"
+        elif here is None:
+            architectures = sorted({name for recipe in compiled for name in recipe.architectures})
+            reason = f"compiled for {', '.join(architectures)}; {cuda}"
+        else:
+            plan = choose_plan(
+                bundle,
+                folder,
+                runtime=runtime,
+                runtime_version=load_toolkit(runtime).version,
+                architecture=here,
+                precision=precision,
+            )
+            usable, automatic = True, here in plan.verified
+            reason = f"verified on {here}" if automatic else (
+                f"has to be asked for until crl verify {bundle.path} --engine "
+                f"{runtime}/cuda/{precision} has run here"
+            )  # fmt: skip
+    except CrlError as error:
+        reason = str(error)
+    return Candidate(
+        engine=f"{runtime}/cuda/{precision}", usable=usable, automatic=automatic, reason=reason
+    )

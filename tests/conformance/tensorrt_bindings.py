@@ -1,0 +1,154 @@
+"""Does the code that is written for TensorRT fit its bindings: every name, and every call's arity.
+
+Enterprise TensorRT's libraries are not on PyPI, but its bindings are. They load over empty
+libraries made here with a C compiler, as long as nothing is called. Run as a script, this does so
+for the oldest and the newest version that crl is written for; the unit tests do the same with
+TensorRT-RTX, whose libraries are there.
+"""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+VERSIONS = ("10.3.0", "11.4.0.106")
+"""JetPack 6 has 10.3, JetPack 7.2.2 and later 11.4."""
+
+HOLDS = {
+    "export/tensorrt.py": {
+        "trt": "", "builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser",
+        "config": "IBuilderConfig", "profile": "IOptimizationProfile", "layer": "ILayer",
+        "tensor": "ITensor",
+    },
+    "crl_sdk/engines/toolkit.py": {"trt": ""},
+    "crl_sdk/engines/tensorrt.py": {
+        "trt": "", "engine": "ICudaEngine", "_engine": "ICudaEngine",
+        "context": "IExecutionContext", "config": "IRuntimeConfig", "cache": "IRuntimeCache",
+        "_cache": "IRuntimeCache",
+    },
+}  # fmt: skip
+"""Variables and attributes that hold something of TensorRT's, and its class; empty: the module."""
+
+RTX_ONLY = {
+    "ComputeCapability", "num_compute_capabilities", "set_compute_capability",
+    "REQUIRE_USER_ALLOCATION", "DynamicShapesKernelSpecializationStrategy", "CudaGraphStrategy",
+    "create_runtime_config", "IRuntimeConfig", "IRuntimeCache",
+}  # fmt: skip
+"""What the code asks TensorRT-RTX for alone."""
+
+ENTRIES = (
+    "getNvOnnxParserVersion", "getPluginRegistry", "getBuilderPluginRegistry",
+    "initLibNvInferPlugins", "createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL",
+    "createInferRuntime_INTERNAL", "createNvOnnxParserRefitter_INTERNAL",
+    "createNvOnnxParser_INTERNAL",
+)  # fmt: skip
+"""What the bindings look up when they load."""
+
+
+def misfits(module: Any, *, rtx: bool) -> tuple[int, list[str]]:
+    """Look up what the code uses.
+
+    Returns:
+        how many uses were looked up, and what is not there or takes other arguments.
+    """
+    seen, wrong = 0, []
+    for file, holders in HOLDS.items():
+        for path, arguments, line in _uses((ROOT / file).read_text(), holders):
+            if not rtx and RTX_ONLY & set(path):
+                continue
+            seen += 1
+            told = _misfit(module, path, arguments)
+            if told:
+                wrong.append(f"{file}:{line}: {told}")
+    return seen, wrong
+
+
+def _uses(code: str, holders: dict[str, str]) -> Iterator[tuple[list[str], int | None, int]]:
+    """Give each use: class and members, how many arguments if it is a call, and its line."""
+    tree = ast.parse(code)
+    calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute) or id(node) in inner:
+            continue
+        members, value = [node.attr], node.value
+        while isinstance(value, ast.Attribute) and value.attr not in holders:
+            members.insert(0, value.attr)
+            value = value.value
+        name = value.attr if isinstance(value, ast.Attribute) else getattr(value, "id", None)
+        if name not in holders:
+            continue
+        call = calls.get(id(node))
+        fixed = call is not None and not any(isinstance(a, ast.Starred) for a in call.args)
+        path = [holders[name], *members] if holders[name] else members
+        yield path, len(call.args) if fixed else None, node.lineno
+
+
+def _misfit(module: Any, path: Sequence[str], arguments: int | None) -> str:
+    found = module
+    for i, name in enumerate(path):
+        if name == "__init__" or isinstance(found, property):
+            return ""  # of Python, or of an instance
+        if not hasattr(found, name):
+            return f"no {'.'.join(path[: i + 1])}"
+        found = getattr(found, name)
+    if arguments is None or isinstance(found, type):
+        return ""
+    signatures = re.findall(
+        rf"^(?:\d+\. )?{path[-1]}\((.*)\) ->", found.__doc__ or "", re.MULTILINE
+    )
+    takes = [_arity(each) for each in signatures if each != "*args, **kwargs"]
+    if takes and not any(low <= arguments <= high for low, high in takes):
+        return f"{'.'.join(path)} takes {takes} arguments, is given {arguments}"
+    return ""
+
+
+def _arity(signature: str) -> tuple[int, int]:
+    """Give the fewest and most arguments of a pybind11 signature, without self."""
+    flat = signature
+    while (shorter := re.sub(r"\[[^\[\]]*\]|<[^<>]*>", "", flat)) != flat:
+        flat = shorter
+    parameters = [each for each in flat.split(",") if each.strip()]
+    parameters = parameters[1:] if parameters and parameters[0].startswith("self") else parameters
+    return sum("=" not in each for each in parameters), len(parameters)
+
+
+def load_bindings(version: str, folder: Path) -> Any:
+    """Import the bindings of a version of TensorRT over empty libraries."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+    subprocess.run([*pip, f"tensorrt-cu12-bindings=={version}"], check=True)
+    code = "".join(f"void *{name}(void) {{ return 0; }}\n" for name in ENTRIES)
+    for library in ("libnvinfer", "libnvonnxparser", "libnvinfer_plugin"):
+        name = f"{library}.so.{version.split('.', maxsplit=1)[0]}"
+        compile_ = ["cc", "-shared", "-fPIC", "-x", "c", "-", f"-Wl,-soname,{name}"]
+        subprocess.run([*compile_, "-o", str(folder / name)], input=code.encode(), check=True)
+        ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
+    sys.path.insert(0, str(folder / "tensorrt_bindings"))
+    return importlib.import_module("tensorrt")
+
+
+def main() -> None:
+    """Check one version that is named, or each in a process of its own."""
+    if not sys.argv[1:]:
+        for version in VERSIONS:
+            subprocess.run([sys.executable, __file__, version], check=True)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        module = load_bindings(sys.argv[1], Path(folder))
+        seen, wrong = misfits(module, rtx=False)
+        print("\n".join(wrong) or f"TensorRT {sys.argv[1]}: {seen} uses of its bindings fit")
+        sys.exit(bool(wrong) or seen < 40)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""A CUDA driver and a TensorRT that are simulated on the CPU, as strict as the documents say.
+
+Nothing runs when it is put into a stream, but when the stream is waited for, so that code which
+reads results too early reads garbage. Every address is looked up among what is allocated, every
+call must come from a thread that entered the context, and what is never freed is found. Whether
+calls have the real names and parameters is tested against the installed bindings.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from enum import IntEnum
+from itertools import count
+from types import SimpleNamespace
+
+import numpy as np
+
+
+class CUresult(IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_VALUE = 1
+    CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_INVALID_IMAGE = 200
+    CUDA_ERROR_INVALID_CONTEXT = 201
+    CUDA_ERROR_NOT_FOUND = 500
+    CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
+
+
+OK = CUresult.CUDA_SUCCESS
+INVALID = CUresult.CUDA_ERROR_INVALID_VALUE
+
+
+SILENT = ("cuStreamSynchronize", "cuGraphLaunch", "cuLaunchKernel", "cuMemcpyHtoDAsync")
+"""Calls that give nothing but their status."""
+
+
+class Driver:
+    """What `cuda.bindings.driver` is, for one GPU."""
+
+    CUresult = CUresult
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
+    CUdevice_attribute = SimpleNamespace(
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75,
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76,
+    )
+
+    def __init__(self, capability=(8, 9), memory=1 << 30, kernel=None):
+        self.capability, self.free, self.kernel = capability, memory, kernel
+        self.buffers = {}
+        self.kinds = {}
+        self.streams = {}
+        self.recording = {}
+        self.graphs = {}
+        self.runnable = {}
+        self.modules = {}
+        self.contexts = 0
+        self.launched = []
+        self.fail = {}
+        self._names = count(1000)
+        self._here = threading.local()
+
+    def __getattribute__(self, name):
+        """Refuse calls from threads that are in no context, and those that a test wants to fail."""
+        member = object.__getattribute__(self, name)
+        if not name.startswith("cu") or name in ("cuInit", "cuCtxSetCurrent") or (
+            name.startswith(("cuDevice", "cuDriver"))
+        ):  # fmt: skip
+            return member
+
+        def call(*arguments):
+            nothing = (None,) * (name not in SILENT)
+            if self.fail.get(name):
+                return (self.fail[name], *nothing)
+            if not getattr(self._here, "context", None):
+                return (CUresult.CUDA_ERROR_INVALID_CONTEXT, *nothing)
+            return member(*arguments)
+
+        return call
+
+    def cuInit(self, Flags):
+        return (OK,)
+
+    def cuDriverGetVersion(self):
+        return OK, 13000
+
+    def cuDeviceGetCount(self):
+        return OK, 1
+
+    def cuDeviceGet(self, ordinal):
+        return (OK, 0) if ordinal == 0 else (CUresult(201), None)
+
+    def cuDeviceGetName(self, length, dev):
+        return OK, b"Simulated\0" + bytes(length - 10)
+
+    def cuDeviceTotalMem(self, dev):
+        return OK, self.free
+
+    def cuDeviceGetAttribute(self, attrib, dev):
+        return OK, self.capability[attrib - 75]
+
+    def cuDevicePrimaryCtxRetain(self, dev):
+        self.contexts += 1
+        return OK, 7
+
+    def cuDevicePrimaryCtxRelease(self, dev):
+        self.contexts -= 1
+        return (OK,)
+
+    def cuCtxSetCurrent(self, ctx):
+        assert ctx == 7
+        self._here.context = ctx
+        return (OK,)
+
+    def cuMemAlloc(self, bytesize):
+        if bytesize > self.free:
+            return CUresult.CUDA_ERROR_OUT_OF_MEMORY, None
+        self.free -= bytesize
+        return self._allocate(bytesize, "device")
+
+    def cuMemFree(self, dptr):
+        self.free += len(self.buffers[dptr])
+        return self._release(dptr, "device")
+
+    def cuMemHostAlloc(self, bytesize, Flags):
+        return self._allocate(bytesize, "host")
+
+    def cuMemFreeHost(self, p):
+        return self._release(p, "host")
+
+    def cuMemcpyHtoDAsync(self, dstDevice, srcHost, ByteCount, hStream):
+        target = self.device(dstDevice, ByteCount)
+        self.put(hStream, lambda: ctypes.memmove(target, srcHost, ByteCount))
+        return (OK,)
+
+    def cuMemcpyDtoHAsync(self, dstHost, srcDevice, ByteCount, hStream):
+        source = self.device(srcDevice, ByteCount)
+        self.put(hStream, lambda: ctypes.memmove(dstHost, source, ByteCount))
+        return (OK,)
+
+    def cuStreamCreate(self, Flags):
+        assert Flags == 1  # CU_STREAM_NON_BLOCKING
+        name = next(self._names)
+        self.streams[name] = []
+        return OK, name
+
+    def cuStreamDestroy(self, hStream):
+        del self.streams[hStream]
+        return (OK,)
+
+    def cuStreamSynchronize(self, hStream):
+        if hStream in self.recording:
+            return (CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)
+        works, self.streams[hStream] = self.streams[hStream], []
+        for work in works:
+            work()
+        return (OK,)
+
+    def cuStreamBeginCapture(self, hStream, mode):
+        assert mode == 1
+        self.recording[hStream] = []
+        return (OK,)
+
+    def cuStreamEndCapture(self, hStream):
+        name = next(self._names)
+        self.graphs[name] = self.recording.pop(hStream)
+        return OK, name
+
+    def cuGraphInstantiate(self, hGraph, flags):
+        name = next(self._names)
+        self.runnable[name] = list(self.graphs[hGraph])
+        return OK, name
+
+    def cuGraphDestroy(self, hGraph):
+        del self.graphs[hGraph]
+        return (OK,)
+
+    def cuGraphExecDestroy(self, hGraphExec):
+        del self.runnable[hGraphExec]
+        return (OK,)
+
+    def cuGraphLaunch(self, hGraphExec, hStream):
+        self.launched.append(hGraphExec)
+        for work in self.runnable[hGraphExec]:
+            self.put(hStream, work)
+        return (OK,)
+
+    def cuModuleLoadData(self, image):
+        if not image.startswith((b"\x7fELF", b"//")):
+            return CUresult.CUDA_ERROR_INVALID_IMAGE, None
+        name = next(self._names)
+        self.modules[name] = image
+        return OK, name
+
+    def cuModuleGetFunction(self, hmod, name):
+        found = name in self.modules[hmod]
+        return (OK, (hmod, name)) if found else (CUresult.CUDA_ERROR_NOT_FOUND, None)
+
+    def cuModuleUnload(self, hmod):
+        del self.modules[hmod]
+        return (OK,)
+
+    def cuLaunchKernel(  # noqa: PLR0917
+        self, f, gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ,
+        sharedMemBytes, hStream, kernelParams, extra,
+    ):  # fmt: skip
+        values, types = kernelParams
+        assert len(values) == len(types) and extra == 0
+        assert (gridDimZ, blockDimY, blockDimZ) == (1, 1, 1) and sharedMemBytes <= 48 << 10
+        launch = SimpleNamespace(
+            function=f, image=self.modules[f[0]], grid=(gridDimX, gridDimY), threads=blockDimX,
+            shared=sharedMemBytes, arguments=list(zip(values, types, strict=True)),
+        )  # fmt: skip
+        self.put(hStream, lambda: self.kernel(self, launch))
+        return (OK,)
+
+    # --- what is behind it ---
+
+    def put(self, stream, work):
+        self.recording.get(stream, self.streams[stream]).append(work)
+
+    def device(self, address, size):
+        """Give where so many bytes of device memory are, which must be within one allocation."""
+        for start, buffer in self.buffers.items():
+            if start <= address and address + size <= start + len(buffer):
+                assert self.kinds[start] == "device", "memory of the host, not of the GPU"
+                return address
+        raise AssertionError(f"{size} bytes at {address} are not within an allocation")
+
+    def view(self, address, shape, dtype):
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        raw = (ctypes.c_uint8 * size).from_address(self.device(address, size))
+        return np.ctypeslib.as_array(raw).view(dtype).reshape(shape)
+
+    def nothing_left(self):
+        return not (
+            self.buffers or self.streams or self.graphs or self.runnable or self.modules
+            or self.contexts or self.recording
+        )  # fmt: skip
+
+    def _allocate(self, size, kind):
+        buffer = (ctypes.c_uint8 * size)(*(b"\xab" * min(size, 64)))  # garbage, as on a GPU
+        address = ctypes.addressof(buffer)
+        self.buffers[address], self.kinds[address] = buffer, kind
+        return OK, address
+
+    def _release(self, address, kind):
+        assert self.kinds.pop(address) == kind
+        del self.buffers[address]
+        return (OK,)
+
+
+def tensorrt(driver: Driver, reference, plan: bytes, batch, columns):
+    """Make a module as `tensorrt_rtx` is, whose engines compute with another engine.
+
+    Args:
+        driver: where the memory is.
+        reference: an image engine.
+        plan: the only bytes that it loads.
+        batch: fewest and most images, as the plan was compiled.
+        columns: likewise.
+    """
+    trt = SimpleNamespace(
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user"),
+        DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager"),
+        CudaGraphStrategy=SimpleNamespace(DISABLED="disabled"),
+        scratch=4096,
+        contexts=[],
+        caches_read=[],
+    )
+
+    class IRuntimeCache:
+        data = b""
+
+        def deserialize(self, blob):
+            trt.caches_read.append(blob)
+            return blob == b"kernels for this GPU"
+
+        def serialize(self):
+            return b"kernels for this GPU"
+
+    class IRuntimeConfig:
+        dynamic_shapes_kernel_specialization_strategy = "lazy"
+        cuda_graph_strategy = "disabled"
+        allocation, cache = "static", None
+
+        def set_execution_context_allocation_strategy(self, strategy):
+            self.allocation = strategy
+
+        def create_runtime_cache(self):
+            return IRuntimeCache()
+
+        def set_runtime_cache(self, cache):
+            self.cache = cache
+            return True
+
+    class IExecutionContext:
+        def __init__(self):
+            self.shapes, self.addresses, self.memory, self.warm = {}, {}, None, False
+            trt.contexts.append(self)
+
+        def set_device_memory(self, memory, size):
+            assert size >= trt.scratch
+            self.memory = driver.device(memory, size)
+
+        def set_input_shape(self, name, shape):
+            limits = batch if name == "image" else columns
+            self.shapes[name] = shape
+            return limits[0] <= (shape[0] if name == "image" else shape[-1]) <= limits[1]
+
+        def set_tensor_address(self, name, memory):
+            self.addresses[name] = memory
+            return name in ("image", "weight", "bias", "embedding", "projected")
+
+        def infer_shapes(self):
+            return [name for name in ("image", "weight", "bias") if name not in self.shapes]
+
+        def execute_async_v3(self, stream_handle):
+            if stream_handle in driver.recording and not self.warm:
+                return False  # the first run does what a graph cannot hold
+            self.warm = True
+            shapes, addresses, memory = dict(self.shapes), dict(self.addresses), self.memory
+            assert memory is not None, "no memory for intermediate results"
+
+            def work():
+                ctypes.memset(driver.device(memory, trt.scratch), 0xCD, trt.scratch)
+                read = {
+                    name: driver.view(addresses[name], shape, dtype)
+                    for (name, shape), dtype in zip(
+                        shapes.items(), (np.uint8, np.float32, np.float32), strict=True
+                    )
+                }
+                results = reference.run(read["image"], read["weight"], read["bias"])
+                for name, result in zip(("embedding", "projected"), results, strict=True):
+                    driver.view(addresses[name], result.shape, np.float32)[...] = result
+
+            driver.put(stream_handle, work)
+            return True
+
+    class ICudaEngine:
+        num_io_tensors = 5
+        device_memory_size_v2 = trt.scratch
+
+        def get_tensor_name(self, index):
+            return ("image", "weight", "bias", "embedding", "projected")[index]
+
+        def create_runtime_config(self):
+            return IRuntimeConfig()
+
+        def create_execution_context(self, how):
+            if isinstance(how, IRuntimeConfig):
+                assert how.allocation == "user"
+                assert how.dynamic_shapes_kernel_specialization_strategy == "eager"
+            else:
+                assert how == "user"
+            return IExecutionContext()
+
+    class Runtime:
+        def __init__(self, logger):
+            self._logger = logger
+
+        def deserialize_cuda_engine(self, serialized_engine):
+            if serialized_engine != plan:
+                self._logger.errors.append("the magic tag does not match")
+                return None
+            return ICudaEngine()
+
+    trt.Runtime = Runtime
+    trt.classes = (Runtime, ICudaEngine, IExecutionContext, IRuntimeConfig, IRuntimeCache)
+    return trt

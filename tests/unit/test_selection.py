@@ -1,0 +1,87 @@
+"""Which engine is taken, why not the others, and asking for one by name."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from crl_sdk import Embedder, ModelBundle, demo_bundle, selection
+from crl_sdk.errors import EngineError, InvalidInputError
+from crl_sdk.machine import Gpu
+from crl_sdk.selection import Candidate, candidates, choose, open_engine
+
+GPU = (Gpu(name="one", architecture="sm89", memory=2**33),)
+NONE = ((), "expected an NVIDIA driver (libcuda.so.1), found none")
+
+
+@pytest.fixture
+def bundle():
+    return ModelBundle.open(demo_bundle())
+
+
+def machine(monkeypatch, *, gpus=NONE, providers=("CPUExecutionProvider",)):
+    monkeypatch.setattr(selection, "find_gpus", lambda: gpus)
+    monkeypatch.setattr(selection, "find_providers", lambda: providers)
+
+
+def test_without_a_gpu_it_is_the_cpu_and_the_others_say_why(bundle, monkeypatch, caplog):
+    machine(monkeypatch)
+    engines = {each.engine: each for each in candidates(bundle)}
+    assert [name for name, each in engines.items() if each.usable] == ["onnx/cpu/fp32"]
+    assert "crl-sdk[gpu]" in engines["onnx/cuda/fp32"].reason
+    assert "onnxruntime-ep" in engines["onnx/tensorrt-rtx/fp32"].reason
+    assert "crl compile" in engines["tensorrt-rtx/cuda/fp32"].reason
+    with caplog.at_level(logging.INFO):
+        embedder = Embedder.open(bundle)
+    assert embedder.engine == "onnx/cpu/fp32"
+    assert "engine auto: onnx/cpu/fp32 (runs everywhere)" in caplog.text
+
+
+def test_providers_without_a_driver_are_out(bundle, monkeypatch):
+    machine(monkeypatch, providers=("CUDAExecutionProvider", "CPUExecutionProvider"))
+    engines = {each.engine: each for each in candidates(bundle)}
+    assert not engines["onnx/cuda/fp32"].usable and "libcuda" in engines["onnx/cuda/fp32"].reason
+    with pytest.raises(EngineError, match=r"cannot run here .*libcuda"):
+        open_engine(bundle, "onnx/cuda")
+
+
+def test_with_a_gpu_cuda_is_taken_and_what_compiles_at_start_is_not(bundle, monkeypatch):
+    providers = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
+    machine(monkeypatch, gpus=(GPU, "13.0"), providers=providers)
+    engines = candidates(bundle)
+    assert choose(engines, "auto").engine == "onnx/cuda/fp32"
+    asked = choose(engines, "onnx/tensorrt")
+    assert asked.engine == "onnx/tensorrt/fp32" and "has to be asked for" in asked.reason
+    assert choose(engines, "onnx/cpu").engine == "onnx/cpu/fp32"
+
+
+def test_names_are_matched_by_whole_parts():
+    engines = [
+        Candidate(engine=name, usable=True, automatic=True, reason="")
+        for name in ("tensorrt-rtx/cuda/fp16", "tensorrt/cuda/fp16", "onnx/cpu/fp32")
+    ]
+    assert choose(engines, "tensorrt").engine == "tensorrt/cuda/fp16"
+    assert choose(engines, "onnx/cpu/fp32").engine == "onnx/cpu/fp32"
+    for wrong in ("tensor", "onnx/cpu/fp32/x", "", "/"):
+        with pytest.raises(InvalidInputError, match="got "):
+            choose(engines, wrong)
+
+
+def test_damaged_records_of_plans_are_told_and_the_rest_is_usable(bundle_copy, monkeypatch):
+    machine(monkeypatch)
+    folder = bundle_copy / "engines"
+    folder.mkdir()
+    (folder / "tensorrt-x.json").write_text("{")
+    engines = candidates(ModelBundle.open(bundle_copy))
+    assert "compile again" in engines[0].reason
+    assert choose(engines, "auto").engine == "onnx/cpu/fp32"
+
+
+def test_a_baked_basis_needs_a_plan(bundle):
+    embedder = Embedder.open(bundle)
+    basis = embedder.create_basis("color", ["red", "blue"])
+    with pytest.raises(InvalidInputError, match="tensorrt-rtx, tensorrt to go with a baked basis"):
+        Embedder.open(bundle, baked=basis)
+    with pytest.raises(EngineError, match="NVIDIA driver"):
+        Embedder.open(bundle, engine="tensorrt-rtx", baked=basis)
