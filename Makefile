@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 
-.PHONY: demo test test-slow check stubs format wheel-test conformance demo-model eval-demo eval-bases export-parity bench load clean
+.PHONY: demo test test-slow test-gpu check stubs format wheel-test conformance demo-model eval-demo eval-bases export-parity compile-table bench load clean
 
 demo: $(VENV)/.demo ## criteria in words, a language model, bases, the service, a report
 	$(BIN)/crl demo
@@ -16,6 +16,9 @@ test: $(VENV)/.dev ## all tests but the slow ones
 
 test-slow: $(VENV)/.dev ## the tests that take minutes: every architecture exported
 	$(BIN)/pytest -m slow
+
+test-gpu: $(VENV)/.dev ## what only a GPU can show; skipped with the reason where there is none
+	$(BIN)/pytest -m gpu
 
 check: $(VENV)/.dev ## lint, format, types, import directions, stubs
 	$(BIN)/ruff check .
@@ -48,6 +51,9 @@ eval-bases: $(VENV)/.demo ## how good generated bases are, on the demo world: a 
 
 export-parity: $(VENV)/.dev ## the parity table of all exported models
 	$(BIN)/python -m crl_export.parity_table --out benchmarks/results/export-parity
+
+compile-table: $(VENV)/.dev ## which plans and kernels compile without a GPU, seconds, size, memory
+	$(BIN)/python -m crl_benchmarks.compile_table --out benchmarks/results/compile
 
 bench: $(VENV)/.dev ## what conditional embeddings cost over a plain CLIP pass, and the service over both
 	$(BIN)/python -m crl_benchmarks.embed_latency

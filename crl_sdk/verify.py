@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timezone
+from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk import parity
+from crl_sdk.basis import Basis
 from crl_sdk.bundle import ModelBundle
 from crl_sdk.engines import ImageEngine
+from crl_sdk.engines.kernels import ProjectionKernel, kernels_directory
 from crl_sdk.engines.onnx import OnnxImageEngine
 from crl_sdk.engines.tensorrt import TensorRTImageEngine
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.machine import Machine, examine
 from crl_sdk.manifest import Parity
 from crl_sdk.plans import mark_verified, plans_directory
+from crl_sdk.projection import Post, Projection, normalise_rows
 from crl_sdk.selection import candidates, choose, open_engine
 
 SCHEMA = 1
@@ -26,6 +30,9 @@ SCHEMA = 1
 _COLUMNS = 7
 _PROJECTED = 1e-4
 """How far projected columns of unit-norm weights may be from `embedding @ weight + bias`."""
+
+_KERNEL = 1e-4
+"""How far the kernel's columns may be from NumPy's; their order of summing differs."""
 
 
 class Latency(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +79,7 @@ def verify(
     *,
     batches: Sequence[int] = (1, 8, 32),
     seconds: float = 2.0,
+    baked: Basis | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Verification:
     """Compare an engine with the bundle's fp32 graph on the CPU, and time it.
@@ -82,6 +90,7 @@ def verify(
             by default here. A plan that agrees is recorded as verified on this GPU's architecture.
         batches: sizes to time.
         seconds: for each; at least five runs are timed.
+        baked: the basis that is fixed in the plan to verify.
         progress: called with what is being done.
 
     Raises:
@@ -96,18 +105,23 @@ def verify(
             f"expected batches >= 1 and seconds > 0, got {list(batches)}, {seconds}"
         )
     machine = examine()
-    name = choose(candidates(bundle), engine or "auto").engine
+    name = engine or "auto"
+    if baked is None:
+        name = choose(candidates(bundle), name).engine
     tell(f"running the fp32 reference of {bundle.manifest.name}")
     pixels = parity.images(bundle.preprocess)
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((bundle.embedding_dim, _COLUMNS)).astype(np.float32)
     weight /= np.linalg.norm(weight, axis=0)
     bias = rng.standard_normal(_COLUMNS).astype(np.float32)
+    if baked is not None:
+        weight, bias = baked.projection.weight, baked.projection.bias
     reference = OnnxImageEngine.open(bundle, precision="fp32", device="cpu")
     expected = parity.batched(lambda part: reference.run(part, weight, bias)[0], pixels)
 
     tell(f"running {name} on the same pictures")
-    opened = open_engine(bundle, name)
+    opened = open_engine(bundle, name, baked=baked)
+    name = opened.description
     try:
         rows, columns = opened.run(pixels, weight, bias)
         measured = parity.batched(lambda part: opened.run(part, weight, bias)[0], pixels)
@@ -127,7 +141,7 @@ def verify(
         opened.close()
     return Verification(
         schema=SCHEMA,
-        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         engine=name,
         model={"name": bundle.manifest.name, "fingerprint": bundle.fingerprint},
         agrees=not failures,
@@ -137,6 +151,111 @@ def verify(
         latencies=tuple(latencies),
         machine=machine,
     )
+
+
+class KernelCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """The projection kernel with one dtype of embeddings.
+
+    Attributes:
+        embeddings: dtype.
+        max_abs: largest difference from NumPy's results.
+        rows: of the timed call.
+        p50_ms: of a call, copies to and from the GPU in it.
+        numpy_p50_ms: of the same in NumPy.
+    """
+
+    embeddings: str
+    max_abs: float
+    rows: int
+    p50_ms: float
+    numpy_p50_ms: float
+
+
+class KernelVerification(msgspec.Struct, frozen=True, kw_only=True):
+    """The record of a verification of the projection kernel.
+
+    Attributes:
+        schema: of this record.
+        time: when it was made, UTC.
+        agrees: whether all differences are within tolerance.
+        checks: one per dtype.
+        machine: what it ran on.
+    """
+
+    schema: int
+    time: str
+    agrees: bool
+    checks: tuple[KernelCheck, ...]
+    machine: Machine
+
+
+def verify_kernel(bundle: ModelBundle, *, rows: int = 100_000) -> KernelVerification:
+    """Compare the compiled projection kernel with its specification in NumPy, and time both.
+
+    Args:
+        bundle: the model; `crl compile BUNDLE --kernel` made its kernels.
+        rows: of the timed calls.
+
+    Raises:
+        PlanError: the kernels are missing, damaged, or for other GPUs.
+        EngineError: there is no driver or GPU, or a launch failed.
+        MissingDependencyError: cuda-python is not installed.
+    """
+    rng = np.random.default_rng(0)
+    dim = bundle.embedding_dim
+    posts: tuple[Post, ...] = ("l2", "standardise", "none", "l2")
+    projections = [
+        Projection(
+            rng.standard_normal((dim, columns)).astype(np.float32) / np.float32(dim**0.5),
+            rng.standard_normal(columns).astype(np.float32),
+            post,
+        )
+        for columns, post in zip((20, 64, 7, 150), posts, strict=True)
+    ]
+    stored = rng.standard_normal((rows, dim)).astype(np.float32)
+    stored /= np.linalg.norm(stored, axis=1, keepdims=True)
+    kernel = ProjectionKernel.open(kernels_directory(bundle))
+    try:
+        checks = tuple(
+            _check_kernel(kernel, stored.astype(dtype), projections)
+            for dtype in (np.float32, np.float16)
+        )
+    finally:
+        kernel.close()
+    return KernelVerification(
+        schema=SCHEMA,
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        agrees=all(check.max_abs <= _KERNEL for check in checks),  # NaN does not
+        checks=checks,
+        machine=examine(),
+    )
+
+
+def _check_kernel(
+    kernel: ProjectionKernel, embeddings: NDArray[Any], projections: Sequence[Projection]
+) -> KernelCheck:
+    exact = embeddings.astype(np.float32)
+
+    def reference() -> list[NDArray[np.float32]]:
+        return [normalise_rows(exact @ p.weight + p.bias, p.post) for p in projections]
+
+    pairs = zip(kernel.apply(embeddings, projections), reference(), strict=True)
+    return KernelCheck(
+        embeddings=embeddings.dtype.name,
+        max_abs=max(float(np.abs(got - expected).max()) for got, expected in pairs),
+        rows=len(embeddings),
+        p50_ms=_median(lambda: kernel.apply(embeddings, projections)),
+        numpy_p50_ms=_median(reference),
+    )
+
+
+def _median(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return round(float(np.median(times)) * 1e3, 3)
 
 
 def _time(

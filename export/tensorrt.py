@@ -290,5 +290,10 @@ def _monitor(trt: Any, progress: Progress | None) -> Any:
 
 
 def _peak_memory() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Give bytes resident at most; `getrusage` would count what the parent had at the fork."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024

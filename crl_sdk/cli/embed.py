@@ -13,6 +13,7 @@ from crl_sdk.basis import Basis, basis_path, normalise_criterion
 from crl_sdk.cli.console import JsonOption, print_facts, print_json, progress_bar, warn
 from crl_sdk.cli.options import (
     DEFAULT_BASES,
+    BakedOption,
     BasesOption,
     BundleOption,
     EngineOption,
@@ -36,6 +37,7 @@ def embed(
     bundle: BundleOption = None,
     bases: BasesOption = DEFAULT_BASES,
     engine: EngineOption = "auto",
+    baked: BakedOption = None,
     threads: ThreadsOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per engine run.")] = 32,
     as_json: JsonOption = False,
@@ -45,7 +47,7 @@ def embed(
     paths = _find_images(images)
     names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
     loaded = [_load_basis(bases, name) for name in names]
-    with open_embedder(bundle, engine, threads) as embedder, progress_bar() as progress:
+    with open_embedder(bundle, engine, threads, baked) as embedder, progress_bar() as progress:
         task = progress.add_task("embedding", total=len(paths))
         result = embedder.embed(
             paths,

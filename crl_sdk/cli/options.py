@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from crl_sdk.basis import Basis
 from crl_sdk.bundle import demo_bundle
 from crl_sdk.cli.console import note
 from crl_sdk.embedder import Embedder
@@ -31,6 +32,12 @@ EngineOption = Annotated[
         "tensorrt-rtx."
     ),
 ]
+BakedOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Basis file; take the TensorRT plan that has it fixed (`crl compile --baked`)."
+    ),
+]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Threads of one engine run; one per core by default.")
 ]
@@ -47,7 +54,15 @@ def bundle_or_demo(bundle: Path | None) -> Path:
 
 
 def open_embedder(
-    bundle: Path | None, engine: str = "auto", threads: int | None = None
+    bundle: Path | None,
+    engine: str = "auto",
+    threads: int | None = None,
+    baked: Path | None = None,
 ) -> Embedder:
     """Open the bundle named on the command line, or the demo model."""
-    return Embedder.open(bundle_or_demo(bundle), engine=engine, threads=threads)
+    return Embedder.open(
+        bundle_or_demo(bundle),
+        engine=engine,
+        threads=threads,
+        baked=Basis.load(baked) if baked is not None else None,
+    )

@@ -13,6 +13,7 @@ import typer
 from crl_sdk.cli import generation
 from crl_sdk.cli.options import (
     DEFAULT_BASES,
+    BakedOption,
     BasesOption,
     BundleOption,
     EngineOption,
@@ -30,6 +31,7 @@ def serve(
     bundle: BundleOption = None,
     bases: BasesOption = DEFAULT_BASES,
     engine: EngineOption = "auto",
+    baked: BakedOption = None,
     threads: ThreadsOption = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Images of one engine run at most.")] = 32,
     max_queue: Annotated[int, typer.Option(min=1, help="Images that may wait.")] = 1024,
@@ -100,5 +102,5 @@ def serve(
         otlp=otlp,
         open_model=partial(LocalModel.open, model) if generate else None,
     )
-    with open_embedder(bundle, engine, threads) as embedder:
+    with open_embedder(bundle, engine, threads, baked) as embedder:
         asyncio.run(run(embedder, settings))

@@ -9,11 +9,13 @@ import msgspec
 import typer
 from rich.table import Table
 
+from crl_sdk.basis import Basis
 from crl_sdk.bundle import ModelBundle
 from crl_sdk.cli.console import JsonOption, note, out, print_facts, print_json, spinner
+from crl_sdk.cli.options import BakedOption
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.files import write_atomically
-from crl_sdk.verify import Verification
+from crl_sdk.verify import KernelVerification, Verification, verify_kernel
 from crl_sdk.verify import verify as run
 
 
@@ -24,12 +26,21 @@ def verify(
     ] = None,
     batches: Annotated[str, typer.Option(help="Batch sizes to time.")] = "1,8,32",
     seconds: Annotated[float, typer.Option(help="To time each batch size.")] = 2.0,
+    baked: BakedOption = None,
     out_file: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the record (JSON) there.")
     ] = None,
+    kernel: Annotated[
+        bool, typer.Option("--kernel", help="Verify the projection kernel against NumPy instead.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check an engine against the bundle's fp32 graph, and time it; status 1 if it disagrees."""
+    if kernel:
+        with spinner("running the projection kernel"):
+            checked = verify_kernel(ModelBundle.open(bundle))
+        _finish(checked, out_file, as_json=as_json)
+        return
     sizes = [part.strip() for part in batches.split(",")]
     if not all(part.isascii() and part.isdigit() for part in sizes):
         raise InvalidInputError(f"--batches: expected numbers such as 1,8,32, got {batches!r}")
@@ -39,18 +50,38 @@ def verify(
             engine,
             batches=[int(part) for part in sizes],
             seconds=seconds,
+            baked=Basis.load(baked) if baked is not None else None,
             progress=status.update,
         )
+    _finish(record, out_file, as_json=as_json)
+
+
+def _finish(
+    record: Verification | KernelVerification, out_file: Path | None, *, as_json: bool
+) -> None:
     if out_file is not None:
         text = msgspec.json.format(msgspec.json.encode(record), indent=2)
         write_atomically(out_file, text + b"\n", InvalidInputError)
         note(f"wrote {out_file}")
     if as_json:
         print_json(msgspec.to_builtins(record))
-    else:
+    elif isinstance(record, Verification):
         _print(record)
+    else:
+        _print_kernel(record)
     if not record.agrees:
         raise typer.Exit(1)
+
+
+def _print_kernel(record: KernelVerification) -> None:
+    verdict = "agrees with NumPy" if record.agrees else "disagrees with NumPy"
+    table = Table("embeddings", "max |Δ|", "rows", "p50 ms", "NumPy's p50 ms", title=verdict)
+    for each in record.checks:
+        table.add_row(
+            each.embeddings, f"{each.max_abs:.1e}", f"{each.rows:,}", f"{each.p50_ms:.1f}",
+            f"{each.numpy_p50_ms:.1f}",
+        )  # fmt: skip
+    out.print(table)
 
 
 def _print(record: Verification) -> None:

@@ -231,8 +231,9 @@ class ProjectionKernel:
         x, target = self._buffer("x", source.nbytes), self._buffer("out", out.nbytes)
         self._gpu.upload(x, source)
         pointers = [x, *(self._buffers[name][0] for name in ("weight", "bias", "starts", "posts"))]
-        arguments: list[tuple[int, Any]] = [(each, ctypes.c_void_p) for each in (*pointers, target)]
+        arguments: list[tuple[int, Any]] = [(each, ctypes.c_void_p) for each in pointers]
         arguments += [(each, ctypes.c_int) for each in (count, dim, columns)]
+        arguments.append((target, ctypes.c_void_p))
         arguments += [(0, ctypes.c_void_p)] * 2  # Triton's scratch memory, of which it needs none
         self._gpu.launch(
             function,

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hmac
-import tomllib
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
 import grpc
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 from crl_sdk.errors import AccessError, InvalidInputError
 from crl_sdk.serving.calls import REQUEST_ID_KEY, request_id

@@ -87,14 +87,14 @@ def compile_kernel(
     number = int(architecture[3:])
     signature = {
         "x": f"*{x_dtype}", "weight": f"*{weight_dtype}", "bias": "*fp32", "starts": "*i32",
-        "posts": "*i32", "out": f"*{out_dtype}", "n": "i32", "d": "i32", "k": "i32",
+        "posts": "*i32", "n": "i32", "d": "i32", "k": "i32", "out": f"*{out_dtype}",
     }  # fmt: skip
     constants = {**BLOCKS, "UNIT": unit, "SINGLE": single}
     source = ASTSource(
         fn=project_segments,
         signature={**signature, **dict.fromkeys(constants, "constexpr")},
         constexprs=constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i in range(6)},  # pointers, not n, d, k
+        attrs={(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 4, 8)},  # the pointers
     )
     options: dict[str, int] = {"num_warps": WARPS}
     if number < 100:

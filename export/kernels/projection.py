@@ -40,7 +40,7 @@ def _columns(
 
 @triton.jit
 def project_segments(
-    x, weight, bias, starts, posts, out, n, d, k,
+    x, weight, bias, starts, posts, n, d, k, out,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     UNIT: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
@@ -52,10 +52,10 @@ def project_segments(
         bias: (k,) float32.
         starts: (segments + 1,) int32; segment s has the columns starts[s] to starts[s + 1].
         posts: (segments,) int32, of `crl_sdk.engines.kernels.POST_NUMBERS`.
-        out: (n, k) float32 or float16.
         n: rows.
         d: length of an embedding.
         k: columns of all segments.
+        out: (n, k) float32 or float16; last, as plugins of TensorRT have their outputs.
         BLOCK_N: rows of a program.
         BLOCK_D: depth of a step.
         BLOCK_K: columns of a step.

@@ -66,5 +66,6 @@ else
 fi
 echo "== the real bindings of enterprise TensorRT, over empty libraries"
 "$python" tests/conformance/tensorrt_bindings.py
+"$python" tests/conformance/tensorrt_plugin.py
 echo
 echo "conformance: tritonclient and perf_analyzer 2.46.0, all modes passed"

@@ -123,16 +123,23 @@ def _arity(signature: str) -> tuple[int, int]:
     return sum("=" not in each for each in parameters), len(parameters)
 
 
-def load_bindings(version: str, folder: Path) -> Any:
-    """Import the bindings of a version of TensorRT over empty libraries."""
+def install_bindings(version: str, folder: Path) -> list[Path]:
+    """Put the bindings of a version of TensorRT into a folder, and make the empty libraries."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
     subprocess.run([*pip, f"tensorrt-cu12-bindings=={version}"], check=True)
     code = "".join(f"void *{name}(void) {{ return 0; }}\n" for name in ENTRIES)
+    made = []
     for library in ("libnvinfer", "libnvonnxparser", "libnvinfer_plugin"):
-        name = f"{library}.so.{version.split('.', maxsplit=1)[0]}"
-        compile_ = ["cc", "-shared", "-fPIC", "-x", "c", "-", f"-Wl,-soname,{name}"]
-        subprocess.run([*compile_, "-o", str(folder / name)], input=code.encode(), check=True)
-        ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
+        made.append(folder / f"{library}.so.{version.split('.', maxsplit=1)[0]}")
+        command = ["cc", "-shared", "-fPIC", "-x", "c", "-", f"-Wl,-soname,{made[-1].name}"]
+        subprocess.run([*command, "-o", str(made[-1])], input=code.encode(), check=True)
+    return made
+
+
+def load_bindings(version: str, folder: Path) -> Any:
+    """Import the bindings of a version of TensorRT over empty libraries."""
+    for library in install_bindings(version, folder):
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     sys.path.insert(0, str(folder / "tensorrt_bindings"))
     return importlib.import_module("tensorrt")
 

@@ -25,7 +25,7 @@ def run(x, weight, bias, sizes, posts, *, unit, out_dtype=torch.float32):
     out = torch.full((len(x), int(starts[-1])), 7.0, dtype=out_dtype)
     grid = (-(-len(x) // BLOCKS["BLOCK_N"]), len(sizes))
     project_segments[grid](
-        x, weight, bias, starts, numbers, out, len(x), x.shape[1], out.shape[1],
+        x, weight, bias, starts, numbers, len(x), x.shape[1], out.shape[1], out,
         **BLOCKS, UNIT=unit, SINGLE=max(sizes) <= BLOCKS["BLOCK_K"],
     )  # fmt: skip
     return out.float().numpy()

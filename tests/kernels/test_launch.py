@@ -28,7 +28,7 @@ def numpy_kernel(driver, launch):
 
     sizes = [ctypes.sizeof(each) for _, each in launch.arguments]
     assert sizes == [SIZES[each] for each in parameters]
-    x, weight, bias, starts, posts, out, n, d, k, *scratch = (v for v, _ in launch.arguments)
+    x, weight, bias, starts, posts, n, d, k, out, *scratch = (v for v, _ in launch.arguments)
     assert scratch == [0, 0] and launch.threads == 256
     segments = launch.grid[1]
     assert launch.grid[0] == -(-n // 32) and launch.shared == variant.shared
@@ -197,3 +197,41 @@ def test_no_space_is_a_typed_error(tmp_path):
         kernels.write_kernels(tmp_path / "file" / "x", None, {})
     with pytest.raises(InvalidInputError, match="got sm70"):
         compile_kernels(tmp_path, ["sm70"])
+
+
+def test_it_is_verified_and_a_wrong_one_is_found(driver, folder, bundle_copy, capsys, monkeypatch):
+    import json
+    import shutil
+
+    import typer
+
+    from crl_sdk import ModelBundle, verify
+    from crl_sdk.cli.verify import verify as command
+
+    bundle = ModelBundle.open(bundle_copy)
+    shutil.copytree(folder, kernels.kernels_directory(bundle))
+    record = verify.verify_kernel(bundle, rows=300)
+    assert record.agrees and [each.embeddings for each in record.checks] == ["float32", "float16"]
+    assert all(each.max_abs < 1e-4 and each.p50_ms > 0 for each in record.checks)
+    run = verify.verify_kernel
+    monkeypatch.setattr("crl_sdk.cli.verify.verify_kernel", lambda each: run(each, rows=300))
+    options = {
+        "engine": None,
+        "batches": "1",
+        "seconds": 1,
+        "out_file": None,
+        "kernel": True,
+        "baked": None,
+    }
+    command(bundle_copy, **options, as_json=False)
+    assert "agrees with NumPy" in capsys.readouterr().out
+
+    def crooked(driver, launch):
+        numpy_kernel(driver, launch)
+        n, k, out = (launch.arguments[i][0] for i in (5, 7, 8))
+        driver.view(out, (n, k), np.float32)[-1, -1] += 1e-3
+
+    driver.kernel = crooked
+    with pytest.raises(typer.Exit):
+        command(bundle_copy, **options, as_json=True)
+    assert json.loads(capsys.readouterr().out)["agrees"] is False

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from crl_export.kernels.ahead import ARCHITECTURES, compile_kernel
-from crl_sdk.errors import InvalidInputError
+from crl_sdk.errors import ExportError, InvalidInputError
 
 
 def test_it_agrees_with_numpy_in_the_interpreter():
@@ -37,3 +37,23 @@ def test_it_compiles_without_a_gpu(architecture, types):
 def test_what_it_does_not_compile_for(architecture, options):
     with pytest.raises(InvalidInputError, match="expected"):
         compile_kernel(architecture, **options)
+
+
+def test_as_a_plugin_it_has_the_parameters_that_tensorrt_gives(tmp_path):
+    import triton
+
+    from crl_export.kernels.plugin import plugin_ptx
+
+    kernel = compile_kernel("sm_87", single=True)
+    ptx = plugin_ptx(kernel.ptx)
+    entry = ptx[ptx.index(".entry") : ptx.index(".reqntid")]
+    assert entry.count(".param") == 9 == kernel.ptx.count("\t.param") - 2
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    (tmp_path / "x.ptx").write_text(ptx)
+    subprocess.run(
+        [assembler, "-arch=sm_87", "-o", tmp_path / "x.cubin", tmp_path / "x.ptx"], check=True
+    )
+    with pytest.raises(ExportError, match="9 parameters and 2 unused"):
+        plugin_ptx(ptx)
+    with pytest.raises(ExportError, match="9 parameters and 2 unused"):
+        plugin_ptx(kernel.ptx.replace("[project_segments_param_6]", "[project_segments_param_9]"))

@@ -328,6 +328,8 @@ def test_a_baked_plan_runs_its_basis_alone(gpu, bundle, reference, monkeypatch):
     with Embedder.open(bundle, engine="onnx/cpu") as other:
         expected = other.embed(pictures, [basis])["color"]
     np.testing.assert_allclose(embedder.embed(pictures, ["color"])["color"], expected, atol=1e-4)
+    record = verify(bundle, "tensorrt-rtx", batches=(1,), seconds=0.01, baked=basis)
+    assert record.agrees and record.engine == "tensorrt-rtx/cuda/fp32"
     with pytest.raises(EngineError, match="'color', which is fixed"):
         embedder._image_engine.run(*inputs(bundle, 1, 2))
     embedder.close()

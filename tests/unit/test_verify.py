@@ -84,7 +84,7 @@ def test_int8_is_held_to_its_own_tolerance(bundle_copy):
     ],
 )
 def test_an_engine_that_gives_something_else_fails(bundle, monkeypatch, change, failure):
-    monkeypatch.setattr(module, "open_engine", lambda *_: Crooked(bundle, change))
+    monkeypatch.setattr(module, "open_engine", lambda *_, **__: Crooked(bundle, change))
     record = verify(bundle, batches=(1,), seconds=0.01)
     assert not record.agrees and any(failure in told for told in record.failures)
 
@@ -100,12 +100,21 @@ def test_engines_that_cannot_run_here(bundle):
 
 def test_the_record_is_kept_and_the_status_tells(bundle, tmp_path, monkeypatch, capsys):
     file = tmp_path / "record.json"
-    options = {"engine": None, "batches": "1", "seconds": 0.01, "out_file": file}
+    options = {
+        "engine": None,
+        "batches": "1",
+        "seconds": 0.01,
+        "out_file": file,
+        "kernel": False,
+        "baked": None,
+    }
     command(demo_bundle(), **options, as_json=True)
     assert json.loads(file.read_text()) == json.loads(capsys.readouterr().out)
     command(demo_bundle(), **options, as_json=False)
     assert "agrees with fp32" in capsys.readouterr().out
-    monkeypatch.setattr(module, "open_engine", lambda *_: Crooked(bundle, lambda r, c: (r, c + 1)))
+    monkeypatch.setattr(
+        module, "open_engine", lambda *_, **__: Crooked(bundle, lambda r, c: (r, c + 1))
+    )
     with pytest.raises(typer.Exit):
         command(demo_bundle(), **options, as_json=False)
     assert "projected_max_abs" in capsys.readouterr().out

@@ -1,0 +1,100 @@
+"""The projection kernel as an ahead-of-time plugin of enterprise TensorRT, 10.9 and later.
+
+With it a network of one's own can end in conditional embeddings, normalised per basis, without
+leaving the engine. TensorRT-RTX has no plugins. **Not run on hardware**: it is registered with the
+real bindings in `make conformance`, over empty libraries.
+"""
+
+# TensorRT reads the types of these functions, so that they must not be strings
+
+import re
+from typing import Any
+
+from crl_export.kernels.ahead import BLOCKS, WARPS, compile_kernel
+from crl_sdk.engines.kernels import ENTRY
+from crl_sdk.errors import ExportError, MissingDependencyError
+
+PLUGIN = "crl::project_segments"
+
+
+def register_plugin(architecture: str, *, unit: bool = False, single: bool = False) -> str:
+    """Register the plugin; a process does so once, before it builds or loads an engine with it.
+
+    Its inputs are x (n, d) float32 or float16, weight (d, k) float32, bias (k,) float32, starts
+    (segments + 1,) int32 and posts (segments,) int32, as `crl_sdk.engines.kernels` has them; its
+    output is (n, k) float32.
+
+    Args:
+        architecture: of the GPU, such as `sm_87`.
+        unit: divide each row of x by its L2 norm first.
+        single: no segment has more columns than a block.
+
+    Returns:
+        the plugin's name, for `trt.plugin.op`.
+
+    Raises:
+        InvalidInputError: an unknown architecture.
+        MissingDependencyError: enterprise TensorRT is not installed, or has no such plugins.
+    """
+    try:
+        import tensorrt as trt
+        from tensorrt import plugin as trtp
+    except ImportError as error:
+        raise MissingDependencyError("tensorrt", "tensorrt", "plugins") from error
+    kernels = {
+        dtype: compile_kernel(architecture, x_dtype=dtype, unit=unit, single=single)
+        for dtype in ("fp32", "fp16")
+    }
+
+    @trtp.register(PLUGIN)
+    def describe(
+        x: trtp.TensorDesc,
+        weight: trtp.TensorDesc,
+        bias: trtp.TensorDesc,
+        starts: trtp.TensorDesc,
+        posts: trtp.TensorDesc,
+    ) -> trtp.TensorDesc:
+        out = x.like()
+        out.shape_expr = trtp.ShapeExprs.from_tuple((x.shape_expr[0], weight.shape_expr[1]))
+        out.dtype = trt.float32
+        return out
+
+    @trtp.aot_impl(PLUGIN)
+    def launch(
+        x: trtp.TensorDesc,
+        weight: trtp.TensorDesc,
+        bias: trtp.TensorDesc,
+        starts: trtp.TensorDesc,
+        posts: trtp.TensorDesc,
+        outputs: tuple[trtp.TensorDesc],
+        tactic: int,
+    ) -> tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]:
+        kernel = kernels["fp16" if x.dtype == trt.float16 else "fp32"]
+        n, d = x.shape_expr[0], x.shape_expr[1]
+        parameters = trtp.KernelLaunchParams()
+        parameters.grid_x = trtp.cdiv(n, BLOCKS["BLOCK_N"])
+        parameters.grid_y = posts.shape_expr[0]
+        parameters.block_x = 32 * WARPS
+        parameters.shared_mem = kernel.shared
+        scalars = trtp.SymIntExprs(3)
+        for i, value in enumerate((n, d, weight.shape_expr[1])):
+            scalars[i] = trtp.SymInt32(value)
+        return ENTRY, plugin_ptx(kernel.ptx), parameters, scalars
+
+    return PLUGIN
+
+
+def plugin_ptx(ptx: str) -> str:
+    """Drop the two parameters that Triton appends for scratch memory, which TensorRT has not.
+
+    Raises:
+        ExportError: the code uses them.
+    """
+    listed: Any = re.search(rf"(\.entry\s+{ENTRY}\()(.*?)\n\)", ptx, re.DOTALL)
+    parameters = listed[2].split(",") if listed else []
+    if len(parameters) != 11 or re.search(rf"\[{ENTRY}_param_(9|10)[\]+]", ptx):
+        raise ExportError(
+            "expected a kernel of 9 parameters and 2 unused ones for scratch memory, got "
+            f"{len(parameters)}: Triton changed; see export/kernels/plugin.py"
+        )
+    return ptx.replace(listed[0], f"{listed[1]}{','.join(parameters[:9])}\n)", 1)

@@ -1,0 +1,65 @@
+"""Does enterprise TensorRT's own plugin API take the projection kernel: registered for real.
+
+The package is that of the newest version whose bindings are on PyPI, over empty libraries; what a
+network would hand to the plugin is imitated, since no network can be made without them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+from tensorrt_bindings import VERSIONS, install_bindings
+
+
+def main() -> None:
+    """Register the plugin, and ask it what it launches."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for library in install_bindings(VERSIONS[-1], folder):
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        (folder / "tensorrt").symlink_to(folder / "tensorrt_bindings")
+        sys.path.insert(0, str(folder))
+        import tensorrt as trt
+        from tensorrt import plugin as trtp
+        from tensorrt.plugin import _lib
+
+        registered = []
+        trt.get_plugin_registry = lambda: SimpleNamespace(
+            register_creator=lambda creator, _: registered.append(creator),
+            get_creator=lambda *_: None,
+        )
+
+        from crl_export.kernels.plugin import PLUGIN, register_plugin
+
+        register_plugin("sm_87", unit=True)
+        definition = _lib.QDP_REGISTRY[PLUGIN]
+        assert definition.input_tensor_names == ["x", "weight", "bias", "starts", "posts"]
+        assert definition.num_outputs == 1
+        made = SimpleNamespace(cdiv=[], scalars=[])
+        trtp.cdiv = lambda a, b: (made.cdiv.append((a, b)), "blocks")[1]
+        trtp.KernelLaunchParams = SimpleNamespace
+        trtp.SymIntExprs = lambda length: [None] * length
+        trtp.SymInt32 = lambda value: value
+
+        def tensor(dtype, *shape):
+            return SimpleNamespace(dtype=dtype, shape_expr=shape)
+
+        entry, ptx, parameters, scalars = definition.aot_impl_func(
+            tensor(trt.float16, "n", "d"), tensor(trt.float32, "d", "k"),
+            tensor(trt.float32, "k"), tensor(trt.int32, "s+1"), tensor(trt.int32, "s"), (), 0,
+        )  # fmt: skip
+        assert entry == "project_segments" and list(scalars) == ["n", "d", "k"]
+        assert made.cdiv == [("n", 32)] and parameters.grid_x == "blocks"
+        assert parameters.grid_y == "s" and parameters.block_x == 256
+        print(
+            f"TensorRT {trt.__version__}: took {PLUGIN}, {len(ptx)} bytes of PTX, "
+            f"{parameters.shared_mem} bytes of shared memory"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
