@@ -140,8 +140,11 @@ def sha256_file(path: Path) -> str:
     Returns:
         SHA-256, 64 hex digits.
     """
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _verify(directory: Path, name: str, entry: FileEntry) -> None:

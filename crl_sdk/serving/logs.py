@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO, TypeAlias
 
 from crl_sdk.serving.calls import request_id
 
@@ -42,7 +42,13 @@ class _Json(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-class _OwnStderr(logging.StreamHandler[TextIO]):
+if TYPE_CHECKING:
+    _Stream: TypeAlias = logging.StreamHandler[TextIO]
+else:
+    _Stream = logging.StreamHandler  # Python 3.10 takes no type here
+
+
+class _OwnStderr(_Stream):
     """Writes to stderr through a file descriptor of its own.
 
     llama-cpp-python sends the process's to nowhere while it loads a model, and what the server logs
