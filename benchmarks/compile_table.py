@@ -118,12 +118,13 @@ def compile_all(models: list[str], work_dir: Path) -> list[dict[str, Any]]:
             bundle = exported.path
         for precision in precisions:
             for architecture in toolkit.architectures:
-                rows.append(_compile(model, bundle, precision, architecture))
+                rows.append(compile_one(model, bundle, precision, architecture))
                 print(json.dumps(rows[-1]), file=sys.stderr)
     return rows
 
 
-def _compile(model: str, bundle: Path, precision: str, architecture: str) -> dict[str, Any]:
+def compile_one(model: str, bundle: Path, precision: str, architecture: str) -> dict[str, Any]:
+    """Compile a bundle in a process of its own, whose memory is that of this compilation."""
     with tempfile.TemporaryDirectory() as out:
         command = [
             sys.executable, "-m", "crl_sdk", "compile", str(bundle), "--precision", precision,

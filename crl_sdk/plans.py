@@ -22,6 +22,9 @@ from crl_sdk.manifest import Precision
 SCHEMA = 2
 DIRECTORY = "engines"
 
+PLAN_PRECISIONS: tuple[Precision, ...] = ("fp16", "fp32")
+"""What plans are compiled in, best first."""
+
 Runtime: TypeAlias = Literal["tensorrt-rtx", "tensorrt"]
 
 
@@ -130,14 +133,15 @@ def write_plan(directory: Path, plan: Plan, data: bytes) -> Path:
     return path
 
 
-def mark_verified(directory: Path, plan: Plan, architecture: str) -> None:
-    """Record that a plan agrees with the fp32 graph on a GPU of this architecture.
+def record_verified(directory: Path, plan: Plan, architecture: str, *, agrees: bool) -> None:
+    """Record whether a plan agrees with the fp32 graph on GPUs of this architecture.
 
     Raises:
         PlanError: the record cannot be written.
     """
-    if architecture not in plan.verified:
-        verified = tuple(sorted({*plan.verified, architecture}))
+    others = set(plan.verified) - {architecture}
+    verified = tuple(sorted(others | ({architecture} if agrees else set())))
+    if verified != plan.verified:
         _write_record(directory, msgspec.structs.replace(plan, verified=verified))
 
 
@@ -185,7 +189,7 @@ def choose_plan(
     Raises:
         PlanError: none fits; the message says why each does not and how to compile one.
     """
-    order: Sequence[str] = [each for each in ("fp16", "fp32") if each in bundle.precisions]
+    order: Sequence[str] = [each for each in PLAN_PRECISIONS if each in bundle.precisions]
     if precision != "auto":
         order = [precision]
     reasons = []
@@ -231,7 +235,7 @@ def compile_command(
     """Give the command that compiles a plan."""
     return shlex.join(
         ["crl", "compile", str(bundle.path), "--runtime", runtime, "--precision", precision,
-         *(["--arch", architectures] if runtime == "tensorrt-rtx" else [])]
+         *(["--arch", architectures] if runtime == "tensorrt-rtx" and architectures else [])]
     )  # fmt: skip
 
 

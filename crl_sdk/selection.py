@@ -14,19 +14,23 @@ import msgspec
 from crl_sdk.basis import Basis
 from crl_sdk.bundle import ModelBundle
 from crl_sdk.engines import ImageEngine, TextEngine
-from crl_sdk.engines.onnx import OnnxImageEngine, OnnxTextEngine
+from crl_sdk.engines.onnx import OnnxImageEngine, OnnxTextEngine, precision_order
 from crl_sdk.engines.providers import PROVIDERS, Device
 from crl_sdk.engines.tensorrt import TensorRTImageEngine
 from crl_sdk.engines.toolkit import load_toolkit
 from crl_sdk.errors import CrlError, EngineError, InvalidInputError
 from crl_sdk.machine import find_gpus, find_providers
 from crl_sdk.manifest import Precision
-from crl_sdk.plans import Runtime, choose_plan, compile_command, plans_directory, read_plans
+from crl_sdk.plans import (
+    PLAN_PRECISIONS,
+    Runtime,
+    choose_plan,
+    compile_command,
+    plans_directory,
+    read_plans,
+)
 
 _log = logging.getLogger(__name__)
-
-_ON_CPU: tuple[Precision, ...] = ("fp32", "fp16", "int8")
-_ON_GPU: tuple[Precision, ...] = ("fp16", "fp32", "int8")
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,14 +61,16 @@ def candidates(bundle: ModelBundle) -> list[Candidate]:
     found = [
         _plan(bundle, runtime, precision, here, cuda)
         for runtime in get_args(Runtime)
-        for precision in ("fp16", "fp32")
+        for precision in PLAN_PRECISIONS
         if precision in bundle.precisions
     ]
     providers = find_providers()
     for device in ("cuda", "tensorrt", "tensorrt-rtx", "cpu"):
-        for precision in _ON_CPU if device == "cpu" else _ON_GPU:
-            if precision in bundle.precisions:
-                found.append(_onnx(device, precision, providers, here, cuda))
+        found += [
+            _onnx(device, precision, providers, here, cuda)
+            for precision in precision_order(device)
+            if precision in bundle.precisions
+        ]
     return found
 
 
@@ -119,14 +125,8 @@ def open_engine(
         PlanError: a plan is missing, damaged or stale.
         MissingDependencyError: a package is not installed.
     """
-    runtime = engine.split("/", maxsplit=1)[0]
     if baked is not None:
-        if runtime not in get_args(Runtime):
-            raise InvalidInputError(
-                f"expected an engine of {', '.join(get_args(Runtime))} to go with a baked basis, "
-                f"got {engine!r}"
-            )
-        return TensorRTImageEngine.open(bundle, runtime=cast(Runtime, runtime), baked=baked)
+        return _open_baked(bundle, engine, baked)
     chosen = choose(candidates(bundle), engine)
     _log.info("engine %s: %s (%s)", engine, chosen.engine, chosen.reason)
     runtime, device, precision = chosen.engine.split("/")
@@ -139,6 +139,22 @@ def open_engine(
         precision=cast(Precision, precision),
         device=cast(Device, device),
         threads=threads,
+    )
+
+
+def _open_baked(bundle: ModelBundle, engine: str, baked: Basis) -> ImageEngine:
+    runtime, device, precision = (*engine.split("/"), "cuda", "auto")[:3]
+    known = (*PLAN_PRECISIONS, "auto")
+    if runtime not in get_args(Runtime) or device != "cuda" or precision not in known:
+        raise InvalidInputError(
+            f"expected an engine of {', '.join(get_args(Runtime))} to go with a baked basis, such "
+            f"as tensorrt-rtx/cuda/fp16; got {engine!r}"
+        )
+    return TensorRTImageEngine.open(
+        bundle,
+        runtime=cast(Runtime, runtime),
+        precision=cast(Precision, precision),
+        baked=baked,
     )
 
 

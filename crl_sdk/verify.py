@@ -21,7 +21,7 @@ from crl_sdk.engines.tensorrt import TensorRTImageEngine
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.machine import Machine, examine
 from crl_sdk.manifest import Parity
-from crl_sdk.plans import mark_verified, plans_directory
+from crl_sdk.plans import plans_directory, record_verified
 from crl_sdk.projection import Post, Projection, normalise_rows
 from crl_sdk.selection import candidates, choose, open_engine
 
@@ -87,7 +87,7 @@ def verify(
     Args:
         bundle: the model; it must have a graph in fp32.
         engine: such as `onnx/cpu/int8`, or the beginning of a name; None for the one that is taken
-            by default here. A plan that agrees is recorded as verified on this GPU's architecture.
+            by default here. Of a plan it is recorded whether it agrees on this GPU's architecture.
         batches: sizes to time.
         seconds: for each; at least five runs are timed.
         baked: the basis that is fixed in the plan to verify.
@@ -130,8 +130,13 @@ def verify(
         failures = parity.failures(found, parity.TOLERANCES[name.rpartition("/")[2]])
         if not projected <= _PROJECTED:  # NaN fails too
             failures.append(f"projected_max_abs {projected:.3g} (required <= {_PROJECTED:g})")
-        if not failures and isinstance(opened, TensorRTImageEngine):
-            mark_verified(plans_directory(bundle), opened.plan, machine.gpus[0].architecture)
+        if isinstance(opened, TensorRTImageEngine):
+            record_verified(
+                plans_directory(bundle),
+                opened.plan,
+                machine.gpus[0].architecture,
+                agrees=not failures,
+            )
         latencies = []
         for batch in batches:
             tell(f"timing batches of {batch}")

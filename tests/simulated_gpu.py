@@ -71,6 +71,8 @@ class Driver:
         def call(*arguments):
             nothing = (None,) * (name not in SILENT)
             if self.fail.get(name):
+                if name == "cuStreamEndCapture":  # a recording that fails is over all the same
+                    self.recording.clear()
                 return (self.fail[name], *nothing)
             if not getattr(self._here, "context", None):
                 return (CUresult.CUDA_ERROR_INVALID_CONTEXT, *nothing)

@@ -103,6 +103,9 @@ def write_kernels(directory: Path, kernels: Kernels, files: Mapping[str, bytes])
         raise PlanError(f"{directory}: cannot be made ({error.strerror})") from error
     for name, data in files.items():
         write_atomically(directory / name, data, PlanError)
+    for path in directory.iterdir():  # of a compilation before, for GPUs that are not asked for now
+        if path.suffix in (".cubin", ".ptx") and path.name not in files:
+            path.unlink()
     record = msgspec.json.format(msgspec.json.encode(kernels, order="deterministic"), indent=2)
     write_atomically(directory / RECORD, record + b"\n", PlanError)
 

@@ -114,7 +114,7 @@ class OnnxImageEngine:
             )
         if columns < COLUMNS[0]:  # beyond its profile the provider would compile again
             weight, bias = np.zeros((len(weight), 1), np.float32), np.zeros(1, np.float32)
-        starts = range(0, len(pixels), BATCH[2])
+        starts = range(0, max(1, len(pixels)), BATCH[2])
         parts = [self._run(pixels[start : start + BATCH[2]], weight, bias) for start in starts]
         embedding, projected = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return embedding, projected[:, :columns]
@@ -298,10 +298,13 @@ def _register(
         raise EngineError(f"{provider} finds no GPU that it supports: `crl doctor` lists what can")
 
 
+def precision_order(device: Device) -> tuple[Precision, ...]:
+    """Give the precisions in the order in which `auto` takes them on a device."""
+    return ("fp32", "fp16", "int8") if device == "cpu" else ("fp16", "fp32", "int8")
+
+
 def _choose_precision(bundle: ModelBundle, device: Device) -> Precision:
-    order: tuple[Precision, ...] = ("fp32", "fp16", "int8")
-    if device != "cpu":
-        order = ("fp16", "fp32", "int8")
+    order = precision_order(device)
     chosen = next(precision for precision in order if precision in bundle.precisions)
     _log.info(
         "precision auto: %s on %s, first of %s that the bundle has",

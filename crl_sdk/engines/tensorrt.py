@@ -32,8 +32,17 @@ _FEWEST_COLUMNS = 64
 
 
 @dataclass(frozen=True, slots=True)
+class _Loaded:
+    """An engine of TensorRT's with what must live as long as it."""
+
+    engine: Any
+    runtime: Any
+    logger: Any
+
+
+@dataclass(frozen=True, slots=True)
 class _Shape:
-    """All that a run of one bucket needs: page-locked memory and the graph that uses it."""
+    """All that a run of one bucket needs: its part of the page-locked memory, and what runs it."""
 
     pixels: NDArray[np.uint8]
     embedding: NDArray[np.float32]
@@ -42,30 +51,39 @@ class _Shape:
     context: Any
 
 
+@dataclass(frozen=True, slots=True)
+class _Pinned:
+    """Page-locked memory for the largest run: (b, H, W, 3) uint8, (b, d) and (b * K,) float32."""
+
+    pixels: NDArray[np.uint8]
+    embedding: NDArray[np.float32]
+    projected: NDArray[np.float32]
+
+
 class TensorRTImageEngine:
     """A plan on a GPU; see `crl_sdk.engines.ImageEngine`.
 
     A run of b images uses the smallest bucket that holds them: 1, 2, 4, … up to the plan's most
     images; more are run in turn. What the rows beyond b hold is computed and thrown away. The
-    columns K have buckets likewise. A bucket has buffers of its own in page-locked memory and a
-    CUDA graph: copy the pixels, run, copy the results. Buckets share the GPU's memory, since one
-    run is under way at a time.
+    columns K have buckets likewise. A bucket has a CUDA graph: copy the pixels from page-locked
+    memory, run, copy the results. Buckets share all memory, since one run is under way at a time.
     """
 
     def __init__(
-        self, toolkit: Toolkit, gpu: cuda.Gpu, plan: Plan, engine: Any, baked: Basis | None
+        self, toolkit: Toolkit, gpu: cuda.Gpu, plan: Plan, loaded: _Loaded, baked: Basis | None
     ) -> None:
         """Store an engine that is loaded; `TensorRTImageEngine.open` loads one."""
         self.plan = plan
         self._toolkit = toolkit
         self._gpu = gpu
-        self._engine = engine
+        self._loaded: _Loaded | None = loaded
         self._baked = baked
         self._lock = threading.Lock()
         self._shapes: dict[tuple[int, int], _Shape] = {}
         self._config: Any = None
         self._cache: Any = None
         self._addresses: dict[str, int] = {}
+        self._pinned: _Pinned | None = None
         self._scratch = 0
         self._weights: NDArray[np.float32] | None = None
 
@@ -109,8 +127,7 @@ class TensorRTImageEngine:
         data = load_plan(bundle, folder, plan)
         gpu = cuda.Gpu.open()
         try:
-            engine = _deserialise(toolkit, plan, data)
-            opened = cls(toolkit, gpu, plan, engine, baked)
+            opened = cls(toolkit, gpu, plan, _deserialise(toolkit, plan, data), baked)
             opened._prepare(folder / f"{plan.recipe.stem}.{here}.cache")
         except BaseException:
             gpu.close()
@@ -127,7 +144,7 @@ class TensorRTImageEngine:
         """Free the GPU's memory; later runs are refused. Idempotent."""
         with self._lock:
             self._shapes.clear()  # contexts go before the engine and the memory they use
-            self._config = self._cache = self._engine = None
+            self._config = self._cache = self._loaded = None
             self._gpu.close()
 
     def run(
@@ -191,6 +208,12 @@ class TensorRTImageEngine:
                 f"{columns}: compile again with --max-columns {columns}, or ask for fewer criteria"
             )
 
+    @property
+    def _engine(self) -> Any:
+        if self._loaded is None:
+            raise EngineError("this engine is closed: open another")
+        return self._loaded.engine
+
     def _tensor(self, name: str) -> Any:
         return next(each for each in (*self.plan.inputs, *self.plan.outputs) if each.name == name)
 
@@ -228,6 +251,11 @@ class TensorRTImageEngine:
         if self._baked is None:
             sizes |= {"weight": dim * columns * floats, "bias": columns * floats}
         self._addresses = {name: self._gpu.allocate(size, name) for name, size in sizes.items()}
+        self._pinned = _Pinned(
+            self._gpu.pinned((most, *image), np.uint8),
+            self._gpu.pinned((most, dim), np.float32),
+            self._gpu.pinned((most * columns,), np.float32),
+        )
         size = int(self._engine.device_memory_size_v2)
         self._scratch = self._gpu.allocate(size, "intermediate results")
         known = self._runtime_config(cache_file)
@@ -279,12 +307,11 @@ class TensorRTImageEngine:
         return self._shapes[key]
 
     def _record(self, bucket: int, columns: int) -> _Shape:
-        gpu, addresses = self._gpu, self._addresses
-        image, dim = self._tensor("image").shape[1:], self._tensor("embedding").shape[1]
+        gpu, addresses, pinned = self._gpu, self._addresses, self._pinned
+        assert pinned is not None  # since `_prepare`
         context = self._context(bucket, columns)
-        pixels = gpu.pinned((bucket, *image), np.uint8)
-        embedding = gpu.pinned((bucket, dim), np.float32)
-        projected = gpu.pinned((bucket, columns), np.float32)
+        pixels, embedding = pinned.pixels[:bucket], pinned.embedding[:bucket]
+        projected = pinned.projected[: bucket * columns].reshape(bucket, columns)
 
         def enqueue() -> None:
             gpu.upload(addresses["image"], pixels)
@@ -295,7 +322,12 @@ class TensorRTImageEngine:
 
         enqueue()  # what TensorRT does once per shape must not be recorded
         gpu.wait()
-        return _Shape(pixels, embedding, projected, gpu.capture(enqueue), context)
+        launch: Callable[[], None] = enqueue
+        try:
+            launch = gpu.capture(enqueue)
+        except EngineError as error:
+            _log.warning("%s; runs of %d images go without a CUDA graph, slower", error, bucket)
+        return _Shape(pixels, embedding, projected, launch, context)
 
     def _context(self, bucket: int, columns: int) -> Any:
         """Make an execution context of its own, since a graph keeps the shapes of its context."""
@@ -339,10 +371,11 @@ class TensorRTImageEngine:
         self._weights = wanted
 
 
-def _deserialise(toolkit: Toolkit, plan: Plan, data: bytes) -> Any:
+def _deserialise(toolkit: Toolkit, plan: Plan, data: bytes) -> _Loaded:
     """Load a plan into TensorRT, and see that it has the inputs and outputs of its record."""
     log = toolkit.logger()
-    engine = toolkit.module.Runtime(log).deserialize_cuda_engine(data)
+    runtime = toolkit.module.Runtime(log)
+    engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         told = " ".join("; ".join(log.errors[-3:]).split()) or "it gave no reason"
         raise PlanError(
@@ -356,4 +389,4 @@ def _deserialise(toolkit: Toolkit, plan: Plan, data: bytes) -> Any:
             f"{plan.recipe.stem}: expected tensors {sorted(expected)}, its engine has "
             f"{sorted(names)}; compile it again with crl compile --force"
         )
-    return engine
+    return _Loaded(engine, runtime, log)

@@ -61,3 +61,29 @@ def test_service_load():
     assert result["wrong_rows"] == 0 and result["served_calls"] > 0
     assert result["images_computed"] >= result["images_served"]
     assert result["rss_peak_mb"] > 0
+
+
+def test_the_roofline_counts_what_a_projection_takes():
+    from crl_benchmarks.compile_table import GPUS, Gpu, Work, roofline, work
+    from crl_export.kernels.ahead import ARCHITECTURES
+
+    assert work(10, 4, [3, 70], 2) == Work(
+        flops=2 * 10 * 4 * 73,
+        executed=2 * (2 * 10 * 4 * (64 + 128)),  # whole blocks, and twice: 70 are more than one
+        bytes=2 * 40 + 4 * (4 + 1) * 73 + 4 * 10 * 73,
+        read_again=2 * (2 * 40 * 3) + 4 * (4 + 1) * 73 + 4 * 10 * 73,
+    )
+    needed = Work(flops=2 * 10**12, executed=4 * 10**12, bytes=10**9, read_again=0)
+    least = roofline(Gpu("one", tflops=2.0, bandwidth=500.0), needed)
+    assert least == {"memory_ms": 2.0, "needed_ms": 1000.0, "executed_ms": 2000.0}
+    assert set(GPUS) <= {name.replace("_", "") for name in ARCHITECTURES}
+
+
+def test_the_compile_table_has_what_compiled_and_what_was_refused():
+    from crl_benchmarks.compile_table import compile_one
+    from crl_sdk import demo_bundle
+
+    row = compile_one("demo", demo_bundle(), "fp32", "sm89")
+    assert row["compiled"] and row["bytes"] > 5e6 and 1e8 < row["peak_memory"] < 6e8
+    refused = compile_one("demo", demo_bundle(), "fp32", "sm75")
+    assert not refused["compiled"] and "got sm75" in refused["why"]

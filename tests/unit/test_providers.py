@@ -126,7 +126,7 @@ def test_bound_runs_agree_with_plain_ones(bundle):
     profiled = OnnxImageEngine(session, "onnx/tensorrt/fp32", memory="cpu")
     rng = np.random.default_rng(0)
     spec = bundle.preprocess
-    for images, columns in [(1, 0), (3, 5), (2, 5), (70, 5), (1, 9)]:
+    for images, columns in [(1, 0), (3, 5), (2, 5), (70, 5), (1, 9), (0, 9), (1, 9)]:
         pixels = rng.integers(0, 256, (images, spec.height, spec.width, 3), np.uint8)
         weight = rng.standard_normal((bundle.embedding_dim, columns)).astype(np.float32)
         bias = rng.standard_normal(columns).astype(np.float32)

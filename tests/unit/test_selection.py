@@ -81,7 +81,8 @@ def test_damaged_records_of_plans_are_told_and_the_rest_is_usable(bundle_copy, m
 def test_a_baked_basis_needs_a_plan(bundle):
     embedder = Embedder.open(bundle)
     basis = embedder.create_basis("color", ["red", "blue"])
-    with pytest.raises(InvalidInputError, match="tensorrt-rtx, tensorrt to go with a baked basis"):
-        Embedder.open(bundle, baked=basis)
+    for wrong in ("auto", "onnx/cpu", "tensorrt-rtx/cpu", "tensorrt-rtx/cuda/int8"):
+        with pytest.raises(InvalidInputError, match="tensorrt-rtx, tensorrt to go with a baked"):
+            Embedder.open(bundle, engine=wrong, baked=basis)
     with pytest.raises(EngineError, match="NVIDIA driver"):
         Embedder.open(bundle, engine="tensorrt-rtx", baked=basis)

@@ -109,7 +109,7 @@ def test_one_graph_for_each_bucket_and_none_recorded_twice(gpu, bundle):
     for columns in (1, 40, 64):  # one bucket of columns
         engine.run(*inputs(bundle, 1, columns))
     assert len(gpu.driver.runnable) == 5
-    assert len(gpu.driver.buffers) == before + 3  # pixels and two results in page-locked memory
+    assert len(gpu.driver.buffers) == before  # all share what was there from the start
     engine.run(*inputs(bundle, 1, 65))
     assert len(gpu.driver.runnable) == 6
     engine.close()
@@ -208,8 +208,8 @@ def test_enterprise_tensorrt_takes_the_same_path(gpu, bundle, reference, monkeyp
 @pytest.mark.parametrize(
     "call",
     [
-        "cuStreamCreate", "cuMemAlloc", "cuMemHostAlloc", "cuMemcpyHtoDAsync", "cuGraphInstantiate",
-        "cuStreamBeginCapture", "cuStreamSynchronize", "cuGraphLaunch",
+        "cuStreamCreate", "cuMemAlloc", "cuMemHostAlloc", "cuMemcpyHtoDAsync",
+        "cuStreamSynchronize", "cuGraphLaunch",
     ],
 )  # fmt: skip
 def test_a_driver_that_fails_is_a_typed_error(gpu, bundle, call):
@@ -225,6 +225,20 @@ def test_a_driver_that_fails_is_a_typed_error(gpu, bundle, call):
     if call == "cuGraphLaunch":
         engine.run(*inputs(bundle, 1, 0))  # it goes on when the driver does
         engine.close()
+
+
+@pytest.mark.parametrize(
+    "call", ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate"]
+)
+def test_what_cannot_be_recorded_runs_without_a_graph(gpu, bundle, reference, call, caplog):
+    refused = CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+    gpu.driver.fail[call] = refused
+    engine = TensorRTImageEngine.open(bundle)
+    assert "without a CUDA graph" in caplog.text and refused.name in caplog.text
+    arrays = inputs(bundle, 3, 5)
+    np.testing.assert_allclose(engine.run(*arrays)[1], reference.run(*arrays)[1], atol=2e-5)
+    assert not gpu.driver.launched
+    engine.close()
 
 
 def test_an_engine_that_is_dropped_frees_what_it_had(gpu, bundle):
@@ -293,6 +307,12 @@ def test_a_wrong_engine_is_not_recorded_as_verified(gpu, bundle, reference, monk
     reference.run = lambda *arrays: tuple(each[::-1] for each in run(*arrays))
     record = verify(bundle, "tensorrt-rtx", batches=(1,), seconds=0.01)
     assert not record.agrees and record.failures
+    assert read_plans(plans_directory(bundle))[0].verified == ()
+    reference.run = run
+    assert verify(bundle, "tensorrt-rtx", batches=(1,), seconds=0.01).agrees
+    assert read_plans(plans_directory(bundle))[0].verified == ("sm89",)
+    reference.run = lambda *arrays: tuple(each * 1.1 for each in run(*arrays))  # a new driver, say
+    assert not verify(bundle, "tensorrt-rtx", batches=(1,), seconds=0.01).agrees
     assert read_plans(plans_directory(bundle))[0].verified == ()
 
 
