@@ -1,0 +1,116 @@
+"""What `crl bench` can call: a server of crl's contract, and one of KServe v2 (Triton's)."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from crl_benchmarks.load import Reply
+from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
+from crl_sdk.pb.inference import kserve_pb2, kserve_pb2_grpc
+
+_FULL = (grpc.StatusCode.RESOURCE_EXHAUSTED,)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server and the calls to make.
+
+    Attributes:
+        address: host:port, or unix:PATH.
+        kind: `crl` or `kserve`.
+        images: encoded images; each call takes the next ones in turn.
+        batch: images of a call.
+        criteria: of crl's contract.
+        model: of KServe v2.
+        timeout: seconds of a call.
+        token: bearer token, if the server wants one.
+    """
+
+    address: str
+    images: Sequence[bytes]
+    kind: str = "crl"
+    batch: int = 1
+    criteria: tuple[str, ...] = ()
+    model: str = ""
+    timeout: float = 10.0
+    token: str | None = None
+
+
+def connect(target: Target, channel: grpc.aio.Channel) -> Callable[[int], Any]:
+    """Give what sends the call of a number; see `crl_benchmarks.load.Send`."""
+    return (_crl if target.kind == "crl" else _kserve)(target, channel)
+
+
+def _crl(target: Target, channel: grpc.aio.Channel) -> Callable[[int], Any]:
+    stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+
+    async def send(number: int) -> Reply:
+        request = embedding_pb2.EmbedRequest(
+            images=[embedding_pb2.Image(encoded=data) for data in _images(target, number)],
+            criteria=target.criteria,
+        )
+        try:
+            reply = await stub.Embed(request, timeout=target.timeout, metadata=_metadata(target))
+        except grpc.aio.AioRpcError as error:
+            return _failed(error)
+        bad = next((each for each in reply.images if each.code), None)
+        if bad is not None:
+            return Reply("error", f"image: {bad.message}")
+        told = reply.timings
+        return Reply(
+            "ok",
+            stages={
+                "preprocess": told.preprocess_us / 1e6,
+                "queue": told.queue_us / 1e6,
+                "infer": told.infer_us / 1e6,
+                "project": told.project_us / 1e6,
+                "total": told.total_us / 1e6,
+            },
+        )
+
+    return send
+
+
+def _kserve(target: Target, channel: grpc.aio.Channel) -> Callable[[int], Any]:
+    stub = kserve_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+    async def send(number: int) -> Reply:
+        images = _images(target, number)
+        request = kserve_pb2.ModelInferRequest(
+            model_name=target.model,
+            inputs=[
+                kserve_pb2.ModelInferRequest.InferInputTensor(
+                    name="IMAGE", datatype="BYTES", shape=[len(images), 1]
+                )
+            ],
+            raw_input_contents=[
+                b"".join(struct.pack("<I", len(image)) + image for image in images)
+            ],
+        )
+        try:
+            await stub.ModelInfer(request, timeout=target.timeout, metadata=_metadata(target))
+        except grpc.aio.AioRpcError as error:
+            return _failed(error)
+        return Reply("ok")
+
+    return send
+
+
+def _images(target: Target, number: int) -> list[bytes]:
+    first = number * target.batch
+    return [target.images[(first + i) % len(target.images)] for i in range(target.batch)]
+
+
+def _metadata(target: Target) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {target.token}"),) if target.token else ()
+
+
+def _failed(error: grpc.aio.AioRpcError) -> Reply:
+    code = error.code()
+    name = code.name if code is not None else "UNKNOWN"
+    return Reply("rejected" if code in _FULL else "error", name)
