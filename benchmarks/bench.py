@@ -22,10 +22,13 @@ import grpc
 import msgspec
 import numpy as np
 
-from crl_benchmarks.load import Run, closed_loop, merge, open_loop
+from crl_benchmarks.load import Reply, Run, closed_loop, merge, open_loop
 from crl_benchmarks.quantiles import PERCENTILES, percentile
 from crl_benchmarks.targets import Target, connect
+from crl_sdk import parity
 from crl_sdk._version import __version__
+from crl_sdk.bundle import ModelBundle
+from crl_sdk.engines import ImageEngine
 from crl_sdk.errors import InvalidInputError, ServiceError
 
 SCHEMA = 1
@@ -55,8 +58,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One run.
 
     Attributes:
-        mode: `closed` or `open`.
-        load: callers, or calls a second.
+        mode: `closed`, `open`, or `engine` for runs in process.
+        load: callers, calls a second, or images of a run.
         seconds: measured.
         offered: calls that were due.
         served: calls that went well.
@@ -263,11 +266,62 @@ def search(
     return best
 
 
-def report(
-    command: str, target: Target, settings: Settings, rows: Sequence[Row], **more: object
-) -> Report:
-    """Put runs into a document with what is needed to repeat them."""
+def engine_rows(
+    bundle: ModelBundle,
+    engine: ImageEngine,
+    batches: Sequence[int],
+    settings: Settings,
+    tell: Callable[[int], None],
+) -> list[Row]:
+    """Time an engine in this process, without decoding and without bases: one row per batch size.
+
+    Args:
+        bundle: its model.
+        engine: to time.
+        batches: images of a run.
+        settings: seconds of warm-up and measuring.
+        tell: is told each batch before it is timed.
+    """
+    weight = np.zeros((bundle.embedding_dim, 0), np.float32)
+    bias = np.zeros(0, np.float32)
+    drawn = parity.images(bundle.preprocess)
+    rows = []
+    for batch in batches:
+        tell(batch)
+        pixels = np.resize(drawn, (batch, *drawn.shape[1:]))
+        begins = time.perf_counter() + settings.warm_up
+        engine.run(pixels, weight, bias)
+        while time.perf_counter() < begins:
+            engine.run(pixels, weight, bias)
+        run, begins = Run(lags=[0.0]), time.perf_counter()
+        while run.seconds < settings.seconds or run.offered < 3:
+            started = time.perf_counter()
+            engine.run(pixels, weight, bias)
+            now = time.perf_counter()
+            run.offered += 1
+            run.add(Reply("ok"), now - started, now - begins)
+            run.seconds = now - begins
+        rows.append(_row("engine", batch, run, batch))
+    return rows
+
+
+def server_settings(target: Target, settings: Settings) -> dict[str, str]:
+    """Tell how a server was measured."""
     sizes = [len(data) for data in target.images]
+    return {
+        "address": target.address,
+        "contract": target.kind,
+        "asked": ", ".join(target.criteria) or target.model or "universal",
+        "images of a call": str(target.batch),
+        "different images": f"{len(sizes)} of {int(np.median(sizes)):,} bytes (median)",
+        "warm-up": f"{settings.warm_up:g} s",
+        "measured": f"{settings.seconds:g} s",
+        "generator processes": str(settings.processes),
+    }
+
+
+def report(command: str, told: dict[str, str], rows: Sequence[Row], **more: object) -> Report:
+    """Put runs into a document with what is needed to repeat them."""
     return Report(
         schema=SCHEMA,
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -281,16 +335,7 @@ def report(
             "python": platform.python_version(),
             **{name: version(name) for name in ("grpcio", "protobuf", "numpy")},
         },
-        settings={
-            "address": target.address,
-            "contract": target.kind,
-            "asked": ", ".join(target.criteria) or target.model or "universal",
-            "images of a call": str(target.batch),
-            "different images": f"{len(sizes)} of {int(np.median(sizes)):,} bytes (median)",
-            "warm-up": f"{settings.warm_up:g} s",
-            "measured": f"{settings.seconds:g} s",
-            "generator processes": str(settings.processes),
-        },
+        settings=told,
         rows=tuple(rows),
         **more,  # type: ignore[arg-type]
     )

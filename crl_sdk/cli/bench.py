@@ -7,22 +7,31 @@ import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import typer
 from rich.table import Table
 
 from crl_sdk.cli.console import JsonOption, note, out, print_facts, print_json, spinner
+from crl_sdk.cli.options import EngineOption, ThreadsOption
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.files import write_atomically
 
 if TYPE_CHECKING:
-    from crl_benchmarks.bench import Report, Row
+    from crl_benchmarks.bench import Objective, Report, Row, Settings
 
 
 def bench(
-    address: Annotated[str, typer.Argument(help="host:port or unix:PATH of a running server.")],
+    address: Annotated[
+        str | None, typer.Argument(help="host:port or unix:PATH of a running server.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", "-b", help="Time its engine in this process instead.")
+    ] = None,
+    engine: EngineOption = "auto",
+    threads: ThreadsOption = None,
+    batches: Annotated[str, typer.Option(help="With --bundle: images of a run.")] = "1,8,16,32",
     api: Annotated[
         Literal["crl", "kserve"], typer.Option(help="Its contract; kserve: KServe v2, Triton's.")
     ] = "crl",
@@ -48,6 +57,9 @@ def bench(
     out_file: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the report (JSON) there.")
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw latency against throughput, to a .png or .html.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Put load on a server: latency, throughput, failures, and the server's own account of them.
@@ -55,57 +67,120 @@ def bench(
     Bearer tokens come from CRL_TOKEN. Known images are answered from the server's cache: start it
     with --cache-mb 0, or send more different ones than it holds, to measure the engine.
     """
+    if (address is None) == (bundle is None):
+        raise InvalidInputError("expected the address of a server or --bundle, one of them")
     try:
-        from crl_benchmarks.bench import Generators, Objective, Settings, report, search
-        from crl_benchmarks.pictures import read_images, synthetic_jpegs
-        from crl_benchmarks.targets import Target
+        from crl_benchmarks.bench import Objective, Settings, report
     except ImportError as error:
         raise MissingDependencyError(error.name or "pillow", "cpu", "crl bench") from error
 
-    if (api == "kserve") != bool(model):
-        raise InvalidInputError("expected --model with --api kserve, and only there")
-    objective = Objective.parse(slo) if slo is not None else None
-    loads = [("closed", value) for value in _numbers("--concurrency", concurrency, whole=True)]
-    loads += [("open", value) for value in _numbers("--rate", rate, whole=False)]
-    if not loads and objective is None:
-        loads = [("closed", value) for value in (1, 2, 4, 8, 16)]
-    target = Target(
-        address=address,
-        images=read_images(images) if images is not None else synthetic_jpegs(count, _size(size)),
-        kind=api,
-        batch=batch,
-        criteria=tuple(part.strip() for part in criteria.split(",") if part.strip()),
-        model=model,
-        timeout=timeout,
-        token=os.environ.get("CRL_TOKEN"),
-    )
     settings = Settings(warm_up=warm_up, seconds=seconds, processes=processes)
-    rows: list[Row] = []
-    best = None
-    with spinner("starting the generators") as status, Generators(target, settings) as generators:
-
-        def measure(mode: str, load: float) -> Row:
-            unit = "callers" if mode == "closed" else "calls/s"
-            status.update(f"{load:.4g} {unit}")
-            return generators.measure(mode, load)
-
-        rows += [measure(mode, load) for mode, load in loads]
-        if objective is not None:
-            best = search(objective, measure, rows.append)
+    objective = Objective.parse(slo) if slo is not None else None
+    best: Row | None = None
+    if bundle is not None:
+        told, rows = _engine(
+            bundle, engine, threads, _numbers("--batches", batches, whole=True), settings
+        )
+    elif address is not None:
+        if (api == "kserve") != bool(model):
+            raise InvalidInputError("expected --model with --api kserve, and only there")
+        loads = [("closed", each) for each in _numbers("--concurrency", concurrency, whole=True)]
+        loads += [("open", each) for each in _numbers("--rate", rate, whole=False)]
+        if not loads and objective is None:
+            loads = [("closed", each) for each in (1, 2, 4, 8, 16)]
+        target = {
+            "address": address,
+            "kind": api,
+            "batch": batch,
+            "criteria": tuple(part.strip() for part in criteria.split(",") if part.strip()),
+            "model": model,
+            "timeout": timeout,
+            "token": os.environ.get("CRL_TOKEN"),
+        }
+        pictures = (images, count, _size(size))
+        told, rows, best = _server(target, pictures, settings, loads, objective)
     command = shlex.join(["crl", *sys.argv[1:]])
-    document = report(command, target, settings, rows, objective=slo, best=best)
+    document = report(command, told, rows, objective=slo, best=best)
     if out_file is not None:
         text = msgspec.json.format(msgspec.json.encode(document), indent=2)
         write_atomically(out_file, text + b"\n", InvalidInputError)
         note(f"wrote {out_file}")
+    if plot is not None:
+        _plot(document, plot)
     if as_json:
         print_json(msgspec.to_builtins(document))
     else:
         _print(document)
 
 
+def _engine(
+    path: Path, engine: str, threads: int | None, batches: list[float], settings: Settings
+) -> tuple[dict[str, str], list[Row]]:
+    from crl_benchmarks.bench import engine_rows
+    from crl_sdk.bundle import ModelBundle
+    from crl_sdk.selection import open_engine
+
+    bundle = ModelBundle.open(path)
+    with spinner("opening") as status:
+        opened = open_engine(bundle, engine, threads=threads)
+        sizes = [int(each) for each in batches]
+        try:
+            rows = engine_rows(
+                bundle, opened, sizes, settings, lambda each: status.update(f"batches of {each}")
+            )
+        finally:
+            opened.close()
+    told = {
+        "model": bundle.manifest.name,
+        "engine": opened.description,
+        "threads": str(threads or "one per core"),
+        "warm-up": f"{settings.warm_up:g} s",
+        "measured": f"{settings.seconds:g} s",
+    }
+    return told, rows
+
+
+def _server(
+    target: dict[str, Any],
+    pictures: tuple[Path | None, int, tuple[int, int]],
+    settings: Settings,
+    loads: list[tuple[str, float]],
+    objective: Objective | None,
+) -> tuple[dict[str, str], list[Row], Row | None]:
+    from crl_benchmarks.bench import Generators, search, server_settings
+    from crl_benchmarks.pictures import read_images, synthetic_jpegs
+    from crl_benchmarks.targets import Target
+
+    folder, count, size = pictures
+    images = read_images(folder) if folder is not None else synthetic_jpegs(count, size)
+    aimed = Target(images=images, **target)
+    best = None
+    with spinner("starting the generators") as status, Generators(aimed, settings) as generators:
+
+        def measure(mode: str, load: float) -> Row:
+            unit = "callers" if mode == "closed" else "calls/s"
+            status.update(f"{load:.4g} {unit}")
+            return generators.measure(mode, load)
+
+        rows = [measure(mode, load) for mode, load in loads]
+        if objective is not None:
+            best = search(objective, measure, rows.append)
+    return server_settings(aimed, settings), rows, best
+
+
+def _plot(document: Report, path: Path) -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError("matplotlib", "bench", "--plot") from error
+    from crl_benchmarks.plot import write_plot
+
+    write_plot(document, path)
+    note(f"wrote {path}")
+
+
 def _print(document: Report) -> None:
-    print_facts(document.settings["address"], dict(document.settings))
+    print_facts(document.command, dict(document.settings))
     headings = ("load", "calls/s", "images/s", "p50 ms", "p90", "p99", "p99.9", "failed")
     table = Table(*headings)
     for row in document.rows:
@@ -129,7 +204,8 @@ def _print(document: Report) -> None:
 
 
 def _load(row: Row) -> str:
-    return f"{row.load:g} callers" if row.mode == "closed" else f"{row.load:.4g} calls/s"
+    unit = {"closed": "callers", "open": "calls/s", "engine": "images"}[row.mode]
+    return f"{row.load:.4g} {unit}"
 
 
 def _cells(row: Row) -> Iterable[str]:

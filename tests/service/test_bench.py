@@ -6,13 +6,15 @@ import json
 
 import pytest
 
+from crl_sdk import demo_bundle
 from crl_sdk.cli.bench import bench
 from crl_sdk.errors import InvalidInputError, ServiceError
 
 DEFAULTS = {
     "api": "crl", "criteria": "", "model": "", "images": None, "size": "64x48", "count": 8,
     "batch": 1, "concurrency": "", "rate": "", "slo": None, "warm_up": 0.1, "seconds": 0.6,
-    "processes": 1, "timeout": 5.0, "out_file": None, "as_json": True,
+    "processes": 1, "timeout": 5.0, "out_file": None, "plot": None, "as_json": True,
+    "bundle": None, "engine": "auto", "threads": None, "batches": "1,3",
 }  # fmt: skip
 
 
@@ -50,3 +52,21 @@ def test_what_cannot_be_measured_says_why(server):
     ]:
         with pytest.raises(InvalidInputError, match=words):
             bench(server.address, **{**DEFAULTS, **wrong})
+
+
+def test_an_engine_in_process(capsys, tmp_path):
+    plot = tmp_path / "plot.html"
+    options = {**DEFAULTS, "bundle": demo_bundle(), "seconds": 0.2, "warm_up": 0.0}
+    bench(None, **{**options, "plot": plot})
+    told = json.loads(capsys.readouterr().out)
+    assert told["settings"]["engine"] == "onnx/cpu/fp32" and "<svg" in plot.read_text()
+    assert [(row["mode"], row["load"]) for row in told["rows"]] == [("engine", 1), ("engine", 3)]
+    for row in told["rows"]:
+        assert row["quotable"] and row["served"] >= 3
+        assert row["images_per_second"] == pytest.approx(
+            row["load"] * row["calls_per_second"], rel=0.01
+        )
+    for address in (None, "127.0.0.1:1"):
+        bundle = None if address is None else demo_bundle()
+        with pytest.raises(InvalidInputError, match="one of them"):
+            bench(address, **{**DEFAULTS, "bundle": bundle})

@@ -10,9 +10,18 @@ import numpy as np
 import pytest
 
 from crl_benchmarks import bench
-from crl_benchmarks.bench import Figure, Objective, Row, Settings, report, search
+from crl_benchmarks.bench import (
+    Figure,
+    Objective,
+    Row,
+    Settings,
+    report,
+    search,
+    server_settings,
+)
 from crl_benchmarks.load import Reply, Run, closed_loop, merge, open_loop
 from crl_benchmarks.pictures import read_images, synthetic_jpegs
+from crl_benchmarks.plot import write_plot
 from crl_benchmarks.quantiles import percentile
 from crl_benchmarks.targets import Target
 from crl_sdk.errors import InvalidInputError
@@ -140,8 +149,19 @@ def test_pictures_are_all_different_and_the_same_again(tmp_path):
     assert read_images(tmp_path) == made[:1]
 
 
-def test_the_report_has_what_is_needed_to_repeat_it():
+def test_the_report_has_what_is_needed_to_repeat_it(tmp_path):
     target = Target("h:1", [b"xx", b"yyyy"], criteria=("color",), batch=3)
-    told = report("crl bench h:1", target, Settings(), [row("open", 5, p99=1.0)])
-    assert told.command == "crl bench h:1" and told.settings["images of a call"] == "3"
-    assert told.versions.keys() >= {"crl-sdk", "grpcio"} and isinstance(Run(), Run)
+    runs = [row("open", 5, p99=1.0), row("closed", 1, p99=9.0, quotable=False)]
+    told = report("crl bench <h:1>", server_settings(target, Settings()), runs)
+    assert told.command == "crl bench <h:1>" and told.settings["images of a call"] == "3"
+    assert told.versions.keys() >= {"crl-sdk", "grpcio"} and told.rows[0].load == 5
+    write_plot(told, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    write_plot(told, tmp_path / "plot.html")
+    page = (tmp_path / "plot.html").read_text()
+    assert (
+        "<svg" in page and "crl bench &lt;h:1&gt;" in page and "http" not in page.split("svg>")[1]
+    )
+    for wrong, words in [(tmp_path / "plot.gif", "png or .html"), (tmp_path / "x.png", "none")]:
+        with pytest.raises(InvalidInputError, match=words):
+            write_plot(report("", {}, runs[1:] if "none" in words else runs), wrong)

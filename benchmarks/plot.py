@@ -1,0 +1,90 @@
+"""Latency against throughput, as PNG or as a page that stands alone."""
+
+from __future__ import annotations
+
+import html
+import io
+from pathlib import Path
+
+from crl_benchmarks.bench import Report, Row
+from crl_sdk.errors import InvalidInputError
+from crl_sdk.files import write_atomically
+
+_SHOWN = ((50.0, "o-"), (90.0, "s--"), (99.0, "^:"))
+
+
+def write_plot(report: Report, path: Path) -> None:
+    """Draw a report's runs that may be quoted; one line per percentile and kind of load.
+
+    Args:
+        report: of `crl bench`.
+        path: ends in `.png` or `.html`.
+
+    Raises:
+        InvalidInputError: another suffix, nothing to draw, or the file cannot be written.
+    """
+    if path.suffix not in (".png", ".html"):
+        raise InvalidInputError(f"{path}: expected a plot to end in .png or .html")
+    if not any(row.quotable and row.served for row in report.rows):
+        raise InvalidInputError(f"{path}: expected runs that can be quoted to draw, there are none")
+    drawn = _draw(report, "png" if path.suffix == ".png" else "svg")
+    if path.suffix == ".html":
+        svg = drawn[drawn.index(b"<svg") :].decode()
+        drawn = _page(report, svg).encode()
+    write_atomically(path, drawn, InvalidInputError)
+
+
+def _draw(report: Report, form: str) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    names = {"closed": "closed loop", "open": "open loop", "engine": "engine"}
+    for mode, name in names.items():
+        rows = [row for row in report.rows if row.mode == mode and row.quotable and row.served]
+        rows.sort(key=lambda row: row.images_per_second)
+        for percent, style in _SHOWN:
+            if rows:
+                x = [row.images_per_second for row in rows]
+                y = [row.ms(percent) for row in rows]
+                axes.plot(x, y, style, label=f"{name}, p{percent:g}", markersize=4)
+    axes.set(xlabel="images per second", ylabel="latency, ms", yscale="log")
+    axes.set_title(report.command[:90], fontsize=9)
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+    target = io.BytesIO()
+    metadata = {"Date": None} if form == "svg" else {"Software": None}
+    figure.savefig(target, format=form, dpi=150, metadata=metadata)
+    return target.getvalue()
+
+
+def _page(report: Report, svg: str) -> str:
+    told = {**report.settings, **report.machine, **report.versions, "time": report.time}
+    facts = "".join(
+        f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>"
+        for key, value in told.items()
+    )
+    heads = ("load", "calls/s", "images/s", "p50 ms", "p90", "p99", "p99.9", "failed", "")
+    rows = "".join(f"<tr>{''.join(map(_cell, _cells(row)))}</tr>" for row in report.rows)
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8><title>crl bench</title>"
+        "<style>body{font:15px system-ui;margin:2em auto;max-width:60em}"
+        "svg{width:100%;height:auto}table{border-collapse:collapse;margin:1em 0}"
+        "th,td{border-bottom:1px solid #ccc;padding:.3em .8em;text-align:left}</style>"
+        f"<h1>{html.escape(report.command)}</h1>{svg}"
+        f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{rows}</table>"
+        f"<table>{facts}</table></html>"
+    )
+
+
+def _cells(row: Row) -> list[str]:
+    figures = ["-"] * 6
+    if row.quotable:
+        figures = [f"{row.calls_per_second:.1f}", f"{row.images_per_second:.1f}"]
+        figures += [f"{row.ms(percent):.1f}" for percent in (50.0, 90.0, 99.0, 99.9)]
+    failed = row.rejected + sum(row.errors.values())
+    return [f"{row.mode} {row.load:.4g}", *figures, str(failed), row.why]
+
+
+def _cell(text: str) -> str:
+    return f"<td>{html.escape(text)}</td>"
