@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
+from itertools import count
 
 import grpc
 import msgspec
@@ -164,7 +165,17 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What one generator process does; `starts` is on the clock that all processes share."""
+    """What one generator process does in one run.
+
+    Attributes:
+        target: what is called.
+        mode: `closed` or `open`.
+        load: callers, or calls a second.
+        warm_up: seconds.
+        seconds: measured.
+        seed: of the arrivals; another for each process and run, or all would share one's luck.
+        starts: on the clock that all processes share.
+    """
 
     target: Target
     mode: str
@@ -181,6 +192,7 @@ class Generators:
     def __init__(self, target: Target, settings: Settings) -> None:
         """Start them."""
         self._target, self._settings = target, settings
+        self._seeds = count()
         context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
         self._pool = ProcessPoolExecutor(settings.processes, mp_context=context)
 
@@ -210,13 +222,16 @@ class Generators:
 
     def _measure(self, mode: str, load: float) -> Row:
         settings = self._settings
-        count = settings.processes if mode == "open" else min(settings.processes, int(load))
-        shares = _shares(mode, load, count)
+        processes = settings.processes if mode == "open" else min(settings.processes, int(load))
+        shares = _shares(mode, load, processes)
         starts = time.time() + 0.3
         jobs = [
-            _Job(self._target, mode, share, settings.warm_up, settings.seconds, seed, starts)
-            for seed, share in enumerate(shares)
-        ]
+            _Job(
+                self._target, mode, share, settings.warm_up, settings.seconds,
+                next(self._seeds), starts,
+            )
+            for share in shares
+        ]  # fmt: skip
         run = merge(list(self._pool.map(_generate, jobs)))
         row = _row(mode, load, run, self._target.batch)
         if not row.served and row.errors:

@@ -181,11 +181,12 @@ def _plot(document: Report, path: Path) -> None:
 
 def _print(document: Report) -> None:
     print_facts(document.command, dict(document.settings))
-    headings = ("load", "calls/s", "images/s", "p50 ms", "p90", "p99", "p99.9", "failed")
+    headings = ("load", "calls/s", "images/s", "p50 ms", "p90", "p99", "p99.9", "of p99", "failed")
     table = Table(*headings)
     for row in document.rows:
         table.add_row(*_cells(row))
     out.print(table)
+    out.print("of p99: its 95 % interval, - where there are too few calls for one; --json has all")
     for row in document.rows:
         stages = ", ".join(f"{name} {ms:.1f}" for name, ms in row.stages_ms.items())
         remarks = [f"server's own account, p50 ms: {stages}"] if stages else []
@@ -209,19 +210,16 @@ def _load(row: Row) -> str:
 
 
 def _cells(row: Row) -> Iterable[str]:
-    figures = ["-"] * 6
-    if row.quotable:
+    figures = ["-"] * 7
+    if row.quotable and row.served:
         figures = [f"{row.calls_per_second:.1f}", f"{row.images_per_second:.1f}"]
-        figures += [_interval(each.ms, each.low, each.high) for each in row.latency]
+        figures += [f"{each.ms:.1f}" for each in row.latency]
+        tail = next(each for each in row.latency if each.percent == 99)
+        known = tail.low is not None and tail.high is not None
+        figures.append(f"{tail.low:.0f}–{tail.high:.0f}" if known else "-")
     failed = {"rejected": row.rejected, **row.errors}
     told = ", ".join(f"{name} {count}" for name, count in failed.items() if count)
     return (_load(row), *figures, told or "0")
-
-
-def _interval(ms: float, low: float | None, high: float | None) -> str:
-    if low is None or high is None:
-        return f"{ms:.1f} (too few)"
-    return f"{ms:.1f} ({low:.1f}–{high:.1f})"
 
 
 def _numbers(option: str, text: str, *, whole: bool) -> list[float]:
