@@ -42,7 +42,7 @@ def _draw(report: Report, form: str) -> bytes:
     names = {"closed": "closed loop", "open": "open loop", "engine": "engine"}
     for mode, name in names.items():
         rows = [row for row in report.rows if row.mode == mode and row.quotable and row.served]
-        rows.sort(key=lambda row: row.images_per_second)
+        rows.sort(key=lambda row: row.load)
         for percent, style in _SHOWN:
             if rows:
                 x = [row.images_per_second for row in rows]
@@ -50,6 +50,8 @@ def _draw(report: Report, form: str) -> bytes:
                 axes.plot(x, y, style, label=f"{name}, p{percent:g}", markersize=4)
     axes.set(xlabel="images per second", ylabel="latency, ms", yscale="log")
     axes.set_title(report.command[:90], fontsize=9)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend(fontsize=8)
     target = io.BytesIO()
