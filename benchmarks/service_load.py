@@ -14,20 +14,20 @@ import argparse
 import asyncio
 import json
 import platform
-import random
 import re
 import tempfile
 import time
 import urllib.request
-from collections import Counter
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 
+from crl_benchmarks.load import Reply, Run, closed_loop, open_loop
 from crl_benchmarks.service_overhead import CRITERION, TEXTS, new_picture
+from crl_benchmarks.targets import failed
 from crl_sdk import Client, Embedder, __version__, demo_bundle, wire
 from crl_sdk.cli.local_server import local_server
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
@@ -39,32 +39,20 @@ POOL = 32
 """Different calls; the server's cache is off."""
 
 
-@dataclass(slots=True)
-class Calls:
-    """What became of calls: seconds since each was due, by outcome; lag of the generator."""
-
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    lags: list[float] = field(default_factory=list)
-    wrong: int = 0
-
-    def add(self, outcome: str, seconds: float) -> None:
-        """Count a call."""
-        self.seconds.setdefault(outcome, []).append(seconds)
-
-    def summary(self, duration: float) -> dict[str, Any]:
-        """Tell counts, rates and percentiles."""
-        counts = Counter({outcome: len(times) for outcome, times in self.seconds.items()})
-        told: dict[str, Any] = {
-            "offered_calls": counts.total(),
-            "offered_per_second": round(counts.total() / duration, 1),
-            "wrong_rows": self.wrong,
-            "generator_lag_p99_ms": _ms(self.lags, 99),
-        }
-        for outcome, times in sorted(self.seconds.items()):
-            told[f"{outcome}_calls"] = len(times)
-            told[f"{outcome}_p50_ms"] = _ms(times, 50)
-            told[f"{outcome}_p99_ms"] = _ms(times, 99)
-        return told
+def summary(run: Run) -> dict[str, Any]:
+    """Tell counts, rates and percentiles of what was served, rejected and failed."""
+    told: dict[str, Any] = {
+        "offered_calls": run.offered,
+        "offered_per_second": round(run.offered / run.seconds, 1),
+        "failures": run.failures,
+        "generator_lag_p99_ms": _ms(run.lags, 99),
+    }
+    for outcome, times in sorted(run.latencies.items()):
+        name = "served" if outcome == "ok" else outcome
+        told[f"{name}_calls"] = len(times)
+        told[f"{name}_p50_ms"] = _ms(times, 50)
+        told[f"{name}_p99_ms"] = _ms(times, 99)
+    return told
 
 
 class Load:
@@ -73,6 +61,7 @@ class Load:
     def __init__(self, address: str, deadline: float) -> None:
         """Render and embed the pictures of all calls."""
         self.address, self.deadline = address, deadline
+        self.wrong = 0
         self.requests: list[embedding_pb2.EmbedRequest] = []
         self.rows: list[np.ndarray] = []
         with Embedder.open(demo_bundle()) as embedder:
@@ -86,52 +75,30 @@ class Load:
                 pixels = np.stack([load_pixels(data, spec) for data in files])
                 self.rows.append(embedder.embed_pixels(pixels))
 
-    async def call(self, stub: Any, number: int, due: float, calls: Calls) -> None:
-        """Send a call and count what becomes of it."""
-        request = self.requests[number % POOL]
+    async def call(self, stub: Any, number: int) -> Reply:
+        """Send a call and compare what it gives."""
         try:
-            reply = await stub.Embed(request, timeout=self.deadline)
+            reply = await stub.Embed(self.requests[number % POOL], timeout=self.deadline)
         except grpc.aio.AioRpcError as error:
-            calls.add(error.code().name.lower(), time.monotonic() - due)
-            return
-        calls.add("served", time.monotonic() - due)
+            return failed(error)
         expected = self.rows[number % POOL]
-        calls.wrong += bool(np.abs(wire.decode(reply.universal) - expected).max() > 1e-5)
+        self.wrong += bool(np.abs(wire.decode(reply.universal) - expected).max() > 1e-5)
+        return Reply("ok")
 
     async def closed(self, callers: int, seconds: float) -> float:
         """Let some callers call again and again; give calls per second."""
-        calls = Calls()
         async with grpc.aio.insecure_channel(self.address) as channel:
             stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
-            ends = time.monotonic() + seconds
+            send = partial(self.call, stub)
+            run = await closed_loop(send, callers=callers, warm_up=0, seconds=seconds)
+        assert not self.wrong, "wrong rows"
+        return len(run.latencies.get("ok", [])) / seconds
 
-            async def caller(number: int) -> None:
-                while time.monotonic() < ends:
-                    await self.call(stub, number, time.monotonic(), calls)
-                    number += callers
-
-            await asyncio.gather(*(caller(i) for i in range(callers)))
-        assert not calls.wrong, "wrong rows"
-        return len(calls.seconds.get("served", [])) / seconds
-
-    async def open(self, rate: float, seconds: float) -> Calls:
+    async def open(self, rate: float, seconds: float) -> Run:
         """Send calls at random times, `rate` a second, whatever becomes of those before."""
-        calls, tasks = Calls(), set()
-        times = random.Random(0)
         async with grpc.aio.insecure_channel(self.address) as channel:
             stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
-            due = started = time.monotonic()
-            number = 0
-            while due - started < seconds:
-                await asyncio.sleep(max(due - time.monotonic(), 0))
-                calls.lags.append(time.monotonic() - due)
-                task = asyncio.create_task(self.call(stub, number, due, calls))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-                due += times.expovariate(rate)
-                number += 1
-            await asyncio.gather(*tasks)
-        return calls
+            return await open_loop(partial(self.call, stub), rate=rate, warm_up=0, seconds=seconds)
 
 
 async def watch_memory(pid: int, samples: list[tuple[float, float]]) -> None:
@@ -151,10 +118,10 @@ async def measure(
     samples: list[tuple[float, float]] = []
     watcher = asyncio.create_task(watch_memory(pid, samples))
     rate = capacity * (0.8 if mode == "soak" else 10)
-    calls = await load.open(rate, seconds)
+    run = await load.open(rate, seconds)
     watcher.cancel()
     computed = _embedded(page) - before
-    served = len(calls.seconds.get("served", [])) * IMAGES
+    served = len(run.latencies.get("ok", [])) * IMAGES
     after = await load.closed(callers=4, seconds=probe_seconds)
     times, memory = np.array(samples).T
     half = len(times) // 2
@@ -165,7 +132,8 @@ async def measure(
         "images_per_call": IMAGES,
         "deadline_ms": load.deadline * 1e3,
         "capacity_calls_per_second": round(capacity, 1),
-        **calls.summary(seconds),
+        **summary(run),
+        "wrong_rows": load.wrong,
         "images_served": served,
         "images_computed": computed,
         "rss_start_mb": round(float(memory[0]), 1),

@@ -57,7 +57,7 @@ def _crl(target: Target, channel: grpc.aio.Channel) -> Callable[[int], Any]:
         try:
             reply = await stub.Embed(request, timeout=target.timeout, metadata=_metadata(target))
         except grpc.aio.AioRpcError as error:
-            return _failed(error)
+            return failed(error)
         bad = next((each for each in reply.images if each.code), None)
         if bad is not None:
             return Reply("error", f"image: {bad.message}")
@@ -95,7 +95,7 @@ def _kserve(target: Target, channel: grpc.aio.Channel) -> Callable[[int], Any]:
         try:
             await stub.ModelInfer(request, timeout=target.timeout, metadata=_metadata(target))
         except grpc.aio.AioRpcError as error:
-            return _failed(error)
+            return failed(error)
         return Reply("ok")
 
     return send
@@ -110,7 +110,8 @@ def _metadata(target: Target) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {target.token}"),) if target.token else ()
 
 
-def _failed(error: grpc.aio.AioRpcError) -> Reply:
+def failed(error: grpc.aio.AioRpcError) -> Reply:
+    """Give what became of a call that ended with an error."""
     code = error.code()
     name = code.name if code is not None else "UNKNOWN"
     return Reply("rejected" if code in _FULL else "error", name)

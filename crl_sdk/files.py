@@ -1,12 +1,17 @@
-"""Writing files so that a crash or a full disk leaves the old one."""
+"""Files that a crash or a full disk leaves as they were, and the JSON records kept in them."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
 
 from crl_sdk.errors import CrlError
+
+Record = TypeVar("Record", bound=msgspec.Struct)
 
 
 def write_atomically(path: Path, data: bytes, failure: type[CrlError]) -> None:
@@ -37,3 +42,38 @@ def write_atomically(path: Path, data: bytes, failure: type[CrlError]) -> None:
         raise failure(
             f"{path}: cannot be written ({error.strerror}); check the directory and free space"
         ) from error
+
+
+def write_record(path: Path, record: msgspec.Struct, failure: type[CrlError]) -> None:
+    """Write a struct as JSON to read, atomically.
+
+    Raises:
+        CrlError: of the kind `failure`, see `write_atomically`.
+    """
+    text = msgspec.json.format(msgspec.json.encode(record, order="deterministic"), indent=2)
+    write_atomically(path, text + b"\n", failure)
+
+
+def read_record(
+    path: Path, kind: type[Record], schema: int, failure: type[CrlError], again: str
+) -> Record:
+    """Read what `write_record` wrote.
+
+    Args:
+        path: of the file.
+        kind: of the struct.
+        schema: that this SDK reads.
+        failure: what to raise.
+        again: what to do, for the message.
+
+    Raises:
+        CrlError: of the kind `failure`: it is missing, damaged, or of another schema.
+    """
+    try:
+        raw: Any = msgspec.json.decode(path.read_bytes())
+        found = raw.get("schema") if isinstance(raw, dict) else None
+        if isinstance(found, int) and found != schema:
+            raise failure(f"{path}: schema {found}, this SDK reads {schema}; {again}")
+        return msgspec.convert(raw, kind)
+    except (msgspec.MsgspecError, OSError) as error:
+        raise failure(f"{path}: not a readable record ({error}); {again}") from error

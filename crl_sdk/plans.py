@@ -10,13 +10,13 @@ import hashlib
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 
 from crl_sdk.bundle import ModelBundle, sha256_file
 from crl_sdk.errors import PlanError
-from crl_sdk.files import write_atomically
+from crl_sdk.files import read_record, write_atomically, write_record
 from crl_sdk.manifest import Precision
 
 SCHEMA = 2
@@ -249,8 +249,7 @@ def graph_digest(bundle: ModelBundle, precision: Precision) -> str:
 
 
 def _write_record(directory: Path, plan: Plan) -> None:
-    record = msgspec.json.format(msgspec.json.encode(plan, order="deterministic"), indent=2)
-    write_atomically(directory / f"{plan.recipe.stem}.json", record + b"\n", PlanError)
+    write_record(directory / f"{plan.recipe.stem}.json", plan, PlanError)
 
 
 def _stale(bundle: ModelBundle, plan: Plan) -> str | None:
@@ -287,16 +286,7 @@ def _misfit(
 
 
 def _read(path: Path) -> Plan:
-    try:
-        raw: Any = msgspec.json.decode(path.read_bytes())
-        schema = raw.get("schema") if isinstance(raw, dict) else None
-        if isinstance(schema, int) and schema != SCHEMA:
-            raise PlanError(f"{path}: schema {schema}, this SDK reads {SCHEMA}: compile it again")
-        plan = msgspec.convert(raw, Plan)
-    except (msgspec.MsgspecError, OSError) as error:
-        raise PlanError(
-            f"{path}: not a readable record of a plan ({error}); remove it and compile again"
-        ) from error
+    plan = read_record(path, Plan, SCHEMA, PlanError, "remove it and compile again")
     if plan.recipe.stem != path.stem:
         raise PlanError(
             f"{path}: the record of {plan.recipe.stem}, renamed or edited; remove it and compile "

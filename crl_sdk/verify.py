@@ -247,7 +247,7 @@ def _check_kernel(
     pairs = zip(kernel.apply(embeddings, projections), reference(), strict=True)
     return KernelCheck(
         embeddings=embeddings.dtype.name,
-        max_abs=max(float(np.abs(got - expected).max()) for got, expected in pairs),
+        max_abs=float(np.max([np.abs(got - expected).max() for got, expected in pairs])),
         rows=len(embeddings),
         p50_ms=_median(lambda: kernel.apply(embeddings, projections)),
         numpy_p50_ms=_median(reference),
@@ -255,12 +255,18 @@ def _check_kernel(
 
 
 def _median(work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(5):
+    return round(float(np.median(_times(work, 0.0))) * 1e3, 3)
+
+
+def _times(work: Callable[[], object], seconds: float) -> list[float]:
+    """Time something for so many seconds, five times at least."""
+    times: list[float] = []
+    ends = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < ends:
         started = time.perf_counter()
         work()
         times.append(time.perf_counter() - started)
-    return round(float(np.median(times)) * 1e3, 3)
+    return times
 
 
 def _time(
@@ -270,13 +276,8 @@ def _time(
     bias: NDArray[np.float32],
     seconds: float,
 ) -> Latency:
-    times: list[float] = []
     engine.run(pixels, weight, bias)  # what is done once per shape is not timed
-    ends = time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < ends:
-        started = time.perf_counter()
-        engine.run(pixels, weight, bias)
-        times.append(time.perf_counter() - started)
+    times = _times(lambda: engine.run(pixels, weight, bias), seconds)
     p50, p99 = np.percentile(times, (50, 99)) * 1e3
     return Latency(
         batch=len(pixels), runs=len(times), p50_ms=round(float(p50), 3), p99_ms=round(float(p99), 3)

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import typer
@@ -16,10 +16,11 @@ from rich.table import Table
 from crl_sdk.cli.console import JsonOption, note, out, print_facts, print_json, spinner
 from crl_sdk.cli.options import EngineOption, ThreadsOption
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
-from crl_sdk.files import write_atomically
+from crl_sdk.files import write_record
 
 if TYPE_CHECKING:
     from crl_benchmarks.bench import Objective, Report, Row, Settings
+    from crl_benchmarks.targets import Target
 
 
 def bench(
@@ -71,6 +72,8 @@ def bench(
         raise InvalidInputError("expected the address of a server or --bundle, one of them")
     try:
         from crl_benchmarks.bench import Objective, Settings, report
+        from crl_benchmarks.pictures import read_images, synthetic_jpegs
+        from crl_benchmarks.targets import Target
     except ImportError as error:
         raise MissingDependencyError(error.name or "pillow", "cpu", "crl bench") from error
 
@@ -88,22 +91,21 @@ def bench(
         loads += [("open", each) for each in _numbers("--rate", rate, whole=False)]
         if not loads and objective is None:
             loads = [("closed", each) for each in (1, 2, 4, 8, 16)]
-        target = {
-            "address": address,
-            "kind": api,
-            "batch": batch,
-            "criteria": tuple(part.strip() for part in criteria.split(",") if part.strip()),
-            "model": model,
-            "timeout": timeout,
-            "token": os.environ.get("CRL_TOKEN"),
-        }
-        pictures = (images, count, _size(size))
-        told, rows, best = _server(target, pictures, settings, loads, objective)
+        target = Target(
+            address=address,
+            images=read_images(images) if images else synthetic_jpegs(count, _size(size)),
+            kind=api,
+            batch=batch,
+            criteria=tuple(part.strip() for part in criteria.split(",") if part.strip()),
+            model=model,
+            timeout=timeout,
+            token=os.environ.get("CRL_TOKEN"),
+        )
+        told, rows, best = _server(target, settings, loads, objective)
     command = shlex.join(["crl", *sys.argv[1:]])
     document = report(command, told, rows, objective=slo, best=best)
     if out_file is not None:
-        text = msgspec.json.format(msgspec.json.encode(document), indent=2)
-        write_atomically(out_file, text + b"\n", InvalidInputError)
+        write_record(out_file, document, InvalidInputError)
         note(f"wrote {out_file}")
     if plot is not None:
         _plot(document, plot)
@@ -141,21 +143,15 @@ def _engine(
 
 
 def _server(
-    target: dict[str, Any],
-    pictures: tuple[Path | None, int, tuple[int, int]],
+    target: Target,
     settings: Settings,
     loads: list[tuple[str, float]],
     objective: Objective | None,
 ) -> tuple[dict[str, str], list[Row], Row | None]:
     from crl_benchmarks.bench import Generators, search, server_settings
-    from crl_benchmarks.pictures import read_images, synthetic_jpegs
-    from crl_benchmarks.targets import Target
 
-    folder, count, size = pictures
-    images = read_images(folder) if folder is not None else synthetic_jpegs(count, size)
-    aimed = Target(images=images, **target)
     best = None
-    with spinner("starting the generators") as status, Generators(aimed, settings) as generators:
+    with spinner("starting the generators") as status, Generators(target, settings) as generators:
 
         def measure(mode: str, load: float) -> Row:
             unit = "callers" if mode == "closed" else "calls/s"
@@ -165,7 +161,7 @@ def _server(
         rows = [measure(mode, load) for mode, load in loads]
         if objective is not None:
             best = search(objective, measure, rows.append)
-    return server_settings(aimed, settings), rows, best
+    return server_settings(target, settings), rows, best
 
 
 def _plot(document: Report, path: Path) -> None:

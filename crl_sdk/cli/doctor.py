@@ -9,8 +9,9 @@ from rich.table import Table
 from crl_sdk.bundle import ModelBundle
 from crl_sdk.cli.console import JsonOption, out, print_facts, print_json
 from crl_sdk.cli.options import BundleOption, bundle_or_demo
+from crl_sdk.errors import EngineError
 from crl_sdk.machine import Machine, examine
-from crl_sdk.selection import Candidate, candidates
+from crl_sdk.selection import Candidate, candidates, choose
 
 
 def doctor(bundle: BundleOption = None, as_json: JsonOption = False) -> None:
@@ -24,7 +25,7 @@ def doctor(bundle: BundleOption = None, as_json: JsonOption = False) -> None:
                 "machine": msgspec.to_builtins(machine),
                 "bundle": str(opened.path),
                 "engines": msgspec.to_builtins(engines),
-                "chosen": next((each.engine for each in engines if _taken(each)), None),
+                "chosen": chosen.engine if (chosen := _chosen(engines)) else None,
             }
         )
         return
@@ -50,13 +51,15 @@ def _facts(machine: Machine) -> dict[str, object]:
 
 def _table(bundle: ModelBundle, engines: list[Candidate]) -> Table:
     table = Table("engine", "", "why", title=str(bundle.path), title_justify="left")
-    chosen = next(filter(_taken, engines), None)
+    chosen = _chosen(engines)
     for each in engines:
         state = "taken" if each is chosen else "usable" if each.usable else "no"
         table.add_row(escape(each.engine), state, escape(each.reason))
     return table
 
 
-def _taken(candidate: Candidate) -> bool:
-    """Tell whether `auto` may take an engine; it takes the first such."""
-    return candidate.usable and candidate.automatic
+def _chosen(engines: list[Candidate]) -> Candidate | None:
+    try:
+        return choose(engines, "auto")
+    except EngineError:
+        return None

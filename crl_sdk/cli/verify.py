@@ -14,7 +14,7 @@ from crl_sdk.bundle import ModelBundle
 from crl_sdk.cli.console import JsonOption, note, out, print_facts, print_json, spinner
 from crl_sdk.cli.options import BakedOption
 from crl_sdk.errors import InvalidInputError
-from crl_sdk.files import write_atomically
+from crl_sdk.files import write_record
 from crl_sdk.verify import KernelVerification, Verification, verify_kernel
 from crl_sdk.verify import verify as run
 
@@ -60,8 +60,7 @@ def _finish(
     record: Verification | KernelVerification, out_file: Path | None, *, as_json: bool
 ) -> None:
     if out_file is not None:
-        text = msgspec.json.format(msgspec.json.encode(record), indent=2)
-        write_atomically(out_file, text + b"\n", InvalidInputError)
+        write_record(out_file, record, InvalidInputError)
         note(f"wrote {out_file}")
     if as_json:
         print_json(msgspec.to_builtins(record))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from crl_sdk.bundle import ModelBundle, sha256_file
 from crl_sdk.engines import cuda
 from crl_sdk.errors import InvalidInputError, PlanError
-from crl_sdk.files import write_atomically
+from crl_sdk.files import read_record, write_atomically, write_record
 from crl_sdk.plans import plans_directory
 from crl_sdk.projection import Post, Projection, pack
 
@@ -103,11 +103,10 @@ def write_kernels(directory: Path, kernels: Kernels, files: Mapping[str, bytes])
         raise PlanError(f"{directory}: cannot be made ({error.strerror})") from error
     for name, data in files.items():
         write_atomically(directory / name, data, PlanError)
-    for path in directory.iterdir():  # of a compilation before, for GPUs that are not asked for now
+    for path in directory.iterdir():  # what an earlier compilation left
         if path.suffix in (".cubin", ".ptx") and path.name not in files:
             path.unlink()
-    record = msgspec.json.format(msgspec.json.encode(kernels, order="deterministic"), indent=2)
-    write_atomically(directory / RECORD, record + b"\n", PlanError)
+    write_record(directory / RECORD, kernels, PlanError)
 
 
 def read_kernels(directory: Path) -> Kernels:
@@ -118,16 +117,7 @@ def read_kernels(directory: Path) -> Kernels:
     """
     path = directory / RECORD
     again = "compile them: crl compile BUNDLE --kernel"
-    try:
-        raw: Any = msgspec.json.decode(path.read_bytes())
-        schema = raw.get("schema") if isinstance(raw, dict) else None
-        if isinstance(schema, int) and schema != SCHEMA:
-            raise PlanError(f"{path}: schema {schema}, this SDK reads {SCHEMA}: {again}")
-        kernels = msgspec.convert(raw, Kernels)
-    except OSError as error:
-        raise PlanError(f"{path}: no kernels there ({error.strerror}); {again}") from error
-    except msgspec.MsgspecError as error:
-        raise PlanError(f"{path}: not a readable record ({error}); {again}") from error
+    kernels = read_record(path, Kernels, SCHEMA, PlanError, again)
     for each in kernels.variants:
         if any(Path(name).name != name for name in (each.file, each.ptx)):
             raise PlanError(f"{path}: {each.file!r} leaves the directory; {again}")

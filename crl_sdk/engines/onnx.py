@@ -35,7 +35,12 @@ class OnnxImageEngine:
     """An image graph in an ONNX Runtime session; see `crl_sdk.engines.ImageEngine`."""
 
     def __init__(
-        self, session: ort.InferenceSession, description: str, *, memory: str | None = None
+        self,
+        session: ort.InferenceSession,
+        description: str,
+        *,
+        memory: str | None = None,
+        profiled: bool = False,
     ) -> None:
         """Store an open session; `OnnxImageEngine.open` makes one.
 
@@ -44,11 +49,12 @@ class OnnxImageEngine:
             description: runtime, device and precision.
             memory: ONNX Runtime's name of the memory that inputs are bound in, such as `cuda`;
                 None to hand it arrays.
+            profiled: whether runs must keep to the shapes of `providers.BATCH` and `COLUMNS`.
         """
         self._session = session
         self._description = description
         self._bound = _BoundRuns(session, memory) if memory is not None else None
-        self._profiled = description.startswith("onnx/tensorrt")
+        self._profiled = profiled
 
     @classmethod
     def open(
@@ -87,7 +93,8 @@ class OnnxImageEngine:
             options=options,
         )
         memory = "cuda" if device != "cpu" else None
-        return cls(session, f"onnx/{device}/{chosen}", memory=memory)
+        profiled = device in ("tensorrt", "tensorrt-rtx")
+        return cls(session, f"onnx/{device}/{chosen}", memory=memory, profiled=profiled)
 
     @property
     def description(self) -> str:

@@ -36,6 +36,7 @@ def main() -> None:
         from crl_export.kernels.plugin import PLUGIN, register_plugin
 
         register_plugin("sm_87", unit=True)
+        assert len(registered) == 1
         definition = _lib.QDP_REGISTRY[PLUGIN]
         assert definition.input_tensor_names == ["x", "weight", "bias", "starts", "posts"]
         assert definition.num_outputs == 1

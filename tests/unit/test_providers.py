@@ -123,7 +123,7 @@ def test_bound_runs_agree_with_plain_ones(bundle):
     session = open_session(bundle.image_graph("fp32"))
     plain = OnnxImageEngine(session, "onnx/cpu/fp32")
     bound = OnnxImageEngine(session, "onnx/cuda/fp32", memory="cpu")
-    profiled = OnnxImageEngine(session, "onnx/tensorrt/fp32", memory="cpu")
+    profiled = OnnxImageEngine(session, "onnx/tensorrt/fp32", memory="cpu", profiled=True)
     rng = np.random.default_rng(0)
     spec = bundle.preprocess
     for images, columns in [(1, 0), (3, 5), (2, 5), (70, 5), (1, 9), (0, 9), (1, 9)]:
