@@ -18,15 +18,16 @@ from typing import Any
 import numpy as np
 
 from crl_sdk import ModelBundle, Projection, __version__, demo_bundle
-from crl_sdk.engines.onnx import OnnxImageEngine
+from crl_sdk.engines import ImageEngine
 from crl_sdk.projection import normalise_rows, pack
+from crl_sdk.selection import open_engine
 
 COLUMNS = 40  # texts of a usual basis
 CRITERIA = (0, 1, 10)
 
 
 def measure(
-    bundle: ModelBundle, batch_sizes: tuple[int, ...], repeats: int, precision: str = "auto"
+    bundle: ModelBundle, batch_sizes: tuple[int, ...], repeats: int, name: str = "auto"
 ) -> list[dict[str, Any]]:
     """Time engine runs with 0, 1 and 10 bases.
 
@@ -34,7 +35,7 @@ def measure(
         bundle: the model.
         batch_sizes: images per run.
         repeats: runs per setting; settings take turns, so that noise meets all alike.
-        precision: of the image graph.
+        name: of the engine.
 
     Returns:
         One record per batch size: milliseconds p50 and p99 per number of criteria, and the median
@@ -43,7 +44,7 @@ def measure(
     Raises:
         AssertionError: a projected column differs from NumPy's by more than 1e-4.
     """
-    engine = OnnxImageEngine.open(bundle, precision=precision)  # type: ignore[arg-type]
+    engine = open_engine(bundle, name)
     spec, rng = bundle.preprocess, np.random.default_rng(0)
     packed = {count: _packed(bundle.embedding_dim, count, rng) for count in CRITERIA}
     records = []
@@ -81,7 +82,7 @@ def _packed(d: int, count: int, rng: np.random.Generator) -> tuple[Any, Any]:
     return pack(projections)[:2]
 
 
-def _runner(engine: OnnxImageEngine, pixels: Any, weight: Any, bias: Any) -> Callable[[], Any]:
+def _runner(engine: ImageEngine, pixels: Any, weight: Any, bias: Any) -> Callable[[], Any]:
     def run() -> Any:
         embedding, projected = engine.run(pixels, weight, bias)
         for start in range(0, weight.shape[1], COLUMNS):
@@ -103,11 +104,11 @@ def main() -> None:
     parser.add_argument("bundle", nargs="?", type=Path, default=demo_bundle())
     parser.add_argument("--batches", default="1,16", help="comma-separated batch sizes")
     parser.add_argument("--repeats", type=int, default=200)
-    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--engine", default="auto")
     arguments = parser.parse_args()
     bundle = ModelBundle.open(arguments.bundle)
     batches = tuple(int(part) for part in arguments.batches.split(","))
-    records = measure(bundle, batches, arguments.repeats, arguments.precision)
+    records = measure(bundle, batches, arguments.repeats, arguments.engine)
     print(f"{bundle.manifest.name}, {arguments.repeats} runs each; {COLUMNS} texts per criterion")
     print("| batch | criteria | p50 ms | p99 ms | ratio to none |\n|---|---|---|---|---|")
     for record in records:

@@ -75,7 +75,6 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 def examine() -> Machine:
     """Look at this machine. Nothing it lacks is an error."""
     info = _read("/proc/cpuinfo")
-    words = set(re.sub(r"^(?!flags|Features).*$", "", info, flags=re.MULTILINE).split())
     name = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     memory = re.search(r"^MemTotal:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
     gpus, told = find_gpus()
@@ -85,7 +84,7 @@ def examine() -> Machine:
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         processor=name[1] if name else platform.processor() or "unknown",
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
-        features=tuple(feature for feature in _FEATURES if feature in words),
+        features=find_features(),
         memory=int(memory[1]) << 10 if memory else 0,
         gpus=gpus,
         cuda=told,
@@ -93,6 +92,13 @@ def examine() -> Machine:
         providers=find_providers(),
         packages={name: found for name in _PACKAGES if (found := _version(name))},
     )
+
+
+def find_features() -> tuple[str, ...]:
+    """Give the processor's instruction sets that matter here; none where the system hides them."""
+    info = _read("/proc/cpuinfo")
+    words = set(re.sub(r"^(?!flags|Features).*$", "", info, flags=re.MULTILINE).split())
+    return tuple(feature for feature in _FEATURES if feature in words)
 
 
 def find_gpus() -> tuple[tuple[Gpu, ...], str]:

@@ -14,13 +14,14 @@ import msgspec
 from crl_sdk.basis import Basis
 from crl_sdk.bundle import ModelBundle
 from crl_sdk.engines import ImageEngine, TextEngine
-from crl_sdk.engines.onnx import OnnxImageEngine, OnnxTextEngine, precision_order
+from crl_sdk.engines.onnx import OnnxImageEngine, OnnxTextEngine
 from crl_sdk.engines.providers import PROVIDERS, Device
 from crl_sdk.engines.tensorrt import TensorRTImageEngine
 from crl_sdk.engines.toolkit import load_toolkit
 from crl_sdk.errors import CrlError, EngineError, InvalidInputError
-from crl_sdk.machine import find_gpus, find_providers
+from crl_sdk.machine import find_features, find_gpus, find_providers
 from crl_sdk.manifest import Precision
+from crl_sdk.parity import Tolerance, failures
 from crl_sdk.plans import (
     PLAN_PRECISIONS,
     Runtime,
@@ -31,6 +32,12 @@ from crl_sdk.plans import (
 )
 
 _log = logging.getLogger(__name__)
+
+_BYTE_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8")
+"""Instructions that multiply bytes fast: without one, int8 is no faster than fp32 on a CPU."""
+
+_INT8 = Tolerance(cosine_mean=0.999, centred_cosine_min=0.99)
+"""What the bundle must have recorded of its int8 graph for `auto` to take it."""
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,8 +60,10 @@ def candidates(bundle: ModelBundle) -> list[Candidate]:
     """List the engines of a bundle; `auto` takes the first that is usable and automatic.
 
     On a GPU: plans that `crl verify` found to agree on its architecture, then ONNX Runtime's CUDA
-    provider; on a CPU: ONNX Runtime. Its TensorRT providers compile for minutes when they first
-    start, and plans that nobody verified may be wrong, so that both have to be asked for.
+    provider. On a CPU: ONNX Runtime, in int8 if the processor multiplies bytes fast and the parity
+    that the export recorded allows it, else in fp32. ONNX Runtime's TensorRT providers compile for
+    minutes when they first start, and plans that nobody verified may be wrong, so that both have
+    to be asked for.
     """
     gpus, cuda = find_gpus()
     here = gpus[0].architecture if gpus else None
@@ -67,8 +76,8 @@ def candidates(bundle: ModelBundle) -> list[Candidate]:
     providers = find_providers()
     for device in ("cuda", "tensorrt", "tensorrt-rtx", "cpu"):
         found += [
-            _onnx(device, precision, providers, here, cuda)
-            for precision in precision_order(device)
+            _onnx(bundle, device, precision, providers=providers, here=here, cuda=cuda)
+            for precision in _precision_order(device)
             if precision in bundle.precisions
         ]
     return found
@@ -79,7 +88,8 @@ def choose(engines: Sequence[Candidate], wanted: str) -> Candidate:
 
     Args:
         engines: from `candidates`.
-        wanted: `auto`, a name, or the beginning of one, such as `onnx/cuda` or `tensorrt-rtx`.
+        wanted: `auto`, a name, or the beginning of one, such as `onnx/cuda` or `tensorrt-rtx`; of
+            several that begin so, one that `auto` may take comes first.
 
     Raises:
         InvalidInputError: no engine of this bundle is called so.
@@ -95,13 +105,13 @@ def choose(engines: Sequence[Candidate], wanted: str) -> Candidate:
                 f"expected an engine of {', '.join(each.engine for each in engines)}, the "
                 f"beginning of a name, or auto; got {wanted!r}"
             )
-    usable = next((each for each in named if each.usable), None)
-    if usable is None:
+    usable = [each for each in named if each.usable]
+    if not usable:
         told = "; ".join(f"{each.engine}: {each.reason}" for each in named)
         raise EngineError(
             f"engine {wanted!r} cannot run here ({told}); `crl doctor` lists what can"
         )
-    return usable
+    return next((each for each in usable if each.automatic), usable[0])
 
 
 def open_engine(
@@ -172,8 +182,29 @@ def open_text_engine(
     return OnnxTextEngine.open(bundle, device=device, threads=threads)
 
 
+def _precision_order(device: Device) -> tuple[Precision, ...]:
+    return ("int8", "fp32", "fp16") if device == "cpu" else ("fp16", "fp32", "int8")
+
+
+def _int8_on_cpu(bundle: ModelBundle) -> tuple[bool, str]:
+    """Tell whether `auto` may take int8 on this processor, and why or why not."""
+    found = [name for name in find_features() if name in _BYTE_PRODUCTS]
+    parity = next(graph.parity for graph in bundle.manifest.images if graph.precision == "int8")
+    if not found:
+        return False, f"has to be asked for: no {', '.join(_BYTE_PRODUCTS)} here to make it fast"
+    if missed := failures(parity, _INT8):
+        return False, f"has to be asked for: recorded parity with fp32 {', '.join(missed)}"
+    return True, f"fast with {found[0]}; recorded cosine with fp32 {parity.cosine_mean:.5f}"
+
+
 def _onnx(
-    device: Device, precision: Precision, providers: Sequence[str], here: str | None, cuda: str
+    bundle: ModelBundle,
+    device: Device,
+    precision: Precision,
+    *,
+    providers: Sequence[str],
+    here: str | None,
+    cuda: str,
 ) -> Candidate:
     provider, usable, reason = PROVIDERS[device], True, "runs everywhere"
     automatic = device in ("cpu", "cuda")
@@ -186,6 +217,8 @@ def _onnx(
         reason = f"a GPU of {here}" if here else cuda
         if usable and not automatic:
             reason = "has to be asked for: it compiles when it first starts"
+    if usable and device == "cpu" and precision == "int8":
+        automatic, reason = _int8_on_cpu(bundle)
     return Candidate(
         engine=f"onnx/{device}/{precision}", usable=usable, automatic=automatic, reason=reason
     )

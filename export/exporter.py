@@ -153,7 +153,7 @@ def _export_images(
             if not fp32.exists():
                 export_image_graph(ImageGraph(model, spec, torch.float32), spec, dim, fp32)
             if precision == "int8":
-                quantise(fp32, path)
+                quantise(fp32, path, spec)
         steps.begin(f"checking it in {precision} against torch")
         measured = _check_images(path, precision, pictures, reference, strict_int8)
         entries.append(ImageEntry(file=path.name, precision=precision, parity=measured))

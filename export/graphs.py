@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from crl_export.vit import lean_tower
 from crl_sdk.errors import ExportError
 from crl_sdk.preprocess import PreprocessSpec
 
@@ -24,17 +25,32 @@ _TRACED_BATCH = 2  # a batch of one would be taken for a constant
 class ImageGraph(torch.nn.Module):
     """uint8 pixels to unit embeddings and projected columns.
 
-    The tower runs in its own dtype; normalisation and projection always in float32.
+    The tower runs in its own dtype; normalisation and projection always in float32. A plain vision
+    transformer is rewritten (`crl_export.vit`); in float32 it then takes pixels as they are, with
+    mean and std folded into its first weights.
     """
 
-    def __init__(self, model: torch.nn.Module, spec: PreprocessSpec, dtype: torch.dtype) -> None:
-        """Wrap the image tower of an open_clip model, which must be in `dtype` already."""
+    def __init__(
+        self, model: torch.nn.Module, spec: PreprocessSpec, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Wrap the image tower of an open_clip model in float32.
+
+        Args:
+            model: from open_clip, in eval mode; a rewritten tower has weights of its own.
+            spec: its preprocessing.
+            dtype: of the tower; the model is changed to it where it is not rewritten.
+        """
         super().__init__()
-        self.model = model
+        mean = torch.tensor(spec.mean) * 255
+        scale = 1 / (torch.tensor(spec.std) * 255)
+        lean = lean_tower(model)
+        self.folded = lean is not None and dtype == torch.float32
+        if lean is not None and self.folded:
+            lean.fold(mean, scale)
+        self.tower = (lean or _ChannelsFirst(model)).to(dtype)
         self.dtype = dtype
-        scale = torch.tensor(spec.std) * 255
-        self.register_buffer("mean", (torch.tensor(spec.mean) * 255).view(1, 3, 1, 1))
-        self.register_buffer("scale", (1 / scale).view(1, 3, 1, 1))
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
 
     def forward(
         self, image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
@@ -49,11 +65,22 @@ class ImageGraph(torch.nn.Module):
         Returns:
             (b, d) float32 unit rows, and (b, k) float32.
         """
-        # to float before the transpose: TensorRT takes no uint8 transpose
-        pixels = image.to(torch.float32).permute(0, 3, 1, 2)
-        normalised = ((pixels - self.mean) * self.scale).to(self.dtype)
-        embedding = F.normalize(self.model.encode_image(normalised).to(torch.float32), dim=-1)
+        pixels = image.to(torch.float32)  # before any transpose: TensorRT takes none of uint8
+        if not self.folded:
+            pixels = ((pixels - self.mean) * self.scale).to(self.dtype)
+        embedding = F.normalize(self.tower(pixels).to(torch.float32), dim=-1)
         return embedding, embedding @ weight + bias
+
+
+class _ChannelsFirst(torch.nn.Module):
+    """An open_clip model's own image tower, given (b, H, W, 3)."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model.encode_image(pixels.permute(0, 3, 1, 2))
 
 
 class TextGraph(torch.nn.Module):

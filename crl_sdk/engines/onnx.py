@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +26,6 @@ from crl_sdk.manifest import PRECISIONS, Precision
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-
-_log = logging.getLogger(__name__)
 
 
 class OnnxImageEngine:
@@ -61,7 +58,7 @@ class OnnxImageEngine:
         cls,
         bundle: ModelBundle,
         *,
-        precision: Precision | Literal["auto"] = "auto",
+        precision: Precision = "fp32",
         device: Device = "cpu",
         threads: int | None = None,
     ) -> OnnxImageEngine:
@@ -69,8 +66,7 @@ class OnnxImageEngine:
 
         Args:
             bundle: a verified bundle.
-            precision: of the graph; `auto` takes fp32 on a CPU and fp16 on a GPU, or what the
-                bundle has, and logs the choice.
+            precision: of the graph; `crl_sdk.selection` chooses one where none is asked for.
             device: where to run; a missing one is an error, never replaced by another.
             threads: of one run; None for one per physical core.
 
@@ -79,22 +75,19 @@ class OnnxImageEngine:
             EngineError: the device is missing or the graph does not load.
             MissingDependencyError: ONNX Runtime is not installed.
         """
-        chosen = _choose_precision(bundle, device) if precision == "auto" else precision
-        if chosen not in PRECISIONS:
-            raise InvalidInputError(
-                f"expected a precision in {PRECISIONS} or 'auto', got {chosen!r}"
-            )
-        options = provider_options(bundle, device, chosen) if device in PROVIDERS else {}
+        if precision not in PRECISIONS:
+            raise InvalidInputError(f"expected a precision in {PRECISIONS}, got {precision!r}")
+        options = provider_options(bundle, device, precision) if device in PROVIDERS else {}
         session = open_session(
-            bundle.image_graph(chosen),
+            bundle.image_graph(precision),
             device=device,
             threads=threads,
-            precision=chosen,
+            precision=precision,
             options=options,
         )
         memory = "cuda" if device != "cpu" else None
         profiled = device in ("tensorrt", "tensorrt-rtx")
-        return cls(session, f"onnx/{device}/{chosen}", memory=memory, profiled=profiled)
+        return cls(session, f"onnx/{device}/{precision}", memory=memory, profiled=profiled)
 
     @property
     def description(self) -> str:
@@ -303,23 +296,6 @@ def _register(
         ) from error
     if not devices:
         raise EngineError(f"{provider} finds no GPU that it supports: `crl doctor` lists what can")
-
-
-def precision_order(device: Device) -> tuple[Precision, ...]:
-    """Give the precisions in the order in which `auto` takes them on a device."""
-    return ("fp32", "fp16", "int8") if device == "cpu" else ("fp16", "fp32", "int8")
-
-
-def _choose_precision(bundle: ModelBundle, device: Device) -> Precision:
-    order = precision_order(device)
-    chosen = next(precision for precision in order if precision in bundle.precisions)
-    _log.info(
-        "precision auto: %s on %s, first of %s that the bundle has",
-        chosen,
-        device,
-        ", ".join(order),
-    )
-    return chosen
 
 
 def _run(

@@ -107,10 +107,10 @@ def test_the_graphs_are_what_they_say(vit):
             "embedding": "FLOAT", "projected": "FLOAT",
         }  # fmt: skip
         operators = [node.op_type for node in model.graph.node]
-        assert operators.index("Cast") < operators.index(
-            "Transpose"
-        )  # TensorRT: no uint8 transpose
+        bytes_first = operators.index("Transpose") < operators.index("Cast")
+        assert bytes_first == (precision == "int8")  # TensorRT, for the others: no uint8 transpose
         assert ("MatMulInteger" in operators) == (precision == "int8")
+        assert "Conv" not in operators
         last = next(node for node in model.graph.node if "projected" in node.output)
         assert last.op_type in ("Add", "Gemm")  # the projection stays in fp32
         halves = sum(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+from msgspec.structs import replace
 
 from crl_sdk import Embedder, ModelBundle, demo_bundle, selection
 from crl_sdk.errors import EngineError, InvalidInputError
@@ -20,7 +21,8 @@ def bundle():
     return ModelBundle.open(demo_bundle())
 
 
-def machine(monkeypatch, *, gpus=NONE, providers=("CPUExecutionProvider",)):
+def machine(monkeypatch, *, gpus=NONE, providers=("CPUExecutionProvider",), features=()):
+    monkeypatch.setattr(selection, "find_features", lambda: features)
     monkeypatch.setattr(selection, "find_gpus", lambda: gpus)
     monkeypatch.setattr(selection, "find_providers", lambda: providers)
 
@@ -86,3 +88,40 @@ def test_a_baked_basis_needs_a_plan(bundle):
             Embedder.open(bundle, engine=wrong, baked=basis)
     with pytest.raises(EngineError, match="NVIDIA driver"):
         Embedder.open(bundle, engine="tensorrt-rtx", baked=basis)
+
+
+def with_int8(bundle, **parity):
+    """The same bundle, as if it had an int8 graph of a recorded parity."""
+    fp32 = bundle.manifest.images[0]
+    recorded = {"cosine_mean": 0.9998, "cosine_min": 0.999, "centred_cosine_min": 0.999, **parity}
+    int8 = replace(fp32, precision="int8", parity=replace(fp32.parity, **recorded))
+    return ModelBundle(bundle.path, replace(bundle.manifest, images=(fp32, int8)))
+
+
+@pytest.mark.parametrize("feature", ["avx512_vnni", "avx_vnni", "amx_int8"])
+def test_int8_is_taken_where_bytes_multiply_fast(bundle, monkeypatch, feature):
+    machine(monkeypatch, features=("avx2", feature))
+    engines = candidates(with_int8(bundle))
+    for wanted in ("auto", "onnx", "onnx/cpu"):
+        assert choose(engines, wanted).engine == "onnx/cpu/int8"
+    reason = choose(engines, "auto").reason
+    assert feature in reason and "0.99980" in reason
+    assert choose(engines, "onnx/cpu/fp32").engine == "onnx/cpu/fp32"
+
+
+@pytest.mark.parametrize(
+    ("features", "parity", "why"),
+    [
+        (("avx2", "avx512f"), {}, "no avx512_vnni"),
+        (("avx512_vnni",), {"cosine_mean": 0.9975}, "cosine_mean 0.9975 "),
+        (("avx512_vnni",), {"centred_cosine_min": 0.98}, "centred_cosine_min 0.98 "),
+        (("avx512_vnni",), {"cosine_mean": float("nan")}, "cosine_mean nan"),
+    ],
+)
+def test_int8_is_not_taken_where_it_is_slow_or_far_off(bundle, monkeypatch, features, parity, why):
+    machine(monkeypatch, features=features)
+    engines = candidates(with_int8(bundle, **parity))
+    for wanted in ("auto", "onnx/cpu"):
+        assert choose(engines, wanted).engine == "onnx/cpu/fp32"
+    asked = choose(engines, "onnx/cpu/int8")
+    assert why in asked.reason and "has to be asked for" in asked.reason

@@ -57,7 +57,7 @@ def test_int8_is_held_to_its_own_tolerance(bundle_copy):
 
     bundle = ModelBundle.open(bundle_copy)
     graph = bundle_copy / "image.int8.onnx"
-    quantise(bundle.image_graph("fp32"), graph)
+    quantise(bundle.image_graph("fp32"), graph, bundle.preprocess)
     entry = FileEntry(sha256=sha256_file(graph), bytes=graph.stat().st_size)
     first = bundle.manifest.images[0]
     int8 = msgspec.structs.replace(first, file=graph.name, precision="int8")
