@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from crl_sdk.errors import (
 )
 from crl_sdk.preprocess import DEFAULT_LIMITS, ImageLimits, load_pixels
 from crl_sdk.projection import normalise_rows, pack
+from crl_sdk.reproject import project_rows
 
 if TYPE_CHECKING:
     from crl_sdk.preprocess import ImageInput
@@ -314,24 +315,67 @@ class Embedder:
             ]
         )
 
+    @overload
+    def project(  # type: ignore[overload-overlap]  # a str is a sequence of str as well
+        self,
+        embeddings: NDArray[np.floating],
+        criteria: str | Basis,
+        *,
+        out: NDArray[Any] | None = None,
+        threads: int | None = None,
+    ) -> NDArray[Any]: ...
+
+    @overload
     def project(
-        self, embeddings: NDArray[np.floating], criterion: str | Basis
-    ) -> NDArray[np.float32]:
-        """Project stored universal embeddings onto a basis; no image is needed.
+        self,
+        embeddings: NDArray[np.floating],
+        criteria: Sequence[str | Basis],
+        *,
+        out: Mapping[str, NDArray[Any]] | None = None,
+        threads: int | None = None,
+    ) -> dict[str, NDArray[Any]]: ...
+
+    def project(
+        self,
+        embeddings: NDArray[np.floating],
+        criteria: str | Basis | Sequence[str | Basis],
+        *,
+        out: NDArray[Any] | Mapping[str, NDArray[Any]] | None = None,
+        threads: int | None = None,
+    ) -> NDArray[Any] | dict[str, NDArray[Any]]:
+        """Project stored universal embeddings onto one basis or several; no image is needed.
 
         Args:
-            embeddings: (n, d) float, unit rows, of this model.
-            criterion: the name of a loaded basis, or a basis.
+            embeddings: (n, d) float16, float32 or float64, unit rows, of this model; may be
+                memory-mapped, and is read once, whatever the number of criteria.
+            criteria: the name of a loaded basis, or a basis; or a list of them.
+            out: where to write, such as memory maps: an array (n, m) of float32 or float16, or for
+                a list of criteria one for each name. None makes float32 arrays.
+            threads: see `crl_sdk.reproject.project_rows`: with several, which many rows get by
+                default, BLAS is limited to one thread in the whole process meanwhile.
 
         Returns:
-            (n, m) float32.
+            (n, m) float32, or `out`; for a list of criteria a dictionary of them.
 
         Raises:
             UnknownCriterionError: no basis of that name is loaded.
             BasisMismatchError: the basis was made for another model.
-            InvalidInputError: a wrong shape or dtype, NaN or infinity.
+            InvalidInputError: a wrong shape or dtype, NaN or infinity; a criterion twice; `out`
+                lacks one.
         """
-        return self._basis(criterion).projection.apply(embeddings)
+        if isinstance(criteria, str | Basis):
+            one = self._basis(criteria).projection
+            target = None if out is None else [np.asanyarray(out)]
+            return project_rows(embeddings, [one], target, threads=threads)[0]
+        bases = {basis.criterion: basis for basis in map(self._basis, criteria)}
+        if len(bases) != len(criteria) or not bases:
+            raise InvalidInputError(f"expected criteria, each once, got {list(criteria)}")
+        if out is not None and not (isinstance(out, Mapping) and out.keys() == bases.keys()):
+            raise InvalidInputError(f"expected out to be a mapping of {sorted(bases)}")
+        targets = None if out is None else [out[name] for name in bases]
+        projections = [basis.projection for basis in bases.values()]
+        results = project_rows(embeddings, projections, targets, threads=threads)
+        return dict(zip(bases, results, strict=True))
 
     def _basis(self, criterion: str | Basis) -> Basis:
         if isinstance(criterion, Basis):

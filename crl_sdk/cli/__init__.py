@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from crl_sdk._version import __version__
-from crl_sdk.cli import basis, bench, compile, demo, doctor, embed, models, serve, verify
+from crl_sdk.cli import basis, bench, compile, demo, doctor, embed, models, project, serve, verify
 from crl_sdk.cli.console import err, print_error
 from crl_sdk.errors import CrlError
 
@@ -26,6 +26,7 @@ app.command("doctor")(doctor.doctor)
 app.command("compile")(compile.compile_bundle)
 app.add_typer(basis.app, name="basis")
 app.command("embed")(embed.embed)
+app.command("project")(project.project)
 app.command("verify")(verify.verify)
 app.command("serve")(serve.serve)
 app.command("bench")(bench.bench)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from crl_sdk.basis import Basis, basis_path, normalise_criterion
+from crl_sdk.basis import normalise_criterion
 from crl_sdk.cli.console import JsonOption, print_facts, print_json, progress_bar, warn
 from crl_sdk.cli.options import (
     DEFAULT_BASES,
@@ -18,10 +18,11 @@ from crl_sdk.cli.options import (
     BundleOption,
     EngineOption,
     ThreadsOption,
+    load_basis,
     open_embedder,
 )
 from crl_sdk.embedder import Embeddings
-from crl_sdk.errors import CriterionError, ImageError, InvalidInputError, MissingDependencyError
+from crl_sdk.errors import ImageError, InvalidInputError, MissingDependencyError
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -46,7 +47,7 @@ def embed(
     _check_out(out_file)
     paths = _find_images(images)
     names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
-    loaded = [_load_basis(bases, name) for name in names]
+    loaded = [load_basis(bases, name) for name in names]
     with open_embedder(bundle, engine, threads, baked) as embedder, progress_bar() as progress:
         task = progress.add_task("embedding", total=len(paths))
         result = embedder.embed(
@@ -99,17 +100,6 @@ def _find_images(given: Sequence[Path]) -> list[Path]:
         else:
             found.append(path)
     return found
-
-
-def _load_basis(directory: Path, criterion: str) -> Basis:
-    path = basis_path(directory, criterion)
-    if not path.exists():
-        known = sorted(p.stem.replace("+", " ") for p in directory.glob("*.safetensors"))
-        raise CriterionError(
-            f"no basis {criterion!r} in {directory}, known are {known}: make it with "
-            f"crl basis create {criterion!r} --texts FILE"
-        )
-    return Basis.load(path)
 
 
 def _check_out(path: Path) -> None:

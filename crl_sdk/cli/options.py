@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from crl_sdk.basis import Basis
+from crl_sdk.basis import Basis, basis_path
 from crl_sdk.bundle import demo_bundle
 from crl_sdk.cli.console import note
 from crl_sdk.embedder import Embedder
+from crl_sdk.errors import CriterionError
 
 BundleOption = Annotated[
     Path | None,
@@ -51,6 +52,24 @@ def bundle_or_demo(bundle: Path | None) -> Path:
         note("no --bundle: using the demo model, which knows rendered coloured shapes only")
         return demo_bundle()
     return bundle
+
+
+def load_basis(directory: Path, criterion: str) -> Basis:
+    """Load a criterion's basis out of a directory of bases.
+
+    Raises:
+        CriterionError: there is none of that name; the message lists those there are.
+        BasisError: it cannot be read.
+        IntegrityError: it is not a basis file.
+    """
+    path = basis_path(directory, criterion)
+    if not path.exists():
+        known = sorted(p.stem.replace("+", " ") for p in directory.glob("*.safetensors"))
+        raise CriterionError(
+            f"no basis {criterion!r} in {directory}, known are {known}: make it with "
+            f"crl basis create {criterion!r} --texts FILE"
+        )
+    return Basis.load(path)
 
 
 def open_embedder(

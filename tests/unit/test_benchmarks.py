@@ -87,3 +87,15 @@ def test_the_compile_table_has_what_compiled_and_what_was_refused():
     assert row["compiled"] and row["bytes"] > 5e6 and 1e8 < row["peak_memory"] < 6e8
     refused = compile_one("demo", demo_bundle(), "fp32", "sm75")
     assert not refused["compiled"] and "got sm75" in refused["why"]
+
+
+def test_reprojection(tmp_path):
+    from crl_benchmarks import reprojection
+
+    cases = [reprojection.Case(3, 5), reprojection.Case(1, 8, "float16")]
+    document = reprojection.run(3000, 64, cases, rounds=2, directory=tmp_path)
+    for case in document["cases"]:
+        assert all(seconds > 0 for seconds in case["seconds"].values())
+    moved = 4 * 3000 * (64 + 15) / 1e9
+    assert document["cases"][0]["gigabytes_moved"] == round(moved, 3)
+    assert reprojection.markdown(document).count("| 3 × 5, float32 |") == 2
