@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 
-.PHONY: demo test test-slow test-gpu check stubs format wheel-test conformance demo-model eval-demo eval-bases export-parity compile-table bench bench-project load clean
+.PHONY: demo test test-slow test-gpu check stubs format wheel-test conformance demo-model eval-demo eval-bases export-parity compile-table bench bench-project bench-peers load clean
 
 demo: $(VENV)/.demo ## criteria in words, a language model, bases, the service, a report
 	$(BIN)/crl demo
@@ -61,6 +61,9 @@ bench: $(VENV)/.dev ## what conditional embeddings cost over a plain CLIP pass, 
 
 bench-project: $(VENV)/.dev ## re-projection of 1 M stored embeddings against copies, BLAS and NumPy: 3 minutes, 10 GB
 	$(BIN)/python -m crl_benchmarks.reprojection --rounds 3 --out benchmarks/results/reprojection
+
+bench-peers: $(VENV)/.dev ## against peers, each in its own environment: under an hour, some 25 GB in build/
+	$(BIN)/python -m crl_benchmarks.peers --out benchmarks/results/peers
 
 load: $(VENV)/.dev ## ten times what the service can for a minute, then 80 % for five
 	$(BIN)/python -m crl_benchmarks.service_load overload --seconds 60

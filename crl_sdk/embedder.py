@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from crl_sdk.errors import (
     InvalidInputError,
     UnknownCriterionError,
 )
-from crl_sdk.preprocess import DEFAULT_LIMITS, ImageLimits, load_pixels
+from crl_sdk.preprocess import DEFAULT_LIMITS, Decode, ImageLimits, load_pixels
 from crl_sdk.projection import normalise_rows, pack
 from crl_sdk.reproject import project_rows
 
@@ -81,6 +81,7 @@ class Embedder:
         open_text_engine: Callable[[], TextEngine],
         *,
         limits: ImageLimits = DEFAULT_LIMITS,
+        decode: Decode = "exact",
     ) -> None:
         """Store the parts; `Embedder.open` makes them from a bundle's path.
 
@@ -89,9 +90,16 @@ class Embedder:
             image_engine: runs its image tower.
             open_text_engine: makes the text engine when texts are first embedded.
             limits: which images to refuse.
+            decode: how JPEGs are decoded.
+
+        Raises:
+            InvalidInputError: an unknown way of decoding.
         """
+        if decode not in get_args(Decode):
+            raise InvalidInputError(f"expected decode of {get_args(Decode)}, got {decode!r}")
         self.bundle = bundle
         self.limits = limits
+        self.decode: Decode = decode
         self._image_engine = image_engine
         self._open_text_engine = open_text_engine
         self._text_engine: TextEngine | None = None
@@ -108,6 +116,7 @@ class Embedder:
         threads: int | None = None,
         baked: Basis | None = None,
         limits: ImageLimits = DEFAULT_LIMITS,
+        decode: Decode = "exact",
     ) -> Embedder:
         """Open a bundle with an engine of this machine.
 
@@ -120,9 +129,10 @@ class Embedder:
             baked: with a TensorRT engine, take the plan that has this basis fixed in it; the basis
                 is loaded too.
             limits: which images to refuse.
+            decode: `exact`, or `fast` for JPEGs: see `crl_sdk.preprocess.load_pixels`.
 
         Raises:
-            InvalidInputError: no engine of this bundle is called so.
+            InvalidInputError: no engine of this bundle is called so, or an unknown way of decoding.
             BundleError: no such bundle.
             IntegrityError: a file of the bundle was changed.
             EngineError: the engine cannot run here or does not load.
@@ -140,6 +150,7 @@ class Embedder:
             image_engine,
             lambda: open_text_engine(opened, image_engine.description, threads=threads),
             limits=limits,
+            decode=decode,
         )
         if baked is not None:
             embedder.add_basis(baked)
@@ -273,6 +284,20 @@ class Embedder:
         if errors and on_error == "raise":
             raise ImageBatchError(errors, result)
         return result
+
+    def load_pixels(self, image: ImageInput, *, source: str | None = None) -> NDArray[np.uint8]:
+        """Decode one image for this model, under its limits and its way of decoding.
+
+        Args:
+            image: see `crl_sdk.preprocess.load_pixels`, which also says what is raised.
+            source: the name used in errors.
+
+        Returns:
+            (H, W, 3) uint8.
+        """
+        return load_pixels(
+            image, self.bundle.preprocess, limits=self.limits, source=source, decode=self.decode
+        )
 
     def embed_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Embed what `crl_sdk.preprocess` made of images, in one engine run.
@@ -417,7 +442,7 @@ class Embedder:
     def _decode(self, position: int, image: ImageInput) -> NDArray[np.uint8] | ImageError:
         source = None if isinstance(image, str | os.PathLike) else f"image {position}"
         try:
-            return load_pixels(image, self.bundle.preprocess, limits=self.limits, source=source)
+            return self.load_pixels(image, source=source)
         except ImageError as error:
             return error
 

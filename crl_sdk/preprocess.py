@@ -22,10 +22,18 @@ from crl_sdk.errors import ImageError, ImageTooLargeError
 if TYPE_CHECKING:
     ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
 
+Decode: TypeAlias = Literal["exact", "fast"]
+"""How JPEGs are decoded, see `load_pixels`."""
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, KeyError, struct.error)
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+_ORIENTATION = 0x0112
+"""The EXIF tag. What has to be done to a picture of each of its values:"""
+_TURNED, _MIRRORED, _FLIPPED = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
+"""Width and height change places; what is on the right then comes to the left; below to above."""
+
 _CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
@@ -77,6 +85,7 @@ def load_pixels(
     *,
     limits: ImageLimits = DEFAULT_LIMITS,
     source: str | None = None,
+    decode: Decode = "exact",
 ) -> NDArray[np.uint8]:
     """Decode one image and bring it to the model's input size.
 
@@ -90,6 +99,10 @@ def load_pixels(
         spec: the model's preprocessing.
         limits: what to refuse.
         source: the name used in errors; a path's own name by default.
+        decode: `exact` is what models were trained with. `fast` lets libjpeg decode JPEGs at a
+            half, a quarter or an eighth of their size while that is no smaller than what the model
+            takes, and resizes what is not cropped away alone; the pixels differ a little
+            (benchmarks/LOG.md has by how much).
 
     Returns:
         (spec.height, spec.width, 3) uint8, RGB, C-contiguous.
@@ -103,9 +116,10 @@ def load_pixels(
     try:
         _check_size(opened.size, spec, limits, name)
         try:
+            if decode == "fast" and opened.format in ("JPEG", "MPO"):
+                return _load_fast(opened, spec)
             opened.load()
-            upright = ImageOps.exif_transpose(opened)
-            return fit(to_rgb(upright), spec)
+            return fit(to_rgb(ImageOps.exif_transpose(opened)), spec)
         except _DECODE_ERRORS as error:
             raise ImageError(
                 f"the image is damaged or truncated ({error}); send the complete file", source=name
@@ -138,6 +152,36 @@ def fit(image: Image.Image, spec: PreprocessSpec) -> NDArray[np.uint8]:
             image, left, top = canvas, max(left, 0), max(top, 0)
         image = image.crop((left, top, left + spec.width, top + spec.height))
     return np.ascontiguousarray(image, dtype=np.uint8)
+
+
+def _load_fast(opened: Image.Image, spec: PreprocessSpec) -> NDArray[np.uint8]:
+    """Decode a JPEG no larger than needed, then resize the part that is kept."""
+    orientation = opened.getexif().get(_ORIENTATION)
+    turned = orientation in _TURNED
+    width, height = resized_size(opened.size[::-1] if turned else opened.size, spec)
+    drafted = opened.draft(None, (height, width) if turned else (width, height))
+    # what the whole picture measures in pixels of the smaller one, which need not be whole pixels:
+    # its last ones may hold less than others
+    across, down = drafted[1][2:] if drafted is not None else opened.size
+    if turned:
+        across, down = down, across
+    opened.load()
+    image = to_rgb(ImageOps.exif_transpose(opened))
+    x = image.width - across if orientation in _MIRRORED else 0.0
+    y = image.height - down if orientation in _FLIPPED else 0.0
+    left, top = _crop_offset(width, spec.width), _crop_offset(height, spec.height)
+    if width < spec.width or height < spec.height:  # it is padded, not cropped
+        whole = (x, y, x + across, y + down)
+        return fit(image.resize((width, height), _interpolation(spec), box=whole), spec)
+    per_x, per_y = across / width, down / height
+    kept = (
+        x + left * per_x,
+        y + top * per_y,
+        min(x + (left + spec.width) * per_x, image.width),
+        min(y + (top + spec.height) * per_y, image.height),
+    )
+    resized = image.resize((spec.width, spec.height), _interpolation(spec), box=kept)
+    return np.ascontiguousarray(resized, dtype=np.uint8)
 
 
 def resized_size(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from crl_sdk.cli.options import (
     BakedOption,
     BasesOption,
     BundleOption,
+    DecodeOption,
     EngineOption,
     ThreadsOption,
     load_basis,
@@ -40,6 +41,7 @@ def embed(
     engine: EngineOption = "auto",
     baked: BakedOption = None,
     threads: ThreadsOption = None,
+    decode: DecodeOption = "exact",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per engine run.")] = 32,
     as_json: JsonOption = False,
 ) -> None:
@@ -48,7 +50,10 @@ def embed(
     paths = _find_images(images)
     names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
     loaded = [load_basis(bases, name) for name in names]
-    with open_embedder(bundle, engine, threads, baked) as embedder, progress_bar() as progress:
+    with (
+        open_embedder(bundle, engine, threads, baked, decode) as embedder,
+        progress_bar() as progress,
+    ):
         task = progress.add_task("embedding", total=len(paths))
         result = embedder.embed(
             paths,

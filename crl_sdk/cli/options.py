@@ -12,6 +12,7 @@ from crl_sdk.bundle import demo_bundle
 from crl_sdk.cli.console import note
 from crl_sdk.embedder import Embedder
 from crl_sdk.errors import CriterionError
+from crl_sdk.preprocess import Decode
 
 BundleOption = Annotated[
     Path | None,
@@ -41,6 +42,12 @@ BakedOption = Annotated[
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Threads of one engine run; one per core by default.")
+]
+DecodeOption = Annotated[
+    Decode,
+    typer.Option(
+        help="fast: libjpeg shrinks large JPEGs while it decodes them; embeddings drift a little."
+    ),
 ]
 
 DEFAULT_BASES = Path("bases")
@@ -77,6 +84,7 @@ def open_embedder(
     engine: str = "auto",
     threads: int | None = None,
     baked: Path | None = None,
+    decode: Decode = "exact",
 ) -> Embedder:
     """Open the bundle named on the command line, or the demo model."""
     return Embedder.open(
@@ -84,4 +92,5 @@ def open_embedder(
         engine=engine,
         threads=threads,
         baked=Basis.load(baked) if baked is not None else None,
+        decode=decode,
     )

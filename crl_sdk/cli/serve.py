@@ -16,6 +16,7 @@ from crl_sdk.cli.options import (
     BakedOption,
     BasesOption,
     BundleOption,
+    DecodeOption,
     EngineOption,
     ThreadsOption,
     open_embedder,
@@ -33,6 +34,7 @@ def serve(
     engine: EngineOption = "auto",
     baked: BakedOption = None,
     threads: ThreadsOption = None,
+    decode: DecodeOption = "exact",
     max_batch: Annotated[int, typer.Option(min=1, help="Images of one engine run at most.")] = 32,
     max_queue: Annotated[int, typer.Option(min=1, help="Images that may wait.")] = 1024,
     cache_mb: Annotated[int, typer.Option(min=0, help="Of known embeddings; 0 for none.")] = 256,
@@ -102,5 +104,5 @@ def serve(
         otlp=otlp,
         open_model=partial(LocalModel.open, model) if generate else None,
     )
-    with open_embedder(bundle, engine, threads, baked) as embedder:
+    with open_embedder(bundle, engine, threads, baked, decode) as embedder:
         asyncio.run(run(embedder, settings))

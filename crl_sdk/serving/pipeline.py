@@ -25,7 +25,6 @@ from crl_sdk.errors import (
     InvalidInputError,
     OverloadedError,
 )
-from crl_sdk.preprocess import load_pixels
 from crl_sdk.projection import check_embeddings
 from crl_sdk.serving.bases import BasisStore, StoredBasis
 from crl_sdk.serving.batcher import Batcher, Row
@@ -309,7 +308,7 @@ class Pipeline:
         if future.cancelled() or (deadline is not None and deadline <= now):
             return self.batcher.give_up(future, now)
         try:
-            return load_pixels(source, self.embedder.bundle.preprocess, limits=self.embedder.limits)
+            return self.embedder.load_pixels(source)
         except Exception as error:  # whatever it is, its caller must hear of it
             return error
 

@@ -223,3 +223,46 @@ def test_resized_size_covers_or_fits_the_target(width, height, mode, target):
         assert 1 <= new_width <= spec.width and 1 <= new_height <= spec.height
     else:
         assert (new_width, new_height) == (spec.width, spec.height)
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("target", [(64, 64), (48, 64)])
+@pytest.mark.parametrize(
+    "size", [(640, 480), (479, 641), (131, 129), (64, 64), (40, 30), (900, 64)]
+)
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_fast_decoding_gives_nearly_the_same_picture(mode, target, size, orientation):
+    spec = PreprocessSpec(*target, (0, 0, 0), (1, 1, 1), resize_mode=mode, fill=77)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(gradient(*size), "JPEG", quality=95, exif=exif)
+    exact, fast = (load_pixels(data, spec, decode=way) for way in ("exact", "fast"))
+    assert fast.shape == exact.shape and fast.dtype == np.uint8 and fast.flags.c_contiguous
+    difference = np.abs(exact.astype(int) - fast)
+    # half a pixel off would be 255 / 64 / 2 = 2 on average; ringing at the edge of the padding more
+    assert difference.mean() < 1.0
+    assert np.percentile(difference, 98) <= 4
+
+
+def test_fast_decoding_concerns_large_jpegs_alone():
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (200, 200, 3), np.uint8))
+    for data in (encode(noise), noise, np.asarray(noise), encode(noise, "WEBP")):
+        exact, fast = (load_pixels(data, SPEC, decode=way) for way in ("exact", "fast"))
+        np.testing.assert_array_equal(exact, fast)
+    small, large = encode(noise.resize((64, 64)), "JPEG"), encode(noise, "JPEG")
+    assert (load_pixels(small, SPEC) == load_pixels(small, SPEC, decode="fast")).all()
+    assert (load_pixels(large, SPEC) != load_pixels(large, SPEC, decode="fast")).any()
+
+
+def test_fast_decoding_refuses_what_exact_decoding_refuses():
+    data = encode(gradient(640, 480), "JPEG")
+    for bad in (data[:-3000], data[:300], b"\xff\xd8\xff\xe0"):
+        with pytest.raises(ImageError):
+            load_pixels(bad, SPEC, decode="fast")
+    with pytest.raises(ImageTooLargeError):
+        load_pixels(data, SPEC, decode="fast", limits=ImageLimits(max_pixels=100_000))
+    for kind in ("L", "CMYK"):
+        converted = encode(gradient(640, 480).convert(kind), "JPEG")
+        exact, fast = (load_pixels(converted, SPEC, decode=way) for way in ("exact", "fast"))
+        assert np.abs(exact.astype(int) - fast).mean() < 1.0
