@@ -65,6 +65,10 @@ bench-project: $(VENV)/.dev ## re-projection of 1 M stored embeddings against co
 bench-peers: $(VENV)/.dev ## against peers, each in its own environment: under an hour, some 25 GB in build/
 	$(BIN)/python -m crl_benchmarks.peers --out benchmarks/results/peers
 
+bench-peers: $(VENV)/.dev ## crl and its peers side by side: under an hour, 32 GB for their environments
+	$(BIN)/python -m crl_benchmarks.peers
+	$(BIN)/python -m crl_benchmarks.peers --readme
+
 load: $(VENV)/.dev ## ten times what the service can for a minute, then 80 % for five
 	$(BIN)/python -m crl_benchmarks.service_load overload --seconds 60
 	$(BIN)/python -m crl_benchmarks.service_load soak --seconds 300

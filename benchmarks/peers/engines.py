@@ -1,0 +1,208 @@
+"""Engines in process: every peer does the same work in turn, round by round."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from crl_benchmarks.peers.catalogue import EnginePeer, Inputs, Setup
+from crl_benchmarks.peers.environments import OWN
+from crl_benchmarks.peers.protocol import Worker, WorkerError, median_ms
+from crl_benchmarks.peers.records import EngineRow
+from crl_sdk import parity
+
+AGREES = 0.999
+"""Least cosine of any picture with the reference, for a peer in fp32; else its row is void."""
+
+AGREES_LOW = 0.98
+"""Likewise for bf16 and int8, which approximate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        rounds: of all work.
+        seconds: of one kind of work in one round.
+        batches: sizes of runs on ready pixels.
+        embed_batches: sizes of batches from JPEGs to rows.
+        pictures: JPEGs from which rows are made.
+    """
+
+    rounds: int = 5
+    seconds: float = 1.0
+    batches: tuple[int, ...] = (1, 8, 16, 32)
+    embed_batches: tuple[int, ...] = (16, 32)
+    pictures: int = 64
+
+
+@dataclass(slots=True)
+class _Running:
+    """A worker that has agreed so far, and what was measured of it."""
+
+    peer: EnginePeer
+    worker: Worker
+    row: EngineRow
+    whole: bool
+    rounds: dict[str, list[float]] = field(default_factory=dict)
+
+
+def measure_engines(peers: Sequence[EnginePeer], setup: Setup, plan: Plan) -> list[EngineRow]:
+    """Start all peers, check that they agree, and time them in turn.
+
+    Args:
+        peers: to measure.
+        setup: what they are given.
+        plan: what is measured.
+
+    Returns:
+        A row for each peer, in their order.
+    """
+    rows: dict[str, EngineRow] = {}
+    with ExitStack() as stack:
+        running: list[_Running] = []
+        for peer in peers:
+            skipped = setup.environments[peer.environment].skipped
+            if not skipped:
+                setup.tell(f"opening {peer.name}")
+                try:
+                    if peer.prepares:
+                        with _start(peer, setup) as before:
+                            before.ask("open")
+                except WorkerError as error:
+                    rows[peer.name] = _row(peer, skipped=str(error))
+                    continue
+                worker = stack.enter_context(_start(peer, setup))
+                try:
+                    running.append(_open(peer, worker, setup))
+                    continue
+                except WorkerError as error:
+                    worker.close()
+                    skipped = str(error)
+            rows[peer.name] = _row(peer, skipped=skipped)
+        for number in range(plan.rounds):
+            for work in _works(plan):
+                turn = number % max(len(running), 1)  # no one is always the first
+                setup.tell(f"engines, round {number + 1} of {plan.rounds}: {work}")
+                for each in [*running[turn:], *running[:turn]]:
+                    warm = number == 0 or not work.startswith("embed")
+                    _time(each, work, setup.given, plan, warm=warm)
+        for each in running:
+            rows[each.peer.name] = msgspec.structs.replace(
+                each.row,
+                peak_bytes=None if each.row.skipped else _peak(each.worker),
+                rounds={name: tuple(values) for name, values in each.rounds.items()},
+            )
+    return [rows[peer.name] for peer in peers]
+
+
+def compare(
+    rows: NDArray[np.float32], reference: NDArray[np.float32], precision: str
+) -> tuple[parity.Parity, str]:
+    """Compare embeddings of any norm with the reference.
+
+    Returns:
+        How far they are, and why they do not count (empty if they do).
+    """
+    if rows.shape != reference.shape:
+        nothing = parity.compare(reference, np.zeros_like(reference))
+        return nothing, f"expected rows of shape {reference.shape}, got {rows.shape}"
+    norms = np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+    found = parity.compare(reference, rows / norms)
+    least = AGREES if precision == "fp32" else AGREES_LOW
+    if not found.cosine_min >= least:  # NaN too
+        return found, f"cosine {found.cosine_min:.5f}, at least {least} is required"
+    return found, ""
+
+
+def _start(peer: EnginePeer, setup: Setup) -> Worker:
+    given = setup.given
+    return Worker(
+        setup.pythons[peer.environment],
+        peer.script,
+        {"threads": given.threads, **peer.options(given)},
+        log=setup.logs / f"{peer.name.replace(' ', '-')}.log",
+        environment={**_offline(given.threads), **peer.variables(given)},
+    )
+
+
+def _offline(threads: int) -> dict[str, str]:
+    count = str(threads)
+    return {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+
+
+def _open(peer: EnginePeer, worker: Worker, setup: Setup) -> _Running:
+    """Wait for a worker's first embedding, and check that it agrees."""
+    reference = setup.reference
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(Path(folder) / "rows.npy")
+        files = [str(path) for path in setup.given.pictures[: len(reference)]]
+        worker.ask("embed", files=files[:1], batch=1, out=out)
+        started = time.perf_counter() - worker.started
+        opened = worker.ask("open")
+        worker.ask("embed", files=files, batch=16, out=out)
+        found, void = compare(np.load(out), reference, peer.precision)
+    row = _row(
+        peer,
+        settings=opened["settings"],
+        cosine_mean=found.cosine_mean,
+        cosine_min=found.cosine_min,
+        centred_cosine_min=found.centred_cosine_min,
+        void=void,
+        start_seconds=round(started, 3),
+    )
+    return _Running(peer, worker, row, bool(opened["whole"]))
+
+
+def _row(peer: EnginePeer, **known: object) -> EngineRow:
+    return msgspec.convert(
+        {
+            "name": peer.name,
+            "environment": peer.environment,
+            "ours": peer.environment == OWN,
+            "precision": peer.precision,
+            **known,
+        },
+        EngineRow,
+    )
+
+
+def _works(plan: Plan) -> list[str]:
+    runs = [f"run {batch}" for batch in plan.batches]
+    return ["decode", "image", *runs, *(f"embed {batch}" for batch in plan.embed_batches)]
+
+
+def _time(each: _Running, work: str, given: Inputs, plan: Plan, *, warm: bool) -> None:
+    """Time one kind of work; a peer that fails is out, and says why."""
+    if each.row.skipped or (each.whole and work.startswith(("decode", "run"))):
+        return
+    what, _, size = work.partition(" ")
+    batch = int(size or 1)
+    files = [str(path) for path in given.pictures[: plan.pictures]]
+    try:
+        reply = each.worker.ask(
+            "time", what=what, files=files, batch=batch, warm=warm, least=1,
+            seconds=0.0 if what == "embed" else plan.seconds * (0.3 if what == "decode" else 1.0),
+        )  # fmt: skip
+    except WorkerError as error:
+        each.worker.close()
+        each.row = msgspec.structs.replace(each.row, skipped=f"{work}: {error}")
+        return
+    ms = median_ms(reply["seconds"]) / (len(files) if what == "embed" else 1)
+    each.rounds.setdefault(work, []).append(round(ms, 4))
+
+
+def _peak(worker: Worker) -> int | None:
+    try:
+        return worker.ask("status")["peak_bytes"]
+    except WorkerError:
+        return None

@@ -1,0 +1,266 @@
+"""A report as Markdown, and the part of the README that is made from it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from crl_benchmarks.peers.catalogue import CRL_FP32
+from crl_benchmarks.peers.records import EngineRow, Environment, Report, ServiceRow, Verdict
+from crl_benchmarks.peers.verdicts import compared
+from crl_sdk.errors import InvalidInputError
+
+BEGIN = "<!-- from benchmarks/results/peers.json, by python -m crl_benchmarks.peers --readme -->"
+END = "<!-- end of what is from benchmarks/results/peers.json -->"
+
+
+def markdown(report: Report) -> str:
+    """Lay out a report."""
+    machine = report.machine
+    cores = f"{machine.get('cores', '?')} cores"
+    parts = [
+        "# Against peers",
+        f"`{report.command}` at {report.commit}, {report.time}, {report.seconds / 60:.0f} minutes, "
+        f"on {machine.get('processor', '?')} ({cores}, {machine.get('features', '')}, "
+        f"{machine.get('memory', '?')}). Random ViT-B/32, the same weights and the same JPEGs for "
+        "all; medians over the rounds, in which all take turns.",
+        "## Targets",
+        _table(
+            ("target", "measured", "wanted", "against", ""),
+            (_verdict(each) for each in report.verdicts),
+        ),
+        "## Engines",
+        "Milliseconds of one 640×480 JPEG (decoded and run) and of one image whose pixels are "
+        "ready; images per second of batches whose pixels are ready, and of batches with decoding. "
+        "The ratio is to crl fp32: above 1 is faster than it.",
+        _table(
+            ("engine", "JPEG, ms", "run, ms", "8, /s", "16, /s", "32, /s", "with decoding, /s",
+             "ratio at 1", "ratio at 16", "cosine min", "start, s", "peak, MB"),
+            _engines(report.engines),
+        ),
+        "## Services",
+        "Closed loops find the throughput; open loops are Poisson arrivals. Memory is the sum of "
+        "the peaks of all processes of a service.",
+        _table(
+            ("service", "saturation, /s", "one caller, p50 ms", "start, s", "peak, MB",
+             "cosine min"),
+            _services(report.services),
+        ),
+        _table(
+            ("service", "load", "offered", "failed", "served, /s", "p50 ms", "p99 ms", "95 %"),
+            _loads(report.services),
+        ),
+        *_absent([*report.engines, *report.services]),
+        "## Settings",
+        *_settings(report),
+        _table(
+            ("environment", "Python", "versions", "made in, s"),
+            (_environment(each) for each in report.environments),
+        ),
+    ]  # fmt: skip
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def readme(report: Report) -> str:
+    """Give what stands between the markers of the README."""
+    engines = [row for row in report.engines if row.counts]
+    services = [row for row in report.services if row.counts]
+    machine = report.machine
+    lines = [
+        f"Random ViT-B/32, 640×480 JPEGs, {machine.get('cores', '?')} cores of "
+        f"{machine.get('processor', '?')} ({machine.get('features', '')}), all in one run "
+        "(`make bench-peers`; [everything, and what was missed](benchmarks/results/peers.md)).",
+        "",
+        _table(
+            ("engine", "one image, ms", "batches of 16, images/s", "cosine with fp32", "peak, MB"),
+            (
+                (
+                    _bold(row.name, ours=row.ours),
+                    _number(row.ms("run 1") or row.ms("image"), ".1f"),
+                    _number(row.per_second("run 16") or row.per_second("embed 16"), ".1f"),
+                    _cosine(row.cosine_mean),
+                    _megabytes(row.peak_bytes),
+                )
+                for row in engines
+            ),
+        ),
+    ]
+    if services:
+        lines += [
+            "",
+            _table(
+                ("service", "images/s at most", "p50 of one caller, ms", "start, s", "peak, MB"),
+                (
+                    (
+                        _bold(row.name, ours=row.ours),
+                        f"{row.saturation:.1f}",
+                        _alone(row),
+                        _number(statistics.median(row.start_seconds), ".1f"),
+                        _megabytes(row.peak_bytes),
+                    )
+                    for row in services
+                ),
+            ),
+        ]
+    whole = [row.name for row in engines if "run 1" not in row.rounds]
+    if whole:
+        lines += ["", f"With decoding, which cannot be taken off: {', '.join(whole)}."]
+    return "\n".join(lines)
+
+
+def rewritten(text: str, report: Report) -> str:
+    """Put a report's part into a README's text.
+
+    Raises:
+        InvalidInputError: the markers are not there, once each and in this order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise InvalidInputError(f"expected the README to have {BEGIN!r} and then {END!r}, once")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    return f"{before}{BEGIN}\n\n{readme(report)}\n\n{END}{after}"
+
+
+def update_readme(path: Path, report: Report, *, check: bool) -> bool:
+    """Rewrite a README from a report.
+
+    Args:
+        path: of the README.
+        report: to take the figures from.
+        check: only look.
+
+    Returns:
+        Whether it was as the report has it.
+
+    Raises:
+        InvalidInputError: it has no markers.
+    """
+    text = path.read_text(encoding="utf-8")
+    wanted = rewritten(text, report)
+    if wanted != text and not check:
+        path.write_text(wanted, encoding="utf-8")
+    return wanted == text
+
+
+def _engines(rows: Sequence[EngineRow]) -> Iterable[Sequence[str]]:
+    base = next((row for row in rows if row.name == CRL_FP32 and row.counts), None)
+    for row in rows:
+        if row.skipped:
+            continue
+        embeds = [row.per_second(work) for work in row.rounds if work.startswith("embed")]
+        yield (
+            _bold(row.name, ours=row.ours) + (f" (**void**: {row.void})" if row.void else ""),
+            _number(row.ms("image"), ".1f"),
+            _number(row.ms("run 1"), ".1f"),
+            *(_number(row.per_second(f"run {batch}"), ".1f") for batch in (8, 16, 32)),
+            _number(max((each for each in embeds if each), default=None), ".1f"),
+            *(_ratio(base, row, batch) for batch in (1, 16)),
+            _cosine(row.cosine_min),
+            _number(row.start_seconds, ".1f"),
+            _megabytes(row.peak_bytes),
+        )
+
+
+def _ratio(base: EngineRow | None, row: EngineRow, batch: int) -> str:
+    found = compared(row, base, batch) if base is not None else None
+    return "" if found is None else f"{found[0]:.2f}"
+
+
+def _services(rows: Sequence[ServiceRow]) -> Iterable[Sequence[str]]:
+    for row in rows:
+        if not row.skipped:
+            yield (
+                _bold(row.name, ours=row.ours) + (f" (**void**: {row.void})" if row.void else ""),
+                f"{row.saturation:.1f}",
+                _alone(row),
+                " ".join(f"{each:.1f}" for each in row.start_seconds),
+                _megabytes(row.peak_bytes),
+                _cosine(row.cosine_min),
+            )
+
+
+def _loads(rows: Sequence[ServiceRow]) -> Iterable[Sequence[str]]:
+    loads = dict.fromkeys((run.mode, run.load, run.share) for row in rows for run in row.runs)
+    for mode, load, share in loads:
+        for row in rows:
+            run = next(
+                (r for r in row.runs if (r.mode, r.load, r.share) == (mode, load, share)), None
+            )
+            if run is None:
+                continue
+            unit = "callers" if mode == "closed" else "calls/s"
+            of = "" if share is None else f" ({share:.0%} of PyTriton's saturation)"
+            yield (
+                _bold(row.name, ours=row.ours),
+                f"{load:g} {unit}{of}",
+                str(run.offered),
+                str(run.failed),
+                f"{run.per_second:.1f}",
+                _number(run.p50_ms, ".1f", missing="∞"),
+                _number(run.p99_ms, ".1f", missing="∞"),
+                f"{_number(run.p99_low_ms, '.0f')}–{_number(run.p99_high_ms, '.0f')}"
+                if run.p99_low_ms is not None and run.p99_high_ms is not None
+                else "",
+            )
+
+
+def _absent(rows: Sequence[EngineRow | ServiceRow]) -> list[str]:
+    lines = [f"- {row.name}: skipped: {row.skipped}" for row in rows if row.skipped]
+    return ["## Not measured", "\n".join(lines)] if lines else []
+
+
+def _settings(report: Report) -> Iterable[str]:
+    lines = [f"- {name}: {value}" for name, value in report.settings.items()]
+    for row in [*report.engines, *report.services]:
+        if row.settings:
+            lines.append(f"- {row.name}: {row.settings}")
+    return ["\n".join(lines)]
+
+
+def _verdict(each: Verdict) -> Sequence[str]:
+    wanted = "at least" if each.at_least else "at most"
+    told = each.told if each.held else f"**{each.told}**"
+    return (
+        each.target,
+        "" if each.measured is None else f"{each.measured:.3g} {each.unit}",
+        f"{wanted} {each.required:g} {each.unit}",
+        each.against,
+        told,
+    )
+
+
+def _environment(each: Environment) -> Sequence[str]:
+    if each.skipped:
+        return (each.name, "", f"skipped: {each.skipped}", "")
+    told = ", ".join(f"{name} {version}" for name, version in each.versions.items())
+    return (each.name, each.python, told, f"{each.seconds:.0f}" if each.seconds else "")
+
+
+def _alone(row: ServiceRow) -> str:
+    run = row.find("closed", 1.0)
+    return _number(run.p50_ms if run else None, ".1f")
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [" | ".join(row) for row in rows]
+    if not lines:
+        return ""
+    rule = "|".join("---" for _ in heads)
+    return "\n".join([f"| {' | '.join(heads)} |", f"|{rule}|", *(f"| {line} |" for line in lines)])
+
+
+def _bold(name: str, *, ours: bool) -> str:
+    return f"**{name}**" if ours else name
+
+
+def _number(value: float | None, form: str, missing: str = "") -> str:
+    return missing if value is None else f"{value:{form}}"
+
+
+def _cosine(value: float | None) -> str:
+    return _number(value, ".5f")
+
+
+def _megabytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 1e6:.0f}"

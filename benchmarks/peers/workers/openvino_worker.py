@@ -1,0 +1,72 @@
+"""OpenVINO on the bundle's fp32 graph: f32, bf16, or int8 as NNCF quantises a transformer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import loop
+import numpy as np
+import pillow_pixels
+
+
+class OpenVino(loop.Engine):
+    """A compiled model on the CPU, for one request at a time."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        """Compile `onnx` in `precision`."""
+        import openvino
+
+        core, precision = openvino.Core(), options["precision"]
+        if precision == "int8":
+            kept = Path(options["int8"])
+            if not kept.exists():
+                self._quantise(core, options, kept)
+            model = core.read_model(kept)
+        else:
+            model = _tower(core.read_model(options["onnx"]))
+        hint = {"f32": "f32", "bf16": "bf16", "int8": "f32"}[precision]
+        told = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": hint,
+            "INFERENCE_NUM_THREADS": options["threads"],
+        }
+        self._request = core.compile_model(model, "CPU", told).create_infer_request()
+        self.settings = (
+            f"LATENCY hint (two streams of half the batch each are no faster), {hint} activations, "
+            "threads = cores" + (", NNCF post-training quantisation" if precision == "int8" else "")
+        )
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """See `loop.Engine.decode`."""
+        return pillow_pixels.decode(data)
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        """See `loop.Engine.run`."""
+        return next(iter(self._request.infer({0: batch}).values()))
+
+    def _quantise(self, core: Any, options: dict[str, Any], kept: Path) -> None:
+        import nncf
+        import openvino
+
+        pictures = [self.decode(Path(file).read_bytes())[None] for file in options["calibration"]]
+        quantised = nncf.quantize(
+            _tower(core.read_model(options["onnx"])),
+            nncf.Dataset(pictures),
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(pictures),
+        )
+        openvino.save_model(quantised, kept, compress_to_fp16=False)
+
+
+def _tower(model: Any) -> Any:
+    """Cut the graph down to pixels in, embedding out: OpenVINO takes no bases of zero texts."""
+    import openvino
+
+    embedding = next(each for each in model.outputs if "embedding" in each.get_names())
+    image = next(each for each in model.get_parameters() if each.get_friendly_name() == "image")
+    return openvino.Model([embedding], [image])
+
+
+if __name__ == "__main__":
+    loop.run(OpenVino)
