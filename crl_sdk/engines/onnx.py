@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 
+_SPIN = "20"
+"""Microseconds that a thread of ONNX Runtime waits for work before it sleeps. Its own default of a
+millisecond keeps the cores from those who decode pictures; no wait at all makes single images
+slower (benchmarks/LOG.md). Releases that do not know the setting ignore it."""
+
+
 class OnnxImageEngine:
     """An image graph in an ONNX Runtime session; see `crl_sdk.engines.ImageEngine`."""
 
@@ -235,6 +241,7 @@ def open_session(
     session_options.log_severity_level = 3
     session_options.intra_op_num_threads = threads or 0
     session_options.inter_op_num_threads = 1
+    session_options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN)
     if device == "cpu" and precision == "fp16":
         # ONNX Runtime 1.32's layout pass (NchwcTransformer) crashes on half-precision ViTs, and
         # its blocked convolutions are for fp32 alone
