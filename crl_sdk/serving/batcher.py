@@ -13,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +84,13 @@ class Batcher:
     """
 
     def __init__(
-        self, run: Run, probe: NDArray[np.uint8], *, max_batch: int = 32, max_queue: int = 512
+        self,
+        run: Run,
+        probe: NDArray[np.uint8],
+        *,
+        max_batch: int = 32,
+        max_queue: int = 512,
+        turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         """Store the settings.
 
@@ -92,6 +99,7 @@ class Batcher:
             probe: (1, H, W, 3) uint8; after a failed run it tells whether the engine still lives.
             max_batch: images of one run at most.
             max_queue: images that may wait.
+            turn: what a batch is taken and run in; it may wait, and more images come meanwhile.
         """
         self.max_batch = max_batch
         self.max_queue = max_queue
@@ -100,6 +108,7 @@ class Batcher:
         self.on_batch: Callable[[int], None] | None = None
         self._run = run
         self._probe = probe
+        self._turn = turn
         self._waiting: OrderedDict[str, deque[_Item]] = OrderedDict()
         self._depth = 0
         self._changed = threading.Condition()
@@ -205,10 +214,12 @@ class Batcher:
                     self._changed.wait()
                 if not self._depth and self._stopping:
                     return
-                batch, dropped = self._take()
-            self._deliver([(item, self.give_up(item.future, item.submitted)) for item in dropped])
-            if batch:
-                self._deliver(self._infer(batch))
+            with self._turn():
+                with self._changed:
+                    batch, dropped = self._take()
+                outcomes = self._infer(batch) if batch else []
+            given_up = [(item, self.give_up(item.future, item.submitted)) for item in dropped]
+            self._deliver([*given_up, *outcomes])
             if self.failed is not None:
                 self._revive()
 

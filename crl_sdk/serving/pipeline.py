@@ -29,6 +29,7 @@ from crl_sdk.projection import check_embeddings
 from crl_sdk.serving.bases import BasisStore, StoredBasis
 from crl_sdk.serving.batcher import Batcher, Row
 from crl_sdk.serving.cache import EmbeddingCache
+from crl_sdk.serving.turns import Turns
 
 Source = bytes | NDArray[Any]
 
@@ -154,11 +155,14 @@ class Pipeline:
         self.limits = limits
         self.cache = EmbeddingCache(limits.cache_bytes)
         spec = embedder.bundle.preprocess
+        on_cpu = embedder.engine.startswith("onnx/cpu/")
+        self._turns = Turns(limits.max_batch) if on_cpu else None
         self.batcher = Batcher(
             embedder.embed_pixels,
             np.zeros((1, spec.height, spec.width, 3), np.uint8),
             max_batch=limits.max_batch,
             max_queue=limits.max_queue,
+            turn=self._turns.engine if self._turns is not None else contextlib.nullcontext,
         )
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="crl-decode")
         self._in_works = 0
@@ -278,11 +282,14 @@ class Pipeline:
         left = threading.Semaphore(len(wanted) - 1)
 
         def decode(i: int) -> None:
-            decoded[i] = self._decode(wanted[i][0], futures[i], deadline)
-            if not left.acquire(blocking=False):  # the last one: all go on, without a detour
-                timing.preprocess = time.monotonic() - started
-                self._hand_over(decoded, futures, deadline, client)
+            with self._turns.decoding() if self._turns is not None else contextlib.nullcontext():
+                decoded[i] = self._decode(wanted[i][0], futures[i], deadline)
+                if not left.acquire(blocking=False):  # the last one: all go on, without a detour
+                    timing.preprocess = time.monotonic() - started
+                    self._hand_over(decoded, futures, deadline, client)
 
+        if self._turns is not None:
+            self._turns.expect(len(wanted))
         for i in range(len(wanted)):
             self._decoders.submit(decode, i)
         try:
