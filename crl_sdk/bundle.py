@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from crl_sdk.errors import BundleError, IntegrityError
@@ -56,8 +57,13 @@ class ModelBundle:
                 "directory that `crl export` wrote"
             ) from error
         manifest = parse_manifest(text, where=str(directory / MANIFEST))
-        for name, entry in manifest.files.items():
-            _verify(directory, name, entry)
+        with ThreadPoolExecutor() as pool:  # digests are computed without Python's lock
+            checks = [
+                pool.submit(_verify, directory, name, entry)
+                for name, entry in manifest.files.items()
+            ]
+        for check in checks:
+            check.result()
         return cls(directory, manifest)
 
     @property

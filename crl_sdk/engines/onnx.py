@@ -241,6 +241,7 @@ def open_session(
     session_options.log_severity_level = 3
     session_options.intra_op_num_threads = threads or 0
     session_options.inter_op_num_threads = 1
+    session_options.enable_mem_pattern = False  # it keeps a plan, and memory, for each batch size
     session_options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN)
     if device == "cpu" and precision == "fp16":
         # ONNX Runtime 1.32's layout pass (NchwcTransformer) crashes on half-precision ViTs, and

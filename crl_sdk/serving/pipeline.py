@@ -155,7 +155,7 @@ class Pipeline:
         self.limits = limits
         self.cache = EmbeddingCache(limits.cache_bytes)
         spec = embedder.bundle.preprocess
-        on_cpu = embedder.engine.startswith("onnx/cpu/")
+        on_cpu = embedder.engine.split("/")[1] == "cpu"
         self._turns = Turns(limits.max_batch) if on_cpu else None
         self.batcher = Batcher(
             embedder.embed_pixels,
@@ -174,10 +174,13 @@ class Pipeline:
         self.batcher.start(asyncio.get_running_loop())
 
     async def warm_up(self) -> None:
-        """Run the engine through the real queue, at batch 1 and at the largest batch."""
+        """Run the engine through the real queue: one image, and on a GPU the largest batch too.
+
+        On a CPU nothing is compiled or set aside for a size of batch.
+        """
         spec = self.embedder.bundle.preprocess
         blank = np.zeros((spec.height, spec.width, 3), np.uint8)
-        for count in (1, self.limits.max_batch):
+        for count in (1,) if self._turns is not None else (1, self.limits.max_batch):
             await asyncio.gather(
                 *self.batcher.submit([blank] * count, deadline=None, client="warm-up")
             )
