@@ -32,7 +32,9 @@ from crl_sdk.projection import Post, Projection
 SCHEMA = 1
 SUFFIX = ".safetensors"
 
-Method: TypeAlias = Literal["cosine", "centred"]
+Method: TypeAlias = Literal[
+    "cosine", "centred", "orthogonal", "pca", "tangent", "exclusive", "exclusive-orthogonal"
+]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 _CRITERION = re.compile(r"[a-z0-9][a-z0-9 _-]{0,63}")
@@ -80,12 +82,13 @@ class Basis:
         counts: how many given texts each of them stands for.
         prompts: templates with one `{}`; a text's embedding is the mean over all of them.
         text_embeddings: (k, d) float32, unit rows.
-        projection: the affine map, from (d,) to (k,).
-        method: how the map was made of the texts.
+        projection: the affine map, from (d,) to (m,); m is k where its columns are texts.
+        method: how the map was made of the texts, see `crl_sdk.methods`.
         fingerprint: of the model bundle.
         merge_threshold: cosine from which two texts were taken for one.
         merged: the texts left out as duplicates.
-        provenance: JSON values that say where the texts came from.
+        provenance: JSON values that say where the texts came from, and under `references` and
+            `siblings` how many images and which criteria the map was made with.
     """
 
     criterion: str

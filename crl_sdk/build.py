@@ -1,4 +1,4 @@
-"""Texts → basis: duplicates merged, prompts averaged, and the affine map made from the texts."""
+"""Texts → basis: duplicates merged and prompts averaged; `crl_sdk.methods` makes the affine map."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from crl_sdk.basis import METHODS, Basis, MergedText, Method, normalise_criterion
+from crl_sdk.basis import Basis, MergedText, Method, normalise_criterion
 from crl_sdk.errors import BasisError, InvalidInputError
-from crl_sdk.projection import EPSILON, Post, Projection, check_embeddings
+from crl_sdk.methods import make_projection
+from crl_sdk.projection import EPSILON, Post
 
 DEFAULT_PROMPT = "{}"
 DEFAULT_MERGE_THRESHOLD = 0.995
@@ -29,6 +30,7 @@ def build_basis(
     post: Post = "l2",
     merge_threshold: float = DEFAULT_MERGE_THRESHOLD,
     reference: NDArray[np.floating] | None = None,
+    siblings: Sequence[Basis] = (),
     provenance: Mapping[str, Any] | None = None,
 ) -> Basis:
     """Make a basis from texts (Conditional Representation Learning, arXiv 2510.04564).
@@ -43,16 +45,18 @@ def build_basis(
         embed_text: texts to (n, d) float32 unit rows; the model's text tower.
         fingerprint: of the model behind `embed_text`.
         prompts: templates with one `{}` for the text. Over several, embeddings are averaged.
-        method: how to make the map of the texts T (k, d), see `make_projection`.
+        method: how to make the map of the texts, see `crl_sdk.methods`.
         post: normalisation of the conditional embedding.
         merge_threshold: cosine in (0, 1]; 1 merges exact duplicates only.
-        reference: (n, d) embeddings of typical images; their mean is removed (`centred` only).
+        reference: (n, d) embeddings of typical images; their mean is removed from every image.
+        siblings: bases of other criteria, for the methods that begin with `exclusive`.
         provenance: JSON values to keep with the basis.
 
     Raises:
         CriterionError: the criterion is malformed.
-        InvalidInputError: no texts, too few for the method, a malformed prompt, threshold or
-            reference.
+        BasisMismatchError: a sibling is another model's.
+        InvalidInputError: no texts, too few for the method, a malformed prompt or threshold;
+            references or siblings that the method does not take or lacks.
     """
     name = normalise_criterion(criterion)
     checked_prompts = _check_prompts(prompts)
@@ -62,18 +66,27 @@ def build_basis(
     embeddings = embed_with_prompts(distinct, checked_prompts, embed_text)
     kept, counts, near = _merge_near(distinct, counts, embeddings, merge_threshold)
     unit = embeddings[kept]
+    for sibling in siblings:
+        sibling.require_fingerprint(fingerprint)
+    projection = make_projection(
+        unit, method, post=post, reference=reference,
+        siblings=[sibling.text_embeddings for sibling in siblings],
+    )  # fmt: skip
+    made_with: dict[str, Any] = {} if reference is None else {"references": len(reference)}
+    if siblings:
+        made_with["siblings"] = [sibling.criterion for sibling in siblings]
     return Basis(
         criterion=name,
         texts=tuple(distinct[i] for i in kept),
         counts=tuple(counts),
         prompts=checked_prompts,
         text_embeddings=unit,
-        projection=make_projection(unit, method, post=post, reference=reference),
+        projection=projection,
         method=method,
         fingerprint=fingerprint,
         merge_threshold=merge_threshold,
         merged=(*merged, *near),
-        provenance=dict(provenance or {}),
+        provenance={**(provenance or {}), **made_with},
     )
 
 
@@ -100,13 +113,13 @@ def edit_basis(
     Raises:
         BasisMismatchError: the basis is another model's.
         InvalidInputError: a text to remove is not there, or too few would be left.
-        BasisError: the basis was centred on reference images, which it does not hold.
+        BasisError: the basis was made with reference images or siblings, which it does not hold.
     """
     basis.require_fingerprint(fingerprint)
-    if basis.projection.bias.any():
+    if used := [name for name in ("references", "siblings") if name in basis.provenance]:
         raise BasisError(
-            f"basis {basis.criterion!r} was centred on reference images, which it does not hold: "
-            "make it again with build_basis(…, reference=…)"
+            f"basis {basis.criterion!r} was made with {' and '.join(used)}, which it does not "
+            "hold: make it again with build_basis(…)"
         )
     texts = [*basis.texts, *(merged.text for merged in basis.merged)]
     gone = {_folded(text) for text in remove}
@@ -127,53 +140,6 @@ def edit_basis(
         merge_threshold=basis.merge_threshold,
         provenance={**basis.provenance, "edits": edits},
     )
-
-
-def make_projection(
-    text_embeddings: NDArray[np.float32],
-    method: Method,
-    *,
-    post: Post = "l2",
-    reference: NDArray[np.floating] | None = None,
-) -> Projection:
-    """Make the affine map of a basis.
-
-    `cosine`: R = I·Tᵀ, the paper's own (arXiv 2510.04564).
-    `centred`: R = (I − μ)·(T − t̄)ᵀ with t̄ the mean text, and μ the mean of `reference` or 0. It
-    removes what all texts have in common, which in raw cosines hides nearly all variation.
-
-    Args:
-        text_embeddings: (k, d) float32, unit rows.
-        method: one of `METHODS`.
-        post: normalisation of the rows of R.
-        reference: (n, d) embeddings of typical images, or None.
-
-    Raises:
-        InvalidInputError: unknown method, a reference that `cosine` does not take, or `centred`
-            with fewer than two texts.
-    """
-    k, d = text_embeddings.shape
-    if method == "cosine":
-        if reference is not None:
-            raise InvalidInputError(
-                "the method 'cosine' takes no reference embeddings; use 'centred'"
-            )
-        return Projection(np.ascontiguousarray(text_embeddings.T), np.zeros(k, np.float32), post)
-    if method != "centred":
-        raise InvalidInputError(f"expected a method in {METHODS}, got {method!r}")
-    if k < 2:  # one text minus its mean is nothing
-        raise InvalidInputError(
-            "the method 'centred' needs at least two distinct texts, got one; add texts, or use "
-            "the method 'cosine'"
-        )
-    weight = np.ascontiguousarray((text_embeddings - text_embeddings.mean(axis=0)).T)
-    bias = np.zeros(k, np.float32)
-    if reference is not None:
-        checked = check_embeddings(reference, d)
-        if len(checked) == 0:
-            raise InvalidInputError("expected at least one reference embedding, got none")
-        bias = -(checked.mean(axis=0) @ weight)
-    return Projection(weight, bias, post)
 
 
 def embed_with_prompts(

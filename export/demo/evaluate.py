@@ -14,7 +14,7 @@ from crl_export.demo.captions import NEUTRAL_PROMPT
 from crl_export.demo.lexicon import OFF_TOPIC, SYNONYMS
 from crl_export.demo.world import CRITERIA, FACTORS
 from crl_sdk.basis import Method
-from crl_sdk.build import make_projection
+from crl_sdk.methods import make_projection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -31,7 +31,7 @@ from crl_export.demo.evaluate import as_table, evaluate, kmeans_accuracy, own_wo
 from crl_export.demo.lexicon import OFF_TOPIC
 from crl_export.demo.loss import readout_loss, truth_loss
 from crl_export.demo.world import CRITERIA, FACTORS
-from crl_sdk.build import make_projection
+from crl_sdk.methods import make_projection
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

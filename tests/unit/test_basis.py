@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from crl_sdk.basis import Basis, basis_path, normalise_criterion
-from crl_sdk.build import build_basis, edit_basis, make_projection
+from crl_sdk.build import build_basis, edit_basis
 from crl_sdk.errors import (
     BasisError,
     BasisMismatchError,
@@ -24,6 +24,7 @@ from crl_sdk.errors import (
     UnsupportedSchemaError,
 )
 from crl_sdk.files import write_atomically
+from crl_sdk.methods import make_projection
 
 FINGERPRINT = "ab" * 32
 GOLDEN = Path(__file__).parent / "golden" / "basis.safetensors"
@@ -297,5 +298,5 @@ def test_editing_refuses_what_it_cannot_do():
     with pytest.raises(InvalidInputError, match="at least two"):
         edit_basis(basis, embed_text, fingerprint=FINGERPRINT, remove=["red", "blue"])
     referenced = make(reference=embed_text(["an image"]))
-    with pytest.raises(BasisError, match="reference images"):
+    with pytest.raises(BasisError, match="made with references"):
         edit_basis(referenced, embed_text, fingerprint=FINGERPRINT, add=["pink"])
