@@ -62,9 +62,6 @@ bench: $(VENV)/.dev ## what conditional embeddings cost over a plain CLIP pass, 
 bench-project: $(VENV)/.dev ## re-projection of 1 M stored embeddings against copies, BLAS and NumPy: 3 minutes, 10 GB
 	$(BIN)/python -m crl_benchmarks.reprojection --rounds 3 --out benchmarks/results/reprojection
 
-bench-peers: $(VENV)/.dev ## against peers, each in its own environment: under an hour, some 25 GB in build/
-	$(BIN)/python -m crl_benchmarks.peers --out benchmarks/results/peers
-
 bench-peers: $(VENV)/.dev ## crl and its peers side by side: under an hour, 32 GB for their environments
 	$(BIN)/python -m crl_benchmarks.peers
 	$(BIN)/python -m crl_benchmarks.peers --readme

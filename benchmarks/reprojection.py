@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_info
 
 from crl_sdk import Projection, __version__
-from crl_sdk.machine import find_features
+from crl_sdk.engines.processor import find_features
 from crl_sdk.reproject import project_rows
 
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3}

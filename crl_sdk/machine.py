@@ -8,26 +8,20 @@ import platform
 import re
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
 
 from crl_sdk._version import __version__
 from crl_sdk.engines import cuda
+from crl_sdk.engines.processor import find_features, read_text
 from crl_sdk.engines.providers import PROVIDERS, plugin_installed
 from crl_sdk.engines.toolkit import load_toolkit
 from crl_sdk.errors import CrlError
 from crl_sdk.plans import Runtime
 
-_FEATURES = (
-    "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
-    "asimddp", "i8mm", "bf16", "sve",
-)  # fmt: skip
-"""What decides which kernels a runtime takes: of x86-64, then of Arm."""
-
 _PACKAGES = (
-    "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu12-libs", "tensorrt",
+    "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-rtx-cu12-libs", "tensorrt",
     "cuda-bindings", "grpcio", "llama-cpp-python", "torch", "triton",
 )  # fmt: skip
 
@@ -74,9 +68,9 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
 def examine() -> Machine:
     """Look at this machine. Nothing it lacks is an error."""
-    info = _read("/proc/cpuinfo")
+    info = read_text("/proc/cpuinfo")
     name = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-    memory = re.search(r"^MemTotal:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+    memory = re.search(r"^MemTotal:\s+(\d+) kB", read_text("/proc/meminfo"), re.MULTILINE)
     gpus, told = find_gpus()
     return Machine(
         crl_sdk=__version__,
@@ -92,13 +86,6 @@ def examine() -> Machine:
         providers=find_providers(),
         packages={name: found for name in _PACKAGES if (found := _version(name))},
     )
-
-
-def find_features() -> tuple[str, ...]:
-    """Give the processor's instruction sets that matter here; none where the system hides them."""
-    info = _read("/proc/cpuinfo")
-    words = set(re.sub(r"^(?!flags|Features).*$", "", info, flags=re.MULTILINE).split())
-    return tuple(feature for feature in _FEATURES if feature in words)
 
 
 def find_gpus() -> tuple[tuple[Gpu, ...], str]:
@@ -145,11 +132,4 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return ""
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
         return ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import cast, get_args
 
 import msgspec
@@ -15,11 +16,18 @@ from crl_sdk.basis import Basis
 from crl_sdk.bundle import ModelBundle
 from crl_sdk.engines import ImageEngine, TextEngine
 from crl_sdk.engines.onnx import OnnxImageEngine, OnnxTextEngine
+from crl_sdk.engines.openvino import (
+    RUN_PRECISIONS,
+    OpenVinoImageEngine,
+    RunPrecision,
+    lacking_instructions,
+)
+from crl_sdk.engines.processor import find_features
 from crl_sdk.engines.providers import PROVIDERS, Device
 from crl_sdk.engines.tensorrt import TensorRTImageEngine
 from crl_sdk.engines.toolkit import load_toolkit
 from crl_sdk.errors import CrlError, EngineError, InvalidInputError
-from crl_sdk.machine import find_features, find_gpus, find_providers
+from crl_sdk.machine import find_gpus, find_providers
 from crl_sdk.manifest import Precision
 from crl_sdk.parity import Tolerance, failures
 from crl_sdk.plans import (
@@ -62,8 +70,8 @@ def candidates(bundle: ModelBundle) -> list[Candidate]:
     On a GPU: plans that `crl verify` found to agree on its architecture, then ONNX Runtime's CUDA
     provider. On a CPU: ONNX Runtime, in int8 if the processor multiplies bytes fast and the parity
     that the export recorded allows it, else in fp32. ONNX Runtime's TensorRT providers compile for
-    minutes when they first start, and plans that nobody verified may be wrong, so that both have
-    to be asked for.
+    minutes when they first start, plans that nobody verified may be wrong, and no bundle records
+    how far OpenVINO is off, so that all of these have to be asked for.
     """
     gpus, cuda = find_gpus()
     here = gpus[0].architecture if gpus else None
@@ -80,6 +88,8 @@ def candidates(bundle: ModelBundle) -> list[Candidate]:
             for precision in _precision_order(device)
             if precision in bundle.precisions
         ]
+    if "fp32" in bundle.precisions:
+        found += [_openvino(bundle, precision) for precision in RUN_PRECISIONS]
     return found
 
 
@@ -143,6 +153,10 @@ def open_engine(
     if runtime in get_args(Runtime):
         return TensorRTImageEngine.open(
             bundle, runtime=cast(Runtime, runtime), precision=cast(Precision, precision)
+        )
+    if runtime == "openvino":
+        return OpenVinoImageEngine.open(
+            bundle, precision=cast(RunPrecision, precision), threads=threads
         )
     return OnnxImageEngine.open(
         bundle,
@@ -222,6 +236,21 @@ def _onnx(
     return Candidate(
         engine=f"onnx/{device}/{precision}", usable=usable, automatic=automatic, reason=reason
     )
+
+
+def _openvino(bundle: ModelBundle, precision: RunPrecision) -> Candidate:
+    engine, usable = f"openvino/cpu/{precision}", False
+    if find_spec("openvino") is None:
+        reason = "OpenVINO is not installed: pip install 'crl-sdk[openvino]'"
+    elif (lacking := lacking_instructions(precision)) is not None:
+        reason = lacking
+    else:
+        usable = True
+        reason = (
+            "has to be asked for: the bundle records no parity of it; "
+            f"crl verify {bundle.path} --engine {engine} measures it here"
+        )
+    return Candidate(engine=engine, usable=usable, automatic=False, reason=reason)
 
 
 def _plan(

@@ -79,7 +79,15 @@ class Setup:
 
 CRL_FP32, CRL_AUTO, CRL_INT8 = "crl fp32", "crl auto", "crl int8"
 
-_ENGINES = {CRL_FP32: "onnx/cpu/fp32", CRL_AUTO: "auto", CRL_INT8: "onnx/cpu/int8"}
+CRL_BF16, CRL_OPENVINO = "crl bf16", "crl fp32 in OpenVINO"
+
+_ENGINES = {
+    CRL_FP32: "onnx/cpu/fp32",
+    CRL_OPENVINO: "openvino/cpu/fp32",
+    CRL_AUTO: "auto",
+    CRL_INT8: "onnx/cpu/int8",
+    CRL_BF16: "openvino/cpu/bf16",
+}
 
 
 def _crl(name: str) -> EnginePeer:
@@ -114,9 +122,7 @@ def _openvino(name: str, precision: str) -> EnginePeer:
 
 
 ENGINES: tuple[EnginePeer, ...] = (
-    _crl(CRL_FP32),
-    _crl(CRL_AUTO),
-    _crl(CRL_INT8),
+    *(_crl(name) for name in _ENGINES),
     EnginePeer(
         "ONNX Runtime", "onnxruntime", "onnxruntime_worker.py",
         lambda given: {"onnx": str(given.weights.onnx)},

@@ -59,7 +59,7 @@ def write_plot(report: Report, path: Path) -> None:
     lines.yaxis.set_minor_formatter("{x:g}")
     lines.grid(visible=True, which="both", alpha=0.3)
     if lines.lines:
-        lines.legend(fontsize=8)
+        figure.legend(fontsize=8, loc="outside right upper")
     machine = report.machine
     figure.suptitle(
         f"Random ViT-B/32, 640×480 JPEGs, {machine.get('cores', '?')} cores of "

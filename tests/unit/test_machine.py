@@ -8,7 +8,7 @@ import pytest
 
 from crl_sdk import demo_bundle, machine
 from crl_sdk.cli.doctor import doctor
-from crl_sdk.engines import cuda
+from crl_sdk.engines import cuda, processor
 from crl_sdk.errors import EngineError
 from crl_sdk.machine import examine
 
@@ -33,7 +33,8 @@ def test_it_is_printed_and_is_json(no_gpu, capsys, monkeypatch):
     doctor(bundle=demo_bundle(), as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert told["chosen"] == "onnx/cpu/fp32" and told["machine"]["gpus"] == []
-    monkeypatch.setattr(machine, "_read", lambda _: "")  # a system that tells nothing
+    for module in (machine, processor):  # a system that tells nothing
+        monkeypatch.setattr(module, "read_text", lambda _: "")
     doctor(bundle=demo_bundle(), as_json=False)
     said = capsys.readouterr().out
     assert "libcuda" in said and "taken" in said

@@ -8,6 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from crl_sdk import Embedder, ModelBundle, demo_bundle, selection
+from crl_sdk.engines import openvino
 from crl_sdk.errors import EngineError, InvalidInputError
 from crl_sdk.machine import Gpu
 from crl_sdk.selection import Candidate, candidates, choose, open_engine
@@ -21,8 +22,12 @@ def bundle():
     return ModelBundle.open(demo_bundle())
 
 
-def machine(monkeypatch, *, gpus=NONE, providers=("CPUExecutionProvider",), features=()):
+def machine(
+    monkeypatch, *, gpus=NONE, providers=("CPUExecutionProvider",), features=(), packages=()
+):
     monkeypatch.setattr(selection, "find_features", lambda: features)
+    monkeypatch.setattr(openvino, "find_features", lambda: features)
+    monkeypatch.setattr(selection, "find_spec", lambda name: name if name in packages else None)
     monkeypatch.setattr(selection, "find_gpus", lambda: gpus)
     monkeypatch.setattr(selection, "find_providers", lambda: providers)
 
@@ -125,3 +130,32 @@ def test_int8_is_not_taken_where_it_is_slow_or_far_off(bundle, monkeypatch, feat
         assert choose(engines, wanted).engine == "onnx/cpu/fp32"
     asked = choose(engines, "onnx/cpu/int8")
     assert why in asked.reason and "has to be asked for" in asked.reason
+
+
+@pytest.mark.parametrize("feature", ["avx512_bf16", "amx_bf16"])
+def test_openvino_has_to_be_asked_for(bundle, monkeypatch, feature):
+    machine(monkeypatch, features=("avx2", feature), packages=("openvino",))
+    engines = candidates(bundle)
+    for wanted in ("auto", "onnx"):
+        assert choose(engines, wanted).engine == "onnx/cpu/fp32"
+    for wanted, taken in (("openvino", "bf16"), ("openvino/cpu/fp32", "fp32")):
+        asked = choose(engines, wanted)
+        assert asked.engine == f"openvino/cpu/{taken}" and not asked.automatic
+        command = f"crl verify {bundle.path} --engine openvino/cpu/{taken}"
+        assert "has to be asked for" in asked.reason and command in asked.reason
+
+
+def test_openvino_without_its_package_or_the_instructions(bundle, monkeypatch):
+    machine(monkeypatch, features=("avx512f",), packages=("openvino",))
+    assert choose(candidates(bundle), "openvino").engine == "openvino/cpu/fp32"
+    with pytest.raises(EngineError, match="neither avx512_bf16 nor amx_bf16"):
+        choose(candidates(bundle), "openvino/cpu/bf16")
+    machine(monkeypatch, features=("amx_bf16",))
+    with pytest.raises(EngineError, match=r"pip install 'crl-sdk\[openvino\]'"):
+        choose(candidates(bundle), "openvino")
+
+
+def test_openvino_runs_the_fp32_graph_alone(bundle):
+    half = tuple(replace(each, precision="fp16") for each in bundle.manifest.images)
+    without = ModelBundle(bundle.path, replace(bundle.manifest, images=half))
+    assert not any(each.engine.startswith("openvino") for each in candidates(without))
