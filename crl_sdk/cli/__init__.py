@@ -9,7 +9,22 @@ from typing import Annotated
 import typer
 
 from crl_sdk._version import __version__
-from crl_sdk.cli import basis, bench, compile, demo, doctor, embed, models, project, serve, verify
+from crl_sdk.cli import (
+    basis,
+    bench,
+    classify,
+    cluster,
+    compile,
+    demo,
+    doctor,
+    embed,
+    evaluate,
+    models,
+    project,
+    retrieve,
+    serve,
+    verify,
+)
 from crl_sdk.cli.console import err, print_error
 from crl_sdk.errors import CrlError
 
@@ -27,9 +42,13 @@ app.command("compile")(compile.compile_bundle)
 app.add_typer(basis.app, name="basis")
 app.command("embed")(embed.embed)
 app.command("project")(project.project)
+app.command("cluster")(cluster.cluster)
+app.add_typer(classify.app, name="classify")
+app.command("retrieve")(retrieve.retrieve)
 app.command("verify")(verify.verify)
 app.command("serve")(serve.serve)
 app.command("bench")(bench.bench)
+app.command("eval")(evaluate.evaluate)
 app.command("demo")(demo.demo)
 app.command("demo-data")(demo.demo_data)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from crl_sdk.basis import Basis, Method, basis_path
+from crl_sdk.basis import SUFFIX, Basis, Method, basis_path
 from crl_sdk.build import DEFAULT_MERGE_THRESHOLD, DEFAULT_PROMPT, edit_basis
 from crl_sdk.cli import generation
 from crl_sdk.cli.console import JsonOption, note, out, print_facts, print_json, warn
@@ -37,7 +37,15 @@ def create(
         list[str] | None,
         typer.Option(help="Template with one {} for the text; repeat to average several."),
     ] = None,
-    method: Annotated[Method, typer.Option(help="How the projection is made.")] = "centred",
+    method: Annotated[
+        Method, typer.Option(help="How the projection is made: docs/PROJECTIONS.md.")
+    ] = "centred",
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --method exclusive: another criterion, by name or file; repeat for more."
+        ),
+    ] = None,
     post: Annotated[Post, typer.Option(help="Normalisation of each conditional row.")] = "l2",
     merge: Annotated[
         float, typer.Option(help="Cosine from which two texts count as one; 1 merges equals only.")
@@ -63,11 +71,12 @@ def create(
 
     `crl embed --criteria` then knows its name.
     """
-    given = [*(text or []), *(_read_texts(texts) if texts is not None else [])]
+    given = [*(text or []), *(read_texts(texts) if texts is not None else [])]
     path = basis_path(bases, criterion)
     if path.exists() and not (overwrite or dry_run):
         raise BasisError(f"{path}: exists already; pass --overwrite to replace it")
     prompts = tuple(prompt or (DEFAULT_PROMPT,))
+    siblings = [Basis.load(_sibling(name, bases)) for name in against or ()]
     with open_embedder(bundle) as embedder:
         provenance: Mapping[str, Any] = {"texts": "given by the user"}
         if not given:
@@ -82,7 +91,7 @@ def create(
             given, provenance = [c.text for c in draft.texts], draft.provenance
         basis = embedder.create_basis(
             criterion, given, prompts=prompts, method=method, post=post, merge_threshold=merge,
-            provenance=provenance,
+            siblings=siblings, provenance=provenance,
         )  # fmt: skip
     if not dry_run:
         _save(basis, path)
@@ -122,6 +131,10 @@ def show(
     _print_basis(Basis.load(file), file, as_json)
 
 
+def _sibling(name: str, bases: Path) -> Path:
+    return Path(name) if name.endswith(SUFFIX) else basis_path(bases, name)
+
+
 def _save(basis: Basis, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +147,12 @@ def _save(basis: Basis, path: Path) -> None:
     note(f"wrote {path}")
 
 
-def _read_texts(path: Path) -> list[str]:
+def read_texts(path: Path) -> list[str]:
+    """Read texts from a UTF-8 file, one a line.
+
+    Raises:
+        InvalidInputError: it cannot be read, is not UTF-8, or has none.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
@@ -162,6 +180,7 @@ def _print_basis(basis: Basis, path: Path, as_json: bool) -> None:
             f"{basis.projection.output_dim}, post {basis.projection.post}",
             "prompts": " | ".join(basis.prompts),
             "merged from cosine": f"{basis.merge_threshold:g}",
+            **_made_with(basis),
         },
     )
     table = Table("text", "stands for", "texts merged into it")
@@ -169,6 +188,16 @@ def _print_basis(basis: Basis, path: Path, as_json: bool) -> None:
         merged = ", ".join(m.text for m in basis.merged if m.into == text)
         table.add_row(text, str(count), merged)
     out.print(table)
+
+
+def _made_with(basis: Basis) -> dict[str, str]:
+    """Tell of reference images and siblings, if there were any."""
+    told = {}
+    if count := basis.provenance.get("references"):
+        told["references"] = f"{count} images"
+    if siblings := basis.provenance.get("siblings"):
+        told["against"] = ", ".join(siblings)
+    return told
 
 
 def _document(basis: Basis, path: Path) -> dict[str, Any]:

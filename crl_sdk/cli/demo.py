@@ -20,13 +20,7 @@ from crl_sdk.build import DEFAULT_PROMPT
 from crl_sdk.bundle import demo_bundle
 from crl_sdk.cli import generation
 from crl_sdk.cli.console import JsonOption, err, note, out, print_json, progress_bar, warn
-from crl_sdk.cli.grouping import (
-    Panel,
-    choose_count,
-    cluster,
-    described_groups,
-    labelled_groups,
-)
+from crl_sdk.cli.grouping import Panel, described_groups, labelled_groups, told_choice
 from crl_sdk.cli.local_server import local_server
 from crl_sdk.cli.options import BundleOption, bundle_or_demo
 from crl_sdk.cli.report import write_html, write_png
@@ -35,6 +29,8 @@ from crl_sdk.embedder import Embedder
 from crl_sdk.errors import CrlError, GenerationError, InvalidInputError, MissingDependencyError
 from crl_sdk.generate import Recipe
 from crl_sdk.messages import RemoteEmbeddings
+from crl_sdk.tasks.clustering import cluster
+from crl_sdk.tasks.kmeans import kmeans
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _TRUE = "{} true words"
@@ -263,8 +259,10 @@ def _group(
             from crl_export.demo.evaluate import kmeans_accuracy
 
             labels, values = given.labels[name][good], given.values[name]
-            plain, split = cluster(universal, len(values)), cluster(conditional, len(values))
-            left, right = (labelled_groups(each, labels, values) for each in (plain, split))
+            left, right = (
+                labelled_groups(kmeans(each, len(values))[0], labels, values)
+                for each in (universal, conditional)
+            )
             row: dict[str, Any] = {
                 "criterion": name,
                 "universal": kmeans_accuracy(universal, labels),
@@ -272,11 +270,12 @@ def _group(
             }
             if name in bases:
                 row |= {"generated": kmeans_accuracy(conditional, labels), "texts": list(texts)}
-            accuracies = (row["universal"], row.get("generated", row["true_words"]))
+            accuracies, remark = (row["universal"], row.get("generated", row["true_words"])), ""
         else:
-            number = count or choose_count(conditional)
-            plain, split = cluster(universal, number), cluster(conditional, number)
-            left, right = (described_groups(each, conditional, texts) for each in (plain, split))
+            split = cluster(conditional, count or None, universal=universal, basis=bases[used])
+            plain = cluster(universal, split.k, universal=universal, basis=bases[used])
+            left, right = described_groups(plain), described_groups(split)
+            remark = told_choice(split.choice, split.stability)
             row = {
                 "criterion": name,
                 "groups": {group.name: group.size for group in right},
@@ -284,7 +283,7 @@ def _group(
             }
             accuracies = None
         rows.append(row)
-        panels.append(Panel(name, tuple(texts), name in bases, left, right, accuracies))
+        panels.append(Panel(name, tuple(texts), name in bases, left, right, accuracies, remark))
     return panels, rows
 
 

@@ -47,7 +47,7 @@ def embed(
 ) -> None:
     """Embed images; unreadable ones are named and left out, and the exit status is then 1."""
     _check_out(out_file)
-    paths = _find_images(images)
+    paths = find_images(images)
     names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
     loaded = [load_basis(bases, name) for name in names]
     with (
@@ -90,7 +90,7 @@ def embed(
         raise typer.Exit(1)
 
 
-def _find_images(given: Sequence[Path]) -> list[Path]:
+def find_images(given: Sequence[Path]) -> list[Path]:
     """Files as they are, directories searched to the bottom in the order of names."""
     found: list[Path] = []
     for path in given:

@@ -1,31 +1,30 @@
-"""Pictures in groups: k-means on embeddings, and names for the groups that people understand."""
+"""What a report shows of clusters: groups with a name and pictures, and a panel per criterion."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-SHOWN = 12
-"""Pictures that a group shows at most."""
-
-MOST_GROUPS = 8
-"""Groups that `choose_count` tries at most."""
+from crl_sdk.tasks.clustering import SHOWN, Clustering
+from crl_sdk.tasks.kmeans import Choice
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Pictures that k-means put together.
+    """One cluster, as it is shown.
 
     Attributes:
-        name: their most frequent label; without labels, the text that sets them apart most.
-        size: how many they are.
-        pictures: positions of `SHOWN` of them, drawn at random.
+        name: its most frequent label; without labels, the texts that set it apart.
+        size: pictures.
+        pictures: positions of `SHOWN` of them: drawn at random if there are labels, so that what
+            does not fit is seen; else the most typical.
         fitting: for each of those whether its label is the group's name; empty without labels.
         purity: share of all the group's pictures whose label is its name; None without labels.
+        cohesion: mean cosine of its rows; None with labels.
+        edge: positions of the least typical pictures; empty with labels.
     """
 
     name: str
@@ -33,6 +32,8 @@ class Group:
     pictures: tuple[int, ...]
     fitting: tuple[bool, ...] = ()
     purity: float | None = None
+    cohesion: float | None = None
+    edge: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Panel:
         universal: groups of the universal embeddings.
         conditional: groups of the conditional embeddings.
         accuracies: of both clusterings against the labels; None without labels.
+        remark: how the number of groups came about; may be empty.
     """
 
     criterion: str
@@ -54,31 +56,7 @@ class Panel:
     universal: tuple[Group, ...]
     conditional: tuple[Group, ...]
     accuracies: tuple[float, float] | None = None
-
-
-def cluster(rows: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """Cluster rows (n, m) with k-means, seed 0; give each one's cluster (n,) int64."""
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # equal pictures: fewer groups, fine
-        found: NDArray[np.int64] = KMeans(count, n_init=10, random_state=0).fit_predict(rows)
-    return found.astype(np.int64)
-
-
-def choose_count(rows: NDArray[np.float32]) -> int:
-    """Give the number of groups, 2 to `MOST_GROUPS`, that parts rows (n, m) best: silhouette."""
-    from sklearn.metrics import silhouette_score
-
-    scores: dict[int, float] = {}
-    for count in range(2, min(MOST_GROUPS, len(rows) - 1) + 1):
-        clusters = cluster(rows, count)
-        if 1 < len(np.unique(clusters)) < len(rows):
-            scores[count] = silhouette_score(
-                rows, clusters, sample_size=min(1000, len(rows)), random_state=0
-            )
-    return max(scores, key=lambda count: scores[count], default=1)
+    remark: str = ""
 
 
 def labelled_groups(
@@ -92,9 +70,10 @@ def labelled_groups(
         values: the labels' names.
     """
     found = []
-    for members in _members(clusters):
+    for number in np.unique(clusters):
+        members = np.flatnonzero(clusters == number)
         label = int(np.bincount(labels[members]).argmax())
-        shown = _draw(members)
+        shown = np.random.default_rng(0).permutation(members)[:SHOWN]
         group = Group(
             name=values[label],
             size=len(members),
@@ -106,30 +85,32 @@ def labelled_groups(
     return tuple(group for *_, group in sorted(found, key=lambda item: item[:2]))
 
 
-def described_groups(
-    clusters: NDArray[np.int64], rows: NDArray[np.float32], texts: Sequence[str]
-) -> tuple[Group, ...]:
-    """Name each group by the text that sets it apart from all pictures most; the largest first.
-
-    Args:
-        clusters: each picture's cluster, (n,) int64.
-        rows: conditional embeddings, (n, k), a column for each text.
-        texts: the k texts of the basis.
-    """
-    spread = rows.std(0) + 1e-6
-    found = []
-    for members in _members(clusters):
-        apart = (rows[members].mean(0) - rows.mean(0)) / spread
-        name = texts[int(apart.argmax())]
-        found.append(Group(name, len(members), tuple(map(int, _draw(members)))))
-    return tuple(sorted(found, key=lambda group: -group.size))
+def described_groups(clustering: Clustering) -> tuple[Group, ...]:
+    """Show clusters that have names, the largest first."""
+    return tuple(
+        Group(
+            name="" if each.name is None else each.name.text,
+            size=each.size,
+            pictures=each.typical,
+            cohesion=each.cohesion,
+            edge=each.edge,
+        )
+        for each in clustering.clusters
+    )
 
 
-def _members(clusters: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    return [np.flatnonzero(clusters == each) for each in np.unique(clusters)]
-
-
-def _draw(members: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Draw the pictures to show, at random, not the ones nearest to the centre."""
-    rng = np.random.default_rng(0)
-    return rng.permutation(members)[:SHOWN]
+def told_choice(choice: Choice | None, stability: float | None) -> str:
+    """Say in a sentence or two how many groups there are and how sure that is."""
+    told = []
+    if choice is not None and choice.agreement is not None:
+        told.append(
+            f"{choice.k} groups, chosen: {choice.agreement:.0%} of {choice.resamples} random parts "
+            f"of the pictures say so, mean silhouette {choice.silhouettes[choice.k]:.2f}"
+        )
+        if choice.margin is not None:
+            told[-1] += f", {choice.margin:.3f} above the next best, {choice.runner_up}"
+        if choice.weak:
+            told.append("They hardly stand apart: take the groups as a rough division")
+    if stability is not None:
+        told.append(f"Regrouped without a fifth of the pictures, they agree by {stability:.2f}")
+    return "".join(f"{sentence}. " for sentence in told).strip()

@@ -1,4 +1,4 @@
-"""The demo's report: pictures in their groups, as a PNG and as an HTML file that needs no other."""
+"""The report: pictures in their groups, as a PNG and as an HTML file that needs no other."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ THUMB = 64
 """Side of a thumbnail in pixels."""
 
 _FRAME = "A red frame: a picture whose label is not its group's."
+_NEAREST = "Of each group the pictures nearest to its centre, copies once."
+_EDGE = f"{_NEAREST[:-1]}; after the gap, the farthest. Cosine: of two of its pictures, on average."
 _ROWS, _COLUMNS = 8, 8
 _GAP, _MARGIN, _NAME = 4, 28, 150
 _SIDE = _NAME + _COLUMNS * (THUMB + _GAP)
@@ -36,9 +38,8 @@ def write_png(path: Path, title: str, panels: Sequence[Panel], files: Sequence[P
     sheet = Image.new("RGB", (width, 70 + sum(heights) + _MARGIN), _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((_MARGIN, 20), title, _INK, ImageFont.load_default(24))
-    if any(panel.accuracies for panel in panels):
-        left = 2 * _MARGIN + _SIDE
-        draw.text((left, 28), _FRAME, _DIM, ImageFont.load_default(14))
+    said = _FRAME if any(panel.accuracies for panel in panels) else _NEAREST
+    draw.text((2 * _MARGIN + _SIDE, 28), said, _DIM, ImageFont.load_default(14))
     top = 70
     for panel, height in zip(panels, heights, strict=True):
         draw.line((_MARGIN, top, width - _MARGIN, top), "#d8d8dc", 2)
@@ -51,8 +52,8 @@ def write_png(path: Path, title: str, panels: Sequence[Panel], files: Sequence[P
         sides = ((panel.universal, "universal embedding"), (panel.conditional, "conditional"))
         for side, (groups, name) in enumerate(sides):
             left = _MARGIN + side * (_SIDE + _MARGIN)
-            said = name + _accuracy(panel, side)
-            draw.text((left, top + 48), said, _INK, ImageFont.load_default(18))
+            heading = name + _accuracy(panel, side)
+            draw.text((left, top + 48), heading, _INK, ImageFont.load_default(18))
             _draw_groups(sheet, draw, (left, top + 80), groups, files)
         top += height
     sheet.save(path, optimize=True)
@@ -63,26 +64,33 @@ def write_html(path: Path, title: str, panels: Sequence[Panel], files: Sequence[
     parts = [_HEAD.format(title=html.escape(title))]
     if any(panel.accuracies for panel in panels):
         parts.append(f"<p>{_FRAME}</p>")
+    if any(group.edge for panel in panels for group in panel.conditional):
+        parts.append(f"<p>{_EDGE}</p>")
     seen: dict[int, str] = {}
     for panel in panels:
         words = html.escape(", ".join(panel.texts))
         parts.append(f"<section><h2>“{html.escape(panel.criterion)}”</h2>")
-        parts.append(f"<p>{_author(panel)}: {words}</p><div class=sides>")
+        parts.append(f"<p>{_author(panel)}: {words}</p>")
+        if panel.remark:
+            parts.append(f"<p>{html.escape(panel.remark)}</p>")
+        parts.append("<div class=sides>")
         sides = ((panel.universal, "universal embedding"), (panel.conditional, "conditional"))
         for side, (groups, name) in enumerate(sides):
             parts.append(f"<div><h3>{name}{_accuracy(panel, side)}</h3>")
             for group in groups:
                 told = f"<b>{html.escape(group.name)}</b><br>{html.escape(_told(group))}"
-                parts.append(f"<div class=group><span>{told}</span>")
-                for place, picture in enumerate(group.pictures):
+                parts.append(f"<div class=group><span>{told}</span><div class=pictures>")
+                for place, picture in enumerate((*group.pictures, *group.edge)):
                     data = seen.setdefault(picture, _data_uri(files[picture]))
-                    wrong = group.fitting and not group.fitting[place]
-                    mark = " class=wrong" if wrong else ""
-                    parts.append(f"<img{mark} src='{data}' alt=''>")
-                parts.append("</div>")
+                    wrong = place < len(group.fitting) and not group.fitting[place]
+                    gap = group.edge and place == len(group.pictures)
+                    mark = " class=wrong" if wrong else " class=gap" if gap else ""
+                    hover = html.escape(files[picture].name)
+                    parts.append(f"<img{mark} src='{data}' alt='' title='{hover}'>")
+                parts.append("</div></div>")
             parts.append("</div>")
         parts.append("</div></section>")
-    path.write_text("\n".join(parts), encoding="utf-8")
+    path.write_text("\n".join(parts), encoding="utf-8", errors="replace")
 
 
 def _draw_groups(
@@ -122,7 +130,8 @@ def _accuracy(panel: Panel, side: int) -> str:
 
 def _told(group: Group) -> str:
     pure = "" if group.purity is None else f", {group.purity:.0%} fit"
-    return f"{group.size} pictures{pure}"
+    close = "" if group.cohesion is None else f", cosine {group.cohesion:.2f}"
+    return f"{group.size} picture{'s' * (group.size != 1)}{pure}{close}"
 
 
 def _cut(text: str, length: int) -> str:
@@ -147,10 +156,12 @@ body {{ font: 15px system-ui, sans-serif; color: #1c1c1e; margin: 2rem; }}
 section {{ border-top: 2px solid #d8d8dc; padding: 0 0 1rem; }}
 h2 {{ margin: .8rem 0 0; }} h3 {{ font-size: 1rem; }} p {{ color: #6b6b70; margin: .2rem 0; }}
 .sides {{ display: grid; grid-template-columns: 1fr 1fr; gap: 2rem; }}
-.group {{ display: flex; align-items: center; gap: 4px; margin: 4px 0; overflow: hidden; }}
+.group {{ display: flex; align-items: center; gap: 4px; margin: 4px 0; }}
+.pictures {{ display: flex; flex-wrap: wrap; gap: 4px; }}
 .group span {{ flex: 0 0 9rem; font-size: .85rem; color: #6b6b70; }}
 .group b {{ font-size: 1rem; color: #1c1c1e; }}
 img {{ width: 64px; height: 64px; }}
+img.gap {{ margin-left: 24px; }}
 img.wrong {{ outline: 3px solid #d9483b; outline-offset: -3px; }}
 </style>
 <h1>{title}</h1>"""

@@ -15,6 +15,7 @@ from crl_export.demo.lexicon import OFF_TOPIC, SYNONYMS
 from crl_export.demo.world import CRITERIA, FACTORS
 from crl_sdk.basis import Method
 from crl_sdk.methods import make_projection
+from crl_sdk.tasks.metrics import clustering_accuracy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -51,17 +52,6 @@ class Row:
     random_cosine: float
 
 
-def clustering_accuracy(labels: NDArray[np.int64], clusters: NDArray[np.int64]) -> float:
-    """Return the share of items in the right cluster under the best one-to-one assignment."""
-    from scipy.optimize import linear_sum_assignment
-
-    size = int(max(labels.max(), clusters.max())) + 1
-    table = np.zeros((size, size), np.int64)
-    np.add.at(table, (clusters, labels), 1)
-    rows, columns = linear_sum_assignment(-table)
-    return float(table[rows, columns].sum() / len(labels))
-
-
 def kmeans_accuracy(
     embeddings: NDArray[np.float32], labels: NDArray[np.int64], seeds: Sequence[int] = SEEDS
 ) -> float:
@@ -70,7 +60,7 @@ def kmeans_accuracy(
 
     k = int(labels.max()) + 1
     runs = (KMeans(k, n_init=10, random_state=seed).fit_predict(embeddings) for seed in seeds)
-    return float(np.mean([clustering_accuracy(labels, run.astype(np.int64)) for run in runs]))
+    return float(np.mean([clustering_accuracy(labels, run) for run in runs]))
 
 
 def evaluate(

@@ -14,11 +14,13 @@ import pytest
 from PIL import Image
 
 from crl_sdk import Embedder, demo_bundle
+from crl_sdk.build import build_basis
 from crl_sdk.cli import demo as demo_module
 from crl_sdk.cli.demo import demo
-from crl_sdk.cli.grouping import choose_count, cluster, described_groups, labelled_groups
+from crl_sdk.cli.grouping import described_groups, labelled_groups, told_choice
 from crl_sdk.cli.local_server import local_server
 from crl_sdk.errors import InvalidInputError, ServiceError
+from crl_sdk.tasks import cluster
 
 
 @pytest.fixture
@@ -92,10 +94,12 @@ def test_the_servers_process_ends_with_the_block(tmp_path):
 def test_groups_are_named_by_labels_or_by_the_text_that_sets_them_apart():
     rows = np.repeat(np.eye(3, dtype=np.float32), 6, axis=0)
     rows += np.random.default_rng(0).normal(0, 0.05, rows.shape).astype(np.float32)
-    clusters = cluster(rows, 3)
-    assert choose_count(rows) == 3
-    named = described_groups(clusters, rows, ["red", "green", "blue"])
+    texts = np.eye(3, dtype=np.float32)
+    basis = build_basis("color", ["red", "green", "blue"], lambda _: texts, fingerprint="f" * 64)
+    found = cluster(rows, universal=rows, basis=basis)
+    named, clusters = described_groups(found), found.labels
     assert {group.name for group in named} == {"red", "green", "blue"}
+    assert "3 groups, chosen: 100% of 10" in told_choice(found.choice, found.stability)
     labels = np.repeat(np.arange(3), 6)
     labels[0] = 1  # one label that does not fit
     groups = labelled_groups(clusters, labels, ["a", "b", "c"])

@@ -106,6 +106,19 @@ def test_one_bad_image_is_named_and_the_others_written(crl, pictures, tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
 
 
+def test_a_basis_against_others(crl):
+    colors = [part for word in ("red", "green", "blue", "yellow") for part in ("-t", word)]
+    crl("basis", "create", "shape", "-t", "circle", "-t", "square", "-t", "star")
+    against = ["--method", "exclusive", "--against"]
+    made = document(crl("basis", "create", "color", *colors, *against, "shape", "--json"))
+    assert made["provenance"]["siblings"] == ["shape"] and made["method"] == "exclusive"
+    assert "shape" in crl("basis", "show", made["path"]).stdout
+    refused = crl("basis", "create", "size", *colors, "--method", "exclusive", status=1).stderr
+    assert "expected siblings" in refused
+    refused = crl("basis", "create", "size", *colors, *against, "mood", status=1).stderr
+    assert "cannot be read" in refused
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -8,7 +8,6 @@ import pytest
 from crl_export.demo.captions import NEUTRAL_PROMPT
 from crl_export.demo.evaluate import (
     as_table,
-    clustering_accuracy,
     evaluate,
     kmeans_accuracy,
     own_words,
@@ -16,6 +15,7 @@ from crl_export.demo.evaluate import (
 from crl_export.demo.lexicon import OFF_TOPIC
 from crl_export.demo.world import CRITERIA, FACTORS
 from crl_sdk.projection import normalise_rows
+from crl_sdk.tasks.metrics import clustering_accuracy
 
 pytest.importorskip("sklearn")
 

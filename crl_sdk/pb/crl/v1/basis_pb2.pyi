@@ -37,7 +37,7 @@ class BasisInfo(_message.Message):
     sha256: _builtins.str
     """SHA-256 of the basis, in hex: its version."""
     method: _builtins.str
-    """`centred` or `cosine`."""
+    """How the projection was made of the texts: `centred`, `cosine`, …, see docs/PROJECTIONS.md."""
     post: _builtins.str
     """`l2`, `standardise` or `none`."""
     output_dim: _builtins.int
@@ -188,7 +188,9 @@ class BasisTexts(_message.Message):
     POST_FIELD_NUMBER: _builtins.int
     criterion: _builtins.str
     method: _builtins.str
-    """`centred` (also if empty) or `cosine`."""
+    """`centred` (also if empty), `cosine`, `orthogonal`, `pca` or `tangent`. Bases that were made
+    against other criteria (`exclusive`) come as files.
+    """
     post: _builtins.str
     """`l2` (also if empty), `standardise` or `none`."""
     @_builtins.property

@@ -1,0 +1,79 @@
+"""Signals of whether a basis tells pictures apart: on planted data, and on the demo world."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from crl_export.demo.scenes import render_scene, sample_scene
+from crl_sdk import Embedder, demo_bundle
+from crl_sdk.errors import InvalidInputError
+from crl_sdk.tasks.trust import FEWEST, examine, variance_lift
+
+pytest.importorskip("sklearn")
+D = 32
+
+
+def planted(n=300, seed=0):
+    """Pictures in five groups along the first four axes, noise along all others."""
+    rng = np.random.default_rng(seed)
+    rows = 0.05 * rng.standard_normal((n, D))
+    rows[:, :4] += np.concatenate([np.eye(4), -np.ones((1, 4))])[rng.integers(0, 5, n)]
+    return rows.astype(np.float32)
+
+
+def test_lift_is_the_share_of_variance_over_that_of_random_directions():
+    pictures = planted()
+    along = np.eye(D, dtype=np.float32)[:4]
+    spans = along - along.mean(axis=0)  # three directions
+    basis = np.linalg.svd(spans)[2][:3]
+    moved = pictures - pictures.mean(axis=0)
+    share = np.square(moved @ basis.T).sum() / np.square(moved).sum()
+    assert variance_lift(pictures, along) == pytest.approx(share / (3 / D), rel=1e-4)
+    everything = np.concatenate([np.eye(D), -np.eye(D)]).astype(np.float32)
+    assert variance_lift(pictures, everything) == pytest.approx(1.0, rel=1e-4)
+    assert variance_lift(pictures, np.eye(D, dtype=np.float32)[8:14]) < 0.5
+
+
+def test_a_basis_along_what_differs_is_not_doubted_and_one_across_it_is():
+    pictures, axes = planted(), np.eye(D, dtype=np.float32)
+    good = examine(pictures, pictures @ axes[:, :4], axes[:4], k=5)
+    assert good.doubts == () and good.lift > 3 and good.stability > 0.95
+    bad = examine(pictures, pictures @ axes[:, 8:14], axes[8:14])
+    assert len(bad.doubts) == 2 and "may not see" in bad.doubts[0]
+
+
+def test_the_demo_world():
+    """Colours are trusted; backgrounds, which the model hardly sees, are not."""
+    with Embedder.open(demo_bundle(), engine="onnx/cpu/fp32") as embedder:
+        side = embedder.bundle.preprocess.height
+        scenes = np.stack([render_scene(sample_scene(seed), side) for seed in range(200)])
+        universal = embedder.embed_pixels(scenes)
+        color = embedder.create_basis("color", ["red", "green", "blue", "yellow", "black"])
+        other = embedder.create_basis(
+            "background",
+            ["on grey", "on sand", "in the sky", "on grass", "on wood"],
+            merge_threshold=1.0,  # it has nearly one embedding for all of them
+        )
+        trusted, doubted = (
+            examine(universal, embedder.project(universal, basis), basis.text_embeddings)
+            for basis in (color, other)
+        )
+    assert trusted.doubts == () and doubted.doubts
+    assert trusted.lift > doubted.lift
+
+
+def test_few_pictures_and_bad_input():
+    pictures, axes = planted(FEWEST - 1), np.eye(D, dtype=np.float32)
+    assert examine(pictures, pictures[:, :4], axes[:4]).doubts == ()  # too few to say anything
+    pictures = planted(60)
+    with pytest.raises(InvalidInputError, match="one conditional row for each of 60 pictures"):
+        examine(pictures, pictures[:50, :4], axes[:4])
+    with pytest.raises(InvalidInputError, match="two texts or more, got 60 and 1"):
+        variance_lift(pictures, axes[:1])
+    with pytest.raises(InvalidInputError, match="NaN"):
+        examine(pictures, np.full((60, 4), np.nan, np.float32), axes[:4])
+    same = np.tile(pictures[:1], (60, 1))
+    assert variance_lift(same, axes[:4]) == 0.0
+    assert examine(same, same[:, :4], axes[:4]).doubts
+    assert variance_lift(pictures, np.tile(axes[:1], (3, 1))) == 0.0
