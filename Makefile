@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 
-.PHONY: demo test test-slow test-gpu check stubs format wheel-test conformance demo-model eval-demo eval-bases export-parity compile-table bench bench-project bench-peers load clean
+.PHONY: demo test test-slow test-gpu check stubs format wheel-test conformance demo-model eval eval-demo eval-bases export-parity compile-table bench bench-project bench-peers load clean
 
 demo: $(VENV)/.demo ## criteria in words, a language model, bases, the service, a report
 	$(BIN)/crl demo
@@ -48,6 +48,9 @@ eval-demo: $(VENV)/.demo ## the clustering table of the shipped model, on 3,000 
 
 eval-bases: $(VENV)/.demo ## how good generated bases are, on the demo world: a quarter of an hour
 	$(BIN)/python -m crl_benchmarks.basis_quality --out benchmarks/results/basis-quality
+
+eval: $(VENV)/.demo ## projections compared on the demo world: tables, controls, the warning; a quarter of an hour
+	$(BIN)/python -m crl_benchmarks.projections --out benchmarks/results/projections
 
 export-parity: $(VENV)/.dev ## the parity table of all exported models
 	$(BIN)/python -m crl_export.parity_table --out benchmarks/results/export-parity

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from crl_benchmarks import basis_quality, service_load, service_overhead
+from crl_benchmarks import (
+    basis_quality,
+    projection_tables,
+    projections,
+    service_load,
+    service_overhead,
+)
 from crl_benchmarks.embed_latency import CRITERIA, measure
 from crl_sdk import ModelBundle, demo_bundle
 
@@ -46,6 +52,35 @@ def test_basis_quality():
     assert refused == universal  # where the model gives nothing, nothing is gained
     assert basis_quality.as_table(results).count("| shape |") == 4
     assert basis_quality.values_named("shape", ["Rounded", "stars", "cone"]) == 2
+
+
+def test_projections():
+    pytest.importorskip("sklearn")
+    world = projections.make_world(150, 2, Fluent())
+    runs = projections.measure_all(world, 2, workers=1)
+    assert projections.texts_of(world, "count", "language model", "", 0) == []  # it refused
+    by = {(r.factor, r.source, r.noise, r.variant, r.seed): r.scores["accuracy"] for r in runs}
+    assert by["colour", "own words", "", "centred", 0] > 0.9
+    assert by["colour", "random words", "", "centred", 0] < 0.5
+    assert ("count", "language model", "", "cosine", 0) not in by
+    warned = next(r for r in runs if r.source == "own words" and r.variant == "centred")
+    assert warned.signals["lift"] > 3 and warned.signals["stability"] > 0.7
+    text = projection_tables.markdown(runs, {"images": 150, "seeds": 2, "seconds": 60,
+                                             "references": 400})  # fmt: skip
+    assert text.count("| exclusive-orthogonal |") == 3 + 4 * 2 and "nan" not in text
+    assert "| count | language model | clean | " in text and "refused" in text
+
+
+def test_differences_are_paired():
+    def run(seed, variant, score):
+        return projections.Run("shape", "own words", "", variant, seed, 3, {"map": score}, {})
+
+    runs = [run(s, v, level + 0.1 * s + gain * (1 + 0.1 * s)) for s, level in ((0, 0.1), (1, 0.7))
+            for v, gain in (("cosine", 0), ("centred", 0.05))]  # fmt: skip
+    found = projection_tables.difference(runs, "centred", "map")
+    assert found.mean == pytest.approx(0.0525)  # levels differ far more than that
+    assert found.half == pytest.approx(12.706 * 0.0025, rel=1e-3)  # Student's, one degree
+    assert str(found) == "+5.2 ± 3.2"
 
 
 def test_service_overhead():

@@ -1,0 +1,334 @@
+"""Which projection? All of them on the demo world, on clean and noisy bases, beside controls.
+
+`python -m crl_benchmarks.projections --out benchmarks/results/projections` (`make eval`). Methods
+are compared on four criteria; the default was chosen on others (`CHOSEN_ON`). Every seed draws
+other texts, other noise, other starts of k-means and other examples; differences are paired.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crl_export.demo.captions import NEUTRAL_PROMPT
+from crl_export.demo.dataset import MONITOR_SEED, TEST_SEED, scene_seed
+from crl_export.demo.lexicon import OFF_TOPIC, SYNONYMS
+from crl_export.demo.scenes import render_scene, sample_scene
+from crl_export.demo.world import CRITERIA, FACTORS
+from crl_sdk import Embedder, __version__, demo_bundle
+from crl_sdk.basis import Method
+from crl_sdk.errors import GenerationError
+from crl_sdk.evaluation.clustering import clustering
+from crl_sdk.evaluation.few_shot import few_shot, scaled_to
+from crl_sdk.files import write_atomically
+from crl_sdk.generate import Recipe, generate_texts
+from crl_sdk.llm import LocalModel
+from crl_sdk.methods import make_projection
+from crl_sdk.projection import normalise_rows
+from crl_sdk.tasks.metrics import mean_average_precision
+from crl_sdk.tasks.trust import examine
+
+CHOSEN_ON = ("size", "background")
+"""Factors that no table of ours reports; the encoder sees the first, and hardly the second."""
+
+AS_SAID = {"colour": "color"}
+"""What a user would type for a factor, where it is not its name."""
+
+NAMING_PROMPT = "a photo with the {criterion} of {{}}"
+
+SHOTS = 5
+QUERIES = 0.3
+"""Share of the pictures that ask in the retrieval; the others are what they look among."""
+
+REFERENCES = 400
+
+MEASURES = ("accuracy", "nmi", "ari", "few_shot", "map")
+
+Texts = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A method as it is measured: with the mean of reference images or without."""
+
+    method: Method
+    referenced: bool = False
+
+    @property
+    def name(self) -> str:
+        """As in the tables."""
+        return f"{self.method}, references" if self.referenced else self.method
+
+
+VARIANTS = (
+    Variant("cosine"),
+    Variant("centred"),
+    Variant("centred", referenced=True),
+    Variant("orthogonal"),
+    Variant("pca"),
+    Variant("tangent"),
+    Variant("tangent", referenced=True),
+    Variant("exclusive"),
+    Variant("exclusive-orthogonal"),
+)
+
+SOURCES = ("own words", "synonyms", "language model")
+NOISES = ("", "off-topic", "other criteria's")
+CONTROLS = ("random words", "random words, naming prompt")
+PARTIAL = ("2 of the words", "4 of the words", "other criteria's words")
+"""Bases that go wrong in other ways, for the warning: measured with `WARNED` alone."""
+
+WARNED = Variant("centred")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class World:
+    """What all runs share.
+
+    Attributes:
+        universal: (n, d) float32 unit rows, held-out scenes.
+        reference: (r, d) likewise, of other scenes.
+        labels: factor → (n,) int64.
+        texts: unit embedding of each text under each prompt, by (prompt, text).
+        generated: factor → for each seed what the language model wrote; empty where it refused.
+    """
+
+    universal: NDArray[np.float32]
+    reference: NDArray[np.float32]
+    labels: Mapping[str, NDArray[np.int64]]
+    texts: Mapping[tuple[str, str], NDArray[np.float32]]
+    generated: Mapping[str, Sequence[Sequence[str]]]
+
+    def embed(self, texts: Sequence[str], prompt: str = NEUTRAL_PROMPT) -> Texts:
+        """Give (k, d) embeddings of known texts."""
+        return np.stack([self.texts[prompt, text] for text in texts])
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One figure set: a criterion, where its texts come from, a method and a seed.
+
+    Attributes:
+        factor: of the demo world.
+        source: of `SOURCES` or `CONTROLS`, or `universal…`.
+        noise: of `NOISES`: half as many texts again that do not belong.
+        variant: name of a `Variant`; empty for the universal embedding.
+        seed: of everything that is drawn.
+        texts: how many.
+        scores: of `MEASURES`.
+        signals: lift and stability, see `crl_sdk.tasks.trust`; they look at no labels. Of `WARNED`
+            alone, empty elsewhere.
+    """
+
+    factor: str
+    source: str
+    noise: str
+    variant: str
+    seed: int
+    texts: int
+    scores: dict[str, float]
+    signals: dict[str, float]
+
+
+def make_world(images: int, seeds: int, model: LocalModel) -> World:
+    """Render, embed, and let a language model write."""
+    with Embedder.open(demo_bundle(), engine="onnx/cpu/fp32") as embedder:
+        universal, labels = _embedded(embedder, TEST_SEED, images)
+        reference, _ = _embedded(embedder, MONITOR_SEED, REFERENCES)
+        generated = {
+            factor: [_written(model, factor, embedder, seed) for seed in range(seeds)]
+            for factor in (*CRITERIA, *CHOSEN_ON)
+        }
+        words = {form for forms in SYNONYMS.values() for each in forms.values() for form in each}
+        words |= {text for lists in generated.values() for texts in lists for text in texts}
+        wanted = [(NEUTRAL_PROMPT, word) for word in sorted(words | set(OFF_TOPIC))]
+        wanted += [(_naming(f), word) for f in (*CRITERIA, *CHOSEN_ON) for word in OFF_TOPIC]
+        rows = embedder.embed_text([prompt.format(word) for prompt, word in wanted])
+    return World(universal, reference, labels, dict(zip(wanted, rows, strict=True)), generated)
+
+
+def texts_of(world: World, factor: str, source: str, noise: str, seed: int) -> list[str]:
+    """Draw the texts of a basis; none where the language model refused."""
+    rng = np.random.default_rng([seed, *factor.encode()])
+    values = SYNONYMS[factor].values()
+    if source == "own words":
+        texts = [forms[0] for forms in values]
+    elif source == "synonyms":
+        texts = [str(f) for forms in values for f in rng.permutation(forms)[:2]]
+    elif source == "language model":
+        texts = list(world.generated[factor][seed])
+    elif source.endswith("of the words"):
+        plain = rng.permutation([forms[0] for forms in values])
+        texts = [str(word) for word in plain[: min(int(source[0]), len(plain) - 1)]]
+    elif source in CONTROLS:
+        return [str(word) for word in rng.permutation(OFF_TOPIC)[: len(FACTORS[factor])]]
+    else:
+        return _theirs(factor, rng)[: len(FACTORS[factor])]
+    if noise == "off-topic":
+        texts += [str(word) for word in rng.permutation(OFF_TOPIC)[: len(texts) // 2]]
+    elif noise:
+        texts += _theirs(factor, rng)[: len(texts) // 2]
+    return list(dict.fromkeys(texts))
+
+
+def siblings_of(world: World, factor: str) -> list[Texts]:
+    """Give the texts of all other criteria that are reported or chosen on: their own words."""
+    others = [other for other in (*CRITERIA, *CHOSEN_ON) if other != factor]
+    return [world.embed([forms[0] for forms in SYNONYMS[other].values()]) for other in others]
+
+
+def measure(rows: NDArray[np.float32], labels: NDArray[np.int64], seed: int,
+            *, standardise: bool = True) -> dict[str, float]:  # fmt: skip
+    """Measure rows (n, m), whatever they are, on all tasks."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    shuffled, codes = rows[order], labels[order]
+    found = clustering(shuffled, codes, seeds=(seed,))
+    unit = normalise_rows(shuffled, "l2")
+    asking = round(QUERIES * len(rows))
+    return {
+        "accuracy": found["ACC"].mean,
+        "nmi": found["NMI"].mean,
+        "ari": found["ARI"].mean,
+        "few_shot": few_shot(shuffled, codes, SHOTS, standardise=standardise, count=1).mean,
+        "map": mean_average_precision(unit[:asking], unit[asking:], codes[:asking], codes[asking:]),
+    }
+
+
+def runs_of(world: World, task: tuple[str, int]) -> list[Run]:
+    """Measure everything of one factor and one seed."""
+    factor, seed = task
+    labels, k = world.labels[factor], len(FACTORS[factor])
+    runs = []
+    for name, rows in (
+        ("universal", world.universal),
+        ("universal, scale of a basis", scaled_to(world.universal, k**0.5)),
+    ):
+        scores = measure(rows, labels, seed, standardise=False)
+        runs.append(Run(factor, name, "", "", seed, 0, scores, {}))
+    for source, noise, texts, embedded in _bases(world, factor, seed):
+        for variant in (WARNED,) if source in PARTIAL else VARIANTS:
+            siblings = siblings_of(world, factor) if variant.method.startswith("excl") else ()
+            projection = make_projection(
+                embedded, variant.method, post="none", siblings=siblings,
+                reference=world.reference if variant.referenced else None,
+            )  # fmt: skip
+            rows = projection.apply(world.universal)
+            scores = measure(rows, labels, seed)
+            signals = {}
+            if variant == WARNED:
+                trust = examine(world.universal, normalise_rows(rows, "l2"), embedded, seed=seed)
+                signals = {"lift": trust.lift or 0.0, "stability": trust.stability or 0.0}
+            runs.append(Run(factor, source, noise, variant.name, seed, len(texts), scores, signals))
+    return runs
+
+
+def measure_all(world: World, seeds: int, workers: int) -> list[Run]:
+    """Measure all factors under all seeds, in processes of one thread each."""
+    tasks = [(factor, seed) for seed in range(seeds) for factor in (*CRITERIA, *CHOSEN_ON)]
+    if workers < 2:
+        return [run for task in tasks for run in runs_of(world, task)]
+    with ProcessPoolExecutor(workers, initializer=_one_thread) as pool:
+        return [run for runs in pool.map(partial(runs_of, world), tasks) for run in runs]
+
+
+def _bases(world: World, factor: str, seed: int) -> Iterator[tuple[str, str, list[str], Texts]]:
+    """Give source, noise, texts and their embeddings (k, d) of all bases of a factor."""
+    for source in SOURCES:
+        for noise in NOISES:
+            texts = texts_of(world, factor, source, noise, seed)
+            if len(texts) >= 2:
+                yield source, noise, texts, world.embed(texts)
+    for control in (*CONTROLS, *PARTIAL):
+        texts = texts_of(world, factor, control, "", seed)
+        prompt = _naming(factor) if "naming" in control else NEUTRAL_PROMPT
+        yield control, "", texts, world.embed(texts, prompt)
+
+
+def _theirs(factor: str, rng: np.random.Generator) -> list[str]:
+    """Give the other factors' own words in random order."""
+    others = [other for other in SYNONYMS if other != factor]
+    words = [forms[0] for other in others for forms in SYNONYMS[other].values()]
+    return [str(word) for word in rng.permutation(words)]
+
+
+def _embedded(
+    embedder: Embedder, data_seed: int, count: int
+) -> tuple[NDArray[np.float32], dict[str, NDArray[np.int64]]]:
+    side = embedder.bundle.preprocess.height
+    scenes = [sample_scene(scene_seed(data_seed, index)) for index in range(count)]
+    rows = [
+        embedder.embed_pixels(np.stack([render_scene(scene, side) for scene in scenes[i : i + 64]]))
+        for i in range(0, count, 64)
+    ]
+    codes = np.array([scene.codes() for scene in scenes], np.int64)
+    return np.concatenate(rows), {name: codes[:, i] for i, name in enumerate(FACTORS)}
+
+
+def _written(model: LocalModel, factor: str, embedder: Embedder, seed: int) -> list[str]:
+    try:
+        draft = generate_texts(
+            AS_SAID.get(factor, factor), model, Recipe(seed=1000 * seed),
+            embed_text=embedder.embed_text, prompts=(NEUTRAL_PROMPT,),
+        )  # fmt: skip
+    except GenerationError:
+        return []
+    return [candidate.text for candidate in draft.texts]
+
+
+def _naming(factor: str) -> str:
+    return NAMING_PROMPT.format(criterion=AS_SAID.get(factor, factor))
+
+
+def _one_thread() -> None:
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(1)
+
+
+def main() -> None:
+    """Run from the command line."""
+    from crl_benchmarks.projection_tables import markdown
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=1200)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    with LocalModel.open() as model:
+        world = make_world(arguments.images, arguments.seeds, model)
+    runs = measure_all(world, arguments.seeds, arguments.workers)
+    record: dict[str, Any] = {
+        "crl_sdk": __version__,
+        "images": arguments.images,
+        "seeds": arguments.seeds,
+        "references": REFERENCES,
+        "shots": SHOTS,
+        "prompt": NEUTRAL_PROMPT,
+        "naming_prompt": NAMING_PROMPT,
+        "seconds": round(time.perf_counter() - started),
+        "generated": world.generated,
+        "runs": [asdict(run) for run in runs],
+    }
+    text = markdown(runs, record)
+    print(text)
+    if arguments.out is not None:
+        write_atomically(arguments.out.with_suffix(".md"), text.encode(), OSError)
+        data = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        write_atomically(arguments.out.with_suffix(".json"), data, OSError)
+
+
+if __name__ == "__main__":
+    main()
