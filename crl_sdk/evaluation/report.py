@@ -129,7 +129,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     ]
     if found["paper_encoder"]:
         lines += [f"The paper's encoder here is {found['paper_encoder']}.", ""]
-    lines += [f"{settings(found)}. Figures in percent.", ""]
+    lines += [f"Settings: {settings(found)}. Figures in percent.", ""]
     for criterion, own in found["texts"].items():
         again = f", {own['repeated']} of them repeated" if own["repeated"] else ""
         lines.append(
