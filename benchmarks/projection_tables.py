@@ -81,7 +81,8 @@ def markdown(runs: Sequence[Run], record: dict[str, Any]) -> str:
             "# Projections on the demo world",
             f"`make eval`: {record['images']} held-out scenes, {record['seeds']} seeds, "
             f"{record['seconds'] / 60:.0f} minutes. Each seed draws other texts, noise, starts of "
-            "k-means and examples; all methods get the same ones. Rows are as the paper's protocol "
+            "k-means and examples (the language model's lists are five); all methods get the same "
+            "ones. Rows are as the paper's protocol "
             "has them: unit rows for clustering and retrieval, standardised ones for 5-shot. "
             "“References”: the mean of "
             f"{record['references']} other scenes is removed. “Exclusive” methods are told the own "

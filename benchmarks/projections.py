@@ -53,6 +53,9 @@ QUERIES = 0.3
 
 REFERENCES = 400
 
+LISTS = 5
+"""Lists that the language model writes for a factor; seeds beyond it take them again."""
+
 MEASURES = ("accuracy", "nmi", "ari", "few_shot", "map")
 
 Texts = NDArray[np.float32]
@@ -101,7 +104,7 @@ class World:
         reference: (r, d) likewise, of other scenes.
         labels: factor → (n,) int64.
         texts: unit embedding of each text under each prompt, by (prompt, text).
-        generated: factor → for each seed what the language model wrote; empty where it refused.
+        generated: factor → lists that the language model wrote; empty where it refused.
     """
 
     universal: NDArray[np.float32]
@@ -147,7 +150,7 @@ def make_world(images: int, seeds: int, model: LocalModel) -> World:
         universal, labels = _embedded(embedder, TEST_SEED, images)
         reference, _ = _embedded(embedder, MONITOR_SEED, REFERENCES)
         generated = {
-            factor: [_written(model, factor, embedder, seed) for seed in range(seeds)]
+            factor: [_written(model, factor, embedder, seed) for seed in range(min(LISTS, seeds))]
             for factor in (*CRITERIA, *CHOSEN_ON)
         }
         words = {form for forms in SYNONYMS.values() for each in forms.values() for form in each}
@@ -167,7 +170,7 @@ def texts_of(world: World, factor: str, source: str, noise: str, seed: int) -> l
     elif source == "synonyms":
         texts = [str(f) for forms in values for f in rng.permutation(forms)[:2]]
     elif source == "language model":
-        texts = list(world.generated[factor][seed])
+        texts = list(world.generated[factor][seed % LISTS])
     elif source.endswith("of the words"):
         plain = rng.permutation([forms[0] for forms in values])
         texts = [str(word) for word in plain[: min(int(source[0]), len(plain) - 1)]]

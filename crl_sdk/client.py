@@ -260,10 +260,28 @@ class AsyncClient:
         return info
 
     async def create_basis(
-        self, criterion: str, texts: Sequence[str], *, prompts: Sequence[str] = ()
+        self,
+        criterion: str,
+        texts: Sequence[str],
+        *,
+        prompts: Sequence[str] = (),
+        method: str = "",
     ) -> basis_pb2.BasisInfo:
-        """Let the server make a basis of texts, with its model's text tower."""
-        given = basis_pb2.BasisTexts(criterion=criterion, texts=texts, prompts=prompts)
+        """Let the server make a basis of texts, with its model's text tower.
+
+        Args:
+            criterion: what the texts describe.
+            texts: short descriptive texts.
+            prompts: templates with one `{}` each; none for the text alone.
+            method: how the projection is made, see docs/PROJECTIONS.md; empty for the default.
+                Those that begin with `exclusive` come as files, see `put_basis`.
+
+        Raises:
+            InvalidInputError: a malformed criterion, text, prompt or method.
+        """
+        given = basis_pb2.BasisTexts(
+            criterion=criterion, texts=texts, prompts=prompts, method=method
+        )
         request = basis_pb2.PutBasisRequest(texts=given)
         response = await self._call(self._bases.PutBasis, request, retry=False)
         info: basis_pb2.BasisInfo = response.info
@@ -443,11 +461,16 @@ class Client:
         return info
 
     def create_basis(
-        self, criterion: str, texts: Sequence[str], *, prompts: Sequence[str] = ()
+        self,
+        criterion: str,
+        texts: Sequence[str],
+        *,
+        prompts: Sequence[str] = (),
+        method: str = "",
     ) -> basis_pb2.BasisInfo:
         """See `AsyncClient.create_basis`."""
         info: basis_pb2.BasisInfo = self._wait(
-            self._client.create_basis(criterion, texts, prompts=prompts)
+            self._client.create_basis(criterion, texts, prompts=prompts, method=method)
         )
         return info
 

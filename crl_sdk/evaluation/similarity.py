@@ -17,12 +17,12 @@ from crl_sdk.errors import InvalidInputError
 from crl_sdk.evaluation.figures import Figure
 from crl_sdk.projection import EPSILON, check_embeddings, normalise_rows
 from crl_sdk.tasks.metrics import ranks
+from crl_sdk.tasks.retrieval import PLACES
 
 WEIGHT = 10.0
 """Of the scene's similarity."""
 
 TOP = (1, 2, 3)
-PLACES = ("left", "right", "top", "lower", "mid")
 
 MODES: Mapping[str, tuple[float, float]] = MappingProxyType(
     {"scene and condition": (WEIGHT, 1.0), "scene alone": (1.0, 0.0), "condition alone": (0.0, 1.0)}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from crl_sdk import Basis, Client
-from crl_sdk.basis import basis_path
+from crl_sdk.basis import METHODS, basis_path
 from crl_sdk.build import build_basis
 from crl_sdk.errors import (
     BasisError,
@@ -35,6 +35,35 @@ def make(embedder, criterion="mood", texts=("happy", "sad", "calm"), fingerprint
         fingerprint=fingerprint or embedder.bundle.fingerprint,
         merge_threshold=1.0,  # the demo model hardly tells moods apart
     )  # fmt: skip
+
+
+def test_the_server_knows_no_method(client, embedder, pictures):
+    """Bases of all methods are served beside each other: one line for each in the list."""
+    texts = ["red", "green", "blue", "yellow", "pink"]
+    sibling = make(embedder, "shape", ("circle", "square", "star"))
+    made = {}
+    for method in METHODS:
+        name = f"by {method}"
+        against = [sibling] if method.startswith("exclusive") else []
+        made[name] = build_basis(
+            name, texts, embedder.embed_text, fingerprint=embedder.bundle.fingerprint,
+            method=method, siblings=against,
+        )  # fmt: skip
+        if against:
+            client.put_basis(made[name].to_bytes())
+        else:
+            client.create_basis(name, texts, method=method)
+    listed = {b.criterion: (b.method, b.output_dim) for b in client.bases()}
+    for name, basis in made.items():
+        assert listed[name] == (basis.method, basis.projection.output_dim)
+    result = client.embed(pictures[:3], criteria=list(made))
+    for name, basis in made.items():
+        expected = basis.projection.apply(result.universal)
+        np.testing.assert_allclose(result[name], expected, atol=1e-6)
+    with pytest.raises(InvalidInputError, match="expected siblings"):
+        client.create_basis("color", texts, method="exclusive")
+    with pytest.raises(InvalidInputError, match="expected a method of"):
+        client.create_basis("color", texts, method="whitened")
 
 
 def test_put_list_get_delete(server, client, embedder, pictures, tmp_path):
