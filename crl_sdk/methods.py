@@ -179,18 +179,19 @@ def bend(values: NDArray[np.floating]) -> int:
 
     Both axes are scaled to [0, 1], and the bend is where the discrete curvature
     y'' / (1 + y'^2)^1.5 is largest, among the places before which at least `_ENERGY` of the sum of
-    squares lies: a first direction that towers above the others is no reason to drop these.
+    squares lies: a first direction that towers above the others is no reason to drop these. Two
+    stay at least, since row normalisation leaves nothing of a single column but its sign.
 
     Args:
         values: (r,) descending.
 
     Returns:
-        1 to r; r where no place qualifies, as in a flat spectrum.
+        2 to r, or r if that is less; r where no place qualifies, as in a flat spectrum.
     """
     count = len(values)
     heights = np.asarray(values, np.float64) / max(float(values[0]), EPSILON)
     energy = np.cumsum(heights**2) / max(float((heights**2).sum()), EPSILON)
-    places = [i for i in range(1, count - 1) if energy[i - 1] >= _ENERGY]
+    places = [i for i in range(2, count - 1) if energy[i - 1] >= _ENERGY]
     if not places:
         return count
     before, at, after = (heights[np.array(places) + shift] for shift in (-1, 0, 1))

@@ -84,7 +84,7 @@ def client(server) -> Iterator[Client]:
 class FakeEngine:
     """An image engine that takes its time, fails when told to, and keeps what it saw."""
 
-    description = "fake/cpu/fp32"
+    description = "fake/gpu/fp32"  # it leaves the cores to those who decode
 
     def __init__(self, dim: int, seconds: float = 0.0) -> None:
         self.dim, self.seconds, self.fails = dim, seconds, False
