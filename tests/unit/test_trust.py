@@ -44,12 +44,12 @@ def test_a_basis_along_what_differs_is_not_doubted_and_one_across_it_is():
 
 
 def test_the_demo_world():
-    """Colours are trusted; backgrounds, which the model hardly sees, are not."""
+    """Shapes are trusted; backgrounds, which the model hardly sees, are not."""
     with Embedder.open(demo_bundle(), engine="onnx/cpu/fp32") as embedder:
         side = embedder.bundle.preprocess.height
         scenes = np.stack([render_scene(sample_scene(seed), side) for seed in range(200)])
         universal = embedder.embed_pixels(scenes)
-        color = embedder.create_basis("color", ["red", "green", "blue", "yellow", "black"])
+        shape = embedder.create_basis("shape", ["circle", "square", "star", "heart", "cross"])
         other = embedder.create_basis(
             "background",
             ["on grey", "on sand", "in the sky", "on grass", "on wood"],
@@ -57,7 +57,7 @@ def test_the_demo_world():
         )
         trusted, doubted = (
             examine(universal, embedder.project(universal, basis), basis.text_embeddings)
-            for basis in (color, other)
+            for basis in (shape, other)
         )
     assert trusted.doubts == () and doubted.doubts
     assert trusted.lift > doubted.lift
