@@ -50,7 +50,7 @@ eval-bases: $(VENV)/.demo ## how good generated bases are, on the demo world: a 
 	$(BIN)/python -m crl_benchmarks.basis_quality --out benchmarks/results/basis-quality
 
 eval: $(VENV)/.demo ## projections compared on the demo world: tables, controls, the warning; some 20 minutes
-	$(BIN)/python -m crl_benchmarks.projections --out benchmarks/results/projections
+	$(BIN)/python -m crl_benchmarks.projection_tables --out benchmarks/results/projections
 
 export-parity: $(VENV)/.dev ## the parity table of all exported models
 	$(BIN)/python -m crl_export.parity_table --out benchmarks/results/export-parity

@@ -1,26 +1,44 @@
-"""The tables of `crl_benchmarks.projections`: means, paired differences, controls, the warning."""
+"""`make eval`: all projections compared, as tables of means, paired differences and controls.
+
+`python -m crl_benchmarks.projection_tables --out benchmarks/results/projections`
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from crl_benchmarks.basis_quality import AS_SAID
 from crl_benchmarks.projections import (
-    AS_SAID,
     CHOSEN_ON,
     CONTROLS,
     CRITERIA,
     MEASURES,
+    NAMING_PROMPT,
     NOISES,
     PARTIAL,
+    REFERENCES,
+    SHOTS,
     SOURCES,
     VARIANTS,
     WARNED,
     Run,
+    make_world,
+    measure_all,
 )
+from crl_export.demo.captions import NEUTRAL_PROMPT
+from crl_sdk import __version__
+from crl_sdk.errors import InvalidInputError
+from crl_sdk.files import write_atomically
+from crl_sdk.llm import LocalModel
 from crl_sdk.tasks.trust import LEAST_LIFT, LEAST_STABILITY
 
 BASELINE = "cosine"
@@ -244,3 +262,39 @@ def _said(factor: str) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=1200)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    with LocalModel.open() as model:
+        world = make_world(arguments.images, arguments.seeds, model)
+    runs = measure_all(world, arguments.seeds, arguments.workers)
+    record: dict[str, Any] = {
+        "crl_sdk": __version__,
+        "images": arguments.images,
+        "seeds": arguments.seeds,
+        "references": REFERENCES,
+        "shots": SHOTS,
+        "prompt": NEUTRAL_PROMPT,
+        "naming_prompt": NAMING_PROMPT,
+        "seconds": round(time.perf_counter() - started),
+        "generated": world.generated,
+        "runs": [asdict(run) for run in runs],
+    }
+    text = markdown(runs, record)
+    print(text)
+    if arguments.out is not None:
+        write_atomically(arguments.out.with_suffix(".md"), text.encode(), InvalidInputError)
+        data = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        write_atomically(arguments.out.with_suffix(".json"), data, InvalidInputError)
+
+
+if __name__ == "__main__":
+    main()

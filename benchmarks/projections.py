@@ -1,49 +1,40 @@
 """Which projection? All of them on the demo world, on clean and noisy bases, beside controls.
 
-`python -m crl_benchmarks.projections --out benchmarks/results/projections` (`make eval`). Methods
-are compared on four criteria; the default was chosen on others (`CHOSEN_ON`). Every seed draws
-other texts, other noise, other starts of k-means and other examples; differences are paired.
+Methods are compared on four criteria; the default was chosen on others (`CHOSEN_ON`). Every seed
+draws other texts, other noise, other starts of k-means and other examples, so that differences are
+paired. `crl_benchmarks.projection_tables` runs it and writes the tables.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from crl_benchmarks.basis_quality import AS_SAID
 from crl_export.demo.captions import NEUTRAL_PROMPT
 from crl_export.demo.dataset import MONITOR_SEED, TEST_SEED, scene_seed
 from crl_export.demo.lexicon import OFF_TOPIC, SYNONYMS
 from crl_export.demo.scenes import render_scene, sample_scene
 from crl_export.demo.world import CRITERIA, FACTORS
-from crl_sdk import Embedder, __version__, demo_bundle
+from crl_sdk import Embedder, demo_bundle
 from crl_sdk.basis import Method
 from crl_sdk.errors import GenerationError
 from crl_sdk.evaluation.clustering import clustering
 from crl_sdk.evaluation.few_shot import few_shot, scaled_to
-from crl_sdk.files import write_atomically
 from crl_sdk.generate import Recipe, generate_texts
 from crl_sdk.llm import LocalModel
-from crl_sdk.methods import make_projection
+from crl_sdk.methods import make_projection, takes_siblings
 from crl_sdk.projection import normalise_rows
 from crl_sdk.tasks.metrics import mean_average_precision
 from crl_sdk.tasks.trust import examine
 
 CHOSEN_ON = ("size", "background")
 """Factors that no table of ours reports; the encoder sees the first, and hardly the second."""
-
-AS_SAID = {"colour": "color"}
-"""What a user would type for a factor, where it is not its name."""
 
 NAMING_PROMPT = "a photo with the {criterion} of {{}}"
 
@@ -221,7 +212,7 @@ def runs_of(world: World, task: tuple[str, int]) -> list[Run]:
         runs.append(Run(factor, name, "", "", seed, 0, scores, {}))
     for source, noise, texts, embedded in _bases(world, factor, seed):
         for variant in (WARNED,) if source in PARTIAL else VARIANTS:
-            siblings = siblings_of(world, factor) if variant.method.startswith("excl") else ()
+            siblings = siblings_of(world, factor) if takes_siblings(variant.method) else ()
             projection = make_projection(
                 embedded, variant.method, post="none", siblings=siblings,
                 reference=world.reference if variant.referenced else None,
@@ -297,41 +288,3 @@ def _one_thread() -> None:
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(1)
-
-
-def main() -> None:
-    """Run from the command line."""
-    from crl_benchmarks.projection_tables import markdown
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=1200)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
-    arguments = parser.parse_args()
-    started = time.perf_counter()
-    with LocalModel.open() as model:
-        world = make_world(arguments.images, arguments.seeds, model)
-    runs = measure_all(world, arguments.seeds, arguments.workers)
-    record: dict[str, Any] = {
-        "crl_sdk": __version__,
-        "images": arguments.images,
-        "seeds": arguments.seeds,
-        "references": REFERENCES,
-        "shots": SHOTS,
-        "prompt": NEUTRAL_PROMPT,
-        "naming_prompt": NAMING_PROMPT,
-        "seconds": round(time.perf_counter() - started),
-        "generated": world.generated,
-        "runs": [asdict(run) for run in runs],
-    }
-    text = markdown(runs, record)
-    print(text)
-    if arguments.out is not None:
-        write_atomically(arguments.out.with_suffix(".md"), text.encode(), OSError)
-        data = json.dumps(record, separators=(",", ":")).encode() + b"\n"
-        write_atomically(arguments.out.with_suffix(".json"), data, OSError)
-
-
-if __name__ == "__main__":
-    main()

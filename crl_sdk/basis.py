@@ -5,8 +5,6 @@ A basis is one safetensors file, bound to the fingerprint of the model whose tex
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -28,9 +26,9 @@ from crl_sdk.errors import (
 )
 from crl_sdk.files import write_atomically
 from crl_sdk.projection import Post, Projection
+from crl_sdk.sealed import SUFFIX, digest, require_digest, seal, unseal
 
 SCHEMA = 1
-SUFFIX = ".safetensors"
 
 Method: TypeAlias = Literal[
     "cosine", "centred", "orthogonal", "pca", "tangent", "exclusive", "exclusive-orthogonal"
@@ -118,7 +116,7 @@ class Basis:
 
     def sha256(self) -> str:
         """Digest everything the basis says, in hex: equal for equal bases, wherever they lie."""
-        return _digest(self._header(), self._tensors())
+        return digest(self._header(), self._tensors())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the basis; the file is replaced whole or not at all.
@@ -136,13 +134,7 @@ class Basis:
         Returns:
             Tensors `text_embeddings`, `weight`, `bias`, and the rest as JSON in the metadata.
         """
-        from safetensors.numpy import save
-
-        tensors = self._tensors()
-        header = self._header()
-        signed = msgspec.structs.replace(header, sha256=_digest(header, tensors))
-        metadata = msgspec.json.encode(signed, order="deterministic").decode()
-        return bytes(save(tensors, {_METADATA_KEY: metadata}))
+        return seal(_METADATA_KEY, self._header(), self._tensors())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Basis:
@@ -170,12 +162,13 @@ class Basis:
             UnsupportedSchemaError: written in a schema this SDK does not read.
         """
         from safetensors import SafetensorError
-        from safetensors.numpy import load
 
         remedy = "copy the file again or make it again with crl basis create"
         try:
-            tensors = load(data)
-            header = _read_header(data, where)
+            header, tensors = unseal(
+                data, _METADATA_KEY, _Header,
+                schema=SCHEMA, where=where, remake="make the basis again",
+            )  # fmt: skip
             projection = Projection(tensors["weight"], tensors["bias"], header.post)
             basis = cls(
                 criterion=normalise_criterion(header.criterion),
@@ -191,8 +184,7 @@ class Basis:
                 provenance=header.provenance,
             )
             _check(basis)
-            if header.sha256 != _digest(basis._header(), tensors):
-                raise InvalidInputError("its content does not give the SHA-256 in its header")
+            require_digest(header.sha256, basis._header(), tensors)
         except UnsupportedSchemaError:
             raise
         except (SafetensorError, msgspec.MsgspecError, KeyError, ValueError) as error:
@@ -247,29 +239,6 @@ def basis_path(directory: Path, criterion: str) -> Path:
         CriterionError: the name is malformed; it never becomes a path then.
     """
     return directory / f"{normalise_criterion(criterion).replace(' ', '+')}{SUFFIX}"
-
-
-def _read_header(data: bytes, where: str) -> _Header:
-    """Read our JSON out of the safetensors metadata; `data` already passed the library's checks."""
-    length = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
-    raw = msgspec.json.decode(metadata[_METADATA_KEY])
-    schema = raw.get("schema") if isinstance(raw, dict) else None
-    if isinstance(schema, int) and schema != SCHEMA:
-        raise UnsupportedSchemaError(
-            f"{where}: basis schema {schema}, this SDK reads {SCHEMA}: "
-            + ("upgrade crl-sdk" if schema > SCHEMA else "make the basis again")
-        )
-    return msgspec.convert(raw, _Header)
-
-
-def _digest(header: _Header, tensors: Mapping[str, NDArray[np.float32]]) -> str:
-    """Digest everything a basis file says; `header.sha256` must be empty."""
-    digest = hashlib.sha256(msgspec.json.encode(header, order="deterministic"))
-    for name in sorted(tensors):
-        digest.update(f"{name}{tensors[name].shape}{tensors[name].dtype}".encode())
-        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
-    return digest.hexdigest()
 
 
 def _check(basis: Basis) -> None:

@@ -14,6 +14,18 @@ from crl_sdk.errors import CrlError
 Record = TypeVar("Record", bound=msgspec.Struct)
 
 
+def make_directory(path: Path, failure: type[CrlError]) -> None:
+    """Make a directory and those above it, unless they exist.
+
+    Raises:
+        CrlError: of the kind `failure`: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise failure(f"{path}: cannot be made ({error.strerror}); choose another") from error
+
+
 def write_atomically(path: Path, data: bytes, failure: type[CrlError]) -> None:
     """Write a file so that readers see the old or the new content, never a part, even on a crash.
 

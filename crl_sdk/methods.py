@@ -18,6 +18,9 @@ from crl_sdk.basis import METHODS, Method
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection import EPSILON, Post, Projection, check_embeddings
 
+TEXT_COLUMNS: tuple[Method, ...] = ("cosine", "centred", "exclusive")
+"""Methods whose maps have one column for each text, in their order."""
+
 _ENERGY = 0.9
 """Share of the texts' variance that is kept at least where directions are dropped."""
 
@@ -70,7 +73,7 @@ def make_projection(
             f"the method {method!r} needs at least two distinct texts, got {k}; add texts, or use "
             "the method 'cosine'"
         )
-    if method.startswith("exclusive") != bool(siblings):
+    if takes_siblings(method) != bool(siblings):
         raise InvalidInputError(
             "expected siblings, the text embeddings of other criteria, with the methods that "
             f"begin with 'exclusive' and with no other; got {len(siblings)} for {method!r}"
@@ -85,6 +88,11 @@ def make_projection(
     return Projection(
         np.ascontiguousarray(weight, np.float32), np.ascontiguousarray(bias, np.float32), post
     )
+
+
+def takes_siblings(method: Method) -> bool:
+    """Tell whether a method is made against other criteria."""
+    return method.startswith("exclusive")
 
 
 def cosine(given: Given) -> tuple[Rows, Rows]:
@@ -107,7 +115,7 @@ def orthogonal(given: Given) -> tuple[Rows, Rows]:
     The singular vectors up to the bend of the spectrum: `bend` says where that is. Adaptive
     orthogonal basis of OD-CRL, arXiv 2602.05464.
     """
-    directions, values = _directions(given.texts)
+    directions, values = directions_of(given.texts)
     return directions[: bend(values)].T, _origin(given)
 
 
@@ -117,7 +125,7 @@ def pca(given: Given) -> tuple[Rows, Rows]:
     All of them up to 128, and the texts' own mean is what is subtracted. InDiReCT, arXiv
     2211.12760.
     """
-    directions, _ = _directions(given.texts)
+    directions, _ = directions_of(given.texts)
     origin = given.texts.mean(axis=0) if given.images is None else given.images
     return directions[:128].T, origin
 
@@ -134,7 +142,7 @@ def tangent(given: Given) -> tuple[Rows, Rows]:
     along = np.clip(given.texts @ at, -1.0, 1.0)
     flat = given.texts - along[:, None] * at
     angles = np.arccos(along) / np.maximum(np.linalg.norm(flat, axis=1), EPSILON)
-    directions, values = _directions(flat * angles[:, None])
+    directions, values = directions_of(flat * angles[:, None])
     weight = directions[: bend(values)].T
     weight = weight - np.outer(at, at @ weight)
     if given.images is not None:
@@ -205,10 +213,11 @@ def _origin(given: Given) -> Rows:
     return np.zeros(given.texts.shape[1]) if given.images is None else given.images
 
 
-def _directions(rows: Rows) -> tuple[Rows, Rows]:
-    """Give the right singular vectors (r, d) of centred rows, strongest first, and their values.
+def directions_of(rows: Rows) -> tuple[Rows, Rows]:
+    """Give the right singular vectors (r, d) of centred rows (k, d), and their values.
 
-    What is zero but for rounding is left out, so that r < k.
+    The strongest come first. What is zero but for rounding is left out, so that r < k, but never
+    all of it.
     """
     wide = np.asarray(rows, np.float64)
     _, values, directions = np.linalg.svd(wide - wide.mean(axis=0), full_matrices=False)
@@ -220,7 +229,7 @@ def _without_siblings(weight: Rows, given: Given) -> Rows:
     """Project columns onto the null space of all siblings' leading directions."""
     spans = []
     for texts in given.siblings:
-        directions, values = _directions(texts)
+        directions, values = directions_of(texts)
         spans.append(directions[: bend(values)])
     together = np.linalg.qr(np.concatenate(spans).T)[0]
     return np.asarray(weight - together @ (together.T @ weight))

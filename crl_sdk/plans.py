@@ -16,7 +16,7 @@ import msgspec
 
 from crl_sdk.bundle import ModelBundle, sha256_file
 from crl_sdk.errors import PlanError
-from crl_sdk.files import read_record, write_atomically, write_record
+from crl_sdk.files import make_directory, read_record, write_atomically, write_record
 from crl_sdk.manifest import Precision
 
 SCHEMA = 2
@@ -122,12 +122,7 @@ def write_plan(directory: Path, plan: Plan, data: bytes) -> Path:
         PlanError: the disk is full, or the directory cannot be written.
     """
     path = directory / f"{plan.recipe.stem}.plan"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PlanError(
-            f"{directory}: cannot be made ({error.strerror}); choose another with --out"
-        ) from error
+    make_directory(directory, PlanError)
     write_atomically(path, data, PlanError)
     _write_record(directory, plan)
     return path

@@ -50,14 +50,13 @@ class Stored:
                 something else.
             MissingDependencyError: pyarrow is not installed, for `.parquet`.
         """
-        readers = {".npy": _open_npy, ".npz": _open_npz, ".parquet": _open_parquet}
-        if path.suffix not in readers:
+        if path.suffix not in SUFFIXES:
             raise InvalidInputError(
                 f"{path}: expected a .npy, .npz or .parquet file of embeddings; crl embed writes "
                 "the last two"
             )
         try:
-            array, fingerprint = readers[path.suffix](path)
+            array, fingerprint = _READERS[path.suffix](path)
         except InvalidInputError as error:
             raise InvalidInputError(f"{path}: {error}") from error
         except OSError as error:
@@ -173,3 +172,9 @@ def _open_parquet(path: Path) -> tuple[NDArray[Any], str | None]:
     values = column.flatten().to_numpy(zero_copy_only=False)
     told = (table.schema.metadata or {}).get(b"crl_fingerprint")
     return values.reshape(-1, column.type.list_size), told.decode() if told else None
+
+
+_READERS = {".npy": _open_npy, ".npz": _open_npz, ".parquet": _open_parquet}
+
+SUFFIXES = tuple(_READERS)
+"""Of the files that `Stored.open` takes."""

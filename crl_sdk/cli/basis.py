@@ -9,13 +9,15 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from crl_sdk.basis import SUFFIX, Basis, Method, basis_path
+from crl_sdk.basis import Basis, Method, basis_path
 from crl_sdk.build import DEFAULT_MERGE_THRESHOLD, DEFAULT_PROMPT, edit_basis
 from crl_sdk.cli import generation
 from crl_sdk.cli.console import JsonOption, note, out, print_facts, print_json, warn
 from crl_sdk.cli.options import DEFAULT_BASES, BasesOption, BundleOption, open_embedder
 from crl_sdk.errors import BasisError, InvalidInputError
+from crl_sdk.files import make_directory
 from crl_sdk.projection import Post
+from crl_sdk.sealed import SUFFIX
 
 app = typer.Typer(help="Make, change and inspect bases.", no_args_is_help=True)
 
@@ -94,7 +96,7 @@ def create(
             siblings=siblings, provenance=provenance,
         )  # fmt: skip
     if not dry_run:
-        _save(basis, path)
+        save(basis, path)
     _print_basis(basis, path, as_json)
 
 
@@ -119,7 +121,7 @@ def edit(
             basis, embedder.embed_text, fingerprint=embedder.bundle.fingerprint,
             add=add or (), remove=remove or (),
         )  # fmt: skip
-    _save(changed, path)
+    save(changed, path)
     _print_basis(changed, path, as_json)
 
 
@@ -135,11 +137,13 @@ def _sibling(name: str, bases: Path) -> Path:
     return Path(name) if name.endswith(SUFFIX) else basis_path(bases, name)
 
 
-def _save(basis: Basis, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BasisError(f"{path.parent}: cannot be made ({error.strerror})") from error
+def save(basis: Basis, path: Path) -> None:
+    """Write a basis, make its directory, and tell of merged texts.
+
+    Raises:
+        BasisError: one of them cannot be written.
+    """
+    make_directory(path.parent, BasisError)
     basis.save(path)
     if basis.merged:
         pairs = ", ".join(f"{m.text} → {m.into}" for m in basis.merged)

@@ -34,7 +34,8 @@ from crl_sdk.cli.options import (
 )
 from crl_sdk.errors import ImageError, InvalidInputError
 from crl_sdk.files import write_atomically
-from crl_sdk.tasks.classifier_file import SUFFIX
+from crl_sdk.sealed import SUFFIX
+from crl_sdk.stored import SUFFIXES as STORED
 from crl_sdk.tasks.few_shot import FewShotClassifier
 
 app = typer.Typer(help="Learn classes from a few pictures; classify others.", no_args_is_help=True)
@@ -141,7 +142,7 @@ def predict(
             "crl classify fit, or use FewShotClassifier.predict"
         )
     with workbench(bundle, engine, threads, decode) as bench:
-        if not all(path.suffix in (".npy", ".npz", ".parquet") for path in images):
+        if not all(path.suffix in STORED for path in images):
             classifier.require_fingerprint(bench.embedder.bundle.fingerprint)
         material = bench.material(images)
     require_same_model(material, [classifier.basis])

@@ -36,7 +36,7 @@ from crl_sdk.cli.options import (
 )
 from crl_sdk.cli.report import write_html
 from crl_sdk.errors import InvalidInputError
-from crl_sdk.files import write_atomically
+from crl_sdk.files import make_directory, write_atomically
 from crl_sdk.reproject import project_rows
 from crl_sdk.tasks.clustering import Clustering
 from crl_sdk.tasks.clustering import cluster as cluster_rows
@@ -93,10 +93,7 @@ def cluster(
         rows = project_rows(universal, [basis.projection])[0]
         found = cluster_rows(rows, k, basis=basis, universal=universal, most=most, seed=seed)
         trust = examine(universal, rows, basis.text_embeddings, seed=seed)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidInputError(f"{directory}: cannot be made ({error.strerror})") from error
+    make_directory(directory, InvalidInputError)
     write_atomically(directory / TABLE, _csv(material, found), InvalidInputError)
     page = None
     if material.files is not None:
@@ -168,8 +165,11 @@ def _tell(
                     "resample_rows": choice.resample_rows,
                 },
                 "stability": found.stability,
-                "lift": trust.lift,
-                "doubts": list(trust.doubts),
+                "trust": {
+                    "lift": trust.lift,
+                    "stability": trust.stability,
+                    "doubts": list(trust.doubts),
+                },
                 "clusters": [_document(material, found, i) for i in range(len(found.clusters))],
                 "table": str(table),
                 "report": None if page is None else str(page),

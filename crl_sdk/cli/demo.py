@@ -15,7 +15,7 @@ import typer
 from numpy.typing import NDArray
 from rich.table import Table
 
-from crl_sdk.basis import SUFFIX, Basis, normalise_criterion
+from crl_sdk.basis import Basis, normalise_criterion
 from crl_sdk.build import DEFAULT_PROMPT
 from crl_sdk.bundle import demo_bundle
 from crl_sdk.cli import generation
@@ -27,12 +27,12 @@ from crl_sdk.cli.report import write_html, write_png
 from crl_sdk.client import Client
 from crl_sdk.embedder import Embedder
 from crl_sdk.errors import CrlError, GenerationError, InvalidInputError, MissingDependencyError
-from crl_sdk.generate import Recipe
 from crl_sdk.messages import RemoteEmbeddings
+from crl_sdk.preprocess import SUFFIXES as PICTURES
+from crl_sdk.sealed import SUFFIX
 from crl_sdk.tasks.clustering import cluster
 from crl_sdk.tasks.kmeans import kmeans
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _TRUE = "{} true words"
 
 
@@ -165,10 +165,10 @@ def _own(folder: Path, criteria: str, prompt: str) -> _Pictures:
     names = tuple(normalise_criterion(name) for name in criteria.split(",") if name.strip())
     if not folder.is_dir():
         raise InvalidInputError(f"{folder}: expected a directory of pictures")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
     if len(files) < 2 or not names:
         raise InvalidInputError(
-            f"{folder}: expected two pictures or more ({', '.join(_SUFFIXES)}) and a criterion, "
+            f"{folder}: expected two pictures or more ({', '.join(PICTURES)}) and a criterion, "
             f"found {len(files)} and {len(names)}"
         )
     return _Pictures(files, names, {}, {}, {}, prompt)
@@ -209,14 +209,10 @@ def _written(
             return _written(name, model, embedder, prompt, kept, fresh=True)
     else:
         try:
-            draft = generation.draft(name, model, Recipe(), embedder.embed_text, [prompt])
+            basis = generation.written_basis(name, model, embedder, prompt)
         except GenerationError as error:
             warn(str(error))
             return None
-        basis = embedder.create_basis(
-            name, [candidate.text for candidate in draft.texts], prompts=[prompt],
-            provenance=draft.provenance,
-        )  # fmt: skip
         kept.mkdir(parents=True, exist_ok=True)
         basis.save(file)
     note(f"  {name}: {', '.join(basis.texts)}")

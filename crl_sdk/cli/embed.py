@@ -24,8 +24,7 @@ from crl_sdk.cli.options import (
 )
 from crl_sdk.embedder import Embeddings
 from crl_sdk.errors import ImageError, InvalidInputError, MissingDependencyError
-
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+from crl_sdk.preprocess import SUFFIXES
 
 
 def embed(
@@ -95,10 +94,10 @@ def find_images(given: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in given:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
             if not inside:
                 raise ImageError(
-                    f"no image files in this directory; looked for {', '.join(sorted(_SUFFIXES))}",
+                    f"no image files in this directory; looked for {', '.join(SUFFIXES)}",
                     source=str(path),
                 )
             found.extend(inside)

@@ -28,6 +28,7 @@ from crl_sdk.cli.evaluation_texts import (
     require_texts,
     texts_of,
 )
+from crl_sdk.cli.material import require_tasks
 from crl_sdk.cli.options import EngineOption, ThreadsOption, open_embedder
 from crl_sdk.embedder import Embedder
 from crl_sdk.errors import InvalidInputError
@@ -153,7 +154,7 @@ def evaluate(
     _require_data(name, benchmark, data)
     require_texts(wanted, sources, prompts, bundle, name)
     if benchmark.task == "labels":
-        run.require_packages()
+        require_tasks("crl eval")
     with _data(name, wanted, data, split, limit) as read:
         if isinstance(read, Labelled):
             _require_shots(read, wanted, numbers if "few-shot" in protocols else ())

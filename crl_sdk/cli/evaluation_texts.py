@@ -8,6 +8,7 @@ from pathlib import Path
 
 from crl_sdk.basis import Basis, basis_path
 from crl_sdk.cli import generation
+from crl_sdk.cli.basis import read_texts
 from crl_sdk.cli.console import note
 from crl_sdk.embedder import Embedder
 from crl_sdk.errors import InvalidInputError
@@ -40,7 +41,7 @@ def texts_of(criterion: str, sources: Sources, prompt: str, embedder: Embedder) 
     """Find a criterion's texts: the source given for it alone comes first."""
     if criterion in sources.texts:
         path = sources.texts[criterion]
-        return embed_list(_lines(path), prompt, embedder.embed_text, str(path))
+        return embed_list(read_texts(path), prompt, embedder.embed_text, str(path))
     basis = sources.basis_file(criterion)
     if basis is not None:
         return of_basis(Basis.load(basis), embedder.bundle.fingerprint, str(basis))
@@ -150,14 +151,3 @@ def basis_files(given: Sequence[str] | None, known: Sequence[str]) -> dict[str, 
             )
         files[name] = path
     return files
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    texts = [line.strip() for line in lines if line.strip()]
-    if not texts:
-        raise InvalidInputError(f"{path}: expected one text a line, the file has none")
-    return texts

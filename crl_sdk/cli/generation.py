@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from crl_sdk.basis import Basis
 from crl_sdk.build import EmbedText
 from crl_sdk.cli.console import note, out, print_json, spinner, warn
+from crl_sdk.embedder import Embedder
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.generate import Draft, Form, Recipe, generate_texts
 from crl_sdk.llm import LocalModel
@@ -91,6 +93,18 @@ def draft(
             "Look at them with --dry-run; a hint, an example or a larger model may help"
         )
     return made
+
+
+def written_basis(criterion: str, model: str | None, embedder: Embedder, prompt: str) -> Basis:
+    """Let the language model write a criterion's texts, and make a basis of them.
+
+    Raises:
+        GenerationError: the model gives nothing usable.
+    """
+    made = draft(criterion, model, Recipe(), embedder.embed_text, [prompt])
+    return embedder.create_basis(
+        criterion, [text.text for text in made.texts], prompts=[prompt], provenance=made.provenance
+    )
 
 
 def print_draft(draft: Draft, as_json: bool) -> None:

@@ -16,17 +16,15 @@ from numpy.typing import NDArray
 from crl_sdk.basis import Basis, basis_path, normalise_criterion
 from crl_sdk.build import DEFAULT_PROMPT
 from crl_sdk.cli import generation
-from crl_sdk.cli.basis import read_texts
+from crl_sdk.cli.basis import read_texts, save
 from crl_sdk.cli.console import note, progress_bar, warn
 from crl_sdk.cli.embed import find_images
 from crl_sdk.cli.options import open_embedder
 from crl_sdk.embedder import Embedder
 from crl_sdk.errors import BasisMismatchError, InvalidInputError, MissingDependencyError
-from crl_sdk.generate import Recipe
 from crl_sdk.preprocess import Decode
+from crl_sdk.stored import SUFFIXES as STORED
 from crl_sdk.stored import Stored
-
-STORED_SUFFIXES = (".npy", ".npz", ".parquet")
 
 CriterionOption = Annotated[
     str, typer.Option(help="What matters, in words, such as `animal habitat`.")
@@ -93,7 +91,7 @@ class Workbench:
             ImageError: a directory without pictures.
             InvalidInputError: nothing is there, no picture can be read, or the file is malformed.
         """
-        if any(source.suffix in STORED_SUFFIXES for source in sources):
+        if any(source.suffix in STORED for source in sources):
             if len(sources) > 1:
                 raise InvalidInputError(
                     "expected pictures, directories of them, or one file of embeddings; got "
@@ -106,7 +104,7 @@ class Workbench:
             if not source.exists():
                 raise InvalidInputError(
                     f"{source}: expected a directory of pictures, a picture, or a file of "
-                    f"embeddings ({', '.join(STORED_SUFFIXES)}); there is nothing"
+                    f"embeddings ({', '.join(STORED)}); there is nothing"
                 )
         return self.pictures(find_images(sources))
 
@@ -180,18 +178,9 @@ class Workbench:
         if path.exists():
             note(f"{name}: basis {path}")
             return Basis.load(path)
-        embed_text = self.embedder.embed_text
-        draft = generation.draft(name, model, Recipe(), embed_text, [prompt])
-        basis = self.embedder.create_basis(
-            name, [candidate.text for candidate in draft.texts], prompts=[prompt],
-            provenance=draft.provenance,
-        )  # fmt: skip
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InvalidInputError(f"{path.parent}: cannot be made ({error.strerror})") from error
-        basis.save(path)
-        note(f"{name}: {', '.join(basis.texts)}; kept as {path}")
+        basis = generation.written_basis(name, model, self.embedder, prompt)
+        save(basis, path)
+        note(f"{name}: {', '.join(basis.texts)}")
         return basis
 
 

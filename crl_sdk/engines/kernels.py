@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from crl_sdk.bundle import ModelBundle, sha256_file
 from crl_sdk.engines import cuda
 from crl_sdk.errors import InvalidInputError, PlanError
-from crl_sdk.files import read_record, write_atomically, write_record
+from crl_sdk.files import make_directory, read_record, write_atomically, write_record
 from crl_sdk.plans import plans_directory
 from crl_sdk.projection import Post, Projection, pack
 
@@ -97,10 +97,7 @@ def write_kernels(directory: Path, kernels: Kernels, files: Mapping[str, bytes])
     Raises:
         PlanError: the disk is full, or the directory cannot be written.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PlanError(f"{directory}: cannot be made ({error.strerror})") from error
+    make_directory(directory, PlanError)
     for name, data in files.items():
         write_atomically(directory / name, data, PlanError)
     for path in directory.iterdir():  # what an earlier compilation left

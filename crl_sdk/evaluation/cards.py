@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from crl_sdk.evaluation.labelled import (
-    SUFFIXES,
     DataSetError,
     Labelled,
     Labels,
@@ -21,6 +20,7 @@ from crl_sdk.evaluation.labelled import (
     require_directory,
     wrong_layout,
 )
+from crl_sdk.preprocess import SUFFIXES
 
 CRITERIA = ("number", "suits")
 NUMBERS = (

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.evaluation.figures import Figure, check_labelled
 from crl_sdk.projection import EPSILON
+from crl_sdk.tasks.few_shot import standardise_rows
 
 SHOTS = (1, 5, 10)
 SPLITS = 20
@@ -76,8 +77,7 @@ def standardised(
             as the authors do, which looks at the rows to be tested too.
 
     Returns:
-        (n, m) float32; the deviation is the unbiased one (divided by m − 1). A row of equal numbers
-        has none and is left centred.
+        (n, m) float32, see `crl_sdk.tasks.few_shot.standardise_rows`.
 
     Raises:
         InvalidInputError: fewer than two columns.
@@ -86,10 +86,8 @@ def standardised(
         raise InvalidInputError(
             f"expected rows of two columns or more, got {rows.shape}: add texts to the basis"
         )
-    centred = rows - np.mean(rows if reference is None else reference, dtype=np.float64)
-    deviation = np.std(rows, axis=1, ddof=1, keepdims=True, dtype=np.float64)
-    scaled = centred / np.where(deviation > EPSILON, deviation, 1.0)
-    return np.asarray(scaled, np.float32)
+    mean = np.mean(rows if reference is None else reference, dtype=np.float64)
+    return standardise_rows(rows, float(mean))
 
 
 def scale_of(rows: NDArray[np.float32]) -> float:

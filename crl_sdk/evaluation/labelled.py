@@ -11,9 +11,6 @@ from numpy.typing import NDArray
 
 from crl_sdk.errors import InvalidInputError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-"""Of the pictures that are looked for where a layout names none."""
-
 _SHOWN = 8
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from crl_sdk.basis import Method
 from crl_sdk.build import EmbedText
 from crl_sdk.embedder import Embedder
-from crl_sdk.errors import InvalidInputError, MissingDependencyError
+from crl_sdk.errors import InvalidInputError
 from crl_sdk.evaluation import clustering as kmeans
 from crl_sdk.evaluation import few_shot as shots_of
 from crl_sdk.evaluation.deepfashion import ATTRIBUTES, DeepFashion
@@ -21,8 +21,9 @@ from crl_sdk.evaluation.fashion import attribute_map, overall, reduced
 from crl_sdk.evaluation.figures import Figure
 from crl_sdk.evaluation.genecis import GeneCis
 from crl_sdk.evaluation.labelled import DataSetError, Labelled
-from crl_sdk.evaluation.similarity import MODES, captions, gallery_scores, recalls
+from crl_sdk.evaluation.similarity import MODES, gallery_scores, recalls
 from crl_sdk.evaluation.texts import Texts, projections
+from crl_sdk.tasks.retrieval import captions
 
 PROTOCOLS = ("clustering", "few-shot")
 UNIVERSAL, CONDITIONAL = "universal", "conditional"
@@ -47,19 +48,6 @@ class Row:
     protocol: str
     representation: str
     figures: Mapping[str, Figure]
-
-
-def require_packages() -> None:
-    """Find out before anything is embedded whether the measures can be taken.
-
-    Raises:
-        MissingDependencyError: scikit-learn or SciPy is not installed.
-    """
-    for module, package in (("sklearn", "scikit-learn"), ("scipy", "scipy")):
-        try:
-            __import__(module)
-        except ImportError as error:
-            raise MissingDependencyError(package, "tasks", "crl eval") from error
 
 
 def check_texts(texts: Mapping[str, Texts], method: Method, protocols: Sequence[str]) -> None:

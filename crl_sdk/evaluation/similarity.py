@@ -17,22 +17,18 @@ from crl_sdk.errors import InvalidInputError
 from crl_sdk.evaluation.figures import Figure
 from crl_sdk.projection import EPSILON, check_embeddings, normalise_rows
 from crl_sdk.tasks.metrics import ranks
-from crl_sdk.tasks.retrieval import PLACES
-
-WEIGHT = 10.0
-"""Of the scene's similarity."""
+from crl_sdk.tasks.retrieval import PAPER_WEIGHT
 
 TOP = (1, 2, 3)
 
 MODES: Mapping[str, tuple[float, float]] = MappingProxyType(
-    {"scene and condition": (WEIGHT, 1.0), "scene alone": (1.0, 0.0), "condition alone": (0.0, 1.0)}
+    {
+        "scene and condition": (PAPER_WEIGHT, 1.0),
+        "scene alone": (1.0, 0.0),
+        "condition alone": (0.0, 1.0),
+    }
 )
 """How much the picture's similarity and the condition's count; the first is the paper's."""
-
-
-def captions(condition: str) -> list[str]:
-    """Give the five captions of a condition: one for each place in the picture."""
-    return [f"a photo with a {condition} on the {place}" for place in PLACES]
 
 
 def gallery_scores(
@@ -40,7 +36,7 @@ def gallery_scores(
     gallery: NDArray[np.float32],
     condition: NDArray[np.float32],
     *,
-    weights: tuple[float, float] = (WEIGHT, 1.0),
+    weights: tuple[float, float] = (PAPER_WEIGHT, 1.0),
     normalise: bool = True,
 ) -> NDArray[np.float32]:
     """Score the pictures of a gallery.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from crl_sdk.basis import Basis, Method
 from crl_sdk.build import EmbedText, embed_with_prompts
 from crl_sdk.errors import InvalidInputError
-from crl_sdk.methods import make_projection
+from crl_sdk.methods import make_projection, takes_siblings
 from crl_sdk.projection import Projection
 
 
@@ -85,6 +85,6 @@ def projections(texts: Mapping[str, Texts], method: Method) -> dict[str, Project
         others = [each.embeddings for name, each in texts.items() if name != criterion]
         made[criterion] = make_projection(
             own.embeddings, method, post="none",
-            siblings=others if method.startswith("exclusive") else (),
+            siblings=others if takes_siblings(method) else (),
         )  # fmt: skip
     return made

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from crl_sdk.basis import SUFFIX, Basis, basis_path, normalise_criterion
+from crl_sdk.basis import Basis, basis_path, normalise_criterion
 from crl_sdk.errors import (
     BasisError,
     BasisExistsError,
@@ -24,6 +24,7 @@ from crl_sdk.errors import (
     CrlError,
     UnknownCriterionError,
 )
+from crl_sdk.sealed import SUFFIX
 
 _log = logging.getLogger(__name__)
 

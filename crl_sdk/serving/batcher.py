@@ -217,9 +217,11 @@ class Batcher:
             with self._turn():
                 with self._changed:
                     batch, dropped = self._take()
+                self._deliver(
+                    [(item, self.give_up(item.future, item.submitted)) for item in dropped]
+                )
                 outcomes = self._infer(batch) if batch else []
-            given_up = [(item, self.give_up(item.future, item.submitted)) for item in dropped]
-            self._deliver([*given_up, *outcomes])
+            self._deliver(outcomes)
             if self.failed is not None:
                 self._revive()
 

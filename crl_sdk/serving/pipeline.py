@@ -29,7 +29,7 @@ from crl_sdk.projection import check_embeddings
 from crl_sdk.serving.bases import BasisStore, StoredBasis
 from crl_sdk.serving.batcher import Batcher, Row
 from crl_sdk.serving.cache import EmbeddingCache
-from crl_sdk.serving.turns import Turns
+from crl_sdk.serving.turns import NoTurns, Turns
 
 Source = bytes | NDArray[Any]
 
@@ -155,14 +155,14 @@ class Pipeline:
         self.limits = limits
         self.cache = EmbeddingCache(limits.cache_bytes)
         spec = embedder.bundle.preprocess
-        on_cpu = embedder.engine.split("/")[1] == "cpu"
-        self._turns = Turns(limits.max_batch) if on_cpu else None
+        self._on_cpu = embedder.engine.split("/")[1] == "cpu"
+        self._turns = Turns(limits.max_batch) if self._on_cpu else NoTurns()
         self.batcher = Batcher(
             embedder.embed_pixels,
             np.zeros((1, spec.height, spec.width, 3), np.uint8),
             max_batch=limits.max_batch,
             max_queue=limits.max_queue,
-            turn=self._turns.engine if self._turns is not None else contextlib.nullcontext,
+            turn=self._turns.engine,
         )
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="crl-decode")
         self._in_works = 0
@@ -180,7 +180,7 @@ class Pipeline:
         """
         spec = self.embedder.bundle.preprocess
         blank = np.zeros((spec.height, spec.width, 3), np.uint8)
-        for count in (1,) if self._turns is not None else (1, self.limits.max_batch):
+        for count in (1,) if self._on_cpu else (1, self.limits.max_batch):
             await asyncio.gather(
                 *self.batcher.submit([blank] * count, deadline=None, client="warm-up")
             )
@@ -285,14 +285,13 @@ class Pipeline:
         left = threading.Semaphore(len(wanted) - 1)
 
         def decode(i: int) -> None:
-            with self._turns.decoding() if self._turns is not None else contextlib.nullcontext():
+            with self._turns.decoding():
                 decoded[i] = self._decode(wanted[i][0], futures[i], deadline)
                 if not left.acquire(blocking=False):  # the last one: all go on, without a detour
                     timing.preprocess = time.monotonic() - started
                     self._hand_over(decoded, futures, deadline, client)
 
-        if self._turns is not None:
-            self._turns.expect(len(wanted))
+        self._turns.expect(len(wanted))
         for i in range(len(wanted)):
             self._decoders.submit(decode, i)
         try:

@@ -9,7 +9,22 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+
+class NoTurns:
+    """An engine on a GPU leaves the cores to those who decode: nobody waits for anybody."""
+
+    def expect(self, count: int) -> None:
+        """See `Turns.expect`."""
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """See `Turns.decoding`."""
+        return nullcontext()
+
+    def engine(self) -> AbstractContextManager[None]:
+        """See `Turns.engine`."""
+        return nullcontext()
 
 
 class Turns:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +11,9 @@ from numpy.typing import NDArray
 
 from crl_sdk.basis import Basis
 from crl_sdk.errors import IntegrityError, InvalidInputError, UnsupportedSchemaError
+from crl_sdk.sealed import require_digest, seal, unseal
 
 SCHEMA = 1
-SUFFIX = ".safetensors"
 
 _METADATA_KEY = "crl_classifier"
 
@@ -70,18 +68,13 @@ def encode(learned: Learned) -> bytes:
         A safetensors file: `coefficients` (c, m) and `intercepts` (c,) float32, `basis` (bytes of a
         basis file) uint8 if there is one, and the rest as JSON in the metadata.
     """
-    from safetensors.numpy import save
-
-    header = _header(learned)
     tensors: dict[str, NDArray[Any]] = {
         "coefficients": learned.coefficients,
         "intercepts": learned.intercepts,
     }
     if learned.basis is not None:
         tensors["basis"] = np.frombuffer(learned.basis.to_bytes(), np.uint8)
-    signed = msgspec.structs.replace(header, sha256=_digest(header, tensors))
-    metadata = msgspec.json.encode(signed, order="deterministic").decode()
-    return bytes(save(tensors, {_METADATA_KEY: metadata}))
+    return seal(_METADATA_KEY, _header(learned), tensors)
 
 
 def decode(data: bytes, where: str) -> Learned:
@@ -92,11 +85,12 @@ def decode(data: bytes, where: str) -> Learned:
         UnsupportedSchemaError: written in a schema this SDK does not read.
     """
     from safetensors import SafetensorError
-    from safetensors.numpy import load
 
     try:
-        tensors = load(data)
-        header = _read_header(data, where)
+        header, tensors = unseal(
+            data, _METADATA_KEY, _Header,
+            schema=SCHEMA, where=where, remake="fit it again with crl classify fit",
+        )  # fmt: skip
         basis = None
         if header.basis_sha256:
             basis = Basis.from_bytes(tensors["basis"].tobytes(), where=f"{where}: its basis")
@@ -115,8 +109,7 @@ def decode(data: bytes, where: str) -> Learned:
         expected = _header(learned)
         if header != msgspec.structs.replace(expected, sha256=header.sha256):
             raise InvalidInputError("its basis is not the one that its header names")
-        if header.sha256 != _digest(expected, tensors):
-            raise InvalidInputError("its content does not give the SHA-256 in its header")
+        require_digest(header.sha256, expected, tensors)
     except UnsupportedSchemaError:
         raise
     except (SafetensorError, msgspec.MsgspecError, KeyError, ValueError, IntegrityError) as error:
@@ -143,20 +136,6 @@ def _header(learned: Learned) -> _Header:
     )
 
 
-def _read_header(data: bytes, where: str) -> _Header:
-    """Read our JSON out of the safetensors metadata; `data` already passed the library's checks."""
-    length = int.from_bytes(data[:8], "little")
-    metadata = msgspec.json.decode(data[8 : 8 + length]).get("__metadata__") or {}
-    raw = msgspec.json.decode(metadata[_METADATA_KEY])
-    schema = raw.get("schema") if isinstance(raw, dict) else None
-    if isinstance(schema, int) and schema != SCHEMA:
-        raise UnsupportedSchemaError(
-            f"{where}: classifier schema {schema}, this SDK reads {SCHEMA}: "
-            + ("upgrade crl-sdk" if schema > SCHEMA else "fit it again with crl classify fit")
-        )
-    return msgspec.convert(raw, _Header)
-
-
 def _check(learned: Learned) -> None:
     weight, bias, c = learned.coefficients, learned.intercepts, len(learned.classes)
     if weight.ndim != 2 or len(weight) != c or bias.shape != (c,) or len(learned.counts) != c:
@@ -175,12 +154,3 @@ def _check(learned: Learned) -> None:
             f"expected coefficients for {learned.basis.projection.output_dim} columns, got "
             f"{weight.shape[1]}"
         )
-
-
-def _digest(header: _Header, tensors: Mapping[str, NDArray[Any]]) -> str:
-    """Digest everything a classifier's file says; `header.sha256` must be empty."""
-    digest = hashlib.sha256(msgspec.json.encode(header, order="deterministic"))
-    for name in sorted(tensors):
-        digest.update(f"{name}{tensors[name].shape}{tensors[name].dtype}".encode())
-        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
-    return digest.hexdigest()

@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 
 from crl_sdk.basis import Basis
 from crl_sdk.errors import InvalidInputError
+from crl_sdk.methods import TEXT_COLUMNS
 from crl_sdk.projection import check_embeddings
-
-TEXT_COLUMNS = ("cosine", "centred", "exclusive")
-"""Methods whose projection has one column for each text, in their order."""
 
 _FLAT = 1e-6  # standard deviation of a score that is the same for all pictures but for rounding
 

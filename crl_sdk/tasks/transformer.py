@@ -14,9 +14,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from crl_sdk.basis import Basis, Method, basis_path, normalise_criterion
 from crl_sdk.errors import InvalidInputError
-from crl_sdk.methods import make_projection
+from crl_sdk.methods import TEXT_COLUMNS, make_projection
 from crl_sdk.projection import Post, Projection
-from crl_sdk.tasks.naming import TEXT_COLUMNS
 
 
 class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # untyped

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk.errors import InvalidInputError
-from crl_sdk.projection import check_embeddings
+from crl_sdk.methods import directions_of
+from crl_sdk.projection import EPSILON, check_embeddings
 from crl_sdk.tasks.kmeans import check_rows, kmeans, stability
 
 LEAST_LIFT = 2.75
@@ -105,16 +106,15 @@ def variance_lift(universal: NDArray[Any], text_embeddings: NDArray[np.floating]
     """
     pictures = check_rows(universal)
     dim = pictures.shape[1]
-    texts = check_embeddings(text_embeddings, dim).astype(np.float64)
+    texts = check_embeddings(text_embeddings, dim)
     if len(pictures) < 2 or len(texts) < 2:
         raise InvalidInputError(
             f"expected two pictures and two texts or more, got {len(pictures)} and {len(texts)}"
         )
-    _, values, directions = np.linalg.svd(texts - texts.mean(axis=0), full_matrices=False)
-    span = directions[values > values[0] * 1e-6]
+    span, values = directions_of(texts)
     moved = pictures - pictures.mean(axis=0, dtype=np.float64)
     total = float((moved**2).sum())
-    if total == 0 or len(span) == 0:
+    if total == 0 or values[0] < EPSILON:
         return 0.0
     share = float(((moved @ span.T) ** 2).sum()) / total
     return float(share / (len(span) / dim))

@@ -26,6 +26,7 @@ from crl_sdk.errors import (
     ServiceError,
     UnknownCriterionError,
 )
+from crl_sdk.methods import takes_siblings
 from crl_sdk.pb.crl.v1 import basis_pb2, basis_pb2_grpc
 
 
@@ -44,7 +45,7 @@ def test_the_server_knows_no_method(client, embedder, pictures):
     made = {}
     for method in METHODS:
         name = f"by {method}"
-        against = [sibling] if method.startswith("exclusive") else []
+        against = [sibling] if takes_siblings(method) else []
         made[name] = build_basis(
             name, texts, embedder.embed_text, fingerprint=embedder.bundle.fingerprint,
             method=method, siblings=against,

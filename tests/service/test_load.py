@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
@@ -95,6 +96,39 @@ def test_a_client_retries_until_there_is_room(serve, faked, engine):
 
     assert len(asyncio.run(all_at_once())) == 12
     assert server.pipeline.batcher.counts.rejected > 0
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu"])
+def test_pictures_are_decoded_beside_an_engine_unless_it_runs_on_the_cpu(
+    serve, faked, engine, device, monkeypatch
+):
+    engine.description = f"fake/{device}/fp32"
+    decoded: list[float] = []
+    load_pixels = faked.load_pixels
+
+    def watched(source):
+        decoded.append(time.monotonic())
+        return load_pixels(source)
+
+    monkeypatch.setattr(faked, "load_pixels", watched)
+    server = serve(faked)
+    assert engine.batches == ([1, server.pipeline.limits.max_batch] if device == "gpu" else [1])
+    engine.gate.clear()
+    runs = len(engine.entered)
+    with ThreadPoolExecutor(2) as callers, Client(server.address) as client:
+        first = callers.submit(client.embed, [picture()])
+        until(lambda: len(engine.entered) == runs + 1)  # it runs now
+        second = callers.submit(client.embed, [picture()])
+        until(lambda: server.pipeline._in_works == 2)
+        if device == "gpu":
+            until(lambda: len(decoded) == 2)
+        else:
+            time.sleep(0.2)
+            assert len(decoded) == 1
+        engine.gate.set()
+        for call in (first, second):
+            assert call.result(timeout=30).universal.shape == (1, 128)
+    assert len(decoded) == 2
 
 
 @pytest.mark.parametrize("device", ["gpu", "cpu"])

@@ -10,7 +10,7 @@ from crl_sdk.build import build_basis, edit_basis
 from crl_sdk.bundle import demo_bundle
 from crl_sdk.embedder import Embedder
 from crl_sdk.errors import BasisError, BasisMismatchError, InvalidInputError
-from crl_sdk.methods import bend, make_projection
+from crl_sdk.methods import bend, make_projection, takes_siblings
 from crl_sdk.projection import normalise_rows
 
 D = 24
@@ -31,7 +31,7 @@ IMAGES = texts_of(40, seed=9)
 
 def options_of(method):
     siblings = {"siblings": [texts_of(5, seed=1), texts_of(4, seed=2)]}
-    return siblings if method.startswith("exclusive") else {}
+    return siblings if takes_siblings(method) else {}
 
 
 def definition(method, texts, images, mean=None):  # noqa: PLR0911
@@ -203,7 +203,7 @@ def test_the_graph_knows_no_method(method):
     """One engine run serves bases of all methods; 1e-5 against NumPy's own."""
     with Embedder.open(demo_bundle(), engine="onnx/cpu/fp32") as embedder:
         other = embedder.create_basis("count", ["one", "two", "three"])
-        siblings = {"siblings": [other]} if method.startswith("exclusive") else {}
+        siblings = {"siblings": [other]} if takes_siblings(method) else {}
         embedder.create_basis(
             "color", ["red", "green", "blue", "yellow", "pink"], method=method, **siblings
         )

@@ -89,7 +89,7 @@ def test_doubts_are_told(crl, colours):
     np.save("x.npy", rows / np.linalg.norm(rows, axis=1, keepdims=True))
     ask = ["cluster", "x.npy", "--criterion", "color", "--texts", colours, "-k", 4]
     told = crl(*ask, "--json")
-    assert told["lift"] < 2 and "may not see" in told["doubts"][0]
+    assert told["trust"]["lift"] < 2 and "may not see" in told["trust"]["doubts"][0]
     assert "color: the pictures vary only" in " ".join(CliRunner().invoke(
         app, [str(each) for each in ask]).output.split())  # fmt: skip
 

@@ -12,6 +12,7 @@ import re
 import sys
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, islice
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 
-class Engine:
+class Engine(ABC):
     """What a worker measures.
 
     Attributes:
@@ -32,6 +33,7 @@ class Engine:
     whole = False
     settings = ""
 
+    @abstractmethod
     def __init__(self, options: dict[str, Any]) -> None:
         """Load the model.
 
@@ -40,16 +42,16 @@ class Engine:
         """
 
     def decode(self, data: bytes) -> Any:
-        """Make of a JPEG what a row of a batch is."""
-        raise NotImplementedError
+        """Make of a JPEG what a row of a batch is: itself, where the engine decodes."""
+        return data
 
     def stack(self, rows: list[Any]) -> Any:
         """Make a batch of rows."""
         return np.stack(rows)
 
+    @abstractmethod
     def run(self, batch: Any) -> np.ndarray:
         """Give the embeddings of a batch, (n, d), of any norm."""
-        raise NotImplementedError
 
     def embed(self, images: Sequence[bytes], batch: int, threads: int) -> np.ndarray:
         """Embed JPEGs in batches, decoding in threads while the batch before is run."""
