@@ -31,8 +31,9 @@ from crl_sdk.sealed import SUFFIX, digest, require_digest, seal, unseal
 SCHEMA = 1
 
 Method: TypeAlias = Literal[
-    "cosine", "centred", "orthogonal", "pca", "tangent", "exclusive", "exclusive-orthogonal"
-]
+    "cosine", "centred", "orthogonal", "pca", "tangent",
+    "exclusive", "exclusive-orthogonal", "exclusive-weighted",
+]  # fmt: skip
 METHODS: tuple[Method, ...] = get_args(Method)
 
 _CRITERION = re.compile(r"[a-z0-9][a-z0-9 _-]{0,63}")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from crl_sdk.basis import Basis, MergedText, Method, normalise_criterion
 from crl_sdk.errors import BasisError, InvalidInputError
-from crl_sdk.methods import make_projection
+from crl_sdk.methods import default_method, make_projection
 from crl_sdk.projection import EPSILON, Post
 
 DEFAULT_PROMPT = "{}"
@@ -26,7 +26,7 @@ def build_basis(
     *,
     fingerprint: str,
     prompts: Sequence[str] = (DEFAULT_PROMPT,),
-    method: Method = "centred",
+    method: Method | None = None,
     post: Post = "l2",
     merge_threshold: float = DEFAULT_MERGE_THRESHOLD,
     reference: NDArray[np.floating] | None = None,
@@ -45,7 +45,8 @@ def build_basis(
         embed_text: texts to (n, d) float32 unit rows; the model's text tower.
         fingerprint: of the model behind `embed_text`.
         prompts: templates with one `{}` for the text. Over several, embeddings are averaged.
-        method: how to make the map of the texts, see `crl_sdk.methods`.
+        method: how to make the map of the texts, see `crl_sdk.methods`; None for `centred`, or
+            `exclusive-weighted` with siblings.
         post: normalisation of the conditional embedding.
         merge_threshold: cosine in (0, 1]; 1 merges exact duplicates only.
         reference: (n, d) embeddings of typical images; their mean is removed from every image.
@@ -66,8 +67,13 @@ def build_basis(
     embeddings = embed_with_prompts(distinct, checked_prompts, embed_text)
     kept, counts, near = _merge_near(distinct, counts, embeddings, merge_threshold)
     unit = embeddings[kept]
+    method = method or default_method(siblings=bool(siblings))
     for sibling in siblings:
         sibling.require_fingerprint(fingerprint)
+        if sibling.criterion == name:
+            raise InvalidInputError(
+                f"expected other criteria than {name!r} as siblings: it is not its own sibling"
+            )
     projection = make_projection(
         unit, method, post=post, reference=reference,
         siblings=[sibling.text_embeddings for sibling in siblings],

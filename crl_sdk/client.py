@@ -266,6 +266,7 @@ class AsyncClient:
         *,
         prompts: Sequence[str] = (),
         method: str = "",
+        against: Sequence[str] = (),
     ) -> basis_pb2.BasisInfo:
         """Let the server make a basis of texts, with its model's text tower.
 
@@ -274,13 +275,16 @@ class AsyncClient:
             texts: short descriptive texts.
             prompts: templates with one `{}` each; none for the text alone.
             method: how the projection is made, see docs/PROJECTIONS.md; empty for the default.
-                Those that begin with `exclusive` come as files, see `put_basis`.
+            against: other criteria that the server has a basis of, and whose texts are to count
+                less: for the methods that begin with `exclusive`.
 
         Raises:
-            InvalidInputError: a malformed criterion, text, prompt or method.
+            InvalidInputError: a malformed criterion, text, prompt or method; `against` with a
+                method that takes none, or none with one that does.
+            UnknownCriterionError: the server has no basis of one of `against`.
         """
         given = basis_pb2.BasisTexts(
-            criterion=criterion, texts=texts, prompts=prompts, method=method
+            criterion=criterion, texts=texts, prompts=prompts, method=method, against=against
         )
         request = basis_pb2.PutBasisRequest(texts=given)
         response = await self._call(self._bases.PutBasis, request, retry=False)
@@ -467,10 +471,13 @@ class Client:
         *,
         prompts: Sequence[str] = (),
         method: str = "",
+        against: Sequence[str] = (),
     ) -> basis_pb2.BasisInfo:
         """See `AsyncClient.create_basis`."""
         info: basis_pb2.BasisInfo = self._wait(
-            self._client.create_basis(criterion, texts, prompts=prompts, method=method)
+            self._client.create_basis(
+                criterion, texts, prompts=prompts, method=method, against=against
+            )
         )
         return info
 

@@ -18,7 +18,7 @@ from crl_sdk.basis import METHODS, Method
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection import EPSILON, Post, Projection, check_embeddings
 
-TEXT_COLUMNS: tuple[Method, ...] = ("cosine", "centred", "exclusive")
+TEXT_COLUMNS: tuple[Method, ...] = ("cosine", "centred", "exclusive", "exclusive-weighted")
 """Methods whose maps have one column for each text, in their order."""
 
 _ENERGY = 0.9
@@ -88,6 +88,11 @@ def make_projection(
     return Projection(
         np.ascontiguousarray(weight, np.float32), np.ascontiguousarray(bias, np.float32), post
     )
+
+
+def default_method(*, siblings: bool) -> Method:
+    """Give the method that is taken where none is asked for: by whether siblings are known."""
+    return "exclusive-weighted" if siblings else "centred"
 
 
 def takes_siblings(method: Method) -> bool:
@@ -169,6 +174,23 @@ def exclusive_orthogonal(given: Given) -> tuple[Rows, Rows]:
     return _without_siblings(weight, given), origin
 
 
+def exclusive_weighted(given: Given) -> tuple[Rows, Rows]:
+    """`cosine`, each text times the share of it that siblings' texts do not explain: (w T)'.
+
+    Ours. Where `exclusive` takes directions away, which a criterion may share, this makes texts
+    count less that are another criterion's, or that the model takes for one. Wiener's filter says
+    what part of a text, as it lies from the siblings' mean, is theirs: they vary by S, the mean of
+    their covariances at trace 1, and a text that could be any by I / d.
+    """
+    dim = given.texts.shape[1]
+    spread = np.mean([_scatter(texts) for texts in given.siblings], axis=0)
+    own = np.linalg.inv(np.eye(dim) + dim * spread)
+    moved = given.texts - np.mean([texts.mean(axis=0) for texts in given.siblings], axis=0)
+    energy = np.maximum(np.square(moved).sum(axis=1), EPSILON)
+    share = np.einsum("kd,de,ke->k", moved, own, moved) / energy
+    return (share[:, None] * given.texts).T, _origin(given)
+
+
 _METHODS: MappingProxyType[Method, Callable[[Given], tuple[Rows, Rows]]] = MappingProxyType(
     {
         "cosine": cosine,
@@ -178,6 +200,7 @@ _METHODS: MappingProxyType[Method, Callable[[Given], tuple[Rows, Rows]]] = Mappi
         "tangent": tangent,
         "exclusive": exclusive,
         "exclusive-orthogonal": exclusive_orthogonal,
+        "exclusive-weighted": exclusive_weighted,
     }
 )
 
@@ -233,6 +256,12 @@ def _without_siblings(weight: Rows, given: Given) -> Rows:
         spans.append(directions[: bend(values)])
     together = np.linalg.qr(np.concatenate(spans).T)[0]
     return np.asarray(weight - together @ (together.T @ weight))
+
+
+def _scatter(rows: Rows) -> Rows:
+    """Give the covariance of rows (k, d), scaled to a trace of 1; 0 where all are the same."""
+    moved = np.asarray(rows, np.float64) - rows.mean(axis=0, dtype=np.float64)
+    return np.asarray(moved.T @ moved / max(float(np.square(moved).sum()), EPSILON))
 
 
 def _mean_of(reference: NDArray[np.floating] | None, dim: int, method: Method) -> Rows | None:

@@ -40,12 +40,17 @@ def create(
         typer.Option(help="Template with one {} for the text; repeat to average several."),
     ] = None,
     method: Annotated[
-        Method, typer.Option(help="How the projection is made: docs/PROJECTIONS.md.")
-    ] = "centred",
+        Method | None,
+        typer.Option(
+            help="How the projection is made, see docs/PROJECTIONS.md. By default centred, or "
+            "exclusive-weighted with --against."
+        ),
+    ] = None,
     against: Annotated[
         list[str] | None,
         typer.Option(
-            help="With --method exclusive: another criterion, by name or file; repeat for more."
+            help="Another criterion, whose texts are to count less: a basis' name or file; repeat "
+            "for more."
         ),
     ] = None,
     post: Annotated[Post, typer.Option(help="Normalisation of each conditional row.")] = "l2",

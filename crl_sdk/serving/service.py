@@ -25,6 +25,7 @@ from crl_sdk.errors import (
 )
 from crl_sdk.generate import Recipe, generate_texts
 from crl_sdk.llm import LocalModel
+from crl_sdk.methods import default_method
 from crl_sdk.pb.crl.v1 import (
     basis_pb2,
     basis_pb2_grpc,
@@ -302,7 +303,9 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
         return basis_pb2.PutBasisResponse(info=_info(stored), replaced=replaced)
 
     def _build(self, given: basis_pb2.BasisTexts) -> Basis:
-        method, post = given.method or "centred", given.post or "l2"
+        siblings = [stored.basis for stored in self._pipeline.bases.select(given.against)]
+        method = given.method or default_method(siblings=bool(siblings))
+        post = given.post or "l2"
         if method not in METHODS or post not in POSTS:
             raise InvalidInputError(
                 f"expected a method of {METHODS} and a post of {POSTS}, got {method!r} and {post!r}"
@@ -316,6 +319,7 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
             prompts=tuple(given.prompts) or (DEFAULT_PROMPT,),
             method=method,
             post=post,
+            siblings=siblings,
             provenance={"texts": "given by a client"},
         )
 

@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from crl_sdk.basis import Basis, Method, basis_path, normalise_criterion
 from crl_sdk.errors import InvalidInputError
-from crl_sdk.methods import TEXT_COLUMNS, make_projection
+from crl_sdk.methods import TEXT_COLUMNS, default_method, make_projection
 from crl_sdk.projection import Post, Projection
 
 
@@ -172,7 +172,8 @@ class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[m
                 f"expected one distinct text for each of {len(embeddings)} text embeddings, got "
                 f"{len(texts)}: {', '.join(map(str, texts[:6]))}"
             )
-        return embeddings, texts, None, self.method or "centred", self.post or "l2"
+        method = self.method or default_method(siblings=False)
+        return embeddings, texts, None, method, self.post or "l2"
 
     def _basis(self, given: Any) -> Basis:
         if isinstance(given, Basis):

@@ -41,7 +41,8 @@ def make(embedder, criterion="mood", texts=("happy", "sad", "calm"), fingerprint
 def test_the_server_knows_no_method(client, embedder, pictures):
     """Bases of all methods are served beside each other: one line for each in the list."""
     texts = ["red", "green", "blue", "yellow", "pink"]
-    sibling = make(embedder, "shape", ("circle", "square", "star"))
+    sibling = make(embedder, "size", ("small", "medium", "large"))
+    client.put_basis(sibling.to_bytes())
     made = {}
     for method in METHODS:
         name = f"by {method}"
@@ -50,10 +51,7 @@ def test_the_server_knows_no_method(client, embedder, pictures):
             name, texts, embedder.embed_text, fingerprint=embedder.bundle.fingerprint,
             method=method, siblings=against,
         )  # fmt: skip
-        if against:
-            client.put_basis(made[name].to_bytes())
-        else:
-            client.create_basis(name, texts, method=method)
+        client.create_basis(name, texts, method=method, against=[b.criterion for b in against])
     listed = {b.criterion: (b.method, b.output_dim) for b in client.bases()}
     for name, basis in made.items():
         assert listed[name] == (basis.method, basis.projection.output_dim)
@@ -61,8 +59,13 @@ def test_the_server_knows_no_method(client, embedder, pictures):
     for name, basis in made.items():
         expected = basis.projection.apply(result.universal)
         np.testing.assert_allclose(result[name], expected, atol=1e-6)
+    assert client.create_basis("color", texts, against=["size"]).method == "exclusive-weighted"
     with pytest.raises(InvalidInputError, match="expected siblings"):
         client.create_basis("color", texts, method="exclusive")
+    with pytest.raises(InvalidInputError, match="expected siblings"):
+        client.create_basis("color", texts, method="cosine", against=["size"])
+    with pytest.raises(UnknownCriterionError, match="known are"):
+        client.create_basis("color", texts, against=["weight"])
     with pytest.raises(InvalidInputError, match="expected a method of"):
         client.create_basis("color", texts, method="whitened")
 

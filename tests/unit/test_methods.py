@@ -10,7 +10,7 @@ from crl_sdk.build import build_basis, edit_basis
 from crl_sdk.bundle import demo_bundle
 from crl_sdk.embedder import Embedder
 from crl_sdk.errors import BasisError, BasisMismatchError, InvalidInputError
-from crl_sdk.methods import bend, make_projection, takes_siblings
+from crl_sdk.methods import bend, default_method, make_projection, takes_siblings
 from crl_sdk.projection import normalise_rows
 
 D = 24
@@ -68,8 +68,19 @@ def definition(method, texts, images, mean=None):  # noqa: PLR0911
         normal = (point - at) / np.linalg.norm(point - at)
         turned = logarithm(x, point) @ (np.eye(D) - 2 * np.outer(normal, normal))
         return turned @ axes
+    siblings = [each.astype(np.float64) for each in options_of(method)["siblings"]]
+    if method == "exclusive-weighted":
+        theirs = [np.cov(each.T, bias=True) for each in siblings]
+        spread = sum(each / np.trace(each) for each in theirs) / len(theirs)
+        mean = sum(each.mean(axis=0) for each in siblings) / len(siblings)
+        kept = []
+        for text in t:
+            away = text - mean  # what Wiener's filter takes for the siblings' part of it:
+            part = spread @ np.linalg.solve(spread + np.eye(D) / D, away)
+            kept.append(1 - away @ part / (away @ away))
+        return moved @ t.T * np.array(kept)
     spans = []
-    for sibling in options_of(method)["siblings"]:
+    for sibling in siblings:
         _, s, v = np.linalg.svd(sibling - sibling.mean(axis=0), full_matrices=False)
         s = s[s > s[0] * 1e-6]
         spans.append(v[: bend(s)])
@@ -116,6 +127,21 @@ def test_the_mean_image_becomes_nothing_or_is_turned_onto_the_mean_text():
             continue
         projection = make_projection(texts, method, reference=reference, **options_of(method))
         assert np.abs(mean @ projection.weight + projection.bias).max() < 1e-6, method
+
+
+def test_a_text_that_is_a_siblings_counts_less_than_one_that_is_not():
+    own, sibling = texts_of(6), texts_of(6, seed=1)
+    projection = make_projection(
+        np.concatenate([own, sibling[:2]]), "exclusive-weighted", siblings=[sibling]
+    )
+    weights = np.linalg.norm(projection.weight, axis=0)
+    assert weights[6:].max() < 0.5 * weights[:6].min()
+    assert weights.min() > 0 and weights.max() <= 1 + 1e-6
+
+
+def test_the_method_where_none_is_asked_for():
+    assert default_method(siblings=False) == "centred"
+    assert default_method(siblings=True) == "exclusive-weighted"
 
 
 def test_orthogonal_columns_are_orthonormal_and_few():
@@ -193,6 +219,9 @@ def test_a_basis_remembers_what_it_was_made_with(tmp_path):
     edited = edit_basis(make("size", list("abc"), method="pca"), embed_text, fingerprint="ab" * 32,
                         add=["i"])  # fmt: skip
     assert edited.projection.bias.any() and edited.texts == ("a", "b", "c", "i")
+    assert make("color", list("defgh"), siblings=[sibling]).method == "exclusive-weighted"
+    with pytest.raises(InvalidInputError, match="its own sibling"):
+        make("Shape", list("defgh"), siblings=[sibling])
     foreign = build_basis("size", list("abc"), embed_text, fingerprint="cd" * 32)
     with pytest.raises(BasisMismatchError, match="made for model"):
         make("color", list("defgh"), method="exclusive", siblings=[foreign])

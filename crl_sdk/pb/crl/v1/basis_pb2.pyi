@@ -186,10 +186,11 @@ class BasisTexts(_message.Message):
     PROMPTS_FIELD_NUMBER: _builtins.int
     METHOD_FIELD_NUMBER: _builtins.int
     POST_FIELD_NUMBER: _builtins.int
+    AGAINST_FIELD_NUMBER: _builtins.int
     criterion: _builtins.str
     method: _builtins.str
-    """`centred` (also if empty), `cosine`, `orthogonal`, `pca` or `tangent`. Bases that were made
-    against other criteria (`exclusive`) come as files.
+    """`cosine`, `centred`, `orthogonal`, …, see docs/PROJECTIONS.md. If empty `centred`, or
+    `exclusive-weighted` where `against` names any.
     """
     post: _builtins.str
     """`l2` (also if empty), `standardise` or `none`."""
@@ -199,6 +200,12 @@ class BasisTexts(_message.Message):
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Templates with one {} each; none for the text alone."""
 
+    @_builtins.property
+    def against(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Other criteria that the server has a basis of, and whose texts are to count less: for the
+        methods that begin with `exclusive`.
+        """
+
     def __init__(
         self,
         *,
@@ -207,10 +214,11 @@ class BasisTexts(_message.Message):
         prompts: _abc.Iterable[_builtins.str] | None = ...,
         method: _builtins.str = ...,
         post: _builtins.str = ...,
+        against: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["criterion", b"criterion", "method", b"method", "post", b"post", "prompts", b"prompts", "texts", b"texts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["against", b"against", "criterion", b"criterion", "method", b"method", "post", b"post", "prompts", b"prompts", "texts", b"texts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
