@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from crl_benchmarks.projections import (
     CHOSEN_ON,
     CONTROLS,
     CRITERIA,
+    LISTS,
     MEASURES,
     NAMING_PROMPT,
     NOISES,
@@ -39,12 +40,13 @@ from crl_sdk import __version__
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.files import write_atomically
 from crl_sdk.llm import LocalModel
-from crl_sdk.tasks.trust import LEAST_LIFT, LEAST_STABILITY
+from crl_sdk.tasks.trust import LEAST_SEPARATION, LEAST_STABILITY
 
 BASELINE = "cosine"
 
 USEFUL = 0.05
-"""What a basis has to add to the universal embedding's accuracy, or it was not worth it."""
+"""What a basis has to add to the accuracy of the universal embedding, and to that of random words,
+or it was not worth it."""
 
 _TITLES = {"accuracy": "ACC", "nmi": "NMI", "ari": "ARI", "few_shot": "5-shot", "map": "mAP"}
 _NOISE = {"": "clean", "off-topic": "half off-topic words", "other criteria's": "half words of "
@@ -99,15 +101,18 @@ def markdown(runs: Sequence[Run], record: dict[str, Any]) -> str:
             "# Projections on the demo world",
             f"`make eval`: {record['images']} held-out scenes, {record['seeds']} seeds, "
             f"{record['seconds'] / 60:.0f} minutes. Each seed draws other texts, noise, starts of "
-            "k-means and examples (the language model's lists are five); all methods get the same "
-            "ones. Rows are as the paper's protocol "
+            "k-means and examples (the language model's lists are "
+            f"{LISTS}); all methods get the same ones. Rows are as the paper's protocol "
             "has them: unit rows for clustering and retrieval, standardised ones for 5-shot. "
             "“References”: the mean of "
             f"{record['references']} other scenes is removed. “Exclusive” methods are told the own "
-            "words of the five other criteria, which no other method is. Differences are against "
+            "words of the five other criteria, which no other method is; words of other criteria "
+            "that are mixed in are synonyms of those, never the same. Differences are against "
             "`cosine`, the paper's, in points, with 95 % intervals over the seeds.",
             "## Methods",
             *(_methods(runs, noise) for noise in NOISES),
+            "### Both kinds of noise together: difference from `cosine` over all noisy bases",
+            _noisy(runs),
             "## By criterion and source of the texts: clustering accuracy",
             _by_source(runs),
             "## Controls",
@@ -141,6 +146,16 @@ def _methods(runs: Sequence[Run], noise: str) -> str:
         )
     title = f"### {_NOISE[noise].capitalize()}: mean over {len(CRITERIA)} criteria and "
     return f"{title}{len(SOURCES)} sources of texts\n\n{_table(head, rows)}"
+
+
+def _noisy(runs: Sequence[Run]) -> str:
+    noisy = [r for r in runs if r.factor in CRITERIA and r.source in SOURCES and r.noise]
+    rows = [
+        [variant.name, *(str(difference(noisy, variant.name, measure)) for measure in MEASURES)]
+        for variant in VARIANTS
+        if variant.name != BASELINE
+    ]
+    return _table(["method", *(_TITLES[measure] for measure in MEASURES)], rows)
 
 
 def _by_source(runs: Sequence[Run]) -> str:
@@ -190,61 +205,82 @@ def _chosen_on(runs: Sequence[Run]) -> str:
 
 def _warning(runs: Sequence[Run]) -> str:
     """Say how often the warning of `crl_sdk.tasks.trust` is right, by what is wrong."""
-    universal = {(run.factor, run.seed): run.scores for run in runs if run.source == "universal"}
+    plain = {(run.factor, run.seed): run.scores for run in runs if run.source == "universal"}
+    chance = {
+        factor: np.mean([run.scores["accuracy"] for run in runs if run.factor == factor
+                         and run.source in CONTROLS and run.variant == WARNED.name])
+        for factor in (*CRITERIA, *CHOSEN_ON)
+    }  # fmt: skip
 
     def gain(run: Run, measure: str = "accuracy") -> float:
-        return run.scores[measure] - universal[run.factor, run.seed][measure]
+        return run.scores[measure] - plain[run.factor, run.seed][measure]
 
-    bases = [run for run in runs if run.variant == WARNED.name and run.signals]
-    head = ["criteria", "basis", "bases", "5-shot below universal", "ACC below universal",
-            f"ACC gain < {100 * USEFUL:.0f} pt", "of these warned of",
-            "of the others warned of"]  # fmt: skip
+    def bad(run: Run) -> bool:
+        over_chance = run.scores["accuracy"] - chance[run.factor]
+        return run.source in CONTROLS or min(gain(run), over_chance) < USEFUL
+
+    all_bases = [run for run in runs if run.variant == WARNED.name]
+    bases = [run for run in all_bases if "separation" in run.signals]  # of more than two texts
+    pairs = {
+        factor: _best_thresholds([run for run in bases if run.factor != factor], bad)
+        for factor in (*CRITERIA, *CHOSEN_ON)
+    }
+    head = ["basis", "bases", "5-shot below universal", "ACC below universal", "not worth it",
+            "of these warned of", "of the others warned of", "a group that no text fits"]  # fmt: skip
     kinds: list[tuple[str, Callable[[Run], bool]]] = [
         ("the criterion's words, or the model's", lambda r: r.source in SOURCES and not r.noise),
         ("… with half off-topic words", lambda r: r.noise == "off-topic"),
         ("… with half words of other criteria", lambda r: r.noise == "other criteria's"),
         *((source, lambda r, s=source: r.source == s) for source in (*PARTIAL, CONTROLS[0])),
-        ("all", lambda _: True),
+        ("all of more than two texts", lambda r: "separation" in r.signals),
     ]
     rows = []
-    for names, label in ((CRITERIA, "reported"), (CHOSEN_ON, "chosen on")):
-        for kind, fits in kinds:
-            own = [run for run in bases if run.factor in names and fits(run)]
-            bad = [run for run in own if gain(run) < USEFUL]
-            good = [run for run in own if gain(run) >= USEFUL]
-            worse = [sum(gain(run, name) < 0 for run in own) for name in ("few_shot", "accuracy")]
-            counts = [str(number) for number in (len(own), *worse, len(bad))]
-            rows.append([label, kind, *counts, _share(bad), _share(good)])
-    lift, stable = _best_thresholds([r for r in bases if r.factor in CHOSEN_ON], gain)
+    for kind, fits in kinds:
+        own = [run for run in all_bases if fits(run)]
+        worse = [sum(gain(run, name) < 0 for run in own) for name in ("few_shot", "accuracy")]
+        wrong = [run for run in own if bad(run)]
+        counts = [str(number) for number in (len(own), *worse, len(wrong))]
+        right = [run for run in own if not bad(run)]
+        unlike = f"{100 * np.mean([run.signals['unlike'] > 0 for run in own]):.0f} %" if own else ""
+        rows.append([kind, *counts, _share(wrong, pairs), _share(right, pairs), unlike])
+    together = " and ".join(map(str, _best_thresholds(bases, bad)))
+    told = ", ".join(f"{_said(factor)} {a} and {b}" for factor, (a, b) in pairs.items())
     return (
-        f"A basis is warned of if its lift is below {LEAST_LIFT} or its stability below "
-        f"{LEAST_STABILITY} (`crl_sdk.tasks.trust`, no labels). The pair of thresholds that "
-        f"separates best (Youden's J) on {' and '.join(map(_said, CHOSEN_ON))} is {lift} and "
-        f"{stable}.\n\n{_table(head, rows)}"
+        f"A basis is not worth it if its accuracy is less than {100 * USEFUL:.0f} points above the "
+        "universal embedding's, or above that of random words. It is warned of if its separation "
+        f"is below {LEAST_SEPARATION} or its stability below {LEAST_STABILITY} "
+        "(`crl_sdk.tasks.trust`, no labels). The shares below are of thresholds that each "
+        "criterion has no part in: the pair that separates best (Youden's J) on the five others, "
+        f"which is, without {told}. All six give {together}. "
+        "Bases of two texts are always warned of. The last column is another sign, see "
+        "`crl_sdk.tasks.naming`: pictures grouped into as many groups as the criterion has values, "
+        f"of which one or more is like none of the texts.\n\n{_table(head, rows)}"
     )
 
 
-def _best_thresholds(runs: Sequence[Run], gain: Callable[[Run], float]) -> tuple[float, float]:
-    bad = np.array([gain(run) < USEFUL for run in runs])
-    lifts = np.array([run.signals["lift"] for run in runs])
+def _best_thresholds(runs: Sequence[Run], bad: Callable[[Run], bool]) -> tuple[float, float]:
+    wrong = np.array([bad(run) for run in runs])
+    separations = np.array([run.signals["separation"] for run in runs])
     stables = np.array([run.signals["stability"] for run in runs])
 
     def youden(pair: tuple[float, float]) -> float:
-        warned = (lifts < pair[0]) | (stables < pair[1])
-        if bad.all() or not bad.any():
+        warned = (separations < pair[0]) | (stables < pair[1])
+        if wrong.all() or not wrong.any():
             return 0.0
-        return float(warned[bad].mean() - warned[~bad].mean())
+        return float(warned[wrong].mean() - warned[~wrong].mean())
 
-    grid = [(a / 4, b / 20) for a in range(4, 21) for b in range(8, 19)]
+    grid = [(a / 50, b / 20) for a in range(1, 16) for b in range(8, 20)]
     return max(grid, key=youden)
 
 
-def _warned(run: Run) -> bool:
-    return run.signals["lift"] < LEAST_LIFT or run.signals["stability"] < LEAST_STABILITY
+def _share(runs: Sequence[Run], pairs: Mapping[str, tuple[float, float]]) -> str:
+    def warned(run: Run) -> bool:
+        if "separation" not in run.signals:
+            return True
+        separation, stable = pairs[run.factor]
+        return run.signals["separation"] < separation or run.signals["stability"] < stable
 
-
-def _share(runs: Sequence[Run]) -> str:
-    return f"{100 * np.mean([_warned(run) for run in runs]):.0f} %" if runs else ""
+    return f"{100 * np.mean([warned(run) for run in runs]):.0f} %" if runs else ""
 
 
 def _of(runs: Sequence[Run], factor: str, source: str, noise: str = "") -> list[Run]:
@@ -267,7 +303,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=1200)
+    parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")

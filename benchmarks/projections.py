@@ -30,7 +30,9 @@ from crl_sdk.generate import Recipe, generate_texts
 from crl_sdk.llm import LocalModel
 from crl_sdk.methods import make_projection, takes_siblings
 from crl_sdk.projection import normalise_rows
+from crl_sdk.tasks.kmeans import kmeans
 from crl_sdk.tasks.metrics import mean_average_precision
+from crl_sdk.tasks.naming import name_clusters
 from crl_sdk.tasks.trust import examine
 
 CHOSEN_ON = ("size", "background")
@@ -44,7 +46,7 @@ QUERIES = 0.3
 
 REFERENCES = 400
 
-LISTS = 5
+LISTS = 4
 """Lists that the language model writes for a factor; seeds beyond it take them again."""
 
 MEASURES = ("accuracy", "nmi", "ari", "few_shot", "map")
@@ -75,6 +77,7 @@ VARIANTS = (
     Variant("tangent", referenced=True),
     Variant("exclusive"),
     Variant("exclusive-orthogonal"),
+    Variant("exclusive-weighted"),
 )
 
 SOURCES = ("own words", "synonyms", "language model")
@@ -121,8 +124,9 @@ class Run:
         seed: of everything that is drawn.
         texts: how many.
         scores: of `MEASURES`.
-        signals: lift and stability, see `crl_sdk.tasks.trust`; they look at no labels. Of `WARNED`
-            alone, empty elsewhere.
+        signals: of `WARNED` alone, and without a look at labels: separation and stability, see
+            `crl_sdk.tasks.trust`, unless there are two texts only; and the share of as many groups
+            as the factor has values that no text fits, `unlike`.
     """
 
     factor: str
@@ -221,10 +225,22 @@ def runs_of(world: World, task: tuple[str, int]) -> list[Run]:
             scores = measure(rows, labels, seed)
             signals = {}
             if variant == WARNED:
-                trust = examine(world.universal, normalise_rows(rows, "l2"), embedded, seed=seed)
-                signals = {"lift": trust.lift or 0.0, "stability": trust.stability or 0.0}
+                signals = _signals(world, normalise_rows(rows, "l2"), embedded, k, seed)
             runs.append(Run(factor, source, noise, variant.name, seed, len(texts), scores, signals))
     return runs
+
+
+def _signals(
+    world: World, rows: NDArray[np.float32], embedded: Texts, k: int, seed: int
+) -> dict[str, float]:
+    trust = examine(world.universal, rows, embedded, seed=seed)
+    found, _ = kmeans(rows, k, seed=seed, starts=3)
+    numbers = [str(number) for number in range(len(embedded))]
+    names = name_clusters(found, world.universal @ embedded.T, numbers)
+    signals = {"unlike": float(np.mean([not name.fits for name in names]))}
+    if trust.separation is not None and trust.stability is not None:
+        signals |= {"separation": trust.separation, "stability": trust.stability}
+    return signals
 
 
 def measure_all(world: World, seeds: int, workers: int) -> list[Run]:
@@ -250,9 +266,9 @@ def _bases(world: World, factor: str, seed: int) -> Iterator[tuple[str, str, lis
 
 
 def _theirs(factor: str, rng: np.random.Generator) -> list[str]:
-    """Give the other factors' own words in random order."""
+    """Give words of the other factors in random order, none of which `siblings_of` has."""
     others = [other for other in SYNONYMS if other != factor]
-    words = [forms[0] for other in others for forms in SYNONYMS[other].values()]
+    words = [rng.choice(forms[1:]) for other in others for forms in SYNONYMS[other].values()]
     return [str(word) for word in rng.permutation(words)]
 
 

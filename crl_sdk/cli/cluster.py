@@ -93,15 +93,27 @@ def cluster(
         rows = project_rows(universal, [basis.projection])[0]
         found = cluster_rows(rows, k, basis=basis, universal=universal, most=most, seed=seed)
         trust = examine(universal, rows, basis.text_embeddings, seed=seed)
+        doubts = (*trust.doubts, *_unlike_any(found))
     make_directory(directory, InvalidInputError)
     write_atomically(directory / TABLE, _csv(material, found), InvalidInputError)
     page = None
     if material.files is not None:
         page = directory / REPORT
-        _write_report(page, material, basis, found, universal)
-    _tell(material, basis, found, trust, directory / TABLE, page, as_json)
+        _write_report(page, material, basis, found, universal, doubts)
+    _tell(material, basis, found, trust, doubts, directory / TABLE, page, as_json)
     if material.failed:
         raise typer.Exit(1)
+
+
+def _unlike_any(found: Clustering) -> tuple[str, ...]:
+    """Tell of groups that no text sets apart."""
+    count = sum(each.name is not None and not each.name.fits for each in found.clusters)
+    if not count:
+        return ()
+    return (
+        f"{count} of {len(found.clusters)} groups {'are' if count > 1 else 'is'} like none of the "
+        "texts: the word for what its pictures share may be missing",
+    )
 
 
 def _csv(material: Material, found: Clustering) -> bytes:
@@ -118,8 +130,9 @@ def _csv(material: Material, found: Clustering) -> bytes:
 
 
 def _write_report(
-    page: Path, material: Material, basis: Basis, found: Clustering, universal: Any
-) -> None:
+    page: Path, material: Material, basis: Basis, found: Clustering, universal: Any,
+    doubts: tuple[str, ...],
+) -> None:  # fmt: skip
     """Write the demo's page: on the left what the universal embeddings would group."""
     assert material.files is not None
     plain = cluster_rows(universal, len(found.clusters), basis=basis, universal=universal)
@@ -130,6 +143,7 @@ def _write_report(
         universal=described_groups(plain),
         conditional=described_groups(found),
         remark=told_choice(found.choice, found.stability),
+        doubts=doubts,
     )
     title = f"{len(material.names)} pictures, grouped by {basis.criterion}"
     try:
@@ -139,8 +153,8 @@ def _write_report(
 
 
 def _tell(
-    material: Material, basis: Basis, found: Clustering, trust: Trust, table: Path,
-    page: Path | None, as_json: bool,
+    material: Material, basis: Basis, found: Clustering, trust: Trust, doubts: tuple[str, ...],
+    table: Path, page: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     choice = found.choice
     if as_json:
@@ -166,9 +180,9 @@ def _tell(
                 },
                 "stability": found.stability,
                 "trust": {
-                    "lift": trust.lift,
+                    "separation": trust.separation,
                     "stability": trust.stability,
-                    "doubts": list(trust.doubts),
+                    "doubts": list(doubts),
                 },
                 "clusters": [_document(material, found, i) for i in range(len(found.clusters))],
                 "table": str(table),
@@ -191,7 +205,7 @@ def _tell(
             f"{found.k} clusters were asked for, there are {len(found.clusters)}: so few pictures "
             "are distinct"
         )
-    for doubt in trust.doubts:
+    for doubt in doubts:
         warn(f"{basis.criterion}: {doubt}")
     out.print(f"{table}" + ("" if page is None else f" and {page}"), highlight=False)
 
@@ -203,6 +217,7 @@ def _document(material: Material, found: Clustering, number: int) -> dict[str, A
         "name": _name(found, number),
         "texts": [] if each.name is None else list(each.name.texts),
         "strengths": [] if each.name is None else list(each.name.strengths),
+        "fits": each.name is None or each.name.fits,
         "size": each.size,
         "cohesion": each.cohesion,
         "typical": [material.names[i] for i in each.typical],

@@ -48,6 +48,7 @@ class Panel:
         conditional: groups of the conditional embeddings.
         accuracies: of both clusterings against the labels; None without labels.
         remark: how the number of groups came about; may be empty.
+        doubts: what speaks against the conditional groups, one sentence each.
     """
 
     criterion: str
@@ -57,6 +58,7 @@ class Panel:
     conditional: tuple[Group, ...]
     accuracies: tuple[float, float] | None = None
     remark: str = ""
+    doubts: tuple[str, ...] = ()
 
 
 def labelled_groups(

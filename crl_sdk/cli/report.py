@@ -17,7 +17,9 @@ THUMB = 64
 
 _FRAME = "A red frame: a picture whose label is not its group's."
 _NEAREST = "Of each group the pictures nearest to its centre, copies once."
-_EDGE = f"{_NEAREST[:-1]}; after the gap, the farthest. Cosine: of two of its pictures, on average."
+_EDGE = (
+    f"{_NEAREST[:-1]}; behind the line the farthest. Cosine: of two of its pictures, on average."
+)
 _ROWS, _COLUMNS = 8, 8
 _GAP, _MARGIN, _NAME = 4, 28, 150
 _SIDE = _NAME + _COLUMNS * (THUMB + _GAP)
@@ -73,6 +75,7 @@ def write_html(path: Path, title: str, panels: Sequence[Panel], files: Sequence[
         parts.append(f"<p>{_author(panel)}: {words}</p>")
         if panel.remark:
             parts.append(f"<p>{html.escape(panel.remark)}</p>")
+        parts += [f"<p class=doubt>Doubt: {html.escape(doubt)}.</p>" for doubt in panel.doubts]
         parts.append("<div class=sides>")
         sides = ((panel.universal, "universal embedding"), (panel.conditional, "conditional"))
         for side, (groups, name) in enumerate(sides):
@@ -81,10 +84,11 @@ def write_html(path: Path, title: str, panels: Sequence[Panel], files: Sequence[
                 told = f"<b>{html.escape(group.name)}</b><br>{html.escape(_told(group))}"
                 parts.append(f"<div class=group><span>{told}</span><div class=pictures>")
                 for place, picture in enumerate((*group.pictures, *group.edge)):
+                    if place == len(group.pictures):
+                        parts.append("</div><div class='pictures edge'>")
                     data = seen.setdefault(picture, _data_uri(files[picture]))
                     wrong = place < len(group.fitting) and not group.fitting[place]
-                    gap = group.edge and place == len(group.pictures)
-                    mark = " class=wrong" if wrong else " class=gap" if gap else ""
+                    mark = " class=wrong" if wrong else ""
                     hover = html.escape(files[picture].name)
                     parts.append(f"<img{mark} src='{data}' alt='' title='{hover}'>")
                 parts.append("</div></div>")
@@ -155,13 +159,15 @@ _HEAD = """<!doctype html><meta charset=utf-8><title>{title}</title>
 body {{ font: 15px system-ui, sans-serif; color: #1c1c1e; margin: 2rem; }}
 section {{ border-top: 2px solid #d8d8dc; padding: 0 0 1rem; }}
 h2 {{ margin: .8rem 0 0; }} h3 {{ font-size: 1rem; }} p {{ color: #6b6b70; margin: .2rem 0; }}
-.sides {{ display: grid; grid-template-columns: 1fr 1fr; gap: 2rem; }}
-.group {{ display: flex; align-items: center; gap: 4px; margin: 4px 0; }}
-.pictures {{ display: flex; flex-wrap: wrap; gap: 4px; }}
+p.doubt {{ color: #b3261e; }}
+.sides {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(34rem, 1fr)); gap: 2rem; }}
+.group {{ display: flex; align-items: center; gap: 8px; padding: 8px 0;
+  border-bottom: 1px solid #ececf0; }}
+.pictures {{ display: flex; flex: 1; flex-wrap: wrap; gap: 4px; }}
+.edge {{ flex: 0 0 132px; border-left: 3px solid #d8d8dc; padding-left: 8px; }}
 .group span {{ flex: 0 0 9rem; font-size: .85rem; color: #6b6b70; }}
 .group b {{ font-size: 1rem; color: #1c1c1e; }}
 img {{ width: 64px; height: 64px; }}
-img.gap {{ margin-left: 24px; }}
 img.wrong {{ outline: 3px solid #d9483b; outline-offset: -3px; }}
 </style>
 <h1>{title}</h1>"""

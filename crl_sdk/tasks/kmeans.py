@@ -137,7 +137,7 @@ def choose_k(
     """Choose the number of clusters by silhouette, and tell how sure that is.
 
     Each resample draws 80 % of the rows without replacement (500 at most), clusters them into 2,
-    3, … clusters and takes the mean silhouette of each clustering (Rousseeuw 1987, Euclidean). The
+    3, … clusters and takes the mean silhouette of each clustering. The
     number with the best mean over the resamples is chosen. It is never 1 while there are three
     distinct rows: whether there are clusters at all is told by `Choice.weak`.
 
@@ -204,6 +204,27 @@ def stability(
     return float(np.mean(indices))
 
 
+def silhouette(rows: NDArray[np.float32], labels: NDArray[np.int64], *, seed: int = 0) -> float:
+    """Give the mean silhouette of a clustering (Rousseeuw 1987, Euclidean), on 500 rows at most.
+
+    Args:
+        rows: (n, m) float32.
+        labels: each row's cluster (n,) int64.
+        seed: of the rows that are drawn.
+
+    Returns:
+        -1 to 1; 0 where there is one cluster only.
+
+    Raises:
+        MissingDependencyError: scipy is not installed.
+    """
+    drawn = np.random.default_rng(seed).permutation(len(rows))[:_SAMPLE]
+    kinds, compact = np.unique(labels[drawn], return_inverse=True)
+    if len(kinds) < 2:
+        return 0.0
+    return mean_silhouette(_distances(rows[drawn]), compact.astype(np.int64))
+
+
 def mean_silhouette(distances: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
     """Give the mean silhouette of a clustering.
 
@@ -226,18 +247,22 @@ def mean_silhouette(distances: NDArray[np.float64], labels: NDArray[np.int64]) -
 
 
 def _silhouettes(rows: NDArray[np.float32], most: int, seed: int) -> dict[int, float]:
-    try:
-        from scipy.spatial.distance import cdist
-    except ImportError as error:
-        raise MissingDependencyError("scipy", "tasks", "choosing k") from error
     distinct = len(np.unique(rows, axis=0))
-    distances = cdist(rows, rows)
+    distances = _distances(rows)
     found: dict[int, float] = {}
     for k in range(2, min(most, max(len(rows) // 2, 2), distinct, len(rows) - 1) + 1):
         labels, centres = _fit(rows, k, seed, 3)
         if len(centres) == k:
             found[k] = mean_silhouette(distances, labels)
     return found
+
+
+def _distances(rows: NDArray[np.float32]) -> NDArray[np.float64]:
+    try:
+        from scipy.spatial.distance import cdist
+    except ImportError as error:
+        raise MissingDependencyError("scipy", "tasks", "choosing k") from error
+    return np.asarray(cdist(rows, rows), np.float64)
 
 
 def _threads(rows: NDArray[np.float32]) -> AbstractContextManager[Any]:

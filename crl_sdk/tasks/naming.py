@@ -15,6 +15,9 @@ from crl_sdk.errors import InvalidInputError
 from crl_sdk.methods import TEXT_COLUMNS
 from crl_sdk.projection import check_embeddings
 
+LEAST_STRENGTH = 1.0
+"""Standard deviations by which a text has to set a cluster apart, or it does not name it."""
+
 _FLAT = 1e-6  # standard deviation of a score that is the same for all pictures but for rounding
 
 
@@ -23,16 +26,20 @@ class Name:
     """What a cluster is called.
 
     Attributes:
-        text: its texts, separated by commas; with a number if another cluster has the same.
+        text: its texts, separated by commas, or `none fits` if `fits` is false; with a number if
+            another cluster has the same.
         texts: those that set it apart, the strongest first; more than one only where a cluster
             before needs as many to be told from it.
         strengths: of each text, how many standard deviations the mean of its score is higher in
             the cluster than outside; 0 where there is no outside.
+        fits: whether the first sets it apart by `LEAST_STRENGTH` or more; true where there is no
+            outside. If not, the texts may lack the word for what its pictures share.
     """
 
     text: str
     texts: tuple[str, ...]
     strengths: tuple[float, ...]
+    fits: bool = True
 
 
 def text_scores(
@@ -74,7 +81,7 @@ def name_clusters(
     Each text's scores are centred over the pictures and divided by their standard deviation, so
     that what all pictures share (the modality gap, a text that is near everything) does not count.
     Clusters that would be called the same get the next text of each, until they differ; if they
-    have all texts in the same order, a number.
+    have all texts in the same order, a number. So do those that no text fits.
 
     Args:
         labels: each picture's cluster (n,) int64, 0 to c - 1, none of them empty.
@@ -88,22 +95,31 @@ def name_clusters(
     ranked = np.argsort(-apart, axis=1, kind="stable")
     if len(apart) == 1:  # no outside: the texts nearest to the pictures, as far as that goes
         ranked = np.argsort(-scores.mean(axis=0, dtype=np.float64), kind="stable")[None]
+    fits = (apart.max(axis=1) >= LEAST_STRENGTH) | (len(apart) == 1)
     lengths = np.ones(len(apart), np.int64)
     while True:
-        names = [tuple(map(int, row[:length])) for row, length in zip(ranked, lengths, strict=True)]
+        chosen = [row[:length] for row, length in zip(ranked, lengths, strict=True)]
+        names = [
+            ", ".join(texts[i] for i in row) if fit else "none fits"
+            for row, fit in zip(chosen, fits, strict=True)
+        ]
         times = Counter(names)
-        again = [i for i, name in enumerate(names) if times[name] > 1 and lengths[i] < len(texts)]
+        again = [i for i in np.flatnonzero(fits) if times[names[i]] > 1 and lengths[i] < len(texts)]
         if not again:
             break
         lengths[again] += 1
-    seen: Counter[tuple[int, ...]] = Counter()
+    seen: Counter[str] = Counter()
     found = []
-    for cluster, chosen in enumerate(names):
-        seen[chosen] += 1
-        words = tuple(texts[i] for i in chosen)
-        number = f" ({seen[chosen]})" if times[chosen] > 1 else ""
-        strengths = tuple(float(apart[cluster, i]) for i in chosen)
-        found.append(Name(", ".join(words) + number, words, strengths))
+    for cluster, (name, row) in enumerate(zip(names, chosen, strict=True)):
+        seen[name] += 1
+        found.append(
+            Name(
+                text=f"{name} ({seen[name]})" if times[name] > 1 else name,
+                texts=tuple(texts[i] for i in row),
+                strengths=tuple(float(apart[cluster, i]) for i in row),
+                fits=bool(fits[cluster]),
+            )
+        )
     return found
 
 

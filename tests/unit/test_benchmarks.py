@@ -64,10 +64,10 @@ def test_projections():
     assert by["colour", "random words", "", "centred", 0] < 0.5
     assert ("count", "language model", "", "cosine", 0) not in by
     warned = next(r for r in runs if r.source == "own words" and r.variant == "centred")
-    assert warned.signals["lift"] > 3 and warned.signals["stability"] > 0.7
+    assert warned.signals["separation"] > 0.2 and warned.signals["stability"] > 0.7
     text = projection_tables.markdown(runs, {"images": 150, "seeds": 2, "seconds": 60,
                                              "references": 400})  # fmt: skip
-    assert text.count("\n| exclusive-orthogonal |") == 3 and "nan" not in text
+    assert text.count("\n| exclusive-weighted |") == 4 and "nan" not in text
     assert text.count("words | exclusive-orthogonal |") == 4  # of each criterion's controls
     assert "| count | language model | clean | " in text and "refused" in text
 

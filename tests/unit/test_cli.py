@@ -113,6 +113,10 @@ def test_a_basis_against_others(crl):
     made = document(crl("basis", "create", "color", *colors, *against, "shape", "--json"))
     assert made["provenance"]["siblings"] == ["shape"] and made["method"] == "exclusive"
     assert "shape" in crl("basis", "show", made["path"]).stdout
+    mixed = [*colors, "-t", "circles", "--against", "shape", "--overwrite", "--json"]
+    made = document(crl("basis", "create", "color", *mixed))
+    assert made["method"] == "exclusive-weighted" and made["shares"][-1] < min(made["shares"][:-1])
+    assert f"{made['shares'][-1]:.0%}" in crl("basis", "show", made["path"]).stdout
     refused = crl("basis", "create", "size", *colors, "--method", "exclusive", status=1).stderr
     assert "expected siblings" in refused
     refused = crl("basis", "create", "size", *colors, *against, "mood", status=1).stderr

@@ -13,7 +13,7 @@ from crl_sdk.tasks import choose_k, cluster
 from crl_sdk.tasks import kmeans as kmeans_module
 from crl_sdk.tasks.clustering import cohesion
 from crl_sdk.tasks.kmeans import kmeans, mean_silhouette
-from crl_sdk.tasks.naming import name_clusters, set_apart, text_scores
+from crl_sdk.tasks.naming import LEAST_STRENGTH, name_clusters, set_apart, text_scores
 
 pytest.importorskip("sklearn")
 
@@ -133,7 +133,19 @@ def test_clusters_of_one_name_get_the_next_text():
     names = [name.text for name in name_clusters(labels, scores, ["red", "dark", "light"])]
     assert names[0] != names[1] and len(set(names)) == 3
     same = name_clusters(np.repeat([0, 1], 10), np.zeros((20, 1), np.float32), ["red"])
-    assert [name.text for name in same] == ["red (1)", "red (2)"]
+    assert [name.text for name in same] == ["none fits (1)", "none fits (2)"]
+
+
+def test_a_cluster_that_no_text_sets_apart_is_called_so():
+    labels = np.repeat([0, 1, 2], 10)
+    scores = np.zeros((30, 2), np.float32)
+    scores[:10, 0] = scores[10:20, 1] = 1.0  # of the third cluster there is no word
+    scores += np.random.default_rng(0).normal(0, 0.01, scores.shape).astype(np.float32)
+    names = name_clusters(labels, scores, ["cat", "dog"])
+    assert [name.fits for name in names] == [True, True, False]
+    assert names[2].text == "none fits" and names[2].strengths[0] < LEAST_STRENGTH
+    (alone,) = name_clusters(np.zeros(30, np.int64), scores, ["cat", "dog"])
+    assert alone.fits and alone.text in ("cat", "dog")  # there is nothing it could be apart from
 
 
 @pytest.mark.parametrize("method", ["cosine", "centred", "orthogonal", "pca", "tangent"])

@@ -89,8 +89,8 @@ def test_doubts_are_told(crl, colours):
     np.save("x.npy", rows / np.linalg.norm(rows, axis=1, keepdims=True))
     ask = ["cluster", "x.npy", "--criterion", "color", "--texts", colours, "-k", 4]
     told = crl(*ask, "--json")
-    assert told["trust"]["lift"] < 2 and "may not see" in told["trust"]["doubts"][0]
-    assert "color: the pictures vary only" in " ".join(CliRunner().invoke(
+    assert told["trust"]["separation"] < 0.1 and "may not see" in told["trust"]["doubts"][0]
+    assert "color: groups are hardly further apart" in " ".join(CliRunner().invoke(
         app, [str(each) for each in ask]).output.split())  # fmt: skip
 
 

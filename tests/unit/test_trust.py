@@ -8,9 +8,11 @@ import pytest
 from crl_export.demo.scenes import render_scene, sample_scene
 from crl_sdk import Embedder, demo_bundle
 from crl_sdk.errors import InvalidInputError
-from crl_sdk.tasks.trust import FEWEST, examine, variance_lift
+from crl_sdk.projection import normalise_rows
+from crl_sdk.tasks.kmeans import kmeans, silhouette
+from crl_sdk.tasks.trust import FEWEST, examine, separation_gain
 
-pytest.importorskip("sklearn")
+sklearn_silhouette = pytest.importorskip("sklearn.metrics").silhouette_score
 D = 32
 
 
@@ -22,23 +24,26 @@ def planted(n=300, seed=0):
     return rows.astype(np.float32)
 
 
-def test_lift_is_the_share_of_variance_over_that_of_random_directions():
+def test_separation_is_the_silhouette_over_that_of_directions_that_say_nothing():
+    rng = np.random.default_rng(1)
+    noise = rng.standard_normal((300, D)).astype(np.float32)
+    drawn = normalise_rows(noise @ rng.standard_normal((D, 5)).astype(np.float32), "l2")
+    labels, _ = kmeans(drawn, 5, starts=3)
+    assert abs(separation_gain(noise, drawn, labels, 5)) < 0.05  # it says no more than they do
     pictures = planted()
-    along = np.eye(D, dtype=np.float32)[:4]
-    spans = along - along.mean(axis=0)  # three directions
-    basis = np.linalg.svd(spans)[2][:3]
-    moved = pictures - pictures.mean(axis=0)
-    share = np.square(moved @ basis.T).sum() / np.square(moved).sum()
-    assert variance_lift(pictures, along) == pytest.approx(share / (3 / D), rel=1e-4)
-    everything = np.concatenate([np.eye(D), -np.eye(D)]).astype(np.float32)
-    assert variance_lift(pictures, everything) == pytest.approx(1.0, rel=1e-4)
-    assert variance_lift(pictures, np.eye(D, dtype=np.float32)[8:14]) < 0.5
+    rows = normalise_rows(pictures[:, :4], "l2")
+    labels, _ = kmeans(rows, 5, starts=3)
+    own = sklearn_silhouette(rows, labels)
+    gain = separation_gain(pictures, rows, labels, 5)
+    assert 0.2 < gain < own and gain == separation_gain(pictures, rows, labels, 5)
+    assert silhouette(rows, labels) == pytest.approx(own, abs=1e-6)
+    assert silhouette(rows, np.zeros(300, np.int64)) == 0.0
 
 
 def test_a_basis_along_what_differs_is_not_doubted_and_one_across_it_is():
     pictures, axes = planted(), np.eye(D, dtype=np.float32)
     good = examine(pictures, pictures @ axes[:, :4], axes[:4], k=5)
-    assert good.doubts == () and good.lift > 3 and good.stability > 0.95
+    assert good.doubts == () and good.separation > 0.2 and good.stability > 0.95
     bad = examine(pictures, pictures @ axes[:, 8:14], axes[8:14])
     assert len(bad.doubts) == 2 and "may not see" in bad.doubts[0]
 
@@ -60,7 +65,7 @@ def test_the_demo_world():
             for basis in (shape, other)
         )
     assert trusted.doubts == () and doubted.doubts
-    assert trusted.lift > doubted.lift
+    assert trusted.separation > doubted.separation
 
 
 def test_few_pictures_and_bad_input():
@@ -69,11 +74,9 @@ def test_few_pictures_and_bad_input():
     pictures = planted(60)
     with pytest.raises(InvalidInputError, match="one conditional row for each of 60 pictures"):
         examine(pictures, pictures[:50, :4], axes[:4])
-    with pytest.raises(InvalidInputError, match="two texts or more, got 60 and 1"):
-        variance_lift(pictures, axes[:1])
+    two = examine(pictures, pictures[:, :2], axes[:2])
+    assert two.separation is None and "2 texts cannot say more than yes or no" in two.doubts[0]
     with pytest.raises(InvalidInputError, match="NaN"):
         examine(pictures, np.full((60, 4), np.nan, np.float32), axes[:4])
     same = np.tile(pictures[:1], (60, 1))
-    assert variance_lift(same, axes[:4]) == 0.0
     assert examine(same, same[:, :4], axes[:4]).doubts
-    assert variance_lift(pictures, np.tile(axes[:1], (3, 1))) == 0.0
