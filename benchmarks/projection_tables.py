@@ -225,8 +225,10 @@ def _warning(runs: Sequence[Run]) -> str:
         factor: _best_thresholds([run for run in bases if run.factor != factor], bad)
         for factor in (*CRITERIA, *CHOSEN_ON)
     }
-    head = ["basis", "bases", "5-shot below universal", "ACC below universal", "not worth it",
-            "of these warned of", "of the others warned of", "a group that no text fits"]  # fmt: skip
+    head = [
+        "basis", "bases", "5-shot below universal", "ACC below universal", "not worth it",
+        "of these warned of", "of the others warned of", "a group that no text fits",
+    ]  # fmt: skip
     kinds: list[tuple[str, Callable[[Run], bool]]] = [
         ("the criterion's words, or the model's", lambda r: r.source in SOURCES and not r.noise),
         ("… with half off-topic words", lambda r: r.noise == "off-topic"),
@@ -241,8 +243,17 @@ def _warning(runs: Sequence[Run]) -> str:
         wrong = [run for run in own if bad(run)]
         counts = [str(number) for number in (len(own), *worse, len(wrong))]
         right = [run for run in own if not bad(run)]
-        unlike = f"{100 * np.mean([run.signals['unlike'] > 0 for run in own]):.0f} %" if own else ""
-        rows.append([kind, *counts, _share(wrong, pairs), _share(right, pairs), unlike])
+        strange = (
+            f"{100 * np.mean([run.signals['unlike'] > 0 for run in own]):.0f} %" if own else ""
+        )
+        rows.append([kind, *counts, _share(wrong, pairs), _share(right, pairs), strange])
+    whole = [run for run in all_bases if run.source in SOURCES[:2] and not run.noise]
+    lacking = [run for run in all_bases if run.source in PARTIAL[:2]]
+    unlike = [
+        f"{sum(run.signals['unlike'] > 0 for run in own if run.factor in CRITERIA)} of "
+        f"{sum(run.factor in CRITERIA for run in own)}"
+        for own in (whole, lacking)
+    ]
     together = " and ".join(map(str, _best_thresholds(bases, bad)))
     told = ", ".join(f"{_said(factor)} {a} and {b}" for factor, (a, b) in pairs.items())
     return (
@@ -254,7 +265,9 @@ def _warning(runs: Sequence[Run]) -> str:
         f"which is, without {told}. All six give {together}. "
         "Bases of two texts are always warned of. The last column is another sign, see "
         "`crl_sdk.tasks.naming`: pictures grouped into as many groups as the criterion has values, "
-        f"of which one or more is like none of the texts.\n\n{_table(head, rows)}"
+        "of which one or more is like none of the texts. On the four criteria above it is seen "
+        f"with {unlike[0]} bases that have all the words, and {unlike[1]} that have two or four of them."
+        f"\n\n{_table(head, rows)}"
     )
 
 

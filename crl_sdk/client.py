@@ -311,6 +311,7 @@ class AsyncClient:
         exclude: Sequence[str] = (),
         seed: int = 0,
         no_replace: bool = False,
+        against: Sequence[str] = (),
         progress: Callable[[basis_pb2.GenerationProgress], None] | None = None,
         timeout: float = 600.0,
     ) -> basis_pb2.BasisInfo:
@@ -325,6 +326,7 @@ class AsyncClient:
             exclude: texts to leave out.
             seed: equal seeds give equal texts.
             no_replace: refuse where the criterion has a basis.
+            against: other criteria that the server has a basis of; see `create_basis`.
             progress: called with answers and tokens so far.
             timeout: seconds; leaving the call stops the model.
 
@@ -332,10 +334,11 @@ class AsyncClient:
             NotOfferedError: the server has no language model.
             GenerationError: it answers nothing usable.
             BasisExistsError: there is a basis and `no_replace` is set.
+            UnknownCriterionError: the server has no basis of one of `against`.
         """
         request = basis_pb2.GenerateBasisRequest(
             criterion=criterion, hint=hint, prompts=prompts, count=count, include=include,
-            exclude=exclude, seed=seed, no_replace=no_replace,
+            exclude=exclude, seed=seed, no_replace=no_replace, against=against,
         )  # fmt: skip
         try:
             call = self._bases.GenerateBasis(request, timeout=timeout, metadata=self._metadata)

@@ -39,6 +39,7 @@ from crl_sdk.evaluation.clevr4 import read_clevr4
 from crl_sdk.evaluation.deepfashion import DeepFashion, read_deepfashion
 from crl_sdk.evaluation.genecis import GeneCis, read_genecis
 from crl_sdk.evaluation.labelled import DataSetError, Labelled
+from crl_sdk.evaluation.published import read_published
 from crl_sdk.evaluation.table import read_table
 from crl_sdk.evaluation.texts import Texts
 
@@ -115,6 +116,10 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Pictures (queries of GeneCIS) to take at random: for trying."),
     ] = None,
+    published: Annotated[
+        Path | None,
+        typer.Option(help="CSV of figures from a paper, to print beside: docs/EVAL.md."),
+    ] = None,
     engine: EngineOption = "auto",
     threads: ThreadsOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per engine run.")] = 32,
@@ -132,6 +137,7 @@ def evaluate(
     benchmark = BENCHMARKS[name]
     if out_file is not None:
         report.check_path(out_file)
+    others = None if published is None else read_published(published)
     known = tuple(benchmark.prompts)
     wanted = _criteria(criteria, known)
     protocols = _listed("--protocol", protocol, run.PROTOCOLS) if benchmark.task == "labels" else ()
@@ -174,7 +180,7 @@ def evaluate(
                 name, benchmark, rows=rows, texts=used, bundle=embedder.bundle,
                 engine=embedder.engine, pictures=len(read.files), settings=settings,
                 notes=read.notes,
-                remarks=_remarks(name, benchmark, embedder.bundle),
+                remarks=_remarks(name, benchmark, embedder.bundle), published=others,
             )  # fmt: skip
     found["seconds"] = round(time.perf_counter() - started, 1)
     if out_file is not None:
@@ -330,6 +336,8 @@ def _print(found: Mapping[str, Any]) -> None:
         title = ""
     if found["paper_encoder"]:
         note(f"the paper's encoder here: {found['paper_encoder']}")
+    if found["published"]:
+        note(f"published figures, in brackets, are from {'; '.join(found['published'])}")
     note(f"model {model['fingerprint'][:12]}…; {report.settings(found)}; figures in percent")
     for each in found["notes"]:
         note(each)

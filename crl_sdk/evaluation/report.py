@@ -13,6 +13,7 @@ from crl_sdk.bundle import ModelBundle
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.evaluation.benchmarks import Benchmark
 from crl_sdk.evaluation.figures import Figure
+from crl_sdk.evaluation.published import Published
 from crl_sdk.evaluation.run import Row
 from crl_sdk.evaluation.texts import Texts
 from crl_sdk.files import write_atomically
@@ -32,6 +33,7 @@ def document(
     settings: Mapping[str, Any],
     notes: Sequence[str],
     remarks: Sequence[str],
+    published: Published | None = None,
 ) -> dict[str, Any]:
     """Gather everything that someone would need to run it again.
 
@@ -46,11 +48,16 @@ def document(
         settings: method, seeds, splits and the like.
         notes: how the data set was read.
         remarks: what the figures do not mean.
+        published: figures of others, to stand beside these.
 
     Returns:
         JSON values.
     """
     source = bundle.manifest.source
+    beside = {} if published is None else published.figures
+    remarks = list(remarks)
+    if published is not None and (left := published.without_a_row(rows)):
+        remarks.append(f"published, but not measured here: {'; '.join(map(', '.join, left))}")
     return {
         "benchmark": name,
         "version": __version__,
@@ -63,6 +70,7 @@ def document(
             "engine": engine,
         },
         "paper_encoder": benchmark.encoder or None,
+        "published": [] if published is None else list(published.sources),
         "settings": dict(settings),
         "texts": {
             criterion: {
@@ -76,14 +84,18 @@ def document(
             for criterion, own in texts.items()
         },
         "notes": list(notes),
-        "remarks": list(remarks),
+        "remarks": remarks,
         "rows": [
             {
                 "criterion": row.criterion,
                 "protocol": row.protocol,
                 "representation": row.representation,
                 "figures": {
-                    measure: {"mean": figure.mean, "std": figure.std}
+                    measure: {
+                        "mean": figure.mean,
+                        "std": figure.std,
+                        "published": beside.get((row.criterion, row.representation, measure)),
+                    }
                     for measure, figure in row.figures.items()
                 },
             }
@@ -105,9 +117,15 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[tuple[list[str], list[list
         _, cells = made.setdefault(row["protocol"], (header, []))
         cells.append(
             [row["criterion"], row["representation"],
-             *(percent(Figure(**row["figures"][m])) for m in measures)]
+             *(_cell(row["figures"][measure]) for measure in measures)]
         )  # fmt: skip
     return list(made.values())
+
+
+def _cell(figure: Mapping[str, Any]) -> str:
+    told = percent(Figure(figure["mean"], figure["std"]))
+    other = figure["published"]
+    return told if other is None else f"{told} (published {100 * other:.2f})"
 
 
 def percent(figure: Figure) -> str:
@@ -129,6 +147,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     ]
     if found["paper_encoder"]:
         lines += [f"The paper's encoder here is {found['paper_encoder']}.", ""]
+    if found["published"]:
+        lines += [f"Published figures, in brackets, are from {'; '.join(found['published'])}.", ""]
     lines += [f"Settings: {settings(found)}. Figures in percent.", ""]
     for criterion, own in found["texts"].items():
         again = f", {own['repeated']} of them repeated" if own["repeated"] else ""

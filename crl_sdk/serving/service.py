@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -273,6 +273,7 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
         )
         embedder = self._pipeline.embedder
         prompts = tuple(request.prompts) or (DEFAULT_PROMPT,)
+        siblings = self._siblings(request.against)
         told = 0.0
 
         def progress(answers: int, tokens: int, seconds: float) -> None:
@@ -297,13 +298,14 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
             )  # fmt: skip
         basis = build_basis(
             draft.criterion, [text.text for text in draft.texts], embedder.embed_text,
-            fingerprint=embedder.bundle.fingerprint, prompts=prompts, provenance=draft.provenance,
+            fingerprint=embedder.bundle.fingerprint, prompts=prompts, siblings=siblings,
+            provenance=draft.provenance,
         )  # fmt: skip
         stored, replaced = self._pipeline.bases.put(basis, replace=not request.no_replace)
         return basis_pb2.PutBasisResponse(info=_info(stored), replaced=replaced)
 
     def _build(self, given: basis_pb2.BasisTexts) -> Basis:
-        siblings = [stored.basis for stored in self._pipeline.bases.select(given.against)]
+        siblings = self._siblings(given.against)
         method = given.method or default_method(siblings=bool(siblings))
         post = given.post or "l2"
         if method not in METHODS or post not in POSTS:
@@ -322,6 +324,9 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
             siblings=siblings,
             provenance={"texts": "given by a client"},
         )
+
+    def _siblings(self, criteria: Sequence[str]) -> list[Basis]:
+        return [stored.basis for stored in self._pipeline.bases.select(criteria)]
 
 
 async def answer(context: Context, work: Callable[[], Awaitable[Reply]]) -> Reply:

@@ -278,3 +278,8 @@ def test_the_servers_language_model_writes_a_basis(serve, embedder, pictures):
         assert "red" in info.texts and "blue" not in info.texts and seen
         with pytest.raises(BasisExistsError):
             client.generate_basis("mood", no_replace=True)
+        client.create_basis("shape", ["circle", "square", "star"])
+        info = client.generate_basis("mood", against=["shape"])
+        assert info.method == "exclusive-weighted"
+        with pytest.raises(UnknownCriterionError, match="known are"):
+            client.generate_basis("mood", against=["weight"])

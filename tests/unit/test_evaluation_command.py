@@ -106,6 +106,47 @@ def test_clevr4(clevr4, words, tmp_path):
     assert json.loads(out.read_text())["rows"] == found["rows"]
 
 
+def test_published_figures_stand_beside(clevr4, words, tmp_path):
+    others = tmp_path / "paper.csv"
+    others.write_text(
+        "criterion,embeddings,measure,percent,source\n"
+        'color, conditional, ACC, 51.5, "Table 1, ViT-B/32"\n'
+        'color,conditional,1 shot,12.25,"Table 2, ViT-B/32"\n'
+        'shape,universal,NMI,3,"Table 1, ViT-B/32"\n'
+    )
+    out = tmp_path / "clevr4.md"
+    given = ["clevr4", "--data", clevr4, "--texts", f"color={words}", "--criteria", "color"]
+    short = ["--seeds", 1, "--splits", 1, "--shots", 1, "--model", demo_bundle()]
+    found = crl_eval(*given, *short, "--published", others, "--out", out)
+    rows = {(row["protocol"], row["representation"]): row["figures"] for row in found["rows"]}
+    assert rows["clustering", "conditional"]["ACC"]["published"] == 0.515
+    assert rows["clustering", "universal"]["ACC"]["published"] is None
+    text = out.read_text()
+    assert "| 100.00 ± 0.00 (published 51.50) |" in text and "(published 12.25)" in text
+    assert "are from Table 1, ViT-B/32; Table 2, ViT-B/32." in text
+    assert "published, but not measured here: shape, universal, NMI" in text
+    shown = CliRunner().invoke(
+        app, ["eval", *map(str, (*given, *short)), "--published", str(others)]
+    )
+    assert "published figures, in brackets, are from Table 1" in " ".join(shown.output.split())
+    head = "criterion,embeddings,measure,percent,source\n"
+    for content, what in (
+        ("a,b\n1,2\n", "expected the header criterion,embeddings"),
+        (head, "and 0 lines"),
+        (f"{head}color,conditional,ACC,much,Table 1\n", "line 2: expected criterion"),
+        (f"{head}color,conditional,ACC,nan,Table 1\n", "line 2: expected criterion"),
+        (f"{head}color,conditional,ACC,51.5,\n", "line 2: expected criterion"),
+        (f"{head}color,conditional,ACC,5,T,more\n", "line 2: expected criterion"),
+        (f"{head}color,conditional,ACC,1,T\ncolor,conditional,ACC,2,T\n", "line 3: .* twice"),
+        ("\udcff", "in UTF-8"),
+    ):
+        others.write_bytes(content.encode("utf-8", "surrogateescape"))
+        with pytest.raises(CrlError, match=what):
+            crl_eval(*given, "--published", others)
+    with pytest.raises(CrlError, match="cannot be read"):
+        crl_eval(*given, "--published", tmp_path / "nowhere.csv")
+
+
 def test_bases_and_methods(clevr4, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["--criteria", "color", "--protocol", "clustering", "--seeds", "1"]

@@ -294,6 +294,7 @@ class GenerateBasisRequest(_message.Message):
     EXCLUDE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     NO_REPLACE_FIELD_NUMBER: _builtins.int
+    AGAINST_FIELD_NUMBER: _builtins.int
     criterion: _builtins.str
     hint: _builtins.str
     """Said beside the criterion, such as "as a zoologist would say"."""
@@ -310,6 +311,10 @@ class GenerateBasisRequest(_message.Message):
     def include(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def exclude(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def against(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As in BasisTexts; the method is then `exclusive-weighted`."""
+
     def __init__(
         self,
         *,
@@ -321,10 +326,11 @@ class GenerateBasisRequest(_message.Message):
         exclude: _abc.Iterable[_builtins.str] | None = ...,
         seed: _builtins.int = ...,
         no_replace: _builtins.bool = ...,
+        against: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "criterion", b"criterion", "exclude", b"exclude", "hint", b"hint", "include", b"include", "no_replace", b"no_replace", "prompts", b"prompts", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["against", b"against", "count", b"count", "criterion", b"criterion", "exclude", b"exclude", "hint", b"hint", "include", b"include", "no_replace", b"no_replace", "prompts", b"prompts", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
