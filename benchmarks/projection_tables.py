@@ -266,8 +266,8 @@ def _warning(runs: Sequence[Run]) -> str:
         "Bases of two texts are always warned of. The last column is another sign, see "
         "`crl_sdk.tasks.naming`: pictures grouped into as many groups as the criterion has values, "
         "of which one or more is like none of the texts. On the four criteria above it is seen "
-        f"with {unlike[0]} bases that have all the words, and {unlike[1]} that have two or four of them."
-        f"\n\n{_table(head, rows)}"
+        f"with {unlike[0]} bases that have all the words, and {unlike[1]} that have two or four of "
+        f"them.\n\n{_table(head, rows)}"
     )
 
 
