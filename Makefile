@@ -49,7 +49,7 @@ eval-demo: $(VENV)/.demo ## the clustering table of the shipped model, on 3,000 
 eval-bases: $(VENV)/.demo ## how good generated bases are, on the demo world: a quarter of an hour
 	$(BIN)/python -m crl_benchmarks.basis_quality --out benchmarks/results/basis-quality
 
-eval: $(VENV)/.demo ## projections compared on the demo world: tables, controls, the warning; some 20 minutes
+eval: $(VENV)/.demo ## projections compared on the demo world: tables, controls, the warning; 18 minutes
 	$(BIN)/python -m crl_benchmarks.projection_tables --out benchmarks/results/projections
 
 export-parity: $(VENV)/.dev ## the parity table of all exported models

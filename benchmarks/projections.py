@@ -56,15 +56,23 @@ Texts = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A method as it is measured: with the mean of reference images or without."""
+    """A method as it is measured.
+
+    Attributes:
+        method: that makes the projection.
+        referenced: whether the mean of reference images is removed.
+        written: whether siblings are the language model's lists; else their own words.
+    """
 
     method: Method
     referenced: bool = False
+    written: bool = False
 
     @property
     def name(self) -> str:
         """As in the tables."""
-        return f"{self.method}, references" if self.referenced else self.method
+        more = ", references" if self.referenced else ", written siblings" if self.written else ""
+        return self.method + more
 
 
 VARIANTS = (
@@ -78,6 +86,7 @@ VARIANTS = (
     Variant("exclusive"),
     Variant("exclusive-orthogonal"),
     Variant("exclusive-weighted"),
+    Variant("exclusive-weighted", written=True),
 )
 
 SOURCES = ("own words", "synonyms", "language model")
@@ -180,10 +189,19 @@ def texts_of(world: World, factor: str, source: str, noise: str, seed: int) -> l
     return list(dict.fromkeys(texts))
 
 
-def siblings_of(world: World, factor: str) -> list[Texts]:
-    """Give the texts of all other criteria that are reported or chosen on: their own words."""
-    others = [other for other in (*CRITERIA, *CHOSEN_ON) if other != factor]
-    return [world.embed([forms[0] for forms in SYNONYMS[other].values()]) for other in others]
+def siblings_of(world: World, factor: str, seed: int, *, written: bool = False) -> list[Texts]:
+    """Give the texts of all other criteria that are reported or chosen on.
+
+    Their own words; or the language model's, unless it wrote fewer than two.
+    """
+    siblings = []
+    for other in (*CRITERIA, *CHOSEN_ON):
+        if other != factor:
+            texts = texts_of(world, other, "language model", "", seed) if written else []
+            if len(texts) < 2:
+                texts = texts_of(world, other, "own words", "", seed)
+            siblings.append(world.embed(texts))
+    return siblings
 
 
 def measure(rows: NDArray[np.float32], labels: NDArray[np.int64], seed: int,
@@ -216,7 +234,11 @@ def runs_of(world: World, task: tuple[str, int]) -> list[Run]:
         runs.append(Run(factor, name, "", "", seed, 0, scores, {}))
     for source, noise, texts, embedded in _bases(world, factor, seed):
         for variant in (WARNED,) if source in PARTIAL else VARIANTS:
-            siblings = siblings_of(world, factor) if takes_siblings(variant.method) else ()
+            siblings = (
+                siblings_of(world, factor, seed, written=variant.written)
+                if takes_siblings(variant.method)
+                else ()
+            )
             projection = make_projection(
                 embedded, variant.method, post="none", siblings=siblings,
                 reference=world.reference if variant.referenced else None,

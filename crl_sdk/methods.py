@@ -175,12 +175,14 @@ def exclusive_orthogonal(given: Given) -> tuple[Rows, Rows]:
 
 
 def exclusive_weighted(given: Given) -> tuple[Rows, Rows]:
-    """`cosine`, each text times the share of it that siblings' texts do not explain: (w T)'.
+    """`cosine`, each text weighted by how little of it siblings' texts explain: (w T)'.
 
     Ours. Where `exclusive` takes directions away, which a criterion may share, this makes texts
     count less that are another criterion's, or that the model takes for one. Wiener's filter says
     what part of a text, as it lies from the siblings' mean, is theirs: they vary by S, the mean of
-    their covariances at trace 1, and a text that could be any by I / d.
+    their covariances at trace 1, and a text that could be any by I / d. Squares of what is left
+    are the weights, relative to the median text's, and 1 at most: siblings that hold some of the
+    criterion's own texts do less harm so.
     """
     dim = given.texts.shape[1]
     spread = np.mean([_scatter(texts) for texts in given.siblings], axis=0)
@@ -188,7 +190,8 @@ def exclusive_weighted(given: Given) -> tuple[Rows, Rows]:
     moved = given.texts - np.mean([texts.mean(axis=0) for texts in given.siblings], axis=0)
     energy = np.maximum(np.square(moved).sum(axis=1), EPSILON)
     share = np.einsum("kd,de,ke->k", moved, own, moved) / energy
-    return (share[:, None] * given.texts).T, _origin(given)
+    weights = np.minimum(share / max(float(np.median(share)), EPSILON), 1.0) ** 2
+    return (weights[:, None] * given.texts).T, _origin(given)
 
 
 _METHODS: MappingProxyType[Method, Callable[[Given], tuple[Rows, Rows]]] = MappingProxyType(

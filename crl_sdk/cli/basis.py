@@ -193,16 +193,16 @@ def _print_basis(basis: Basis, path: Path, as_json: bool) -> None:
             **_made_with(basis),
         },
     )
-    shares = _shares(basis)
-    table = Table("text", "stands for", *(["its own"] if shares else []), "texts merged into it")
+    weights = _weights(basis)
+    table = Table("text", "stands for", *(["weight"] if weights else []), "texts merged into it")
     for i, (text, count) in enumerate(zip(basis.texts, basis.counts, strict=True)):
         merged = ", ".join(m.text for m in basis.merged if m.into == text)
-        table.add_row(text, str(count), *(f"{share:.0%}" for share in shares[i : i + 1]), merged)
+        table.add_row(text, str(count), *(f"{each:.2f}" for each in weights[i : i + 1]), merged)
     out.print(table)
 
 
-def _shares(basis: Basis) -> list[float]:
-    """Give the share of each text that no sibling's texts explain; empty if it was not asked."""
+def _weights(basis: Basis) -> list[float]:
+    """Give what each text counts where that differs, by how little siblings explain of it."""
     if basis.method != "exclusive-weighted":
         return []
     return [float(norm) for norm in np.linalg.norm(basis.projection.weight, axis=0)]
@@ -230,7 +230,7 @@ def _document(basis: Basis, path: Path) -> dict[str, Any]:
         "prompts": list(basis.prompts),
         "texts": list(basis.texts),
         "counts": list(basis.counts),
-        "shares": _shares(basis),
+        "weights": _weights(basis),
         "merge_threshold": basis.merge_threshold,
         "merged": [{"text": m.text, "into": m.into, "cosine": m.cosine} for m in basis.merged],
         "provenance": dict(basis.provenance),

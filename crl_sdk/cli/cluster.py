@@ -112,7 +112,7 @@ def _unlike_any(found: Clustering) -> tuple[str, ...]:
         return ()
     return (
         f"{count} of {len(found.clusters)} groups {'are' if count > 1 else 'is'} like none of the "
-        "texts: the word for what its pictures share may be missing",
+        "texts: a word for what pictures there share may be missing",
     )
 
 

@@ -115,8 +115,10 @@ def test_a_basis_against_others(crl):
     assert "shape" in crl("basis", "show", made["path"]).stdout
     mixed = [*colors, "-t", "circles", "--against", "shape", "--overwrite", "--json"]
     made = document(crl("basis", "create", "color", *mixed))
-    assert made["method"] == "exclusive-weighted" and made["shares"][-1] < min(made["shares"][:-1])
-    assert f"{made['shares'][-1]:.0%}" in crl("basis", "show", made["path"]).stdout
+    assert made["method"] == "exclusive-weighted" and made["weights"][-1] < min(
+        made["weights"][:-1]
+    )
+    assert f"{made['weights'][-1]:.2f}" in crl("basis", "show", made["path"]).stdout
     refused = crl("basis", "create", "size", *colors, "--method", "exclusive", status=1).stderr
     assert "expected siblings" in refused
     refused = crl("basis", "create", "size", *colors, *against, "mood", status=1).stderr

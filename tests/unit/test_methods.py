@@ -78,7 +78,7 @@ def definition(method, texts, images, mean=None):  # noqa: PLR0911
             away = text - mean  # what Wiener's filter takes for the siblings' part of it:
             part = spread @ np.linalg.solve(spread + np.eye(D) / D, away)
             kept.append(1 - away @ part / (away @ away))
-        return moved @ t.T * np.array(kept)
+        return moved @ t.T * np.minimum(1, np.array(kept) / np.median(kept)) ** 2
     spans = []
     for sibling in siblings:
         _, s, v = np.linalg.svd(sibling - sibling.mean(axis=0), full_matrices=False)
@@ -136,7 +136,9 @@ def test_a_text_that_is_a_siblings_counts_less_than_one_that_is_not():
     )
     weights = np.linalg.norm(projection.weight, axis=0)
     assert weights[6:].max() < 0.5 * weights[:6].min()
-    assert weights.min() > 0 and weights.max() <= 1 + 1e-6
+    assert weights.min() > 0 and weights.max() == pytest.approx(1)
+    same = make_projection(np.tile(own[:1], (3, 1)), "exclusive-weighted", siblings=[sibling])
+    np.testing.assert_allclose(np.linalg.norm(same.weight, axis=0), 1.0, atol=1e-6)
 
 
 def test_the_method_where_none_is_asked_for():
