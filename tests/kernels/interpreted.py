@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from crl_export.kernels.projection import project_segments  # noqa: E402
+from crl_sdk.basis import METHODS  # noqa: E402
 from crl_sdk.engines.kernels import POST_NUMBERS  # noqa: E402
+from crl_sdk.methods import make_projection, takes_siblings  # noqa: E402
 from crl_sdk.projection import EPSILON, normalise_rows  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -101,8 +103,31 @@ def halves():
     np.testing.assert_allclose(measured, exact, atol=4e-3)
 
 
+def every_method():
+    """Bases of all methods in one launch, against each projection's own `apply`: 2e-5."""
+    rng = np.random.default_rng(2)
+    texts, sibling, images = (
+        normalise_rows(rng.standard_normal((count, 64)).astype(np.float32) + 0.5, "l2")
+        for count in (9, 5, 33)
+    )
+    made = [
+        make_projection(
+            texts, method, siblings=[sibling] if takes_siblings(method) else [],
+            reference=None if method == "cosine" else images[:20],
+        )
+        for method in METHODS
+    ]  # fmt: skip
+    weight = torch.from_numpy(np.concatenate([each.weight for each in made], axis=1))
+    bias = torch.from_numpy(np.concatenate([each.bias for each in made]))
+    sizes, posts = zip(*((each.output_dim, each.post) for each in made), strict=True)
+    measured = run(torch.from_numpy(images), weight, bias, sizes, posts, unit=False)
+    exact = np.concatenate([each.apply(images) for each in made], axis=1)
+    np.testing.assert_allclose(measured, exact, atol=2e-5)
+
+
 if __name__ == "__main__":
     parity()
+    every_method()
     bad_rows_stay_alone()
     halves()
     print("agrees")
