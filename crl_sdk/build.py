@@ -68,6 +68,11 @@ def build_basis(
     kept, counts, near = _merge_near(distinct, counts, embeddings, merge_threshold)
     unit = embeddings[kept]
     method = method or default_method(siblings=bool(siblings))
+    if len(kept) == 1 < len(distinct) and method != "cosine":
+        raise InvalidInputError(
+            f"all {len(distinct)} texts merge into {distinct[0]!r}: the model hardly tells them "
+            f"apart (cosines from {merge_threshold:g}); give others, or merge from a higher cosine"
+        )
     for sibling in siblings:
         sibling.require_fingerprint(fingerprint)
         if sibling.criterion == name:
