@@ -131,8 +131,18 @@ def _methods(runs: Sequence[Run], noise: str) -> str:
     own = [r for r in runs if r.factor in CRITERIA and r.source in SOURCES and r.noise == noise]
     head = ["method", *(_TITLES[m] for m in MEASURES), "ACC − cosine", "5-shot − cosine",
             "mAP − cosine"]  # fmt: skip
-    plain = [run for run in runs if run.factor in CRITERIA and run.source == "universal"]
-    rows = [["universal", *(_mean(plain, measure) for measure in MEASURES), "", "", ""]]
+    controls = [
+        (source, [r for r in runs if r.factor in CRITERIA and r.source == source])
+        for source in ("universal", "universal, scale of a basis")
+    ]
+    for source in CONTROLS:
+        drawn = [r for r in runs if r.factor in CRITERIA and r.source == source]
+        controls += [(f"{source}, {variant}", [r for r in drawn if r.variant == variant])
+                     for variant in (BASELINE, WARNED.name)]  # fmt: skip
+    rows = [
+        [name, *(_mean(each, measure) for measure in MEASURES), "", "", ""]
+        for name, each in controls
+    ]
     for variant in VARIANTS:
         mine = [run for run in own if run.variant == variant.name]
         rows.append(
@@ -160,15 +170,19 @@ def _noisy(runs: Sequence[Run]) -> str:
 
 
 def _by_source(runs: Sequence[Run]) -> str:
-    head = ["criterion", "texts from", "with", "universal", *(v.name for v in VARIANTS)]
+    head = ["criterion", "texts from", "with", "universal", CONTROLS[0],
+            *(v.name for v in VARIANTS)]  # fmt: skip
     rows = []
     for factor in CRITERIA:
         universal = _mean(_of(runs, factor, "universal"), "accuracy")
+        random = _mean(
+            [r for r in _of(runs, factor, CONTROLS[0]) if r.variant == BASELINE], "accuracy"
+        )
         for source in SOURCES:
             for noise in NOISES:
                 own = _of(runs, factor, source, noise)
                 rows.append(
-                    [_said(factor), source, _NOISE[noise], universal]
+                    [_said(factor), source, _NOISE[noise], universal, random]
                     + [_mean([r for r in own if r.variant == v.name], "accuracy") for v in VARIANTS]
                 )
     return _table(head, rows)
