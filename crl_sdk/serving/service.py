@@ -25,7 +25,6 @@ from crl_sdk.errors import (
 )
 from crl_sdk.generate import Recipe, generate_texts
 from crl_sdk.llm import LocalModel
-from crl_sdk.methods import default_method
 from crl_sdk.pb.crl.v1 import (
     basis_pb2,
     basis_pb2_grpc,
@@ -306,9 +305,8 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
 
     def _build(self, given: basis_pb2.BasisTexts) -> Basis:
         siblings = self._siblings(given.against)
-        method = given.method or default_method(siblings=bool(siblings))
-        post = given.post or "l2"
-        if method not in METHODS or post not in POSTS:
+        method, post = given.method or None, given.post or "l2"
+        if (method is not None and method not in METHODS) or post not in POSTS:
             raise InvalidInputError(
                 f"expected a method of {METHODS} and a post of {POSTS}, got {method!r} and {post!r}"
             )

@@ -261,7 +261,7 @@ def _distances(rows: NDArray[np.float32]) -> NDArray[np.float64]:
     try:
         from scipy.spatial.distance import cdist
     except ImportError as error:
-        raise MissingDependencyError("scipy", "tasks", "choosing k") from error
+        raise MissingDependencyError("scipy", "tasks", "silhouettes") from error
     return np.asarray(cdist(rows, rows), np.float64)
 
 

@@ -83,6 +83,18 @@ def test_an_unreadable_picture_is_named_and_left_out(crl, folder, colours):
     assert Path(told["report"]).exists()
 
 
+def test_a_missing_word_is_told_on_the_page_too(crl, folder, tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("red\ngreen\nyellow\n")  # there is no word for the blue ones
+    ask = ["cluster", folder, "--criterion", "color", "--texts", words, "-k", 3, "--json"]
+    told = crl(*ask)
+    fitting = {each["name"]: each["fits"] for each in told["clusters"]}
+    assert fitting == {"red": True, "green": True, "none fits": False}
+    (doubt,) = told["trust"]["doubts"]
+    assert doubt.startswith("1 of 3 groups is like none of the texts")
+    assert doubt in Path(told["report"]).read_text(encoding="utf-8")
+
+
 def test_doubts_are_told(crl, colours):
     """Pictures that differ in everything alike differ no more in colour."""
     rows = np.random.default_rng(0).standard_normal((60, 128)).astype(np.float32)
