@@ -26,12 +26,12 @@ from crl_export.demo.evaluate import kmeans_accuracy, own_words
 from crl_export.demo.lexicon import OFF_TOPIC, SYNONYMS
 from crl_export.demo.world import CRITERIA
 from crl_sdk import Embedder, demo_bundle
-from crl_sdk.build import DEFAULT_MERGE_THRESHOLD, build_basis
+from crl_sdk.basis._build import DEFAULT_MERGE_THRESHOLD, build_basis
+from crl_sdk.basis._generate import GenerationOptions, generate_texts
+from crl_sdk.basis._language_model import LanguageModel
+from crl_sdk.basis._votes import text_key
 from crl_sdk.errors import GenerationError
-from crl_sdk.generate import Recipe, generate_texts
-from crl_sdk.llm import LocalModel
-from crl_sdk.projection import normalise_rows
-from crl_sdk.votes import text_key
+from crl_sdk.projection._projection import normalise_rows
 
 SHOTS = 10
 SPLITS = 20
@@ -39,14 +39,18 @@ SPLITS = 20
 AS_SAID = {"shape": "shape", "colour": "color", "texture": "texture", "count": "count"}
 """What a user would type for each factor."""
 
-HELPED: dict[str, dict[str, Recipe]] = {
+HELPED: dict[str, dict[str, GenerationOptions]] = {
     "texture": {
-        "hint": Recipe(hint="the pattern on the surface"),
-        "example": Recipe(examples={"surface pattern": ("striped", "plain", "dotted", "tartan")}),
+        "hint": GenerationOptions(hint="the pattern on the surface"),
+        "example": GenerationOptions(
+            examples={"surface pattern": ("striped", "plain", "dotted", "tartan")}
+        ),
     },
     "count": {
-        "hint": Recipe(hint="how many there are in words"),
-        "example": Recipe(examples={"number of people": ("one", "two", "three", "four")}),
+        "hint": GenerationOptions(hint="how many there are in words"),
+        "example": GenerationOptions(
+            examples={"number of people": ("one", "two", "three", "four")}
+        ),
     },
 }
 """What a user could add where the model alone does badly: a remark, or a line of their own."""
@@ -142,14 +146,18 @@ def values_named(factor: str, texts: Sequence[str]) -> int:
 
 
 def generated(
-    world: World, factor: str, model: LocalModel, recipe: Recipe, seeds: Sequence[int]
+    world: World,
+    factor: str,
+    model: LanguageModel,
+    options: GenerationOptions,
+    seeds: Sequence[int],
 ) -> dict[str, Any]:
     """Measure the generator on a factor, under several seeds; a refusal scores as universal."""
     scores, lists = [], []
     for seed in seeds:
         try:
             draft = generate_texts(
-                AS_SAID[factor], model, replace(recipe, seed=1000 * seed),
+                AS_SAID[factor], model, replace(options, seed=1000 * seed),
                 embed_text=world.embedder.embed_text, prompts=(NEUTRAL_PROMPT,),
             )  # fmt: skip
             texts = [candidate.text for candidate in draft.texts]
@@ -166,7 +174,7 @@ def repeated(measure: Callable[[int], Score], seeds: Sequence[int]) -> dict[str,
 
 
 def evaluate(
-    models: dict[str, LocalModel],
+    models: dict[str, LanguageModel],
     *,
     images: int,
     seeds: Sequence[int],
@@ -195,10 +203,10 @@ def evaluate(
                 "own words": repeated(lambda _, f=factor, o=own: world.score(f, o), seeds[:1]),
             }
             for name, model in models.items():
-                recipes = {"": Recipe()} | (HELPED.get(factor, {}) if helped else {})
-                for help_, recipe in recipes.items():
+                recipes = {"": GenerationOptions()} | (HELPED.get(factor, {}) if helped else {})
+                for help_, options in recipes.items():
                     source = f"{name}, {help_}" if help_ else name
-                    rows[source] = generated(world, factor, model, recipe, seeds)
+                    rows[source] = generated(world, factor, model, options, seeds)
             size = max(2, round(np.mean([s["texts"] for s in rows[next(iter(models))]["scores"]])))
             rows["random words"] = repeated(
                 lambda seed, f=factor, k=size: world.score(
@@ -248,7 +256,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
     arguments = parser.parse_args()
-    opened = [LocalModel.open(), *map(LocalModel.open, arguments.model)]
+    opened = [LanguageModel.open(), *map(LanguageModel.open, arguments.model)]
     models = {model.path.stem: model for model in opened}
     started = time.perf_counter()
     results = evaluate(models, images=arguments.images, seeds=range(arguments.seeds))
@@ -257,7 +265,7 @@ def main() -> None:
         "seeds": arguments.seeds,
         "prompt": NEUTRAL_PROMPT,
         "models": [model.describe() for model in opened],
-        "recipe": asdict(Recipe()),
+        "options": asdict(GenerationOptions()),
         "helped": {f: {n: asdict(r) for n, r in rs.items()} for f, rs in HELPED.items()},
         "seconds": round(time.perf_counter() - started, 1),
         "results": results,

@@ -26,11 +26,11 @@ import numpy as np
 from crl_benchmarks.load import Reply, Run, closed_loop, merge, open_loop
 from crl_benchmarks.quantiles import PERCENTILES, percentile
 from crl_benchmarks.targets import Target, connect
-from crl_sdk import parity
 from crl_sdk._version import __version__
-from crl_sdk.bundle import ModelBundle
-from crl_sdk.engines import ImageEngine
+from crl_sdk.engines._contract import ImageEngine
 from crl_sdk.errors import InvalidInputError, ServiceError
+from crl_sdk.model import _parity as parity
+from crl_sdk.model._bundle import ModelBundle
 
 SCHEMA = 1
 
@@ -55,7 +55,7 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     high: float | None
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
+class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     """One run.
 
     Attributes:
@@ -120,9 +120,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     machine: dict[str, str]
     versions: dict[str, str]
     settings: dict[str, str]
-    rows: tuple[Row, ...]
+    rows: tuple[LoadResult, ...]
     objective: str | None = None
-    best: Row | None = None
+    best: LoadResult | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ class Objective:
             )
         return cls(float(found[1]), float(found[2]))
 
-    def held(self, row: Row) -> bool:
+    def held(self, row: LoadResult) -> bool:
         """Tell whether a run held it; a call that failed counts as one that took forever."""
         failed = row.offered - row.served
         allowed = row.offered * (1 - self.percent / 100)
@@ -155,7 +155,7 @@ class Objective:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class BenchSettings:
     """How each run is made: seconds of warm-up and measuring, and generator processes."""
 
     warm_up: float = 2.0
@@ -189,7 +189,7 @@ class _Job:
 class Generators:
     """The generator processes, started once for all runs."""
 
-    def __init__(self, target: Target, settings: Settings) -> None:
+    def __init__(self, target: Target, settings: BenchSettings) -> None:
         """Start them."""
         self._target, self._settings = target, settings
         self._seeds = count()
@@ -204,7 +204,7 @@ class Generators:
         """End them."""
         self._pool.shutdown(cancel_futures=True)
 
-    def measure(self, mode: str, load: float) -> Row:
+    def measure(self, mode: str, load: float) -> LoadResult:
         """Make a run, again if it was not steady, three times at most.
 
         Args:
@@ -220,7 +220,7 @@ class Generators:
                 break
         return row
 
-    def _measure(self, mode: str, load: float) -> Row:
+    def _measure(self, mode: str, load: float) -> LoadResult:
         settings = self._settings
         processes = settings.processes if mode == "open" else min(settings.processes, int(load))
         shares = _shares(mode, load, processes)
@@ -244,11 +244,11 @@ class Generators:
 
 def search(
     objective: Objective,
-    measure: Callable[[str, float], Row],
-    tell: Callable[[Row], None],
+    measure: Callable[[str, float], LoadResult],
+    tell: Callable[[LoadResult], None],
     *,
     callers: int = 8,
-) -> Row | None:
+) -> LoadResult | None:
     """Find the highest rate that holds an objective, to within 5 %.
 
     A closed loop tells the capacity; rates up to a tenth more are halved between what held and what
@@ -285,9 +285,9 @@ def engine_rows(
     bundle: ModelBundle,
     engine: ImageEngine,
     batches: Sequence[int],
-    settings: Settings,
+    settings: BenchSettings,
     tell: Callable[[int], None],
-) -> list[Row]:
+) -> list[LoadResult]:
     """Time an engine in this process, without decoding and without bases: one row per batch size.
 
     Args:
@@ -320,7 +320,7 @@ def engine_rows(
     return rows
 
 
-def server_settings(target: Target, settings: Settings) -> dict[str, str]:
+def server_settings(target: Target, settings: BenchSettings) -> dict[str, str]:
     """Tell how a server was measured."""
     sizes = [len(data) for data in target.images]
     return {
@@ -335,7 +335,9 @@ def server_settings(target: Target, settings: Settings) -> dict[str, str]:
     }
 
 
-def report(command: str, told: dict[str, str], rows: Sequence[Row], **more: object) -> Report:
+def report(
+    command: str, told: dict[str, str], rows: Sequence[LoadResult], **more: object
+) -> Report:
     """Put runs into a document with what is needed to repeat them."""
     return Report(
         schema=SCHEMA,
@@ -387,7 +389,7 @@ def _generate(job: _Job) -> Run:
     return asyncio.run(run())
 
 
-def _row(mode: str, load: float, run: Run, batch: int) -> Row:
+def _row(mode: str, load: float, run: Run, batch: int) -> LoadResult:
     served = sorted(run.latencies.get("ok", []))
     lag = float(np.percentile(run.lags, 90)) if run.lags else run.seconds  # it never woke
     why = ""
@@ -401,7 +403,7 @@ def _row(mode: str, load: float, run: Run, batch: int) -> Row:
     # in an open loop that a server cannot keep up with, answers come after the last call was due
     rate = len(served) / max(run.seconds, max(run.done, default=0.0))
     steady = mean > 0 and float(np.abs(thirds - mean).max()) <= max(_STEADY * mean, chance)
-    return Row(
+    return LoadResult(
         mode=mode,
         load=load,
         seconds=run.seconds,

@@ -24,7 +24,7 @@ from typing import Any
 from crl_export.exporter import export_model
 from crl_export.kernels.ahead import ARCHITECTURES, BLOCKS, compile_kernels
 from crl_sdk import __version__, demo_bundle
-from crl_sdk.engines.toolkit import load_toolkit
+from crl_sdk.engines._tensorrt_runtime import load_toolkit
 
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
 
@@ -33,7 +33,7 @@ ROWS, DIM, BASES, COLUMNS = 1_000_000, 512, 10, 20
 
 
 @dataclass(frozen=True, slots=True)
-class Gpu:
+class GpuPeak:
     """Published peaks of a GPU: TFLOP/s in float32 without tensor cores, and GB/s of its memory."""
 
     name: str
@@ -42,13 +42,13 @@ class Gpu:
 
 
 GPUS = {
-    "sm75": Gpu("T4", 8.1, 320),
-    "sm80": Gpu("A100 80 GB PCIe", 19.5, 1935),
-    "sm86": Gpu("A10", 31.2, 600),
-    "sm87": Gpu("Jetson AGX Orin 64 GB", 5.3, 204.8),
-    "sm89": Gpu("L4", 30.3, 300),
-    "sm90": Gpu("H100 SXM", 67.0, 3350),
-    "sm120": Gpu("GeForce RTX 5090", 104.8, 1792),
+    "sm75": GpuPeak("T4", 8.1, 320),
+    "sm80": GpuPeak("A100 80 GB PCIe", 19.5, 1935),
+    "sm86": GpuPeak("A10", 31.2, 600),
+    "sm87": GpuPeak("Jetson AGX Orin 64 GB", 5.3, 204.8),
+    "sm89": GpuPeak("L4", 30.3, 300),
+    "sm90": GpuPeak("H100 SXM", 67.0, 3350),
+    "sm120": GpuPeak("GeForce RTX 5090", 104.8, 1792),
 }
 """From NVIDIA's data sheets. GB10 (sm121) is left out: its float32 peak is not published."""
 
@@ -94,7 +94,7 @@ def work(rows: int, dim: int, sizes: list[int], bytes_in: int) -> Work:
     )
 
 
-def roofline(gpu: Gpu, needed: Work) -> dict[str, float]:
+def roofline(gpu: GpuPeak, needed: Work) -> dict[str, float]:
     """Give the least milliseconds for memory, for the arithmetic needed, and for that executed."""
     return {
         "memory_ms": needed.bytes / gpu.bandwidth / 1e6,
@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(("demo", *MODELS)))
     arguments = parser.parse_args()
     started = time.perf_counter()
-    from crl_sdk.machine import examine
+    from crl_sdk.engines._machine import examine
 
     machine = examine()
     with tempfile.TemporaryDirectory() as folder:

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from crl_sdk import ModelBundle, Projection, __version__, demo_bundle
-from crl_sdk.engines import ImageEngine
-from crl_sdk.projection import normalise_rows, pack
-from crl_sdk.selection import open_engine
+from crl_sdk.engines._contract import ImageEngine
+from crl_sdk.engines._selection import open_engine
+from crl_sdk.projection._projection import normalise_rows, pack
 
 COLUMNS = 40  # texts of a usual basis
 CRITERIA = (0, 1, 10)

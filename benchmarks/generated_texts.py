@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+from crl_sdk.basis._generate import GenerationOptions, generate_texts
+from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.errors import GenerationError
-from crl_sdk.generate import Recipe, generate_texts
-from crl_sdk.llm import LocalModel
 
 CRITERIA = (
     "mood", "season", "animal habitat", "time of day", "material", "art style", "age", "weather",
@@ -18,7 +18,7 @@ TUNED_ON = ("mood", "season", "time of day", "material", "weather", "vehicle")
 
 def main() -> None:
     """Print one section per criterion."""
-    with LocalModel.open() as model:
+    with LanguageModel.open() as model:
         print(
             "# Generated texts\n\n"
             f"What {model.path.name} lists for criteria in words, as `crl basis create NAME` takes "
@@ -30,7 +30,7 @@ def main() -> None:
         for criterion in CRITERIA:
             print(f"\n## {criterion}\n", flush=True)
             try:
-                draft = generate_texts(criterion, model, Recipe())
+                draft = generate_texts(criterion, model, GenerationOptions())
             except GenerationError as error:
                 print(f"Refused: {error}")
                 continue

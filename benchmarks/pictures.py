@@ -8,8 +8,8 @@ from pathlib import Path
 from PIL import Image
 
 from crl_sdk.errors import InvalidInputError
-from crl_sdk.parity import images
-from crl_sdk.preprocess import PreprocessSpec
+from crl_sdk.model._parity import images
+from crl_sdk.model._preprocess import PreprocessSpec
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 

@@ -6,9 +6,9 @@ import html
 import io
 from pathlib import Path
 
-from crl_benchmarks.bench import Report, Row
+from crl_benchmarks.bench import LoadResult, Report
 from crl_sdk.errors import InvalidInputError
-from crl_sdk.files import write_atomically
+from crl_sdk.storage._atomic_files import write_atomically
 
 _SHOWN = ((50.0, "o-"), (90.0, "s--"), (99.0, "^:"))
 
@@ -79,7 +79,7 @@ def _page(report: Report, svg: str) -> str:
     )
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: LoadResult) -> list[str]:
     figures = ["-"] * 6
     if row.quotable:
         figures = [f"{row.calls_per_second:.1f}", f"{row.images_per_second:.1f}"]

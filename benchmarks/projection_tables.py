@@ -37,10 +37,10 @@ from crl_benchmarks.projections import (
 )
 from crl_export.demo.captions import NEUTRAL_PROMPT
 from crl_sdk import __version__
+from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.errors import InvalidInputError
-from crl_sdk.files import write_atomically
-from crl_sdk.llm import LocalModel
-from crl_sdk.tasks.trust import LEAST_SEPARATION, LEAST_STABILITY
+from crl_sdk.storage._atomic_files import write_atomically
+from crl_sdk.tasks._cluster_quality import LEAST_SEPARATION, LEAST_STABILITY
 
 BASELINE = "cosine"
 
@@ -107,7 +107,7 @@ def markdown(runs: Sequence[Run], record: dict[str, Any]) -> str:
             "“References”: the mean of "
             f"{record['references']} other scenes is removed. “Exclusive” methods are told the own "
             "words of the five other criteria, which no other method is; words of other criteria "
-            "that are mixed in are synonyms of those, never the same. “Written siblings”: the "
+            "that are mixed in are synonyms of those, never the same. “Written against”: the "
             "language model's texts of those criteria instead. Differences are against "
             "`cosine`, the paper's, in points, with 95 % intervals over the seeds.",
             "## Methods",
@@ -219,7 +219,7 @@ def _chosen_on(runs: Sequence[Run]) -> str:
 
 
 def _warning(runs: Sequence[Run]) -> str:
-    """Say how often the warning of `crl_sdk.tasks.trust` is right, by what is wrong."""
+    """Say how often the warning of `crl_sdk.tasks` is right, by what is wrong."""
     plain = {(run.factor, run.seed): run.scores for run in runs if run.source == "universal"}
     chance = {
         factor: np.mean([run.scores["accuracy"] for run in runs if run.factor == factor
@@ -275,11 +275,11 @@ def _warning(runs: Sequence[Run]) -> str:
         f"A basis is not worth it if its accuracy is less than {100 * USEFUL:.0f} points above the "
         "universal embedding's, or above that of random words. It is warned of if its separation "
         f"is below {LEAST_SEPARATION} or its stability below {LEAST_STABILITY} "
-        "(`crl_sdk.tasks.trust`, no labels). The shares below are of thresholds that each "
+        "(`crl_sdk.tasks`, no labels). The shares below are of thresholds that each "
         "criterion has no part in: the pair that separates best (Youden's J) on the five others, "
         f"which is, without {told}. All six give {together}. "
         "Bases of two texts are always warned of. The last column is another sign, see "
-        "`crl_sdk.tasks.naming`: pictures grouped into as many groups as the criterion has values, "
+        "`crl_sdk.tasks`: pictures grouped into as many groups as the criterion has values, "
         "of which one or more is like none of the texts. On the four criteria above it is seen "
         f"with {unlike[0]} bases that have all the words, and {unlike[1]} that have two or four of "
         f"them.\n\n{_table(head, rows)}"
@@ -337,7 +337,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
     arguments = parser.parse_args()
     started = time.perf_counter()
-    with LocalModel.open() as model:
+    with LanguageModel.open() as model:
         world = make_world(arguments.images, arguments.seeds, model)
     runs = measure_all(world, arguments.seeds, arguments.workers)
     record: dict[str, Any] = {

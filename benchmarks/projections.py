@@ -22,18 +22,18 @@ from crl_export.demo.lexicon import OFF_TOPIC, SYNONYMS
 from crl_export.demo.scenes import render_scene, sample_scene
 from crl_export.demo.world import CRITERIA, FACTORS
 from crl_sdk import Embedder, demo_bundle
-from crl_sdk.basis import Method
+from crl_sdk.basis._basis import Method
+from crl_sdk.basis._generate import GenerationOptions, generate_texts
+from crl_sdk.basis._language_model import LanguageModel
+from crl_sdk.basis._methods import make_projection, takes_against
 from crl_sdk.errors import GenerationError
-from crl_sdk.evaluation.clustering import clustering
-from crl_sdk.evaluation.few_shot import few_shot, scaled_to
-from crl_sdk.generate import Recipe, generate_texts
-from crl_sdk.llm import LocalModel
-from crl_sdk.methods import make_projection, takes_siblings
-from crl_sdk.projection import normalise_rows
-from crl_sdk.tasks.kmeans import kmeans
-from crl_sdk.tasks.metrics import mean_average_precision
-from crl_sdk.tasks.naming import name_clusters
-from crl_sdk.tasks.trust import examine
+from crl_sdk.evaluation._clustering import clustering
+from crl_sdk.evaluation._few_shot import few_shot, scaled_to
+from crl_sdk.projection._projection import normalise_rows
+from crl_sdk.tasks._cluster_quality import examine
+from crl_sdk.tasks._kmeans import kmeans
+from crl_sdk.tasks._metrics import mean_average_precision
+from crl_sdk.tasks._naming import name_clusters
 
 CHOSEN_ON = ("size", "background")
 """Factors that no table of ours reports; the encoder sees the first, and hardly the second."""
@@ -61,7 +61,7 @@ class Variant:
     Attributes:
         method: that makes the projection.
         referenced: whether the mean of reference images is removed.
-        written: whether siblings are the language model's lists; else their own words.
+        written: whether against are the language model's lists; else their own words.
     """
 
     method: Method
@@ -71,7 +71,7 @@ class Variant:
     @property
     def name(self) -> str:
         """As in the tables."""
-        more = ", references" if self.referenced else ", written siblings" if self.written else ""
+        more = ", references" if self.referenced else ", written against" if self.written else ""
         return self.method + more
 
 
@@ -134,7 +134,7 @@ class Run:
         texts: how many.
         scores: of `MEASURES`.
         signals: of `WARNED` alone, and without a look at labels: separation and stability, see
-            `crl_sdk.tasks.trust`, unless there are two texts only; and the share of as many groups
+            `crl_sdk.tasks`, unless there are two texts only; and the share of as many groups
             as the factor has values that no text fits, `unlike`.
     """
 
@@ -148,7 +148,7 @@ class Run:
     signals: dict[str, float]
 
 
-def make_world(images: int, seeds: int, model: LocalModel) -> World:
+def make_world(images: int, seeds: int, model: LanguageModel) -> World:
     """Render, embed, and let a language model write."""
     with Embedder.open(demo_bundle(), engine="onnx/cpu/fp32") as embedder:
         universal, labels = _embedded(embedder, TEST_SEED, images)
@@ -194,14 +194,14 @@ def siblings_of(world: World, factor: str, seed: int, *, written: bool = False) 
 
     Their own words; or the language model's, unless it wrote fewer than two.
     """
-    siblings = []
+    against = []
     for other in (*CRITERIA, *CHOSEN_ON):
         if other != factor:
             texts = texts_of(world, other, "language model", "", seed) if written else []
             if len(texts) < 2:
                 texts = texts_of(world, other, "own words", "", seed)
-            siblings.append(world.embed(texts))
-    return siblings
+            against.append(world.embed(texts))
+    return against
 
 
 def measure(rows: NDArray[np.float32], labels: NDArray[np.int64], seed: int,
@@ -234,13 +234,13 @@ def runs_of(world: World, task: tuple[str, int]) -> list[Run]:
         runs.append(Run(factor, name, "", "", seed, 0, scores, {}))
     for source, noise, texts, embedded in _bases(world, factor, seed):
         for variant in (WARNED,) if source in PARTIAL else VARIANTS:
-            siblings = (
+            against = (
                 siblings_of(world, factor, seed, written=variant.written)
-                if takes_siblings(variant.method)
+                if takes_against(variant.method)
                 else ()
             )
             projection = make_projection(
-                embedded, variant.method, post="none", siblings=siblings,
+                embedded, variant.method, post="none", against=against,
                 reference=world.reference if variant.referenced else None,
             )  # fmt: skip
             rows = projection.apply(world.universal)
@@ -307,10 +307,10 @@ def _embedded(
     return np.concatenate(rows), {name: codes[:, i] for i, name in enumerate(FACTORS)}
 
 
-def _written(model: LocalModel, factor: str, embedder: Embedder, seed: int) -> list[str]:
+def _written(model: LanguageModel, factor: str, embedder: Embedder, seed: int) -> list[str]:
     try:
         draft = generate_texts(
-            AS_SAID.get(factor, factor), model, Recipe(seed=1000 * seed),
+            AS_SAID.get(factor, factor), model, GenerationOptions(seed=1000 * seed),
             embed_text=embedder.embed_text, prompts=(NEUTRAL_PROMPT,),
         )  # fmt: skip
     except GenerationError:

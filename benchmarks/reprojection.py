@@ -4,7 +4,7 @@
 file and projects them onto several sets of criteria. In every round,
 taking turns, first those in memory and then those with files:
 
-- `memory`, `mapped`: `crl_sdk.reproject.project_rows`, from and to arrays in memory, and from the
+- `memory`, `mapped`: `crl_sdk.projection.project_rows`, from and to arrays in memory, and from the
   file, mapped anew, to new files. The page cache is warm.
 - `copy`, `mapped copy`: as many bytes read and written as the projection reads and writes, half of
   them each, copied by threads in memory, and from a file mapped anew to a new file.
@@ -36,8 +36,8 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_info
 
 from crl_sdk import Projection, __version__
-from crl_sdk.engines.processor import find_features
-from crl_sdk.reproject import project_rows
+from crl_sdk.engines._processor import find_features
+from crl_sdk.projection._project_rows import project_rows
 
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3}
 WARM_UP = 1

@@ -28,10 +28,11 @@ import numpy as np
 from crl_benchmarks.load import Reply, Run, closed_loop, open_loop
 from crl_benchmarks.service_overhead import CRITERION, TEXTS, new_picture
 from crl_benchmarks.targets import failed
-from crl_sdk import Client, Embedder, __version__, demo_bundle, wire
-from crl_sdk.cli.local_server import local_server
+from crl_sdk import Client, Embedder, __version__, demo_bundle
+from crl_sdk.cli._local_server import local_server
+from crl_sdk.model._preprocess import load_pixels
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
-from crl_sdk.preprocess import load_pixels
+from crl_sdk.rpc import _tensors as wire
 
 IMAGES = 16
 """Images of one call: on two cores the generator must not be what is measured."""

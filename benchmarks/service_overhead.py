@@ -32,10 +32,11 @@ import numpy as np
 from PIL import Image
 
 from crl_export.demo.scenes import encode_scene, sample_scene
-from crl_sdk import Client, Embedder, __version__, demo_bundle, wire
-from crl_sdk.cli.local_server import local_server
+from crl_sdk import Client, Embedder, __version__, demo_bundle
+from crl_sdk.cli._local_server import local_server
+from crl_sdk.model._preprocess import load_pixels
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
-from crl_sdk.preprocess import load_pixels
+from crl_sdk.rpc import _tensors as wire
 
 CRITERION, TEXTS = "color", ["red", "green", "blue", "yellow", "black", "white"]
 CALLERS = 8

@@ -14,7 +14,7 @@ def main() -> None:
             raise
         sys.exit(
             f"crl: the package {error.name!r} is not installed. "
-            "Install the command line with: pip install 'crl-sdk[cpu]'"
+            "Install the command line with: pip install 'crl-embeddings[cpu]'"
         )
     run()
 

@@ -143,6 +143,6 @@ class MissingDependencyError(CrlError, ImportError):
         """Name the missing `package`, the `extra` that brings it and what it is for."""
         super().__init__(
             f"{purpose} needs the package {package!r}, which is not installed. "
-            f"Install it with: pip install 'crl-sdk[{extra}]'"
+            f"Install it with: pip install 'crl-embeddings[{extra}]'"
         )
         self.extra = extra

@@ -22,8 +22,8 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import QuickGELU
 
 from crl_sdk.errors import ExportError
-from crl_sdk.manifest import Source
-from crl_sdk.preprocess import PreprocessSpec
+from crl_sdk.model._manifest import Source
+from crl_sdk.model._preprocess import PreprocessSpec
 
 CONFIG_FILE = "open_clip_config.json"
 RANDOM = "none"

@@ -21,12 +21,12 @@ from crl_export.checkpoint import RANDOM, Checkpoint, load_checkpoint
 from crl_export.graphs import ImageGraph, TextGraph, export_image_graph, export_text_graph
 from crl_export.precision import half_graph, quantise
 from crl_export.tokenizers import write_tokenizer
-from crl_sdk import parity
 from crl_sdk._version import __version__
-from crl_sdk.bundle import ModelBundle, sha256_file
-from crl_sdk.engines.onnx import open_session
+from crl_sdk.engines._onnx import open_session
 from crl_sdk.errors import ExportError, InvalidInputError, ParityError
-from crl_sdk.manifest import (
+from crl_sdk.model import _parity as parity
+from crl_sdk.model._bundle import ModelBundle, sha256_file
+from crl_sdk.model._manifest import (
     MANIFEST,
     PRECISIONS,
     SCHEMA,
@@ -37,10 +37,10 @@ from crl_sdk.manifest import (
     fingerprint_of,
     write_manifest,
 )
-from crl_sdk.manifest import ImageGraph as ImageEntry
-from crl_sdk.manifest import TextGraph as TextEntry
-from crl_sdk.preprocess import PreprocessSpec
-from crl_sdk.tokenizer import Tokenizer
+from crl_sdk.model._manifest import ImageGraph as ImageEntry
+from crl_sdk.model._manifest import TextGraph as TextEntry
+from crl_sdk.model._preprocess import PreprocessSpec
+from crl_sdk.model._tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]
 

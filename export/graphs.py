@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from crl_export.vit import lean_tower
 from crl_sdk.errors import ExportError
-from crl_sdk.preprocess import PreprocessSpec
+from crl_sdk.model._preprocess import PreprocessSpec
 
 OPSET = 20
 _TRACED_BATCH = 2  # a batch of one would be taken for a constant

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from crl_export.exporter import export_model
-from crl_sdk.manifest import PRECISIONS
+from crl_sdk.model._manifest import PRECISIONS
 
 MODELS = (
     "ViT-B-32",

@@ -14,7 +14,7 @@ import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from crl_export.graphs import ImageGraph
-from crl_sdk.preprocess import PreprocessSpec
+from crl_sdk.model._preprocess import PreprocessSpec
 
 
 def half_graph(model: torch.nn.Module, spec: PreprocessSpec) -> ImageGraph:

@@ -15,17 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crl_sdk.basis import Basis
-from crl_sdk.bundle import ModelBundle
-from crl_sdk.engines import cuda
-from crl_sdk.engines.toolkit import Toolkit, load_toolkit
-from crl_sdk.errors import ExportError, InvalidInputError, MissingDependencyError
-from crl_sdk.manifest import Precision
-from crl_sdk.plans import (
+from crl_sdk.basis._basis import Basis
+from crl_sdk.engines import _cuda as cuda
+from crl_sdk.engines._tensorrt_plans import (
     SCHEMA,
     Baked,
     Plan,
-    Recipe,
+    PlanSpec,
     Runtime,
     Tensor,
     find_plan,
@@ -33,6 +29,10 @@ from crl_sdk.plans import (
     plans_directory,
     write_plan,
 )
+from crl_sdk.engines._tensorrt_runtime import Toolkit, load_toolkit
+from crl_sdk.errors import ExportError, InvalidInputError, MissingDependencyError
+from crl_sdk.model._bundle import ModelBundle
+from crl_sdk.model._manifest import Precision
 
 Progress = Callable[[str, int, int], None]
 
@@ -97,7 +97,7 @@ def compile_plan(
         baked.require_fingerprint(bundle.fingerprint)
     digest = graph_digest(bundle, precision)
     toolkit = load_toolkit(runtime)
-    recipe = Recipe(
+    spec = PlanSpec(
         runtime=runtime,
         runtime_version=toolkit.version,
         architectures=_architectures(toolkit, architectures),
@@ -108,10 +108,10 @@ def compile_plan(
         baked=Baked(criterion=baked.criterion, sha256=baked.sha256()) if baked else None,
     )
     folder = directory or plans_directory(bundle)
-    path = folder / f"{recipe.stem}.plan"
-    if not force and (known := find_plan(folder, recipe)) is not None:
+    path = folder / f"{spec.stem}.plan"
+    if not force and (known := find_plan(folder, spec)) is not None:
         return Compiled(known, path, cached=True)
-    plan, data = _build(toolkit, bundle, recipe, baked, progress)
+    plan, data = _build(toolkit, bundle, spec, baked, progress)
     return Compiled(plan, write_plan(folder, plan, data), cached=False)
 
 
@@ -150,7 +150,7 @@ def _architectures(toolkit: Toolkit, wanted: Sequence[str]) -> tuple[str, ...]:
 def _build(
     toolkit: Toolkit,
     bundle: ModelBundle,
-    recipe: Recipe,
+    spec: PlanSpec,
     baked: Basis | None,
     progress: Progress | None,
 ) -> tuple[Plan, bytes]:
@@ -159,11 +159,11 @@ def _build(
     builder = trt.Builder(log)
     network = builder.create_network(toolkit.network_flags)
     parser = trt.OnnxParser(network, log)
-    graph = bundle.image_graph(recipe.precision)
+    graph = bundle.image_graph(spec.precision)
     parsed = parser.parse(_bake(graph, baked)) if baked else parser.parse_from_file(str(graph))
     if not parsed:
         told = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
-        raise ExportError(f"{graph}: {recipe.runtime} cannot read it ({told})")
+        raise ExportError(f"{graph}: {spec.runtime} cannot read it ({told})")
     inputs = tuple(_tensor(network.get_input(i)) for i in range(network.num_inputs))
     outputs = tuple(_tensor(network.get_output(i)) for i in range(network.num_outputs))
     expected = {"image": _INPUTS["image"]} if baked else _INPUTS
@@ -171,16 +171,16 @@ def _build(
     _check_tensors(graph, outputs, _OUTPUTS)
     projection = _projection_layers(network)
     if not any("MATRIX_MULTIPLY" in layer for layer in projection):
-        raise ExportError(f"{graph}: no projection in {recipe.runtime}'s network: export again")
+        raise ExportError(f"{graph}: no projection in {spec.runtime}'s network: export again")
 
     config = builder.create_builder_config()
     if toolkit.runtime == "tensorrt-rtx":  # without it a run cannot be recorded as a CUDA graph
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if toolkit.architectures:
-        config.num_compute_capabilities = len(recipe.architectures)
-        for i, name in enumerate(recipe.architectures):
+        config.num_compute_capabilities = len(spec.architectures)
+        for i, name in enumerate(spec.architectures):
             config.set_compute_capability(trt.ComputeCapability.__members__[name.upper()], i)
-    config.add_optimization_profile(_profile(builder, bundle, recipe))
+    config.add_optimization_profile(_profile(builder, bundle, spec))
     monitor = _monitor(trt, progress)
     config.progress_monitor = monitor
     blob = builder.build_serialized_network(network, config)
@@ -188,11 +188,11 @@ def _build(
         raise KeyboardInterrupt
     if blob is None:
         told = " ".join("; ".join(log.errors[-3:]).split()) or "it gave no reason"
-        raise ExportError(f"{graph}: {recipe.runtime} {recipe.runtime_version} failed ({told})")
+        raise ExportError(f"{graph}: {spec.runtime} {spec.runtime_version} failed ({told})")
     data = bytes(blob)
     plan = Plan(
         schema=SCHEMA,
-        recipe=recipe,
+        spec=spec,
         fingerprint=bundle.fingerprint,
         sha256=hashlib.sha256(data).hexdigest(),
         bytes=len(data),
@@ -251,13 +251,13 @@ def _projection_layers(network: Any) -> tuple[str, ...]:
     return tuple(layers) if "projected" in reached else ()
 
 
-def _profile(builder: Any, bundle: ModelBundle, recipe: Recipe) -> Any:
+def _profile(builder: Any, bundle: ModelBundle, spec: PlanSpec) -> Any:
     profile = builder.create_optimization_profile()
-    spec, dim = bundle.preprocess, bundle.embedding_dim
-    image = (spec.height, spec.width, 3)
-    profile.set_shape("image", *((count, *image) for count in recipe.batch))
-    if recipe.baked is None:
-        columns = (1, min(256, recipe.max_columns), recipe.max_columns)
+    pixels, dim = bundle.preprocess, bundle.embedding_dim
+    image = (pixels.height, pixels.width, 3)
+    profile.set_shape("image", *((count, *image) for count in spec.batch))
+    if spec.baked is None:
+        columns = (1, min(256, spec.max_columns), spec.max_columns)
         profile.set_shape("weight", *((dim, count) for count in columns))
         profile.set_shape("bias", *((count,) for count in columns))
     return profile

@@ -28,7 +28,7 @@ def write_tokenizer(tokenizer: Any, path: Path) -> tuple[int, int, str]:
 
     Returns:
         The context length, the id that pads a row, and the name of the cleaning of
-        `crl_sdk.tokenizer.clean_text`.
+        `crl_sdk.model.clean_text`.
 
     Raises:
         ExportError: a kind of tokenizer that cannot be written so.

@@ -142,10 +142,10 @@ def _wanted(peer: EnginePeer | ServicePeer, only: frozenset[str]) -> bool:
 
 def _environments(names: set[str], build: Path) -> tuple[dict[str, Environment], dict[str, Path]]:
     environments, pythons = {OWN: own_environment()}, {OWN: Path(sys.executable)}
-    for name, recipe in RECIPES.items():
+    for name, options in RECIPES.items():
         if name in names:
             _tell(f"environment {name}")
-            environments[name] = make_environment(recipe, build / "venvs", build / "logs")
+            environments[name] = make_environment(options, build / "venvs", build / "logs")
             pythons[name] = python_of(build / "venvs" / name)
     return environments, pythons
 

@@ -17,7 +17,7 @@ from crl_benchmarks.peers.catalogue import EnginePeer, Inputs, Setup
 from crl_benchmarks.peers.environments import OWN
 from crl_benchmarks.peers.protocol import Worker, WorkerError, median_ms
 from crl_benchmarks.peers.records import EngineRow
-from crl_sdk import parity
+from crl_sdk.model import _parity as parity
 
 AGREES = 0.999
 """Least cosine of any picture with the reference, for a peer in fp32; else its row is void."""

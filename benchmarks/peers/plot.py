@@ -7,7 +7,7 @@ from pathlib import Path
 
 from crl_benchmarks.peers.records import Report
 from crl_sdk.errors import InvalidInputError
-from crl_sdk.files import write_atomically
+from crl_sdk.storage._atomic_files import write_atomically
 
 _OURS, _THEIRS = "#c44e52", "#8c8c8c"
 

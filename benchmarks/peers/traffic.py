@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from crl_benchmarks.load import Reply, Run, Send, closed_loop, open_loop
 from crl_benchmarks.targets import failed
-from crl_sdk import wire
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.pb.inference import kserve_pb2, kserve_pb2_grpc
+from crl_sdk.rpc import _tensors as wire
 
 Call = Callable[[Sequence[bytes]], Awaitable[NDArray[np.float32]]]
 """Sends JPEGs in one call and gives their embeddings, (n, d)."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crl_sdk.manifest import Precision
-from crl_sdk.preprocess import PreprocessSpec
+from crl_sdk.model._manifest import Precision
+from crl_sdk.model._preprocess import PreprocessSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,23 +9,21 @@ from typing import Annotated
 import typer
 
 from crl_sdk._version import __version__
-from crl_sdk.cli import (
-    basis,
-    bench,
-    classify,
-    cluster,
-    compile,
-    demo,
-    doctor,
-    embed,
-    evaluate,
-    models,
-    project,
-    retrieve,
-    serve,
-    verify,
-)
-from crl_sdk.cli.console import err, print_error
+from crl_sdk.cli import _basis as basis
+from crl_sdk.cli import _bench as bench
+from crl_sdk.cli import _classify as classify
+from crl_sdk.cli import _cluster as cluster
+from crl_sdk.cli import _compile as compile
+from crl_sdk.cli import _demo as demo
+from crl_sdk.cli import _doctor as doctor
+from crl_sdk.cli import _embed as embed
+from crl_sdk.cli import _evaluate as evaluate
+from crl_sdk.cli import _export as models
+from crl_sdk.cli import _project as project
+from crl_sdk.cli import _retrieve as retrieve
+from crl_sdk.cli import _serve as serve
+from crl_sdk.cli import _verify as verify
+from crl_sdk.cli._console import err, print_error
 from crl_sdk.errors import CrlError
 
 app = typer.Typer(

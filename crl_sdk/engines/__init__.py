@@ -1,59 +1,66 @@
-"""The contract of an inference engine: arrays in, arrays out, no knowledge of requests or files.
-
-One module per runtime implements it. Engines may be called from several threads.
-"""
+"""Engines: the runtimes that execute a bundle, the choice among them, and their verification."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+from crl_sdk._lazy import lazy_names
 
+if TYPE_CHECKING:
+    from crl_sdk.engines._contract import ImageEngine, TextEngine
+    from crl_sdk.engines._kernels import ProjectionKernel
+    from crl_sdk.engines._machine import Machine, examine
+    from crl_sdk.engines._selection import (
+        EngineCandidate,
+        candidates,
+        choose,
+        open_engine,
+        open_text_engine,
+    )
+    from crl_sdk.engines._verify import KernelVerification, Verification, verify, verify_kernel
 
-class ImageEngine(Protocol):
-    """Runs an image tower with the projection fused in."""
+__all__ = [
+    "EngineCandidate",
+    "ImageEngine",
+    "KernelVerification",
+    "Machine",
+    "ProjectionKernel",
+    "TextEngine",
+    "Verification",
+    "candidates",
+    "choose",
+    "examine",
+    "open_engine",
+    "open_text_engine",
+    "verify",
+    "verify_kernel",
+]
 
-    @property
-    def description(self) -> str:
-        """Runtime, device and precision, such as `onnx/cpu/fp32`."""
-
-    def run(
-        self,
-        pixels: NDArray[np.uint8],
-        weight: NDArray[np.float32],
-        bias: NDArray[np.float32],
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Embed a batch and project it onto packed bases, in one run.
-
-        Args:
-            pixels: (b, H, W, 3) uint8, from `crl_sdk.preprocess`.
-            weight: (d, K) float32, K >= 0, see `crl_sdk.projection.pack`.
-            bias: (K,) float32.
-
-        Returns:
-            embeddings (b, d) float32 with unit rows, and `embeddings @ weight + bias` (b, K).
-
-        Raises:
-            EngineError: the run failed.
-        """
-
-    def close(self) -> None:
-        """Free what it holds of a device. Idempotent; later runs may be refused."""
-
-
-class TextEngine(Protocol):
-    """Runs a text tower."""
-
-    def run(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Embed a batch of texts.
-
-        Args:
-            tokens: (b, context_length) int64, from `crl_sdk.tokenizer`.
-
-        Returns:
-            (b, d) float32, unit rows.
-
-        Raises:
-            EngineError: the run failed.
-        """
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "_contract": (
+            "ImageEngine",
+            "TextEngine",
+        ),
+        "_kernels": ("ProjectionKernel",),
+        "_machine": (
+            "Machine",
+            "examine",
+        ),
+        "_selection": (
+            "EngineCandidate",
+            "candidates",
+            "choose",
+            "open_engine",
+            "open_text_engine",
+        ),
+        "_verify": (
+            "KernelVerification",
+            "Verification",
+            "verify",
+            "verify_kernel",
+        ),
+    },
+    extra="cpu",
+)

@@ -1,67 +1,55 @@
-"""What users do with conditional embeddings: cluster, classify from few examples, retrieve.
-
-Everything works on NumPy arrays, so that it serves a folder (`Embedder`), stored embeddings
-(`crl_sdk.stored`) and the service (`Client`) alike. Names are imported on first use.
-"""
+"""Clustering, few-shot classification and retrieval on arrays of conditional embeddings."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from crl_sdk._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from crl_sdk.tasks.clustering import Cluster, Clustering, cluster
-    from crl_sdk.tasks.few_shot import FewShotClassifier
-    from crl_sdk.tasks.kmeans import Choice, choose_k
-    from crl_sdk.tasks.retrieval import Hits, Index
-    from crl_sdk.tasks.transformer import ConditionalTransformer
-    from crl_sdk.tasks.trust import Trust, examine
-
-_HOMES = {
-    "Choice": "kmeans",
-    "Cluster": "clustering",
-    "Clustering": "clustering",
-    "ConditionalTransformer": "transformer",
-    "FewShotClassifier": "few_shot",
-    "Hits": "retrieval",
-    "Index": "retrieval",
-    "Trust": "trust",
-    "choose_k": "kmeans",
-    "cluster": "clustering",
-    "examine": "trust",
-}
+    from crl_sdk.tasks._cluster_quality import ClusterQuality, examine
+    from crl_sdk.tasks._clustering import Cluster, Clustering, cluster
+    from crl_sdk.tasks._few_shot import FewShotClassifier
+    from crl_sdk.tasks._kmeans import Choice, choose_k
+    from crl_sdk.tasks._retrieval import Hits, Index
+    from crl_sdk.tasks._transformer import ConditionalTransformer
 
 __all__ = [
     "Choice",
     "Cluster",
+    "ClusterQuality",
     "Clustering",
     "ConditionalTransformer",
     "FewShotClassifier",
     "Hits",
     "Index",
-    "Trust",
     "choose_k",
     "cluster",
     "examine",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use (PEP 562)."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'crl_sdk.tasks' has no attribute {name!r}")
-    try:
-        value = getattr(import_module(f"crl_sdk.tasks.{_HOMES[name]}"), name)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] not in ("sklearn", "scipy"):
-            raise
-        from crl_sdk.errors import MissingDependencyError
-
-        raise MissingDependencyError("scikit-learn", "tasks", f"crl_sdk.tasks.{name}") from error
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    """List the public names."""
-    return __all__
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "_cluster_quality": (
+            "ClusterQuality",
+            "examine",
+        ),
+        "_clustering": (
+            "Cluster",
+            "Clustering",
+            "cluster",
+        ),
+        "_few_shot": ("FewShotClassifier",),
+        "_kmeans": (
+            "Choice",
+            "choose_k",
+        ),
+        "_retrieval": (
+            "Hits",
+            "Index",
+        ),
+        "_transformer": ("ConditionalTransformer",),
+    },
+    extra="tasks",
+)

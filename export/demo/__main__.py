@@ -25,10 +25,10 @@ def build(directory: Path) -> None:
     Args:
         directory: made if missing; receives `crl-demo/`, `bundle/` and `evaluation.json`.
     """
-    from crl_export.demo.train import Settings, train
+    from crl_export.demo.train import TrainingSettings, train
     from crl_export.exporter import export_model
 
-    train(directory / "crl-demo", Settings())
+    train(directory / "crl-demo", TrainingSettings())
     export_model(
         str(directory / "crl-demo"),
         out=directory / "bundle",

@@ -31,7 +31,7 @@ from crl_export.demo.evaluate import as_table, evaluate, kmeans_accuracy, own_wo
 from crl_export.demo.lexicon import OFF_TOPIC
 from crl_export.demo.loss import readout_loss, truth_loss
 from crl_export.demo.world import CRITERIA, FACTORS
-from crl_sdk.methods import make_projection
+from crl_sdk.basis._methods import make_projection
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +47,7 @@ log = logging.getLogger("crl.demo.train")
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class TrainingSettings:
     """Everything that decides the outcome of a training run.
 
     Attributes:
@@ -80,7 +80,7 @@ class Settings:
     threads: int = 2
 
 
-def learning_rate(step: int, settings: Settings) -> float:
+def learning_rate(step: int, settings: TrainingSettings) -> float:
     """Return the rate of a step: a linear rise, then a cosine down to zero."""
     rise = max(1, int(settings.warmup * settings.steps))
     if step < rise:
@@ -112,7 +112,7 @@ def augment(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.u
     return out
 
 
-def _optimiser(modules: Sequence[torch.nn.Module], settings: Settings) -> torch.optim.AdamW:
+def _optimiser(modules: Sequence[torch.nn.Module], settings: TrainingSettings) -> torch.optim.AdamW:
     parameters = [p for module in modules for p in module.parameters()]
     matrices = [p for p in parameters if p.ndim >= 2]
     vectors = [p for p in parameters if p.ndim < 2]
@@ -139,7 +139,7 @@ def fit(
     tokenizer: SimpleTokenizer,
     pixels: NDArray[np.uint8],
     codes: NDArray[np.int64],
-    settings: Settings,
+    settings: TrainingSettings,
     *,
     monitor: tuple[NDArray[np.uint8], NDArray[np.int64]] | None = None,
     every: int = 250,
@@ -228,7 +228,7 @@ def quick_accuracies(
     return accuracies
 
 
-def train(directory: Path, settings: Settings) -> dict[str, Any]:
+def train(directory: Path, settings: TrainingSettings) -> dict[str, Any]:
     """Render, train, measure; write the checkpoint directory and its record.
 
     Args:
@@ -295,12 +295,12 @@ def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path, help="where the checkpoint is written")
-    parser.add_argument("--steps", type=int, default=Settings().steps)
-    parser.add_argument("--images", type=int, default=Settings().images)
+    parser.add_argument("--steps", type=int, default=TrainingSettings().steps)
+    parser.add_argument("--images", type=int, default=TrainingSettings().images)
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)  # sums of tiny numbers are slow on CPUs
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    train(arguments.directory, Settings(steps=arguments.steps, images=arguments.images))
+    train(arguments.directory, TrainingSettings(steps=arguments.steps, images=arguments.images))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from crl_export.kernels.projection import project_segments
-from crl_sdk.engines.kernels import SCHEMA, Kernels, Variant, write_kernels
+from crl_sdk.engines._kernels import SCHEMA, Kernels, Variant, write_kernels
 from crl_sdk.errors import ExportError, InvalidInputError
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_120", "sm_121")
@@ -125,7 +125,7 @@ def compile_kernels(
     """Compile all variants that the runtime launches, and write them with their record.
 
     Args:
-        directory: see `crl_sdk.engines.kernels.kernels_directory`.
+        directory: see `crl_sdk.engines.kernels_directory`.
         architectures: such as `sm89`; all of `ARCHITECTURES` if empty.
         progress: called with what is done now, how many steps are done, and how many there are.
 

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from crl_export.kernels.ahead import BLOCKS, WARPS, compile_kernel
-from crl_sdk.engines.kernels import ENTRY
+from crl_sdk.engines._kernels import ENTRY
 from crl_sdk.errors import ExportError, MissingDependencyError
 
 PLUGIN = "crl::project_segments"
@@ -21,7 +21,7 @@ def register_plugin(architecture: str, *, unit: bool = False, single: bool = Fal
     """Register the plugin; a process does so once, before it builds or loads an engine with it.
 
     Its inputs are x (n, d) float32 or float16, weight (d, k) float32, bias (k,) float32, starts
-    (segments + 1,) int32 and posts (segments,) int32, as `crl_sdk.engines.kernels` has them; its
+    (segments + 1,) int32 and posts (segments,) int32, as `crl_sdk.engines` has them; its
     output is (n, k) float32.
 
     Args:

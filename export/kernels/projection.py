@@ -51,7 +51,7 @@ def project_segments(
         weight: (d, k) float32, or float16 for tensor cores; products are summed in float32.
         bias: (k,) float32.
         starts: (segments + 1,) int32; segment s has the columns starts[s] to starts[s + 1].
-        posts: (segments,) int32, of `crl_sdk.engines.kernels.POST_NUMBERS`.
+        posts: (segments,) int32, of `crl_sdk.engines.POST_NUMBERS`.
         n: rows.
         d: length of an embedding.
         k: columns of all segments.

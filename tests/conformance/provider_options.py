@@ -1,7 +1,7 @@
 """Which options ONNX Runtime's GPU providers know: read from their libraries, which need no GPU.
 
-Downloads the wheels (400 MB) and writes `tests/unit/provider_options.json`, against which the tests
-hold `crl_sdk.engines.providers`. Run it when a newer ONNX Runtime is to be supported.
+Downloads the wheels (400 MB) and writes `tests/engines/provider_options.json`, against which
+the tests hold `crl_sdk.engines`. Run it when a newer ONNX Runtime is to be supported.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
                 "version": wheel.name.split("-")[1],
                 "options": sorted(names),
             }
-    target = Path(__file__).parents[1] / "unit" / "provider_options.json"
+    target = Path(__file__).parents[1] / "engines" / "provider_options.json"
     target.write_text(json.dumps(found, indent=2) + "\n")
     print({device: len(each["options"]) for device, each in found.items()})
 

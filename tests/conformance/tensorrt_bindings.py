@@ -30,8 +30,8 @@ HOLDS = {
         "config": "IBuilderConfig", "profile": "IOptimizationProfile", "layer": "ILayer",
         "tensor": "ITensor",
     },
-    "crl_sdk/engines/toolkit.py": {"trt": ""},
-    "crl_sdk/engines/tensorrt.py": {
+    "crl_sdk/engines/_tensorrt_runtime.py": {"trt": ""},
+    "crl_sdk/engines/_tensorrt.py": {
         "trt": "", "engine": "ICudaEngine", "_engine": "ICudaEngine",
         "context": "IExecutionContext", "config": "IRuntimeConfig", "cache": "IRuntimeCache",
         "_cache": "IRuntimeCache",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from crl_sdk import Embedder, ModelBundle, parity
-from crl_sdk.engines import cuda
-from crl_sdk.engines.kernels import kernels_directory
-from crl_sdk.engines.toolkit import load_toolkit
+from crl_sdk import Embedder, ModelBundle
+from crl_sdk.engines import _cuda as cuda
+from crl_sdk.engines._kernels import kernels_directory
+from crl_sdk.engines._selection import candidates
+from crl_sdk.engines._tensorrt_runtime import load_toolkit
+from crl_sdk.engines._verify import verify, verify_kernel
 from crl_sdk.errors import CrlError
-from crl_sdk.selection import candidates
-from crl_sdk.verify import verify, verify_kernel
+from crl_sdk.model import _parity as parity
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,7 @@ import loop
 import numpy as np
 
 from crl_sdk import Embedder
-from crl_sdk.preprocess import load_pixels
+from crl_sdk.model._preprocess import load_pixels
 
 
 class Crl(loop.Engine):

@@ -1,0 +1,65 @@
+"""Bases: a criterion's texts, given or written by a local language model, and their projection."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from crl_sdk._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from crl_sdk.basis._basis import (
+        METHODS,
+        Basis,
+        MergedText,
+        Method,
+        basis_path,
+        normalise_criterion,
+    )
+    from crl_sdk.basis._build import DEFAULT_PROMPT, build_basis, edit_basis
+    from crl_sdk.basis._generate import GeneratedTexts, GenerationOptions, generate_texts
+    from crl_sdk.basis._language_model import LanguageModel
+    from crl_sdk.basis._methods import make_projection
+
+__all__ = [
+    "DEFAULT_PROMPT",
+    "METHODS",
+    "Basis",
+    "GeneratedTexts",
+    "GenerationOptions",
+    "LanguageModel",
+    "MergedText",
+    "Method",
+    "basis_path",
+    "build_basis",
+    "edit_basis",
+    "generate_texts",
+    "make_projection",
+    "normalise_criterion",
+]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "_basis": (
+            "METHODS",
+            "Basis",
+            "MergedText",
+            "Method",
+            "basis_path",
+            "normalise_criterion",
+        ),
+        "_build": (
+            "DEFAULT_PROMPT",
+            "build_basis",
+            "edit_basis",
+        ),
+        "_generate": (
+            "GeneratedTexts",
+            "GenerationOptions",
+            "generate_texts",
+        ),
+        "_language_model": ("LanguageModel",),
+        "_methods": ("make_projection",),
+    },
+    extra="cpu",
+)

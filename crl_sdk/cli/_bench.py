@@ -1,0 +1,236 @@
+"""`crl bench`: how fast a server is, measured so that the figures can be trusted."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import msgspec
+import typer
+from rich.table import Table
+
+from crl_sdk.cli._console import JsonOption, note, out, print_facts, print_json, spinner
+from crl_sdk.cli._options import EngineOption, ThreadsOption
+from crl_sdk.errors import InvalidInputError, MissingDependencyError
+from crl_sdk.storage._atomic_files import write_record
+
+if TYPE_CHECKING:
+    from crl_benchmarks.bench import BenchSettings, LoadResult, Objective, Report
+    from crl_benchmarks.targets import Target
+
+
+def bench(
+    address: Annotated[
+        str | None, typer.Argument(help="host:port or unix:PATH of a running server.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", "-b", help="Time its engine in this process instead.")
+    ] = None,
+    engine: EngineOption = "auto",
+    threads: ThreadsOption = None,
+    batches: Annotated[str, typer.Option(help="With --bundle: images of a run.")] = "1,8,16,32",
+    api: Annotated[
+        Literal["crl", "kserve"], typer.Option(help="Its contract; kserve: KServe v2, Triton's.")
+    ] = "crl",
+    criteria: Annotated[str, typer.Option(help="Comma-separated, for crl.")] = "",
+    model: Annotated[str, typer.Option(help="For kserve, such as crl.color.")] = "",
+    images: Annotated[
+        Path | None, typer.Option(help="Directory of pictures; synthetic JPEGs without one.")
+    ] = None,
+    size: Annotated[str, typer.Option(help="Of synthetic JPEGs, width x height.")] = "640x480",
+    count: Annotated[int, typer.Option(min=1, help="Different synthetic JPEGs.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a call.")] = 1,
+    concurrency: Annotated[
+        str, typer.Option(help="Closed loop: callers, comma-separated, such as 1,2,4,8.")
+    ] = "",
+    rate: Annotated[str, typer.Option(help="Open loop: calls a second, comma-separated.")] = "",
+    slo: Annotated[
+        str | None, typer.Option(help="Find the highest rate that holds, such as 'p99<50ms'.")
+    ] = None,
+    warm_up: Annotated[float, typer.Option(min=0, help="Seconds before anything counts.")] = 2.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Measured, of each run.")] = 10.0,
+    processes: Annotated[int, typer.Option(min=1, help="Of the load generator.")] = 1,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds of a call.")] = 10.0,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the report (JSON) there.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw latency against throughput, to a .png or .html.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put load on a server: latency, throughput, failures, and the server's own account of them.
+
+    Bearer tokens come from CRL_TOKEN. Known images are answered from the server's cache: start it
+    with --cache-mb 0, or send more different ones than it holds, to measure the engine.
+    """
+    if (address is None) == (bundle is None):
+        raise InvalidInputError("expected the address of a server or --bundle, one of them")
+    try:
+        from crl_benchmarks.bench import BenchSettings, Objective, report
+        from crl_benchmarks.pictures import read_images, synthetic_jpegs
+        from crl_benchmarks.targets import Target
+    except ImportError as error:
+        raise MissingDependencyError(error.name or "pillow", "cpu", "crl bench") from error
+
+    settings = BenchSettings(warm_up=warm_up, seconds=seconds, processes=processes)
+    objective = Objective.parse(slo) if slo is not None else None
+    best: LoadResult | None = None
+    if bundle is not None:
+        told, rows = _engine(
+            bundle, engine, threads, _numbers("--batches", batches, whole=True), settings
+        )
+    elif address is not None:
+        if (api == "kserve") != bool(model):
+            raise InvalidInputError("expected --model with --api kserve, and only there")
+        loads = [("closed", each) for each in _numbers("--concurrency", concurrency, whole=True)]
+        loads += [("open", each) for each in _numbers("--rate", rate, whole=False)]
+        if not loads and objective is None:
+            loads = [("closed", each) for each in (1, 2, 4, 8, 16)]
+        target = Target(
+            address=address,
+            images=read_images(images) if images else synthetic_jpegs(count, _size(size)),
+            kind=api,
+            batch=batch,
+            criteria=tuple(part.strip() for part in criteria.split(",") if part.strip()),
+            model=model,
+            timeout=timeout,
+            token=os.environ.get("CRL_TOKEN"),
+        )
+        told, rows, best = _server(target, settings, loads, objective)
+    command = shlex.join(["crl", *sys.argv[1:]])
+    document = report(command, told, rows, objective=slo, best=best)
+    if out_file is not None:
+        write_record(out_file, document, InvalidInputError)
+        note(f"wrote {out_file}")
+    if plot is not None:
+        _plot(document, plot)
+    if as_json:
+        print_json(msgspec.to_builtins(document))
+    else:
+        _print(document)
+
+
+def _engine(
+    path: Path, engine: str, threads: int | None, batches: list[float], settings: BenchSettings
+) -> tuple[dict[str, str], list[LoadResult]]:
+    from crl_benchmarks.bench import engine_rows
+    from crl_sdk.engines._selection import open_engine
+    from crl_sdk.model._bundle import ModelBundle
+
+    bundle = ModelBundle.open(path)
+    with spinner("opening") as status:
+        opened = open_engine(bundle, engine, threads=threads)
+        sizes = [int(each) for each in batches]
+        try:
+            rows = engine_rows(
+                bundle, opened, sizes, settings, lambda each: status.update(f"batches of {each}")
+            )
+        finally:
+            opened.close()
+    told = {
+        "model": bundle.manifest.name,
+        "engine": opened.description,
+        "threads": str(threads or "one per core"),
+        "warm-up": f"{settings.warm_up:g} s",
+        "measured": f"{settings.seconds:g} s",
+    }
+    return told, rows
+
+
+def _server(
+    target: Target,
+    settings: BenchSettings,
+    loads: list[tuple[str, float]],
+    objective: Objective | None,
+) -> tuple[dict[str, str], list[LoadResult], LoadResult | None]:
+    from crl_benchmarks.bench import Generators, search, server_settings
+
+    best = None
+    with spinner("starting the generators") as status, Generators(target, settings) as generators:
+
+        def measure(mode: str, load: float) -> LoadResult:
+            unit = "callers" if mode == "closed" else "calls/s"
+            status.update(f"{load:.4g} {unit}")
+            return generators.measure(mode, load)
+
+        rows = [measure(mode, load) for mode, load in loads]
+        if objective is not None:
+            best = search(objective, measure, rows.append)
+    return server_settings(target, settings), rows, best
+
+
+def _plot(document: Report, path: Path) -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError("matplotlib", "bench", "--plot") from error
+    from crl_benchmarks.plot import write_plot
+
+    write_plot(document, path)
+    note(f"wrote {path}")
+
+
+def _print(document: Report) -> None:
+    print_facts(document.command, dict(document.settings))
+    headings = ("load", "calls/s", "images/s", "p50 ms", "p90", "p99", "p99.9", "of p99", "failed")
+    table = Table(*headings)
+    for row in document.rows:
+        table.add_row(*_cells(row))
+    out.print(table)
+    out.print("of p99: its 95 % interval, - where there are too few calls for one; --json has all")
+    for row in document.rows:
+        stages = ", ".join(f"{name} {ms:.1f}" for name, ms in row.stages_ms.items())
+        remarks = [f"server's own account, p50 ms: {stages}"] if stages else []
+        remarks += [] if row.steady else ["not steady"]
+        remarks += [f"not quoted: {row.why}"] if row.why else []
+        if remarks:
+            out.print(f"{_load(row)}: {'; '.join(remarks)}")
+    if document.objective is not None and document.best is not None:
+        best = document.best
+        out.print(
+            f"{document.objective}: held at {best.calls_per_second:.4g} calls/s "
+            f"({best.images_per_second:.4g} images/s)"
+        )
+    elif document.objective is not None:
+        out.print(f"{document.objective}: held at no rate")
+
+
+def _load(row: LoadResult) -> str:
+    unit = {"closed": "callers", "open": "calls/s", "engine": "images"}[row.mode]
+    return f"{row.load:.4g} {unit}"
+
+
+def _cells(row: LoadResult) -> Iterable[str]:
+    figures = ["-"] * 7
+    if row.quotable and row.served:
+        figures = [f"{row.calls_per_second:.1f}", f"{row.images_per_second:.1f}"]
+        figures += [f"{each.ms:.1f}" for each in row.latency]
+        tail = next(each for each in row.latency if each.percent == 99)
+        known = tail.low is not None and tail.high is not None
+        figures.append(f"{tail.low:.0f}–{tail.high:.0f}" if known else "-")
+    failed = {"rejected": row.rejected, **row.errors}
+    told = ", ".join(f"{name} {count}" for name, count in failed.items() if count)
+    return (_load(row), *figures, told or "0")
+
+
+def _numbers(option: str, text: str, *, whole: bool) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        values = [0.0]
+    if any(not 0 < value < 1e6 or (whole and value != int(value)) for value in values):
+        example = "1,2,4" if whole else "50,100"
+        raise InvalidInputError(f"{option}: expected numbers such as {example}, got {text!r}")
+    return values
+
+
+def _size(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
+        raise InvalidInputError(f"--size: expected width x height such as 640x480, got {text!r}")
+    return int(parts[0]), int(parts[1])

@@ -1,0 +1,65 @@
+"""`crl doctor`: what this machine has, and which engine runs a bundle on it."""
+
+from __future__ import annotations
+
+import msgspec
+from rich.markup import escape
+from rich.table import Table
+
+from crl_sdk.cli._console import JsonOption, out, print_facts, print_json
+from crl_sdk.cli._options import BundleOption, bundle_or_demo
+from crl_sdk.engines._machine import Machine, examine
+from crl_sdk.engines._selection import EngineCandidate, candidates, choose
+from crl_sdk.errors import EngineError
+from crl_sdk.model._bundle import ModelBundle
+
+
+def doctor(bundle: BundleOption = None, as_json: JsonOption = False) -> None:
+    """Tell what this machine has, which engine is taken for a bundle, and why not the others."""
+    opened = ModelBundle.open(bundle_or_demo(bundle))
+    machine = examine()
+    engines = candidates(opened)
+    if as_json:
+        print_json(
+            {
+                "machine": msgspec.to_builtins(machine),
+                "bundle": str(opened.path),
+                "engines": msgspec.to_builtins(engines),
+                "chosen": chosen.engine if (chosen := _chosen(engines)) else None,
+            }
+        )
+        return
+    print_facts("this machine", _facts(machine))
+    out.print(_table(opened, engines))
+
+
+def _facts(machine: Machine) -> dict[str, object]:
+    gpus = [f"{gpu.name}, {gpu.architecture}, {gpu.memory >> 20} MiB" for gpu in machine.gpus]
+    return {
+        "system": machine.system,
+        "processor": f"{machine.processor}, {machine.cores} cores",
+        "instructions": ", ".join(machine.features) or "none that matter",
+        "memory": f"{machine.memory >> 20} MiB",
+        "GPUs": "; ".join(gpus) or "none",
+        "CUDA": machine.cuda,
+        **{str(runtime): told for runtime, told in machine.runtimes.items()},
+        "ONNX Runtime": ", ".join(machine.providers) or "not installed",
+        "packages": ", ".join(f"{name} {found}" for name, found in machine.packages.items()),
+        "crl-sdk": f"{machine.crl_sdk}, Python {machine.python}",
+    }
+
+
+def _table(bundle: ModelBundle, engines: list[EngineCandidate]) -> Table:
+    table = Table("engine", "", "why", title=str(bundle.path), title_justify="left")
+    chosen = _chosen(engines)
+    for each in engines:
+        state = "taken" if each is chosen else "usable" if each.usable else "no"
+        table.add_row(escape(each.engine), state, escape(each.reason))
+    return table
+
+
+def _chosen(engines: list[EngineCandidate]) -> EngineCandidate | None:
+    try:
+        return choose(engines, "auto")
+    except EngineError:
+        return None

@@ -1,0 +1,150 @@
+"""`crl embed`: images in, an .npz or .parquet file of embeddings out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from crl_sdk._embedder import Embeddings
+from crl_sdk.basis._basis import normalise_criterion
+from crl_sdk.cli._console import JsonOption, print_facts, print_json, progress_bar, warn
+from crl_sdk.cli._options import (
+    DEFAULT_BASES,
+    BakedOption,
+    BasesOption,
+    BundleOption,
+    DecodeOption,
+    EngineOption,
+    ThreadsOption,
+    load_basis,
+    open_embedder,
+)
+from crl_sdk.errors import ImageError, InvalidInputError, MissingDependencyError
+from crl_sdk.model._preprocess import SUFFIXES
+
+
+def embed(
+    images: Annotated[
+        list[Path], typer.Argument(help="Image files, or directories to search for them.")
+    ],
+    out_file: Annotated[
+        Path, typer.Option("--out", "-o", help="The .npz or .parquet file to write.")
+    ],
+    criteria: Annotated[str, typer.Option(help="Comma-separated names of bases.")] = "",
+    bundle: BundleOption = None,
+    bases: BasesOption = DEFAULT_BASES,
+    engine: EngineOption = "auto",
+    baked: BakedOption = None,
+    threads: ThreadsOption = None,
+    decode: DecodeOption = "exact",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per engine run.")] = 32,
+    as_json: JsonOption = False,
+) -> None:
+    """Embed images; unreadable ones are named and left out, and the exit status is then 1."""
+    _check_out(out_file)
+    paths = find_images(images)
+    names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
+    loaded = [load_basis(bases, name) for name in names]
+    with (
+        open_embedder(bundle, engine, threads, baked, decode) as embedder,
+        progress_bar() as progress,
+    ):
+        task = progress.add_task("embedding", total=len(paths))
+        result = embedder.embed(
+            paths,
+            loaded,
+            batch_size=batch_size,
+            on_error="collect",
+            progress=lambda done: progress.update(task, completed=done),
+        )
+        engine, fingerprint = embedder.engine, embedder.bundle.fingerprint
+    good = [path for path, ok in zip(paths, result.ok, strict=True) if ok]
+    if good:
+        _write(out_file, good, result, fingerprint)
+    summary: dict[str, Any] = {
+        "out": str(out_file) if good else None,
+        "images": len(good),
+        "failed": [
+            {"path": str(paths[i]), "reason": error.reason} for i, error in result.errors.items()
+        ],
+        "universal": result.universal.shape[1],
+        "conditional": {name: result[name].shape[1] for name in names},
+        "engine": engine,
+        "fingerprint": fingerprint,
+    }
+    if as_json:
+        print_json(summary)
+    else:
+        for error in result.errors.values():
+            warn(str(error))
+        print_facts(
+            str(out_file) if good else "nothing written",
+            {**summary, "failed": len(result.errors)},
+        )
+    if result.errors:
+        raise typer.Exit(1)
+
+
+def find_images(given: Sequence[Path]) -> list[Path]:
+    """Files as they are, directories searched to the bottom in the order of names."""
+    found: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise ImageError(
+                    f"no image files in this directory; looked for {', '.join(SUFFIXES)}",
+                    source=str(path),
+                )
+            found.extend(inside)
+        else:
+            found.append(path)
+    return found
+
+
+def _check_out(path: Path) -> None:
+    if path.suffix not in (".npz", ".parquet"):
+        raise InvalidInputError(f"--out: expected a .npz or .parquet file, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise InvalidInputError(f"--out: the directory {path.parent} does not exist; make it first")
+    if path.suffix == ".parquet":
+        _pyarrow()
+
+
+def _write(path: Path, images: Sequence[Path], result: Embeddings, fingerprint: str) -> None:
+    """Write the good rows under their image's path, with the model's fingerprint."""
+    names = [str(image) for image in images]
+    arrays: dict[str, Any] = {"universal": result.universal[result.ok]}
+    arrays.update({name: rows[result.ok] for name, rows in result.conditional.items()})
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        if path.suffix == ".npz":
+            with temporary.open("wb") as file:
+                np.savez(file, path=np.array(names), fingerprint=np.array(fingerprint), **arrays)
+        else:
+            pa, parquet = _pyarrow()
+            columns = {"path": pa.array(names)}
+            for name, rows in arrays.items():
+                columns[name] = pa.FixedSizeListArray.from_arrays(
+                    pa.array(rows.ravel()), rows.shape[1]
+                )
+            table = pa.table(columns).replace_schema_metadata({"crl_fingerprint": fingerprint})
+            parquet.write_table(table, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise InvalidInputError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise MissingDependencyError("pyarrow", "parquet", "writing .parquet files") from error
+    return pyarrow, parquet

@@ -1,0 +1,346 @@
+"""`crl eval`: the paper's benchmarks with a model and bases of yours."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.markup import escape
+from rich.table import Table
+
+from crl_sdk._embedder import Embedder
+from crl_sdk.basis._basis import Method, normalise_criterion
+from crl_sdk.cli._console import JsonOption, note, out, print_json, progress_bar, spinner, warn
+from crl_sdk.cli._evaluation_bases import (
+    Sources,
+    basis_files,
+    check_prompts,
+    pairs,
+    require_texts,
+    texts_of,
+)
+from crl_sdk.cli._options import EngineOption, ThreadsOption, open_embedder
+from crl_sdk.cli._sources import require_tasks
+from crl_sdk.errors import InvalidInputError
+from crl_sdk.evaluation import _report as report
+from crl_sdk.evaluation import _run as run
+from crl_sdk.evaluation._benchmarks import BENCHMARKS, Benchmark, Name
+from crl_sdk.evaluation._cards import read_cards
+from crl_sdk.evaluation._clevr4 import read_clevr4
+from crl_sdk.evaluation._deepfashion import DeepFashion, read_deepfashion
+from crl_sdk.evaluation._genecis import GeneCis, read_genecis
+from crl_sdk.evaluation._labelled import DataSetError, Labelled
+from crl_sdk.evaluation._published import read_published
+from crl_sdk.evaluation._table import read_table
+from crl_sdk.evaluation._texts import Texts
+from crl_sdk.model._bundle import ModelBundle, demo_bundle
+
+_RENDERED = 1000
+"""Scenes of the demo world where nothing else is asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The options of the protocols, as given on the command line."""
+
+    method: Method
+    protocols: tuple[str, ...]
+    seeds: int
+    shots: tuple[int, ...]
+    splits: int
+    components: int | None
+
+
+def evaluate(
+    name: Annotated[Name, typer.Argument(help="The benchmark.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the data set; the demo world is rendered without one."),
+    ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            "--bundle",
+            "-b",
+            envvar="CRL_BUNDLE",
+            help="Model bundle, from `crl export`. Without one the small demo model is used.",
+        ),
+    ] = None,
+    texts: Annotated[
+        list[str] | None,
+        typer.Option(help="CRITERION=FILE with its texts, one a line; repeat for more."),
+    ] = None,
+    basis: Annotated[list[str] | None, typer.Option(help="A basis file; repeat for more.")] = None,
+    bases: Annotated[Path | None, typer.Option(help="Directory of basis files.")] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Let the local language model write the texts.")
+    ] = False,
+    llm: Annotated[
+        str | None,
+        typer.Option(
+            envvar="CRL_MODEL", help="With --generate: a GGUF file, or hf:OWNER/REPO/FILE."
+        ),
+    ] = None,
+    own_words: Annotated[
+        bool, typer.Option("--own-words", help="demo only: the words the scenes are made from.")
+    ] = False,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="CRITERION=TEMPLATE in place of the paper's; one {} for the text."),
+    ] = None,
+    criteria: Annotated[str, typer.Option(help="Some of the criteria, separated by commas.")] = "",
+    method: Annotated[
+        Method, typer.Option(help="How texts become a map; cosine is the paper's.")
+    ] = "cosine",
+    protocol: Annotated[
+        str, typer.Option(help="clustering, few-shot or both, separated by commas.")
+    ] = ",".join(run.PROTOCOLS),
+    seeds: Annotated[int, typer.Option(min=1, help="Of k-means.")] = 20,
+    shots: Annotated[str, typer.Option(help="Pictures of a class to learn from.")] = "1,5,10",
+    splits: Annotated[int, typer.Option(min=1, help="Random choices of them.")] = 20,
+    split: Annotated[str, typer.Option(help="deepfashion: test or valid.")] = "test",
+    components: Annotated[
+        int | None,
+        typer.Option(min=1, help="deepfashion: size of reduced bases; the smallest's by default."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pictures (queries of GeneCIS) to take at random: for trying."),
+    ] = None,
+    published: Annotated[
+        Path | None,
+        typer.Option(help="CSV of figures from a paper, to print beside: docs/EVAL.md."),
+    ] = None,
+    engine: EngineOption = "auto",
+    threads: ThreadsOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per engine run.")] = 32,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the results: .md or .json.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a benchmark of the paper: universal embeddings beside conditional ones.
+
+    Data sets are read in their official layouts and never downloaded; docs/EVAL.md says where to
+    get them, what is the authors' choice, and which tables nobody has run here.
+    """
+    started = time.perf_counter()
+    benchmark = BENCHMARKS[name]
+    if out_file is not None:
+        report.check_path(out_file)
+    others = None if published is None else read_published(published)
+    known = tuple(benchmark.prompts)
+    wanted = _criteria(criteria, known)
+    protocols = _listed("--protocol", protocol, run.PROTOCOLS) if benchmark.task == "labels" else ()
+    numbers = _shots(shots)
+    if split not in ("test", "valid"):
+        raise InvalidInputError(f"--split: expected test or valid, got {split!r}")
+    if benchmark.task == "deepfashion" and (method != "cosine" or len(wanted) < len(known)):
+        raise InvalidInputError(
+            "deepfashion is measured with the method cosine, reduced bases and all its attributes"
+        )
+    if own_words and name != "demo":
+        raise InvalidInputError(
+            f"--own-words: only the demo world has words of its own, not {name}"
+        )
+    own_prompts = pairs("--prompt", prompt, known)
+    prompts = {**benchmark.prompts, **own_prompts}
+    lists = {c: Path(path) for c, path in pairs("--texts", texts, known).items()}
+    sources = Sources(lists, basis_files(basis, known), bases, generate, llm, own_words)
+    check_prompts(own_prompts, sources)
+    _require_data(name, benchmark, data)
+    require_texts(wanted, sources, prompts, bundle, name)
+    if benchmark.task == "labels":
+        require_tasks("crl eval")
+    with _data(name, wanted, data, split, limit) as read:
+        if isinstance(read, Labelled):
+            _require_shots(read, wanted, numbers if "few-shot" in protocols else ())
+        with open_embedder(bundle, engine, threads) as embedder:
+            used = {c: texts_of(c, sources, prompts[c], embedder) for c in wanted}
+            run.check_texts(used, method, protocols)
+            with progress_bar() as bar:
+                task = bar.add_task("embedding", total=len(read.files))
+                universal = run.embed_files(
+                    embedder, read.files, batch_size=batch_size,
+                    progress=lambda done: bar.update(task, completed=done),
+                )  # fmt: skip
+            asked = _Asked(method, protocols, seeds, numbers, splits, components)
+            with spinner("measuring") as status:
+                rows, settings = _measure(read, universal, used, embedder, asked, status.update)
+            found = report.document(
+                name, benchmark, rows=rows, texts=used, bundle=embedder.bundle,
+                engine=embedder.engine, pictures=len(read.files), settings=settings,
+                notes=read.notes,
+                remarks=_remarks(name, benchmark, embedder.bundle), published=others,
+            )  # fmt: skip
+    found["seconds"] = round(time.perf_counter() - started, 1)
+    if out_file is not None:
+        report.write(out_file, found)
+        note(f"wrote {out_file}")
+    if as_json:
+        print_json(found)
+    else:
+        _print(found)
+
+
+def _measure(
+    read: Labelled | GeneCis | DeepFashion,
+    universal: NDArray[np.float32],
+    texts: Mapping[str, Texts],
+    embedder: Embedder,
+    asked: _Asked,
+    step: run.Step,
+) -> tuple[list[run.Score], dict[str, Any]]:
+    """Run the protocols that the data set is for; give the rows, and the settings that count."""
+    settings: dict[str, Any] = {"method": asked.method}
+    if isinstance(read, Labelled):
+        settings |= {"protocols": list(asked.protocols)}
+        if "clustering" in asked.protocols:
+            settings |= {"seeds": asked.seeds}
+        if "few-shot" in asked.protocols:
+            settings |= {"shots": list(asked.shots), "splits": asked.splits}
+        rows = run.run_labelled(
+            read, universal, texts, method=asked.method, protocols=asked.protocols,
+            seeds=asked.seeds, shots=asked.shots, splits=asked.splits, step=step,
+        )  # fmt: skip
+    elif isinstance(read, GeneCis):
+        rows = run.run_genecis(
+            read, universal, texts["scene"], partial(embedder.embed_text, truncate=True),
+            method=asked.method, step=step,
+        )  # fmt: skip
+    else:
+        settings |= {"components": run.components_of(texts, asked.components)}
+        rows = run.run_deepfashion(read, universal, texts, components=asked.components, step=step)
+    return rows, settings
+
+
+def _require_data(name: Name, benchmark: Benchmark, data: Path | None) -> None:
+    if data is None and name != "demo":
+        raise InvalidInputError(
+            f"--data: expected a directory with {benchmark.layout}; {name} comes from "
+            f"{benchmark.source}, see docs/EVAL.md"
+        )
+
+
+@contextmanager
+def _data(
+    name: Name, wanted: Sequence[str], data: Path | None, split: str, limit: int | None
+) -> Iterator[Labelled | GeneCis | DeepFashion]:
+    """Give the data set; the demo world is rendered where there is none, and removed again."""
+    if data is not None:
+        read = _read(name, wanted, data, split)
+        yield read if limit is None else read.part(limit)
+        return
+    with tempfile.TemporaryDirectory(prefix="crl-eval-") as scratch:
+        from crl_export.demo.dataset import TEST_SEED, write_dataset
+
+        count = limit or _RENDERED
+        note(f"rendering {count} scenes, held out of the demo model's training")
+        write_dataset(Path(scratch), count, TEST_SEED)
+        yield _read(name, wanted, Path(scratch), split)
+
+
+def _read(
+    name: Name, wanted: Sequence[str], data: Path, split: str
+) -> Labelled | GeneCis | DeepFashion:
+    """Read a directory in the layout of the benchmark; of labels, those of some criteria."""
+    benchmark = BENCHMARKS[name]
+    try:
+        if benchmark.task == "genecis":
+            return read_genecis(data, name.removeprefix("genecis-"))
+        if benchmark.task == "deepfashion":
+            return read_deepfashion(data, split)
+        if benchmark.columns is not None:
+            return read_table(data, benchmark.columns).only(wanted)
+        return (read_clevr4(data) if name == "clevr4" else read_cards(data)).only(wanted)
+    except OSError as error:
+        raise DataSetError(f"{data}: {error.filename} cannot be read ({error.strerror})") from error
+
+
+def _require_shots(data: Labelled, wanted: Sequence[str], shots: Sequence[int]) -> None:
+    """Refuse, before anything is embedded, more shots than the smallest class allows."""
+    for criterion in wanted:
+        labels = data.labels[criterion]
+        classes, sizes = np.unique(labels.codes, return_counts=True)
+        if len(classes) < 2:
+            raise InvalidInputError(
+                f"{criterion}: expected pictures of two classes or more, found {len(classes)}"
+            )
+        if shots and sizes.min() <= max(shots):
+            smallest = labels.values[int(classes[sizes.argmin()])]
+            raise InvalidInputError(
+                f"{criterion}: {max(shots)} shots need {max(shots) + 1} pictures of each class, "
+                f"{smallest!r} has {sizes.min()}: pass fewer with --shots, or --protocol clustering"
+            )
+
+
+def _remarks(name: Name, benchmark: Benchmark, bundle: ModelBundle) -> list[str]:
+    """Say what the figures do not mean."""
+    remarks = [benchmark.remark] if benchmark.remark else []
+    if name != "demo" and bundle.fingerprint == ModelBundle.open(demo_bundle()).fingerprint:
+        remarks.append(
+            "the demo model has never seen such pictures: these figures show that the command "
+            "runs, and nothing about the method"
+        )
+    return remarks
+
+
+def _criteria(given: str, known: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(normalise_criterion(p) for p in given.split(",") if p.strip()))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InvalidInputError(f"--criteria: expected some of {', '.join(known)}, got {unknown}")
+    return names or tuple(known)
+
+
+def _listed(option: str, given: str, known: Sequence[str]) -> tuple[str, ...]:
+    parts = tuple(dict.fromkeys(part.strip() for part in given.split(",") if part.strip()))
+    if not parts or not set(parts) <= set(known):
+        raise InvalidInputError(f"{option}: expected some of {', '.join(known)}, got {given!r}")
+    return parts
+
+
+def _shots(given: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(dict.fromkeys(int(part) for part in given.split(",") if part.strip()))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise InvalidInputError(f"--shots: expected whole numbers such as 1,5,10, got {given!r}")
+    return numbers
+
+
+def _print(found: Mapping[str, Any]) -> None:
+    model = found["model"]
+    title = (
+        f"{found['benchmark']}: {model['name']} ({model['engine']}), {found['pictures']} pictures"
+    )
+    for header, cells in report.tables(found["rows"]):
+        table = Table(*map(escape, header), title=escape(title), title_justify="left")
+        before = None
+        for row in cells:
+            if before not in (None, row[0]):
+                table.add_section()
+            table.add_row(*map(escape, row))
+            before = row[0]
+        out.print(table)
+        title = ""
+    if found["paper_encoder"]:
+        note(f"the paper's encoder here: {found['paper_encoder']}")
+    if found["published"]:
+        note(f"published figures, in brackets, are from {'; '.join(found['published'])}")
+    note(f"model {model['fingerprint'][:12]}…; {report.settings(found)}; figures in percent")
+    for each in found["notes"]:
+        note(each)
+    for each in found["remarks"]:
+        warn(each)

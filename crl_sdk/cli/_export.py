@@ -1,0 +1,129 @@
+"""`crl export` and `crl info`: make a model bundle, and look into one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+from rich.table import Table
+
+from crl_sdk.cli._console import JsonOption, note, out, print_facts, print_json, progress_bar
+from crl_sdk.errors import InvalidInputError, MissingDependencyError
+from crl_sdk.model._bundle import ModelBundle
+from crl_sdk.model._manifest import PRECISIONS, Manifest, Parity, Precision
+
+
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(help="open_clip architecture, or a directory with open_clip_config.json."),
+    ],
+    out_dir: Annotated[Path, typer.Option("--out", "-o", help="Directory of the new bundle.")],
+    pretrained: Annotated[
+        str,
+        typer.Option(
+            help="open_clip tag, a .safetensors or .pt file, or `none` for random weights."
+        ),
+    ] = "none",
+    precision: Annotated[
+        str, typer.Option(help=f"Comma-separated, of {', '.join(PRECISIONS)}.")
+    ] = "fp32",
+    name: Annotated[str | None, typer.Option(help="Name in the manifest.")] = None,
+    license_name: Annotated[
+        str, typer.Option("--license", help="Of the weights, for the manifest.")
+    ] = "unknown",
+    text: Annotated[bool, typer.Option(help="Export the text tower too.")] = True,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn an open_clip model into a bundle, and check it against torch.
+
+    Writes nothing if a graph does not agree with torch within its tolerance.
+    """
+    try:
+        from crl_export.exporter import export_model
+    except ImportError as error:
+        raise MissingDependencyError(error.name or "torch", "export", "crl export") from error
+
+    with progress_bar() as progress:
+        task = progress.add_task("starting", total=None)
+        bundle = export_model(
+            model,
+            pretrained=pretrained,
+            out=out_dir,
+            precisions=_precisions(precision),
+            name=name,
+            license=license_name,
+            text=text,
+            overwrite=overwrite,
+            progress=lambda stage, done, total: progress.update(
+                task, description=stage, completed=done, total=total
+            ),
+        )
+    note(f"wrote {out_dir}")
+    _print_bundle(bundle, as_json)
+
+
+def info(
+    bundle: Annotated[Path, typer.Argument(help="Directory of a bundle.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Verify a bundle and print what it holds."""
+    _print_bundle(ModelBundle.open(bundle), as_json)
+
+
+def _precisions(value: str) -> tuple[Precision, ...]:
+    names = tuple(dict.fromkeys(part.strip() for part in value.split(",") if part.strip()))
+    unknown = sorted(set(names) - set(PRECISIONS))
+    if unknown or not names:
+        raise InvalidInputError(
+            f"--precision: expected a comma-separated list of {', '.join(PRECISIONS)}, "
+            f"got {value!r}"
+        )
+    return cast(tuple[Precision, ...], names)
+
+
+def _print_bundle(bundle: ModelBundle, as_json: bool) -> None:
+    import msgspec
+
+    manifest = bundle.manifest
+    if as_json:
+        print_json({"path": str(bundle.path), **msgspec.to_builtins(manifest)})
+        return
+    print_facts(str(bundle.path), _facts(manifest))
+    table = Table("graph", "MB", "cosine mean", "cosine min", "max |Δ|", "samples")
+    for graph in manifest.images:
+        table.add_row(graph.file, *_graph_row(manifest, graph.file, graph.parity))
+    if manifest.text is not None:
+        text = manifest.text
+        table.add_row(text.file, *_graph_row(manifest, text.file, text.parity))
+    out.print(table)
+
+
+def _facts(manifest: Manifest) -> dict[str, object]:
+    spec = manifest.preprocess
+    facts: dict[str, object] = {
+        "name": manifest.name,
+        "fingerprint": manifest.fingerprint,
+        "source": f"{manifest.source.architecture} / {manifest.source.pretrained}",
+        "licence": manifest.source.license,
+        "embedding": f"{manifest.embedding_dim} × float32",
+        "images": f"{spec.height}×{spec.width}, {spec.resize_mode}, {spec.interpolation}",
+        "made by": ", ".join(f"{tool} {version}" for tool, version in manifest.made_by.items()),
+    }
+    if manifest.text is not None:
+        facts["texts"] = f"up to {manifest.text.context_length} tokens"
+    else:
+        facts["texts"] = "none: image-only bundle"
+    return facts
+
+
+def _graph_row(manifest: Manifest, file: str, parity: Parity) -> list[str]:
+    return [
+        f"{manifest.files[file].bytes / 1e6:.1f}",
+        f"{parity.cosine_mean:.7f}",
+        f"{parity.cosine_min:.7f}",
+        f"{parity.max_abs:.1e}",
+        str(parity.samples),
+    ]

@@ -1,0 +1,92 @@
+"""`crl project`: stored universal embeddings in, conditional embeddings of each criterion out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from crl_sdk.basis._basis import normalise_criterion
+from crl_sdk.cli._console import JsonOption, note, print_facts, print_json, progress_bar, warn
+from crl_sdk.cli._options import DEFAULT_BASES, BasesOption, load_basis
+from crl_sdk.errors import InvalidInputError
+from crl_sdk.model._bundle import ModelBundle
+from crl_sdk.projection._project_rows import OUTPUT_DTYPES
+from crl_sdk.stored._project import RECORD, project_stored
+from crl_sdk.stored._reader import Stored
+
+
+def project(
+    stored: Annotated[
+        Path,
+        typer.Argument(
+            help="Universal embeddings: a .npz or .parquet from `crl embed`, or a .npy of (n, d)."
+        ),
+    ],
+    criteria: Annotated[str, typer.Option(help="Comma-separated names of bases.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write.")],
+    dtype: Annotated[str, typer.Option(help="float32, or float16 for half the bytes.")] = "float32",
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            "--bundle",
+            "-b",
+            envvar="CRL_BUNDLE",
+            help="The model that made the embeddings, to check that it did.",
+        ),
+    ] = None,
+    bases: BasesOption = DEFAULT_BASES,
+    threads: Annotated[int | None, typer.Option(min=1, help="One per core by default.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Project stored embeddings onto criteria; no image and no model is needed."""
+    if dtype not in OUTPUT_DTYPES:
+        raise InvalidInputError(f"--dtype: expected one of {OUTPUT_DTYPES}, got {dtype!r}")
+    names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
+    if not names:
+        raise InvalidInputError("--criteria: expected at least one, such as 'color, shape'")
+    loaded = [load_basis(bases, name) for name in names]
+    opened = Stored.open(stored)
+    fingerprint = ModelBundle.open(bundle).fingerprint if bundle is not None else None
+    if opened.fingerprint is None and fingerprint is None:
+        warn(
+            f"{stored} does not tell which model made it; taken on trust to be that of the bases, "
+            f"{loaded[0].fingerprint[:12]}…"
+        )
+    if not opened.mapped:
+        note(f"{stored}: compressed, so it is held in memory whole")
+    started = time.perf_counter()
+    with progress_bar() as progress:
+        task = progress.add_task("projecting", total=len(opened.embeddings))
+        record = project_stored(
+            opened,
+            loaded,
+            out,
+            fingerprint=fingerprint,
+            dtype=dtype,  # type: ignore[arg-type]  # checked above
+            overwrite=overwrite,
+            threads=threads,
+            progress=lambda done: progress.update(task, completed=done),
+        )
+    seconds = time.perf_counter() - started
+    facts: dict[str, Any] = {
+        "out": str(out),
+        "rows": len(opened.embeddings),
+        **msgspec.to_builtins(record),
+        "seconds": round(seconds, 3),
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        shown = {
+            each.criterion: f"{each.file} {each.shape} {each.dtype}" for each in record.outputs
+        }
+        print_facts(
+            str(out / RECORD),
+            {"rows": facts["rows"], **shown, "fingerprint": record.fingerprint,
+             "seconds": facts["seconds"]},
+        )  # fmt: skip

@@ -1,0 +1,108 @@
+"""`crl serve`: the service in the foreground."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from crl_sdk.basis._language_model import LanguageModel
+from crl_sdk.cli import _generation as generation
+from crl_sdk.cli._options import (
+    DEFAULT_BASES,
+    BakedOption,
+    BasesOption,
+    BundleOption,
+    DecodeOption,
+    EngineOption,
+    ThreadsOption,
+    open_embedder,
+)
+from crl_sdk.errors import InvalidInputError, MissingDependencyError
+
+
+def serve(
+    address: Annotated[
+        str, typer.Option(help="host:port (port 0: any free one) or unix:PATH.")
+    ] = "127.0.0.1:50051",
+    bundle: BundleOption = None,
+    bases: BasesOption = DEFAULT_BASES,
+    engine: EngineOption = "auto",
+    baked: BakedOption = None,
+    threads: ThreadsOption = None,
+    decode: DecodeOption = "exact",
+    max_batch: Annotated[int, typer.Option(min=1, help="Images of one engine run at most.")] = 32,
+    max_queue: Annotated[int, typer.Option(min=1, help="Images that may wait.")] = 1024,
+    cache_mb: Annotated[int, typer.Option(min=0, help="Of known embeddings; 0 for none.")] = 256,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="PEM certificate chain; with --tls-key.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM private key.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="PEM authority that clients' certificates must be of: mTLS.")
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="TOML file of bearer tokens with their rights.")
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="host:port of Prometheus metrics over HTTP; none by default.")
+    ] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Offer GenerateBasis with a local language model.")
+    ] = False,
+    model: generation.ModelOption = None,
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option(help="json: one object a line.")
+    ] = "text",
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="A log line per call, not only for failures.")
+    ] = False,
+    otlp: Annotated[
+        str | None,
+        typer.Option(help="http(s)://host:port of an OpenTelemetry collector (OTLP over gRPC)."),
+    ] = None,
+    shared_memory: Annotated[
+        bool,
+        typer.Option(
+            "--shared-memory",
+            help="Let KServe clients name shared memory of this machine: any that this user has.",
+        ),
+    ] = False,
+) -> None:
+    """Serve conditional embeddings over gRPC until SIGTERM or Ctrl-C, then drain."""
+    try:
+        from crl_sdk.serving._logs import handler_of
+        from crl_sdk.serving._pipeline import Limits
+        from crl_sdk.serving._security import Tls, read_tokens
+        from crl_sdk.serving._server import ServerSettings
+        from crl_sdk.serving._server import serve as run
+    except ImportError as error:
+        raise MissingDependencyError(error.name or "grpcio", "serve", "crl serve") from error
+
+    # a log to keep, not a screen to look at
+    logging.basicConfig(level=logging.INFO, handlers=[handler_of(log_format)], force=True)
+    if (tls_cert is None) != (tls_key is None) or (tls_client_ca and tls_cert is None):
+        raise InvalidInputError("expected --tls-cert and --tls-key together")
+    settings = ServerSettings(
+        address=address,
+        tls=Tls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None,
+        metrics_address=metrics,
+        tokens=read_tokens(tokens) if tokens is not None else (),
+        bases=Path(bases),
+        limits=Limits(
+            max_images=min(Limits().max_images, max_queue),
+            max_batch=max_batch,
+            max_queue=max_queue,
+            cache_bytes=cache_mb << 20,
+        ),
+        shared_memory=shared_memory,
+        access_log=access_log,
+        otlp=otlp,
+        open_model=partial(LanguageModel.open, model) if generate else None,
+    )
+    with open_embedder(bundle, engine, threads, baked, decode) as embedder:
+        asyncio.run(run(embedder, settings))

@@ -1,0 +1,33 @@
+"""Clients of the gRPC service; they need numpy, grpcio and protobuf alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from crl_sdk._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from crl_sdk.client._client import AsyncClient, Client, Options, Security
+    from crl_sdk.client._messages import RemoteEmbeddings
+
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "Options",
+    "RemoteEmbeddings",
+    "Security",
+]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "_client": (
+            "AsyncClient",
+            "Client",
+            "Options",
+            "Security",
+        ),
+        "_messages": ("RemoteEmbeddings",),
+    },
+    extra="cpu",
+)

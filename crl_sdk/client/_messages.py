@@ -1,0 +1,260 @@
+"""Images into requests, replies into arrays: what both clients say. Needs no image library."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crl_sdk.errors import (
+    CriterionError,
+    ImageError,
+    ImageTooLargeError,
+    InvalidInputError,
+    MissingDependencyError,
+    ServiceError,
+)
+from crl_sdk.pb.crl.v1 import embedding_pb2
+from crl_sdk.rpc import _tensors as wire
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    ClientImage: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteEmbeddings:
+    """What the service gave for n images.
+
+    Attributes:
+        universal: (n, d) float32, unit rows; NaN in the rows of failed images.
+        conditional: criterion → (n, m) float32; NaN likewise.
+        errors: position → why an image failed.
+        cached: (n,) bool, whether the server knew the image.
+        basis_sha256: criterion → version of the basis that was used.
+        fingerprint: of the model.
+        timings: microseconds of each stage, as the server measured them, summed over the calls.
+    """
+
+    universal: NDArray[np.float32]
+    conditional: Mapping[str, NDArray[np.float32]]
+    errors: Mapping[int, ImageError]
+    cached: NDArray[np.bool_]
+    basis_sha256: Mapping[str, str]
+    fingerprint: str
+    timings: Mapping[str, int] = field(default_factory=dict)
+
+    def __getitem__(self, criterion: str) -> NDArray[np.float32]:
+        """Return the conditional embeddings (n, m) of a criterion.
+
+        Raises:
+            CriterionError: it was not asked for.
+        """
+        name = " ".join(criterion.lower().split())
+        if name not in self.conditional:
+            raise CriterionError(
+                f"criterion {name!r} was not asked for; asked for were {sorted(self.conditional)}"
+            )
+        return self.conditional[name]
+
+
+def embed_request(
+    images: Sequence[ClientImage],
+    criteria: Sequence[str],
+    resize: embedding_pb2.Preprocessing | None = None,
+) -> tuple[embedding_pb2.EmbedRequest, dict[int, ImageError]]:
+    """Encode images; those that cannot be read here stay here, with their errors.
+
+    Args:
+        images: paths, bytes, PIL images, pixels or stored embeddings.
+        criteria: names of bases.
+        resize: if given, decode and resize here, as the server would, and send pixels.
+
+    Raises:
+        InvalidInputError: something that is no image at all.
+        MissingDependencyError: `resize` needs Pillow, which is not installed.
+    """
+    messages, errors = [], {}
+    for position, image in enumerate(images):
+        try:
+            ready = image if resize is None else _resized(image, resize)
+            messages.append(_image(ready, position))
+        except ImageError as error:
+            errors[position] = error
+    return embedding_pb2.EmbedRequest(images=messages, criteria=criteria), errors
+
+
+def _resized(image: ClientImage, how: embedding_pb2.Preprocessing) -> ClientImage:
+    """Give the pixels that the server would make of an image; stored embeddings as they are.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    if isinstance(image, np.ndarray) and image.dtype.kind == "f":
+        return image
+    try:
+        from crl_sdk.model._preprocess import PreprocessSpec, load_pixels
+    except ImportError as error:
+        raise MissingDependencyError("pillow", "runtime", "resizing before sending") from error
+    spec = PreprocessSpec(
+        height=how.height,
+        width=how.width,
+        mean=(0, 0, 0),  # scaling is the graph's business
+        std=(1, 1, 1),
+        interpolation=how.interpolation,  # type: ignore[arg-type]
+        resize_mode=how.resize_mode,  # type: ignore[arg-type]
+        fill=how.fill,
+    )
+    return load_pixels(image, spec)
+
+
+def _image(image: ClientImage, position: int) -> embedding_pb2.Image:
+    if isinstance(image, bytes):
+        return embedding_pb2.Image(encoded=image)
+    if isinstance(image, str | os.PathLike):
+        try:
+            return embedding_pb2.Image(encoded=Path(image).read_bytes())
+        except OSError as error:
+            raise ImageError(
+                f"cannot be read ({error.strerror}); check the path", source=str(image)
+            ) from error
+    if isinstance(image, np.ndarray):
+        tensor = wire.encode(image)
+        if tensor.dtype == embedding_pb2.DTYPE_UINT8:
+            return embedding_pb2.Image(pixels=tensor)
+        return embedding_pb2.Image(embedding=tensor)
+    if hasattr(image, "save"):  # PIL, without importing it
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", compress_level=1)
+        return embedding_pb2.Image(encoded=buffer.getvalue())
+    raise InvalidInputError(
+        f"image {position}: expected a path, bytes, a PIL image or an array, "
+        f"got {type(image).__name__}"
+    )
+
+
+def read_response(
+    response: embedding_pb2.EmbedResponse, local: Mapping[int, ImageError], count: int
+) -> RemoteEmbeddings:
+    """Read a reply; without local failures its tensors are views of the message."""
+    sent = [i for i in range(count) if i not in local]
+    errors = dict(local)
+    cached = np.zeros(count, np.bool_)
+    for position, status in zip(sent, response.images, strict=True):
+        cached[position] = status.cached
+        if status.code != embedding_pb2.ImageStatus.OK:
+            large = status.code == embedding_pb2.ImageStatus.TOO_LARGE
+            kind = ImageTooLargeError if large else ImageError
+            errors[position] = kind(status.message, source=f"image {position}")
+
+    def rows(tensor: embedding_pb2.Tensor) -> NDArray[np.float32]:
+        array: NDArray[np.float32] = wire.decode(tensor)
+        if not local:
+            return array
+        spread = np.full((count, array.shape[1]), np.nan, np.float32)
+        spread[sent] = array
+        return spread
+
+    return RemoteEmbeddings(
+        universal=rows(response.universal),
+        conditional={part.criterion: rows(part.rows) for part in response.conditional},
+        errors=errors,
+        cached=cached,
+        basis_sha256={part.criterion: part.basis_sha256 for part in response.conditional},
+        fingerprint=response.fingerprint,
+        timings={
+            name.name: getattr(response.timings, name.name)
+            for name in embedding_pb2.Timings.DESCRIPTOR.fields
+        },
+    )
+
+
+def all_failed(errors: dict[int, ImageError], count: int) -> RemoteEmbeddings:
+    """Give the result of a batch of which nothing could be sent."""
+    none = np.full((count, 0), np.nan, np.float32)
+    return RemoteEmbeddings(none, {}, errors, np.zeros(count, np.bool_), {}, "")
+
+
+def joined(parts: Sequence[RemoteEmbeddings]) -> RemoteEmbeddings:
+    """Join the results of batches; those of which nothing could be sent become rows of NaN.
+
+    Raises:
+        InvalidInputError: there are none.
+    """
+    if not parts:
+        raise InvalidInputError("expected at least one image, got an empty list")
+    if len(parts) == 1:
+        return parts[0]
+    model = next((part for part in parts if part.fingerprint), parts[0])
+    starts = np.cumsum([0, *(len(part.cached) for part in parts)])
+
+    def rows(name: str | None) -> NDArray[np.float32]:
+        like = model.universal if name is None else model.conditional[name]
+        blank = [np.full((len(p.cached), like.shape[1]), np.nan, np.float32) for p in parts]
+        return np.concatenate(
+            [
+                blank[i] if not p.fingerprint else p.universal if name is None
+                else p.conditional[name]
+                for i, p in enumerate(parts)
+            ]
+        )  # fmt: skip
+
+    return RemoteEmbeddings(
+        universal=rows(None),
+        conditional={name: rows(name) for name in model.conditional},
+        errors={
+            int(start) + position: _moved(error, position, int(start))
+            for start, part in zip(starts, parts, strict=False)
+            for position, error in part.errors.items()
+        },
+        cached=np.concatenate([part.cached for part in parts]),
+        basis_sha256=model.basis_sha256,
+        fingerprint=model.fingerprint,
+        timings={name: sum(part.timings.get(name, 0) for part in parts) for name in model.timings},
+    )
+
+
+def _moved(error: ImageError, position: int, start: int) -> ImageError:
+    """Give an error that names its image by the position in the whole list."""
+    if error.source != f"image {position}":
+        return error
+    return type(error)(error.reason, source=f"image {start + position}")
+
+
+def stale_parts(parts: Sequence[RemoteEmbeddings]) -> list[int]:
+    """Find the parts of one result that were made with other versions of bases than the last.
+
+    Raises:
+        ServiceError: the model itself was replaced.
+    """
+    made = [i for i, part in enumerate(parts) if part.fingerprint]
+    if len({parts[i].fingerprint for i in made}) > 1:
+        raise ServiceError("the server's model was replaced during the call: call again")
+    return [i for i in made if parts[i].basis_sha256 != parts[made[-1]].basis_sha256]
+
+
+def with_conditional(part: RemoteEmbeddings, fresh: RemoteEmbeddings) -> RemoteEmbeddings:
+    """Put newly projected rows in the place of a part's own; failed images keep their NaN.
+
+    Args:
+        part: of n images, of which some may have failed.
+        fresh: of those that have not.
+    """
+    conditional = {}
+    for name, rows in fresh.conditional.items():
+        spread = np.full((len(part.cached), rows.shape[1]), np.nan, np.float32)
+        spread[readable(part)] = rows
+        conditional[name] = spread
+    return replace(part, conditional=conditional, basis_sha256=fresh.basis_sha256)
+
+
+def readable(part: RemoteEmbeddings) -> NDArray[np.bool_]:
+    """Tell which images of a part have an embedding: (n,) bool."""
+    return np.asarray(np.isfinite(part.universal).all(axis=1))

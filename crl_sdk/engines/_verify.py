@@ -1,0 +1,284 @@
+"""Does an engine give on this machine what it must, and how fast: for `crl verify`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from crl_sdk.basis._basis import Basis
+from crl_sdk.engines._contract import ImageEngine
+from crl_sdk.engines._kernels import ProjectionKernel, kernels_directory
+from crl_sdk.engines._machine import Machine, examine
+from crl_sdk.engines._onnx import OnnxImageEngine
+from crl_sdk.engines._selection import candidates, choose, open_engine
+from crl_sdk.engines._tensorrt import TensorRTImageEngine
+from crl_sdk.engines._tensorrt_plans import plans_directory, record_verified
+from crl_sdk.errors import InvalidInputError
+from crl_sdk.model import _parity as parity
+from crl_sdk.model._bundle import ModelBundle
+from crl_sdk.model._manifest import Parity
+from crl_sdk.projection._projection import Post, Projection, normalise_rows
+
+SCHEMA = 1
+
+_COLUMNS = 7
+_PROJECTED = 1e-4
+"""How far projected columns of unit-norm weights may be from `embedding @ weight + bias`."""
+
+_KERNEL = 1e-4
+"""How far the kernel's columns may be from NumPy's; their order of summing differs."""
+
+
+class Latency(msgspec.Struct, frozen=True, kw_only=True):
+    """Runs of one batch size: how many, and their milliseconds at two percentiles."""
+
+    batch: int
+    runs: int
+    p50_ms: float
+    p99_ms: float
+
+
+class Verification(msgspec.Struct, frozen=True, kw_only=True):
+    """The record of a verification, for keeping or sending.
+
+    Attributes:
+        schema: of this record.
+        time: when it was made, UTC.
+        engine: what was verified.
+        model: name and fingerprint of the bundle.
+        agrees: whether all of it is within tolerance.
+        failures: what is not.
+        parity: of the universal embeddings with the fp32 graph's on the CPU, on fixed pictures.
+        projected_max_abs: largest difference of the projected columns from NumPy's, on the engine's
+            own embeddings.
+        latencies: of engine runs alone, without decoding.
+        machine: what it ran on.
+    """
+
+    schema: int
+    time: str
+    engine: str
+    model: dict[str, str]
+    agrees: bool
+    failures: tuple[str, ...]
+    parity: Parity
+    projected_max_abs: float
+    latencies: tuple[Latency, ...]
+    machine: Machine
+
+
+def verify(
+    bundle: ModelBundle,
+    engine: str | None = None,
+    *,
+    batches: Sequence[int] = (1, 8, 32),
+    seconds: float = 2.0,
+    baked: Basis | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Verification:
+    """Compare an engine with the bundle's fp32 graph on the CPU, and time it.
+
+    Args:
+        bundle: the model; it must have a graph in fp32.
+        engine: such as `onnx/cpu/int8`, or the beginning of a name; None for the one that is taken
+            by default here. Of a plan it is recorded whether it agrees on this GPU's architecture.
+        batches: sizes to time.
+        seconds: for each; at least five runs are timed.
+        baked: the basis that is fixed in the plan to verify.
+        progress: called with what is being done.
+
+    Raises:
+        InvalidInputError: no such engine for this bundle.
+        BundleError: the bundle has no fp32 graph.
+        EngineError: the engine cannot run here, does not load, or a run failed.
+        PlanError: a compiled plan is damaged or stale, or its record cannot be written.
+    """
+    tell = progress or (lambda _: None)
+    if not batches or min(batches) < 1 or seconds <= 0:
+        raise InvalidInputError(
+            f"expected batches >= 1 and seconds > 0, got {list(batches)}, {seconds}"
+        )
+    machine = examine()
+    name = engine or "auto"
+    if baked is None:
+        name = choose(candidates(bundle), name).engine
+    tell(f"running the fp32 reference of {bundle.manifest.name}")
+    pixels = parity.images(bundle.preprocess)
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((bundle.embedding_dim, _COLUMNS)).astype(np.float32)
+    weight /= np.linalg.norm(weight, axis=0)
+    bias = rng.standard_normal(_COLUMNS).astype(np.float32)
+    if baked is not None:
+        weight, bias = baked.projection.weight, baked.projection.bias
+    reference = OnnxImageEngine.open(bundle, precision="fp32", device="cpu")
+    expected = parity.batched(lambda part: reference.run(part, weight, bias)[0], pixels)
+
+    tell(f"running {name} on the same pictures")
+    opened = open_engine(bundle, name, baked=baked)
+    name = opened.description
+    try:
+        rows, columns = opened.run(pixels, weight, bias)
+        measured = parity.batched(lambda part: opened.run(part, weight, bias)[0], pixels)
+        found = parity.compare(expected, measured)
+        projected = float(np.abs(columns - (rows @ weight + bias)).max())
+        failures = parity.failures(found, parity.TOLERANCES[name.rpartition("/")[2]])
+        if not projected <= _PROJECTED:  # NaN fails too
+            failures.append(f"projected_max_abs {projected:.3g} (required <= {_PROJECTED:g})")
+        if isinstance(opened, TensorRTImageEngine):
+            record_verified(
+                plans_directory(bundle),
+                opened.plan,
+                machine.gpus[0].architecture,
+                agrees=not failures,
+            )
+        latencies = []
+        for batch in batches:
+            tell(f"timing batches of {batch}")
+            repeated = np.resize(pixels, (batch, *pixels.shape[1:]))
+            latencies.append(_time(opened, repeated, weight, bias, seconds))
+    finally:
+        opened.close()
+    return Verification(
+        schema=SCHEMA,
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        engine=name,
+        model={"name": bundle.manifest.name, "fingerprint": bundle.fingerprint},
+        agrees=not failures,
+        failures=tuple(failures),
+        parity=found,
+        projected_max_abs=projected,
+        latencies=tuple(latencies),
+        machine=machine,
+    )
+
+
+class KernelCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """The projection kernel with one dtype of embeddings.
+
+    Attributes:
+        embeddings: dtype.
+        max_abs: largest difference from NumPy's results.
+        rows: of the timed call.
+        p50_ms: of a call, copies to and from the GPU in it.
+        numpy_p50_ms: of the same in NumPy.
+    """
+
+    embeddings: str
+    max_abs: float
+    rows: int
+    p50_ms: float
+    numpy_p50_ms: float
+
+
+class KernelVerification(msgspec.Struct, frozen=True, kw_only=True):
+    """The record of a verification of the projection kernel.
+
+    Attributes:
+        schema: of this record.
+        time: when it was made, UTC.
+        agrees: whether all differences are within tolerance.
+        checks: one per dtype.
+        machine: what it ran on.
+    """
+
+    schema: int
+    time: str
+    agrees: bool
+    checks: tuple[KernelCheck, ...]
+    machine: Machine
+
+
+def verify_kernel(bundle: ModelBundle, *, rows: int = 100_000) -> KernelVerification:
+    """Compare the compiled projection kernel with its specification in NumPy, and time both.
+
+    Args:
+        bundle: the model; `crl compile BUNDLE --kernel` made its kernels.
+        rows: of the timed calls.
+
+    Raises:
+        PlanError: the kernels are missing, damaged, or for other GPUs.
+        EngineError: there is no driver or GPU, or a launch failed.
+        MissingDependencyError: cuda-python is not installed.
+    """
+    rng = np.random.default_rng(0)
+    dim = bundle.embedding_dim
+    posts: tuple[Post, ...] = ("l2", "standardise", "none", "l2")
+    projections = [
+        Projection(
+            rng.standard_normal((dim, columns)).astype(np.float32) / np.float32(dim**0.5),
+            rng.standard_normal(columns).astype(np.float32),
+            post,
+        )
+        for columns, post in zip((20, 64, 7, 150), posts, strict=True)
+    ]
+    stored = rng.standard_normal((rows, dim)).astype(np.float32)
+    stored /= np.linalg.norm(stored, axis=1, keepdims=True)
+    kernel = ProjectionKernel.open(kernels_directory(bundle))
+    try:
+        checks = tuple(
+            _check_kernel(kernel, stored.astype(dtype), projections)
+            for dtype in (np.float32, np.float16)
+        )
+    finally:
+        kernel.close()
+    return KernelVerification(
+        schema=SCHEMA,
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        agrees=all(check.max_abs <= _KERNEL for check in checks),  # NaN does not
+        checks=checks,
+        machine=examine(),
+    )
+
+
+def _check_kernel(
+    kernel: ProjectionKernel, embeddings: NDArray[Any], projections: Sequence[Projection]
+) -> KernelCheck:
+    exact = embeddings.astype(np.float32)
+
+    def reference() -> list[NDArray[np.float32]]:
+        return [normalise_rows(exact @ p.weight + p.bias, p.post) for p in projections]
+
+    pairs = zip(kernel.apply(embeddings, projections), reference(), strict=True)
+    return KernelCheck(
+        embeddings=embeddings.dtype.name,
+        max_abs=float(np.max([np.abs(got - expected).max() for got, expected in pairs])),
+        rows=len(embeddings),
+        p50_ms=_median(lambda: kernel.apply(embeddings, projections)),
+        numpy_p50_ms=_median(reference),
+    )
+
+
+def _median(work: Callable[[], object]) -> float:
+    return round(float(np.median(_times(work, 0.0))) * 1e3, 3)
+
+
+def _times(work: Callable[[], object], seconds: float) -> list[float]:
+    """Time something for so many seconds, five times at least."""
+    times: list[float] = []
+    ends = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < ends:
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def _time(
+    engine: ImageEngine,
+    pixels: NDArray[np.uint8],
+    weight: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    seconds: float,
+) -> Latency:
+    engine.run(pixels, weight, bias)  # what is done once per shape is not timed
+    times = _times(lambda: engine.run(pixels, weight, bias), seconds)
+    p50, p99 = np.percentile(times, (50, 99)) * 1e3
+    return Latency(
+        batch=len(pixels), runs=len(times), p50_ms=round(float(p50), 3), p99_ms=round(float(p99), 3)
+    )

@@ -1,0 +1,94 @@
+"""What operators watch, for Prometheus: calls, images, stages, queue, cache. Labels are bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from crl_sdk.serving._calls import Ended
+from crl_sdk.serving._pipeline import Pipeline, Result
+
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """Counters of one server in a registry of its own."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        """Make the metrics, and have the pipeline tell of its batches."""
+        self.registry = CollectorRegistry()
+        self._calls = Counter(
+            "crl_calls", "Calls that ended.", ["method", "code"], registry=self.registry
+        )
+        self._seconds = Histogram(
+            "crl_call_seconds", "From the start of a call to its end.", ["method"],
+            buckets=_SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self._images = Counter(
+            "crl_images", "Images of Embed calls.", ["outcome"], registry=self.registry
+        )
+        self._criteria = Counter(
+            "crl_criterion_images", "Images projected on a basis.", ["criterion"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._stages = Histogram(
+            "crl_stage_seconds", "Time of a request's slowest image in a stage.", ["stage"],
+            buckets=_SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self._batches = Histogram(
+            "crl_batch_size", "Images of an engine run.", buckets=_SIZES, registry=self.registry
+        )
+        self.registry.register(_State(pipeline))
+        pipeline.batcher.on_batch = self._batches.observe
+        pipeline.on_result.append(self.served)
+
+    def served(self, result: Result) -> None:
+        """Count the images and stages of a request."""
+        for image in result.images:
+            outcome = "failed" if image.error else "cached" if image.cached else "embedded"
+            self._images.labels(outcome).inc()
+        for stored in result.bases:  # only bases that exist get here
+            self._criteria.labels(stored.basis.criterion).inc(len(result.images))
+        timing = result.timing
+        if timing.infer:
+            self._stages.labels("preprocess").observe(timing.preprocess)
+            self._stages.labels("queue").observe(timing.queue)
+            self._stages.labels("infer").observe(timing.infer)
+        self._stages.labels("project").observe(timing.project)
+
+    def ended(self, call: Ended) -> None:
+        """Count a call."""
+        self._calls.labels(call.method, call.code.name).inc()
+        self._seconds.labels(call.method).observe(call.seconds)
+
+
+class _State(Collector):
+    """Reads queue, batcher and cache when asked."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+
+    def collect(self) -> Iterator[Metric]:
+        pipeline, counts = self._pipeline, self._pipeline.batcher.counts
+        for name, text, value in (
+            ("crl_queue_depth", "Images that wait for the engine.", pipeline.batcher.depth),
+            ("crl_cache_bytes", "Memory of the embedding cache.", pipeline.cache.used_bytes),
+            ("crl_cache_entries", "Embeddings in the cache.", len(pipeline.cache)),
+            ("crl_bases", "Bases loaded.", len(pipeline.bases.snapshot)),
+            ("crl_engine_up", "1 while the engine runs.", int(pipeline.batcher.failed is None)),
+        ):
+            yield GaugeMetricFamily(name, text, value=value)
+        dropped = CounterMetricFamily(
+            "crl_dropped_images", "Images that never reached the engine.", labels=["reason"]
+        )
+        for reason in ("rejected", "expired", "cancelled"):
+            dropped.add_metric([reason], getattr(counts, reason))
+        yield dropped
+        lookups = CounterMetricFamily("crl_cache_lookups", "Images looked up.", labels=["result"])
+        lookups.add_metric(["hit"], pipeline.cache.hits)
+        lookups.add_metric(["miss"], pipeline.cache.misses)
+        yield lookups

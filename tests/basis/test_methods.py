@@ -1,0 +1,245 @@
+"""Methods of making a projection: each against its definition written out, and what it promises."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from crl_sdk._embedder import Embedder
+from crl_sdk.basis._basis import METHODS, Basis
+from crl_sdk.basis._build import build_basis, edit_basis
+from crl_sdk.basis._methods import bend, default_method, make_projection, takes_against
+from crl_sdk.errors import BasisError, BasisMismatchError, InvalidInputError
+from crl_sdk.model._bundle import demo_bundle
+from crl_sdk.projection._projection import normalise_rows
+
+D = 24
+
+
+def unit(rows):
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def texts_of(k=9, seed=0, towards=3.0):
+    """Unit rows around one direction, as a text tower gives them."""
+    rng = np.random.default_rng(seed)
+    return unit(rng.standard_normal((k, D)) + towards * rng.standard_normal(D))
+
+
+IMAGES = texts_of(40, seed=9)
+
+
+def options_of(method):
+    against = {"against": [texts_of(5, seed=1), texts_of(4, seed=2)]}
+    return against if takes_against(method) else {}
+
+
+def definition(method, texts, images, mean=None):  # noqa: PLR0911
+    """Each method once more, from its description, on float64 and without an affine map."""
+    x, t = images.astype(np.float64), texts.astype(np.float64)
+    centred = t - t.mean(axis=0)
+    # eigenvectors of the texts' covariance, not the singular vectors of the texts
+    values, vectors = np.linalg.eigh(centred.T @ centred)
+    order = np.argsort(values)[::-1][: len(t) - 1]
+    axes, strengths = vectors[:, order], np.sqrt(values[order])
+    moved = x if mean is None else x - mean
+    if method == "cosine":
+        return x @ t.T
+    if method == "centred":
+        return moved @ centred.T
+    if method == "orthogonal":
+        return moved @ axes[:, : bend(strengths)]
+    if method == "pca":
+        return (x - (t.mean(axis=0) if mean is None else mean)) @ axes
+    if method == "tangent":
+        at = t.mean(axis=0) / np.linalg.norm(t.mean(axis=0))
+
+        def logarithm(rows, point):
+            cosines = rows @ point
+            flat = rows - cosines[:, None] * point
+            return flat * (np.arccos(cosines) / np.linalg.norm(flat, axis=1))[:, None]
+
+        logs = logarithm(t, at)
+        _, s, v = np.linalg.svd(logs - logs.mean(axis=0), full_matrices=False)
+        axes = v[: bend(s[: len(t) - 1])].T
+        if mean is None:
+            return logarithm(x, at) @ axes
+        point = mean / np.linalg.norm(mean)
+        normal = (point - at) / np.linalg.norm(point - at)
+        turned = logarithm(x, point) @ (np.eye(D) - 2 * np.outer(normal, normal))
+        return turned @ axes
+    against = [each.astype(np.float64) for each in options_of(method)["against"]]
+    if method == "exclusive-weighted":
+        theirs = [np.cov(each.T, bias=True) for each in against]
+        spread = sum(each / np.trace(each) for each in theirs) / len(theirs)
+        mean = sum(each.mean(axis=0) for each in against) / len(against)
+        kept = []
+        for text in t:
+            away = text - mean  # what Wiener's filter takes for the against' part of it:
+            part = spread @ np.linalg.solve(spread + np.eye(D) / D, away)
+            kept.append(1 - away @ part / (away @ away))
+        return moved @ t.T * np.minimum(1, np.array(kept) / np.median(kept)) ** 2
+    spans = []
+    for other in against:
+        _, s, v = np.linalg.svd(other - other.mean(axis=0), full_matrices=False)
+        s = s[s > s[0] * 1e-6]
+        spans.append(v[: bend(s)])
+    kept = np.eye(D) - np.linalg.pinv(np.concatenate(spans)) @ np.concatenate(spans)
+    inner = {"exclusive": "centred", "exclusive-orthogonal": "orthogonal"}[method]
+    return definition(inner, texts, moved @ kept, None)
+
+
+def alike(rows, expected, atol=2e-5):
+    """Equal up to the sign of each column, which no decomposition fixes."""
+    signs = np.sign((rows * expected).sum(axis=0))
+    np.testing.assert_allclose(rows, expected * signs, atol=atol)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("referenced", [False, True])
+def test_an_affine_map_gives_what_the_definition_gives(method, referenced):
+    if referenced and method == "cosine":
+        return  # it takes none: see test_bad_input
+    texts = texts_of()
+    reference = texts_of(30, seed=5) if referenced else None
+    projection = make_projection(texts, method, reference=reference, **options_of(method))
+    mean = reference.astype(np.float64).mean(axis=0) if referenced else None
+    expected = normalise_rows(definition(method, texts, IMAGES, mean).astype(np.float32), "l2")
+    alike(projection.apply(IMAGES), expected)
+    assert projection.weight.dtype == projection.bias.dtype == np.float32
+
+
+def test_what_siblings_span_is_gone():
+    texts = texts_of()
+    other = texts_of(3, seed=1)  # few enough that all their directions are taken
+    for method in ("exclusive", "exclusive-orthogonal"):
+        projection = make_projection(texts, method, against=[other])
+        within = (other - other.mean(axis=0)) @ projection.weight
+        assert np.abs(within).max() < 1e-6
+        assert np.abs(projection.weight).max() > 0.01
+
+
+def test_the_mean_image_becomes_nothing_or_is_turned_onto_the_mean_text():
+    texts, reference = texts_of(), texts_of(30, seed=5)
+    mean = reference.mean(axis=0, keepdims=True)
+    for method in METHODS:
+        if method == "cosine":
+            continue
+        projection = make_projection(texts, method, reference=reference, **options_of(method))
+        assert np.abs(mean @ projection.weight + projection.bias).max() < 1e-6, method
+
+
+def test_a_text_that_is_a_siblings_counts_less_than_one_that_is_not():
+    own, other = texts_of(6), texts_of(6, seed=1)
+    projection = make_projection(
+        np.concatenate([own, other[:2]]), "exclusive-weighted", against=[other]
+    )
+    weights = np.linalg.norm(projection.weight, axis=0)
+    assert weights[6:].max() < 0.5 * weights[:6].min()
+    assert weights.min() > 0 and weights.max() == pytest.approx(1)
+    same = make_projection(np.tile(own[:1], (3, 1)), "exclusive-weighted", against=[other])
+    np.testing.assert_allclose(np.linalg.norm(same.weight, axis=0), 1.0, atol=1e-6)
+
+
+def test_the_method_where_none_is_asked_for():
+    assert default_method(against=False) == "centred"
+    assert default_method(against=True) == "exclusive-weighted"
+
+
+def test_orthogonal_columns_are_orthonormal_and_few():
+    projection = make_projection(texts_of(), "orthogonal")
+    gram = projection.weight.T @ projection.weight
+    np.testing.assert_allclose(gram, np.eye(len(gram)), atol=1e-5)
+    assert projection.output_dim < 9
+
+
+def test_the_bend_of_a_spectrum():
+    assert bend(np.array([10.0, 9.0, 8.0, 0.5, 0.4, 0.3])) == 3
+    assert bend(np.array([10.0, 1.0, 0.9, 0.8])) == 2  # one column would be a sign
+    assert bend(np.array([10.0, 6.0, 6.0, 6.0, 6.0, 0.5, 0.4])) == 5  # not after the first
+    assert bend(np.array([1.0, 0.99, 0.98, 0.97, 0.96])) == 5  # flat: nothing to drop
+    assert bend(np.array([3.0, 2.0])) == 2
+    assert bend(np.array([1.0])) == 1
+    assert bend(np.array([0.0])) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("k", [1, 2, 3, 200])
+def test_any_number_of_texts(method, k):
+    """Two texts have one direction, and more than the space has are none too many."""
+    if k == 1 and method != "cosine":
+        with pytest.raises(InvalidInputError, match="at least two distinct texts, got 1"):
+            make_projection(texts_of(1), method, **options_of(method))
+        return
+    projection = make_projection(texts_of(k), method, **options_of(method))
+    rows = projection.apply(IMAGES)
+    assert 1 <= projection.output_dim <= k
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1.0, atol=1e-5)
+
+
+def test_bad_input():
+    texts = texts_of()
+    with pytest.raises(InvalidInputError, match="expected a method in"):
+        make_projection(texts, "whitened")
+    with pytest.raises(InvalidInputError, match="with no other; got 1 for 'centred'"):
+        make_projection(texts, "centred", against=[texts])
+    with pytest.raises(InvalidInputError, match="got 0 for 'exclusive'"):
+        make_projection(texts, "exclusive")
+    with pytest.raises(InvalidInputError, match=r"shape \(n, 24\)"):
+        make_projection(texts, "exclusive", against=[texts[:, :5]])
+    with pytest.raises(InvalidInputError, match="takes no reference"):
+        make_projection(texts, "cosine", reference=texts)
+    with pytest.raises(InvalidInputError, match="at least one reference"):
+        make_projection(texts, "tangent", reference=texts[:0])
+    with pytest.raises(InvalidInputError, match="NaN"):
+        make_projection(np.full_like(texts, np.nan), "pca")
+
+
+def test_a_basis_remembers_what_it_was_made_with(tmp_path):
+    words = {word: row for word, row in zip("abcdefghi", texts_of(), strict=True)}
+
+    def embed_text(texts):
+        return np.stack([words[text] for text in texts])
+
+    def make(name, texts, **options):
+        return build_basis(name, texts, embed_text, fingerprint="ab" * 32, **options)
+
+    other = make("shape", list("abc"))
+    basis = make(
+        "color",
+        list("defgh"),
+        method="exclusive",
+        against=[other],
+        reference=texts_of(7, seed=3),
+    )
+    basis.save(tmp_path / "color.safetensors")
+    loaded = Basis.load(tmp_path / "color.safetensors")
+    assert loaded.provenance == {"references": 7, "against": ["shape"]}
+    assert loaded.method == "exclusive" and loaded.sha256() == basis.sha256()
+    with pytest.raises(BasisError, match="made with references and against"):
+        edit_basis(loaded, embed_text, fingerprint="ab" * 32, add=["i"])
+    edited = edit_basis(make("size", list("abc"), method="pca"), embed_text, fingerprint="ab" * 32,
+                        add=["i"])  # fmt: skip
+    assert edited.projection.bias.any() and edited.texts == ("a", "b", "c", "i")
+    assert make("color", list("defgh"), against=[other]).method == "exclusive-weighted"
+    with pytest.raises(InvalidInputError, match="its own other"):
+        make("Shape", list("defgh"), against=[other])
+    foreign = build_basis("size", list("abc"), embed_text, fingerprint="cd" * 32)
+    with pytest.raises(BasisMismatchError, match="made for model"):
+        make("color", list("defgh"), method="exclusive", against=[foreign])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_graph_knows_no_method(method):
+    """One engine run serves bases of all methods; 1e-5 against NumPy's own."""
+    with Embedder.open(demo_bundle(), engine="onnx/cpu/fp32") as embedder:
+        other = embedder.create_basis("count", ["one", "two", "three"])
+        against = {"against": [other]} if takes_against(method) else {}
+        embedder.create_basis(
+            "color", ["red", "green", "blue", "yellow", "pink"], method=method, **against
+        )
+        pixels = np.random.default_rng(0).integers(0, 256, (3, 80, 90, 3), np.uint8)
+        result = embedder.embed(list(pixels), ["color", "count"])
+        expected = embedder.project(result.universal, "color")
+        np.testing.assert_allclose(result["color"], expected, atol=1e-5)
+        assert result["color"].shape == (3, embedder.bases["color"].projection.output_dim)

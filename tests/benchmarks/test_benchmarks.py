@@ -1,0 +1,137 @@
+"""A short run of each benchmark, so that they keep working; no timed assertions."""
+
+from __future__ import annotations
+
+import pytest
+
+from crl_benchmarks import (
+    basis_quality,
+    projection_tables,
+    projections,
+    service_load,
+    service_overhead,
+)
+from crl_benchmarks.embed_latency import CRITERIA, measure
+from crl_sdk import ModelBundle, demo_bundle
+
+
+def test_embed_latency():
+    records = measure(ModelBundle.open(demo_bundle()), (1, 3), repeats=2)
+    assert [record["batch"] for record in records] == [1, 3]
+    for record in records:
+        assert all(record[f"criteria_{count}"]["p50_ms"] > 0 for count in CRITERIA)
+
+
+class Fluent:
+    """A language model that knows shapes and colours, and says nothing of use on the rest."""
+
+    name, follows_instructions = "fluent", False
+
+    def complete(self, prompt, grammar, sampling, on_token=None):
+        criterion = prompt.splitlines()[-1].rstrip(":")
+        known = {"shape": " round, oval, square, star, heart, cross, triangle\n",
+                 "color": " red, green, blue, yellow, pink, purple, black, white\n"}  # fmt: skip
+        return known.get(criterion, " ...\n")
+
+    chat = complete
+
+    def describe(self):
+        return {"name": self.name}
+
+
+def test_basis_quality():
+    pytest.importorskip("sklearn")
+    results = basis_quality.evaluate(
+        {"fluent": Fluent()}, images=200, seeds=[0], splits=1, helped=False
+    )
+    assert basis_quality.gain(results["shape"], "fluent") > 0.5
+    assert basis_quality.gain(results["colour"], "fluent") > 0.7
+    assert basis_quality.gain(results["colour"], "random words") < 0.7
+    (refused,) = results["count"]["fluent"]["scores"]
+    (universal,) = results["count"]["universal"]["scores"]
+    assert refused == universal  # where the model gives nothing, nothing is gained
+    assert basis_quality.as_table(results).count("| shape |") == 4
+    assert basis_quality.values_named("shape", ["Rounded", "stars", "cone"]) == 2
+
+
+def test_projections():
+    pytest.importorskip("sklearn")
+    world = projections.make_world(150, 2, Fluent())
+    runs = projections.measure_all(world, 2, workers=1)
+    assert projections.texts_of(world, "count", "language model", "", 0) == []  # it refused
+    by = {(r.factor, r.source, r.noise, r.variant, r.seed): r.scores["accuracy"] for r in runs}
+    assert by["colour", "own words", "", "centred", 0] > 0.9
+    assert by["colour", "random words", "", "centred", 0] < 0.5
+    assert ("count", "language model", "", "cosine", 0) not in by
+    warned = next(r for r in runs if r.source == "own words" and r.variant == "centred")
+    assert warned.signals["separation"] > 0.2 and warned.signals["stability"] > 0.7
+    text = projection_tables.markdown(runs, {"images": 150, "seeds": 2, "seconds": 60,
+                                             "references": 400})  # fmt: skip
+    assert text.count("\n| exclusive-weighted |") == 4 and "nan" not in text
+    assert text.count("words | exclusive-orthogonal |") == 4  # of each criterion's controls
+    assert "| count | language model | clean | " in text and "refused" in text
+
+
+def test_differences_are_paired():
+    def run(seed, variant, score):
+        return projections.Run("shape", "own words", "", variant, seed, 3, {"map": score}, {})
+
+    runs = [run(s, v, level + 0.1 * s + gain * (1 + 0.1 * s)) for s, level in ((0, 0.1), (1, 0.7))
+            for v, gain in (("cosine", 0), ("centred", 0.06))]  # fmt: skip
+    found = projection_tables.difference(runs, "centred", "map")
+    assert found.mean == pytest.approx(0.063)  # levels differ far more than that
+    assert found.half == pytest.approx(12.706 * 0.003, rel=1e-3)  # Student's, one degree
+    assert str(found) == "+6.3 ± 3.8"
+
+
+def test_service_overhead():
+    result = service_overhead.measure(runs=5, rounds=1, seconds=0.2, side=96)
+    assert result["latency"]["service_p50_ms"] > 0
+    assert result["throughput"]["cached_per_second"] > 0
+
+
+def test_service_load():
+    result = service_load.run(
+        "overload", seconds=1.0, deadline=1.0, max_queue=64, probe_seconds=0.5
+    )
+    assert result["wrong_rows"] == 0 and result["served_calls"] > 0
+    assert result["images_computed"] >= result["images_served"]
+    assert result["rss_peak_mb"] > 0
+
+
+def test_the_roofline_counts_what_a_projection_takes():
+    from crl_benchmarks.compile_table import GPUS, GpuPeak, Work, roofline, work
+    from crl_export.kernels.ahead import ARCHITECTURES
+
+    assert work(10, 4, [3, 70], 2) == Work(
+        flops=2 * 10 * 4 * 73,
+        executed=2 * (2 * 10 * 4 * (64 + 128)),  # whole blocks, and twice: 70 are more than one
+        bytes=2 * 40 + 4 * (4 + 1) * 73 + 4 * 10 * 73,
+        read_again=2 * (2 * 40 * 3) + 4 * (4 + 1) * 73 + 4 * 10 * 73,
+    )
+    needed = Work(flops=2 * 10**12, executed=4 * 10**12, bytes=10**9, read_again=0)
+    least = roofline(GpuPeak("one", tflops=2.0, bandwidth=500.0), needed)
+    assert least == {"memory_ms": 2.0, "needed_ms": 1000.0, "executed_ms": 2000.0}
+    assert set(GPUS) <= {name.replace("_", "") for name in ARCHITECTURES}
+
+
+def test_the_compile_table_has_what_compiled_and_what_was_refused():
+    from crl_benchmarks.compile_table import compile_one
+    from crl_sdk import demo_bundle
+
+    row = compile_one("demo", demo_bundle(), "fp32", "sm89")
+    assert row["compiled"] and row["bytes"] > 5e6 and 1e8 < row["peak_memory"] < 6e8
+    refused = compile_one("demo", demo_bundle(), "fp32", "sm75")
+    assert not refused["compiled"] and "got sm75" in refused["why"]
+
+
+def test_reprojection(tmp_path):
+    from crl_benchmarks import reprojection
+
+    cases = [reprojection.Case(3, 5), reprojection.Case(1, 8, "float16")]
+    document = reprojection.run(3000, 64, cases, rounds=2, directory=tmp_path)
+    for case in document["cases"]:
+        assert all(seconds > 0 for seconds in case["seconds"].values())
+    moved = 4 * 3000 * (64 + 15) / 1e9
+    assert document["cases"][0]["gigabytes_moved"] == round(moved, 3)
+    assert reprojection.markdown(document).count("| 3 × 5, float32 |") == 2

@@ -1,0 +1,205 @@
+"""The command line: what it writes, its JSON, and errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crl_sdk import Basis, demo_bundle
+
+
+@pytest.fixture
+def crl(tmp_path, monkeypatch):
+    """Run `crl` in a process of its own, in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("CRL_")}
+
+    def run(*arguments: object, status: int = 0, **variables: str) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            [sys.executable, "-m", "crl_sdk", *map(str, arguments)],
+            capture_output=True, text=True, check=False,
+            env={**environment, "COLUMNS": "200", **variables},
+        )  # fmt: skip
+        assert done.returncode == status, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+def document(done: subprocess.CompletedProcess) -> dict:
+    return json.loads(done.stdout)
+
+
+def test_version_and_help(crl):
+    assert crl("--version").stdout.startswith("crl 0.")
+    text = crl("--help").stdout
+    for command in ("export", "basis", "embed", "info", "demo-data"):
+        assert command in text
+
+
+def test_info(crl):
+    facts = document(crl("info", demo_bundle(), "--json"))
+    assert facts["embedding_dim"] > 0 and facts["path"] == str(demo_bundle())
+    table = crl("info", demo_bundle()).stdout
+    assert facts["fingerprint"] in table and "image.fp32.onnx" in table
+    assert "no readable manifest.json" in crl("info", "nowhere", status=1).stderr
+    error = document(crl("info", "nowhere", "--json", status=1))["error"]
+    assert error["type"] == "BundleError" and "nowhere" in error["message"]
+
+
+def test_basis_then_embed(crl, pictures, tmp_path):
+    texts = tmp_path / "colours.txt"
+    texts.write_text("red\ngreen\n\nblue\nRED\n", encoding="utf-8")
+    made = document(crl("basis", "create", "Main Color", "--texts", texts, "-t", "pink", "--json"))
+    assert made["texts"] == ["pink", "red", "green", "blue"] and made["counts"] == [1, 2, 1, 1]
+    path = tmp_path / "bases" / "main+color.safetensors"
+    assert made["path"] == "bases/main+color.safetensors"
+    assert document(crl("basis", "show", path, "--json")) == {**made, "path": str(path)}
+    assert "pink" in crl("basis", "show", path).stdout
+    assert "pass --overwrite" in crl("basis", "create", "main color", "-t", "x", status=1).stderr
+    crl("basis", "create", "main color", "-t", "red", "-t", "blue", "--overwrite")
+    assert Basis.load(path).texts == ("red", "blue")
+
+    for name in ("x.npz", "x.parquet"):
+        summary = document(
+            crl("embed", pictures[0].parent, "--criteria", "main color", "--out", name, "--json")
+        )
+        assert summary["images"] == 9 and summary["failed"] == []
+        assert summary["conditional"] == {"main color": 2}
+    arrays = np.load("x.npz")
+    assert arrays["universal"].shape == (9, summary["universal"])
+    assert arrays["main color"].shape == (9, 2)
+    assert arrays["path"].tolist() == sorted(map(str, pictures))
+    assert str(arrays["fingerprint"]) == summary["fingerprint"]
+
+    from pyarrow import parquet
+
+    table = parquet.read_table("x.parquet")
+    assert table.schema.metadata[b"crl_fingerprint"].decode() == summary["fingerprint"]
+    stored = np.stack(table["main color"].to_numpy(zero_copy_only=False))
+    np.testing.assert_array_equal(stored, arrays["main color"])
+
+
+def test_the_environment_names_bundle_and_bases(crl, tmp_path):
+    crl("basis", "create", "color", "-t", "red", "-t", "blue", CRL_BASES=str(tmp_path / "mine"))
+    assert (tmp_path / "mine" / "color.safetensors").exists()
+    wrong = crl("basis", "create", "color", "-t", "x", status=1, CRL_BUNDLE="nowhere")
+    assert "nowhere" in wrong.stderr
+
+
+def test_one_bad_image_is_named_and_the_others_written(crl, pictures, tmp_path):
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(pictures[0].read_bytes()[:200])
+    done = crl("embed", pictures[0], bad, pictures[1], "--out", "x.npz", "--json", status=1)
+    assert document(done)["failed"][0]["path"] == str(bad)
+    assert np.load("x.npz")["path"].tolist() == [str(pictures[0]), str(pictures[1])]
+    assert "bad.jpg" in crl("embed", bad, "--out", "y.npz", status=1).stderr
+    assert not Path("y.npz").exists()
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_a_basis_against_others(crl):
+    colors = [part for word in ("red", "green", "blue", "yellow") for part in ("-t", word)]
+    crl("basis", "create", "shape", "-t", "circle", "-t", "square", "-t", "star")
+    against = ["--method", "exclusive", "--against"]
+    made = document(crl("basis", "create", "color", *colors, *against, "shape", "--json"))
+    assert made["provenance"]["against"] == ["shape"] and made["method"] == "exclusive"
+    assert "shape" in crl("basis", "show", made["path"]).stdout
+    mixed = [*colors, "-t", "circles", "--against", "shape", "--overwrite", "--json"]
+    made = document(crl("basis", "create", "color", *mixed))
+    assert made["method"] == "exclusive-weighted" and made["weights"][-1] < min(
+        made["weights"][:-1]
+    )
+    assert f"{made['weights'][-1]:.2f}" in crl("basis", "show", made["path"]).stdout
+    refused = crl("basis", "create", "size", *colors, "--method", "exclusive", status=1).stderr
+    assert "expected against" in refused
+    refused = crl("basis", "create", "size", *colors, *against, "mood", status=1).stderr
+    assert "cannot be read" in refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["basis", "create", "color", "--texts", "nowhere.txt"], "cannot be read"),
+        (["basis", "create", "color", "--texts", "latin1.txt"], "expected UTF-8"),
+        (["basis", "create", "color", "--texts", "empty.txt"], "one text a line"),
+        (["basis", "create", "../color", "-t", "red"], "expected a criterion"),
+        (["basis", "create", "color", "-t", "red"], "at least two distinct texts"),
+        (["basis", "create", "color", "-t", "red " * 999, "-t", "blue"], "tokens, the model reads"),
+        (["basis", "show", "empty.txt"], "not a valid basis file"),
+        (["embed", "x.jpg", "--out", "x.csv"], "expected a .npz or .parquet"),
+        (["embed", "x.jpg", "--out", "no/such/x.npz"], "does not exist"),
+        (["embed", ".", "--out", "x.npz"], "no image files"),
+        (["embed", "x.jpg", "--out", "x.npz", "--criteria", "mood"], "known are []"),
+        (["embed", "x.jpg", "--out", "x.npz", "--engine", "onnx/cuda"], "CUDAExecutionProvider"),
+        (["export", "ViT-B-32", "--out", "b", "--precision", "fp8"], "fp32, fp16, int8"),
+    ],
+)
+def test_errors_say_what_to_do(crl, tmp_path, arguments, words):
+    (tmp_path / "latin1.txt").write_bytes("grün\n".encode("latin-1"))
+    (tmp_path / "empty.txt").write_text("\n")
+    done = crl(*arguments, status=1)
+    assert words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_demo_data(crl, tmp_path):
+    crl("demo-data", "scenes", "-n", 12, "--seed", 5)
+    lines = (tmp_path / "scenes" / "labels.csv").read_text().splitlines()
+    assert len(lines) == 13 and lines[0].startswith("file,shape,colour,texture,count")
+    assert "exists already" in crl("demo-data", "scenes", "-n", 12, status=1).stderr
+
+
+def test_demo(crl):
+    summary = document(crl("demo", "-n", 100, "--no-generate", "--json"))
+    assert [row["criterion"] for row in summary["criteria"]] == [
+        "shape", "colour", "texture", "count",
+    ]  # fmt: skip
+    colour = summary["criteria"][1]
+    assert colour["true_words"] > 0.85 and "generated" not in colour
+    assert colour["universal"] < 0.6
+    assert "conditional" in crl("demo", "-n", 100, "--no-generate").stdout
+
+
+def test_texts_come_from_a_local_model(crl, tmp_path):
+    table = crl("basis", "create", "color", "--answers", 4, "--dry-run").stdout
+    assert "votes" in table and "kept" in table and not (tmp_path / "bases").exists()
+    create = ["basis", "create", "color", "--answers", 4, "--count", 9, "--include", "teal"]
+    made = document(crl(*create, "--exclude", "blue", "--hint", "as painters say", "--json"))
+    assert made["texts"][0] == "teal" and 3 <= len(made["texts"]) <= 9
+    assert "blue" not in made["texts"]
+    origin = made["provenance"]
+    assert origin["model"]["sha256"] and origin["options"]["hint"] == "as painters say"
+    assert origin["votes"].keys() >= set(made["texts"]) and origin["seeds"] == [0, 1, 2, 3]
+
+    path = tmp_path / "bases" / "color.safetensors"
+    crl("basis", "create", "color", "--answers", 4, "--overwrite")
+    first = path.read_bytes()
+    crl("basis", "create", "color", "--answers", 4, "--overwrite")
+    assert path.read_bytes() == first  # the same command, the same bytes
+
+    edited = document(crl("basis", "edit", "color", "--add", "zigzag", "--remove", "red", "--json"))
+    assert edited["texts"][-1] == "zigzag" and "red" not in edited["texts"]
+    assert edited["provenance"]["edits"] == [{"added": ["zigzag"], "removed": ["red"]}]
+    assert (
+        "has no text 'mauve'" in crl("basis", "edit", "color", "--remove", "mauve", status=1).stderr
+    )
+
+
+def test_an_interrupted_generation_writes_nothing(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "crl_sdk", "basis", "create", "mood", "--answers", "1000"],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in stderr
+    assert not list(tmp_path.rglob("*.safetensors*"))

@@ -1,0 +1,122 @@
+"""What the Python clients do beyond one call: resizing, one version in a result, generation."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from crl_sdk import Client
+from crl_sdk.client._client import Options
+from crl_sdk.client._messages import stale_parts
+from crl_sdk.errors import ImageBatchError, MissingDependencyError, NotOfferedError, ServiceError
+
+
+def encoded(image: Image.Image, form: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def awkward() -> dict[str, object]:
+    """Pictures of all the forms that preprocessing treats on its own."""
+    random = np.random.default_rng(0)
+    rgb = Image.fromarray(random.integers(0, 255, (150, 201, 3), np.uint8))
+    rgba = Image.fromarray(random.integers(0, 255, (90, 130, 4), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    deep = Image.fromarray(random.integers(0, 65535, (60, 60), np.uint16))
+    return {
+        "jpeg": encoded(rgb, "JPEG", quality=80),
+        "turned": encoded(rgb, "JPEG", exif=exif),
+        "alpha": encoded(rgba, "PNG"),
+        "palette": encoded(rgb.convert("P"), "PNG"),
+        "grey": encoded(rgb.convert("L"), "PNG"),
+        "deep": encoded(deep, "PNG"),
+        "wide": encoded(rgb.resize((900, 40)), "PNG"),
+        "tall": encoded(rgb.resize((31, 700)), "PNG"),
+        "tiny": encoded(rgb.resize((3, 2)), "PNG"),
+        "exact": encoded(rgb.resize((96, 96)), "PNG"),
+        "pixels": random.integers(0, 255, (33, 77, 3), np.uint8),
+        "pil": rgba,
+    }
+
+
+def test_resizing_before_sending_changes_no_bit(server):
+    pictures = awkward()
+    with Client(server.address) as far, Client(server.address, Options(resize=True)) as near:
+        there = far.embed(list(pictures.values()), ["color"])
+        here = near.embed(list(pictures.values()), ["color"])
+    assert not here.cached.any()  # known by their pixels, so that the cache did not answer
+    for i, name in enumerate(pictures):
+        np.testing.assert_array_equal(here.universal[i], there.universal[i], err_msg=name)
+    np.testing.assert_array_equal(here["color"], there["color"])
+
+
+def test_what_cannot_be_resized_fails_alone(server, pictures):
+    with Client(server.address, Options(resize=True)) as client:
+        stored = client.embed([pictures[0]]).universal[0]
+        with pytest.raises(ImageBatchError) as caught:
+            client.embed([pictures[0], b"junk", "missing.jpg", stored], ["color"])
+    assert sorted(caught.value.errors) == [1, 2]
+    rows = caught.value.result["color"]
+    np.testing.assert_allclose(rows[0], rows[3], atol=1e-6)
+    assert np.isnan(rows[1:3]).all()
+
+
+def test_resizing_without_pillow_names_the_extra(server, pictures, monkeypatch):
+    monkeypatch.delitem(sys.modules, "crl_sdk.model._preprocess")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with (
+        Client(server.address, Options(resize=True)) as client,
+        pytest.raises(MissingDependencyError, match="runtime"),
+    ):
+        client.embed([pictures[0]])
+
+
+def test_a_result_holds_one_version_of_a_basis(server, pictures):
+    """The basis is replaced between the batches of one call."""
+    with Client(server.address, Options(batch_size=2, max_in_flight=1)) as client:
+        before = client.bases()[0].sha256
+
+        def slowly():
+            for number, path in enumerate(pictures):
+                if number == 5:
+                    with Client(server.address) as other:
+                        other.create_basis("color", ["red", "blue", "white"])
+                yield path if number != 1 else b"junk"
+
+        result = client.embed(slowly(), ["color"], on_error="collect")
+        whole = client.embed(pictures, ["color"])
+    assert result.basis_sha256 == whole.basis_sha256 != {"color": before}
+    good = [0, *range(2, 9)]
+    np.testing.assert_allclose(result["color"][good], whole["color"][good], atol=1e-6)
+    assert np.isnan(result["color"][1]).all() and list(result.errors) == [1]
+
+
+def test_results_of_two_models_are_never_joined(client, pictures):
+    from dataclasses import replace
+
+    part = client.embed(pictures[:1])
+    with pytest.raises(ServiceError, match="model was replaced"):
+        stale_parts([part, replace(part, fingerprint="another")])
+
+
+def test_errors_name_the_position_in_the_whole_list(server, pictures):
+    with Client(server.address, Options(batch_size=2)) as client:
+        result = client.embed([*pictures[:3], b"junk"], on_error="collect")
+    assert str(result.errors[3]).startswith("image 3: not a readable image")
+
+
+def test_one_batch_is_read_without_copies(client, pictures):
+    rows = client.embed([path.read_bytes() for path in pictures], ["color"])["color"]
+    assert rows.dtype == np.float32 and rows.shape[0] == 9
+    assert not rows.flags.owndata and not rows.flags.writeable  # a view of the message
+
+
+def test_generation_where_it_is_not_offered(client):
+    with pytest.raises(NotOfferedError, match="--generate"):
+        client.generate_basis("mood")

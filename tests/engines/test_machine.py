@@ -1,0 +1,51 @@
+"""`crl doctor`: what is found, what is missing, and which engine is taken for which reason."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from crl_sdk import demo_bundle
+from crl_sdk.cli._doctor import doctor
+from crl_sdk.engines import _cuda as cuda
+from crl_sdk.engines import _machine as machine
+from crl_sdk.engines import _processor as processor
+from crl_sdk.engines._machine import examine
+from crl_sdk.errors import EngineError
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    def nothing():
+        raise EngineError("expected an NVIDIA driver (libcuda.so.1), found none")
+
+    monkeypatch.setattr(cuda, "driver", nothing)
+
+
+def test_this_machine(no_gpu):
+    found = examine()
+    assert found.cores >= 1 and found.memory > 2**28 and found.processor
+    assert found.gpus == () and "libcuda" in found.cuda
+    assert found.runtimes["tensorrt-rtx"].startswith("1.")
+    assert "CPUExecutionProvider" in found.providers and "numpy" in found.packages
+
+
+def test_it_is_printed_and_is_json(no_gpu, capsys, monkeypatch):
+    doctor(bundle=demo_bundle(), as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told["chosen"] == "onnx/cpu/fp32" and told["machine"]["gpus"] == []
+    for module in (machine, processor):  # a system that tells nothing
+        monkeypatch.setattr(module, "read_text", lambda _: "")
+    doctor(bundle=demo_bundle(), as_json=False)
+    said = capsys.readouterr().out
+    assert "libcuda" in said and "taken" in said
+
+
+def test_without_a_driver_the_error_says_what_was_looked_for():
+    try:
+        cuda.driver()
+    except EngineError as error:
+        assert "driver" in str(error)
+    else:
+        assert cuda.architecture().startswith("sm")

@@ -1,0 +1,389 @@
+"""The TensorRT engine on a simulated GPU: buffers, buckets, graphs, refusals, nothing left."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import msgspec
+import numpy as np
+import pytest
+from simulated_gpu import CUresult, Driver, tensorrt
+
+from crl_sdk import Embedder, ModelBundle
+from crl_sdk.engines import _cuda as cuda
+from crl_sdk.engines import _tensorrt as module
+from crl_sdk.engines import _tensorrt_runtime as toolkit
+from crl_sdk.engines._onnx import OnnxImageEngine
+from crl_sdk.engines._selection import candidates, choose
+from crl_sdk.engines._tensorrt import TensorRTImageEngine
+from crl_sdk.engines._tensorrt_plans import find_plan, plans_directory, read_plans
+from crl_sdk.engines._verify import verify
+from crl_sdk.errors import EngineError, PlanError
+from crl_sdk.model import _parity as parity
+
+MOST, COLUMNS = 5, 100
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A copy of the demo bundle with a real plan of it."""
+    import shutil
+
+    from crl_export.tensorrt import compile_plan
+    from crl_sdk import demo_bundle
+
+    path = tmp_path_factory.mktemp("bundle") / "demo"
+    shutil.copytree(demo_bundle(), path)
+    bundle = ModelBundle.open(path)
+    compile_plan(
+        bundle, precision="fp32", architectures=["sm89"], batch=(1, 2, MOST), max_columns=COLUMNS
+    )
+    return path
+
+
+@pytest.fixture
+def bundle(compiled, tmp_path):
+    import shutil
+
+    shutil.copytree(compiled, tmp_path / "bundle")
+    return ModelBundle.open(tmp_path / "bundle")
+
+
+@pytest.fixture
+def reference(bundle):
+    return OnnxImageEngine.open(bundle, precision="fp32", threads=1)
+
+
+@pytest.fixture
+def gpu(bundle, reference, monkeypatch):
+    """A machine with a simulated GPU and TensorRT-RTX; nothing may be left on it."""
+    real = toolkit.load_toolkit("tensorrt-rtx")
+    folder = plans_directory(bundle)
+    plan = (folder / f"{read_plans(folder)[0].spec.stem}.plan").read_bytes()
+    driver = Driver()
+    fake = tensorrt(driver, reference, plan, (1, MOST), (1, COLUMNS))
+    logger = SimpleNamespace(errors=[])
+    kit = SimpleNamespace(
+        runtime="tensorrt-rtx", version=real.version, module=fake, logger=lambda: logger
+    )
+    monkeypatch.setattr(cuda, "driver", lambda: driver)
+    monkeypatch.setattr(module, "load_toolkit", lambda _: kit)
+    yield SimpleNamespace(driver=driver, trt=fake, kit=kit)
+    gc.collect()
+    assert driver.nothing_left()
+
+
+def inputs(bundle, images, columns, seed=0):
+    rng = np.random.default_rng(seed)
+    spec = bundle.preprocess
+    return (
+        rng.integers(0, 256, (images, spec.height, spec.width, 3), np.uint8),
+        rng.standard_normal((bundle.embedding_dim, columns)).astype(np.float32),
+        rng.standard_normal(columns).astype(np.float32),
+    )
+
+
+def test_every_batch_and_number_of_columns_agrees_with_the_reference(gpu, bundle, reference):
+    engine = TensorRTImageEngine.open(bundle)
+    assert engine.description == "tensorrt-rtx/cuda/fp32"
+    for images in (1, 3, 2, MOST, 4, 1, MOST + 3, 2 * MOST):
+        for columns in (0, 1, 63, 64, 65, COLUMNS):
+            arrays = inputs(bundle, images, columns, seed=images + columns)
+            for got, expected in zip(engine.run(*arrays), reference.run(*arrays), strict=True):
+                assert got.shape == expected.shape and got.dtype == np.float32
+                np.testing.assert_allclose(got, expected, atol=2e-5)
+    rows, columns = engine.run(*inputs(bundle, 0, 3))
+    assert rows.shape == (0, bundle.embedding_dim) and columns.shape == (0, 3)
+    engine.close()
+
+
+def test_one_graph_for_each_bucket_and_none_recorded_twice(gpu, bundle):
+    engine = TensorRTImageEngine.open(bundle)
+    assert len(gpu.driver.runnable) == 4  # 1, 2, 4 and 5 images, before the first request
+    for images in (1, 2, 3, 4, 5, 3, 1):
+        engine.run(*inputs(bundle, images, 0))
+    assert len(gpu.driver.runnable) == 4 and len(set(gpu.driver.launched)) == 4
+    before = len(gpu.driver.buffers)
+    for columns in (1, 40, 64):  # one bucket of columns
+        engine.run(*inputs(bundle, 1, columns))
+    assert len(gpu.driver.runnable) == 5
+    assert len(gpu.driver.buffers) == before  # all share what was there from the start
+    engine.run(*inputs(bundle, 1, 65))
+    assert len(gpu.driver.runnable) == 6
+    engine.close()
+
+
+def test_weights_are_copied_when_they_change_and_only_then(gpu, bundle, reference, monkeypatch):
+    engine = TensorRTImageEngine.open(bundle)
+    copied = []
+    upload = cuda.CudaDevice.upload
+    monkeypatch.setattr(
+        cuda.CudaDevice, "upload", lambda *a: (copied.append(a[2].shape), upload(*a))[1]
+    )
+    pixels, weight, bias = inputs(bundle, 2, 7)
+    engine.run(pixels, weight, bias)
+    assert len(copied) == 4  # weight, bias, and the pixels of a run before the recording and in it
+    engine.run(pixels, weight.copy(), bias.copy())
+    assert len(copied) == 4
+    weight[3, 2] += 1  # in place: the same array, other numbers
+    got = engine.run(pixels, weight, bias)[1]
+    assert len(copied) == 6
+    np.testing.assert_allclose(got, reference.run(pixels, weight, bias)[1], atol=2e-5)
+    engine.close()
+
+
+def test_threads_share_an_engine(gpu, bundle, reference):
+    engine = TensorRTImageEngine.open(bundle)
+
+    def one(seed):
+        arrays = inputs(bundle, 1 + seed % 6, seed % 3 * 30, seed)
+        return max(
+            float(np.abs(got - expected).max(initial=0))
+            for got, expected in zip(engine.run(*arrays), reference.run(*arrays), strict=True)
+        )
+
+    with ThreadPoolExecutor(4) as pool:  # threads that never entered the context before
+        assert max(pool.map(one, range(24))) < 2e-5
+    engine.close()
+
+
+def test_wrong_arrays_are_refused(gpu, bundle):
+    engine = TensorRTImageEngine.open(bundle)
+    pixels, weight, bias = inputs(bundle, 2, 3)
+    for wrong, words in [
+        ((pixels.astype(np.float32), weight, bias), "uint8"),
+        ((pixels[:, 1:], weight, bias), "expected pixels"),
+        ((pixels[0], weight, bias), "expected pixels"),
+        ((pixels, weight[1:], bias), "expected weight"),
+        ((pixels, weight, bias[1:]), "expected weight"),
+        (inputs(bundle, 1, COLUMNS + 1), f"--max-columns {COLUMNS + 1}"),
+    ]:
+        with pytest.raises(EngineError, match=words):
+            engine.run(*wrong)
+    engine.run(pixels, weight, bias)
+    engine.close()
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        engine.run(pixels, weight, bias)
+
+
+def test_what_the_compiled_kernels_are_is_kept_for_the_next_start(gpu, bundle):
+    TensorRTImageEngine.open(bundle).close()
+    (kept,) = plans_directory(bundle).glob("*.sm89.cache")
+    assert kept.read_bytes() == b"kernels for this GPU" and gpu.trt.caches_read == []
+    TensorRTImageEngine.open(bundle).close()
+    assert gpu.trt.caches_read == [b"kernels for this GPU"]
+    kept.write_bytes(b"of another driver")
+    TensorRTImageEngine.open(bundle).close()
+    assert kept.read_bytes() == b"kernels for this GPU"
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(gpu, bundle, monkeypatch, caplog):
+    def full(path, data, failure):
+        raise failure(f"{path}: no space left")
+
+    monkeypatch.setattr(module, "write_atomically", full)
+    with caplog.at_level(logging.WARNING):
+        TensorRTImageEngine.open(bundle).close()
+    assert "no space left" in caplog.text and "every start" in caplog.text
+
+
+def test_enterprise_tensorrt_takes_the_same_path(gpu, bundle, reference, monkeypatch):
+    """The other flavour has no runtime configuration; its plan is this one under another name."""
+    folder = plans_directory(bundle)
+    (plan,) = read_plans(folder)
+    data = (folder / f"{plan.spec.stem}.plan").read_bytes()
+    spec = msgspec.structs.replace(plan.spec, runtime="tensorrt", runtime_version="10.3.0")
+    module.choose_plan.__globals__["write_plan"](
+        folder, msgspec.structs.replace(plan, spec=spec), data
+    )
+    gpu.kit.runtime, gpu.kit.version = "tensorrt", "10.3.0"
+    engine = TensorRTImageEngine.open(bundle, runtime="tensorrt")
+    arrays = inputs(bundle, 3, 5)
+    np.testing.assert_allclose(engine.run(*arrays)[1], reference.run(*arrays)[1], atol=2e-5)
+    assert engine.description == "tensorrt/cuda/fp32" and not list(folder.glob("*.cache"))
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "cuStreamCreate", "cuMemAlloc", "cuMemHostAlloc", "cuMemcpyHtoDAsync",
+        "cuStreamSynchronize", "cuGraphLaunch",
+    ],
+)  # fmt: skip
+def test_a_driver_that_fails_is_a_typed_error(gpu, bundle, call):
+    if call == "cuGraphLaunch":
+        engine = TensorRTImageEngine.open(bundle)
+    gpu.driver.fail[call] = CUresult.CUDA_ERROR_OUT_OF_MEMORY
+    with pytest.raises(EngineError, match=r"CUDA_ERROR_OUT_OF_MEMORY.*memory is full"):
+        if call == "cuGraphLaunch":
+            engine.run(*inputs(bundle, 1, 0))
+        else:
+            TensorRTImageEngine.open(bundle)
+    gpu.driver.fail.clear()
+    if call == "cuGraphLaunch":
+        engine.run(*inputs(bundle, 1, 0))  # it goes on when the driver does
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    "call", ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate"]
+)
+def test_what_cannot_be_recorded_runs_without_a_graph(gpu, bundle, reference, call, caplog):
+    refused = CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+    gpu.driver.fail[call] = refused
+    engine = TensorRTImageEngine.open(bundle)
+    assert "without a CUDA graph" in caplog.text and refused.name in caplog.text
+    arrays = inputs(bundle, 3, 5)
+    np.testing.assert_allclose(engine.run(*arrays)[1], reference.run(*arrays)[1], atol=2e-5)
+    assert not gpu.driver.launched
+    engine.close()
+
+
+def test_an_engine_that_is_dropped_frees_what_it_had(gpu, bundle):
+    TensorRTImageEngine.open(bundle)
+    gc.collect()
+    assert gpu.driver.nothing_left()
+
+
+def test_too_little_memory_says_what_it_was_for(gpu, bundle):
+    gpu.driver.free = 1000
+    with pytest.raises(EngineError, match=r"image: .* bytes of the GPU's memory"):
+        TensorRTImageEngine.open(bundle)
+
+
+def test_plans_that_do_not_fit_are_refused_with_the_command(gpu, bundle):
+    folder = plans_directory(bundle)
+    with pytest.raises(PlanError, match=r"no plan in fp16 .*crl compile"):
+        TensorRTImageEngine.open(bundle, precision="fp16")
+    gpu.driver.capability = (12, 0)
+    with pytest.raises(PlanError, match=r"on sm120 .*: for sm89.*--arch sm120"):
+        TensorRTImageEngine.open(bundle)
+    gpu.driver.capability = (8, 9)
+    version, gpu.kit.version = gpu.kit.version, "9.9.9"
+    with pytest.raises(PlanError, match=r"9.9.9 on sm89 .*for version"):
+        TensorRTImageEngine.open(bundle)
+    gpu.kit.version = version
+    (file,) = folder.glob("*.plan")
+    data = file.read_bytes()
+    file.write_bytes(data[:-1])
+    with pytest.raises(PlanError, match="cut off"):
+        TensorRTImageEngine.open(bundle)
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(PlanError, match="it was changed"):
+        TensorRTImageEngine.open(bundle)
+    file.write_bytes(data)
+    gpu.trt.Runtime.deserialize_cuda_engine = lambda self, _: self._logger.errors.append("why")
+    with pytest.raises(PlanError, match=r"does not load it \(why\).*--force"):
+        TensorRTImageEngine.open(bundle)
+
+
+def test_auto_takes_a_plan_only_once_it_is_verified_here(gpu, bundle, monkeypatch, caplog):
+    monkeypatch.setattr("crl_sdk.engines._selection.load_toolkit", lambda _: gpu.kit)
+    engines = candidates(bundle)
+    first = choose(engines, "tensorrt-rtx")
+    assert first.usable and not first.automatic and "crl verify" in first.reason
+    assert choose(engines, "auto").engine == "onnx/cpu/fp32"
+    record = verify(bundle, "tensorrt-rtx", batches=(1,), seconds=0.01)
+    assert record.agrees and record.engine == "tensorrt-rtx/cuda/fp32"
+    (plan,) = read_plans(plans_directory(bundle))
+    assert plan.verified == ("sm89",) and find_plan(plans_directory(bundle), plan.spec) == plan
+    with caplog.at_level(logging.INFO):
+        embedder = Embedder.open(bundle)
+    assert embedder.engine == "tensorrt-rtx/cuda/fp32" and "verified on sm89" in caplog.text
+    basis = embedder.create_basis("color", ["red", "blue", "green"])
+    pictures = list(parity.images(bundle.preprocess, 7))
+    got = embedder.embed(pictures, [basis], batch_size=4)
+    with Embedder.open(bundle, engine="onnx/cpu") as other:
+        expected = other.embed(pictures, [basis])
+    np.testing.assert_allclose(got["color"], expected["color"], atol=1e-4)
+    embedder.close()
+
+
+def test_a_wrong_engine_is_not_recorded_as_verified(gpu, bundle, reference, monkeypatch):
+    monkeypatch.setattr("crl_sdk.engines._selection.load_toolkit", lambda _: gpu.kit)
+    run = reference.run
+    reference.run = lambda *arrays: tuple(each[::-1] for each in run(*arrays))
+    record = verify(bundle, "tensorrt-rtx", batches=(1,), seconds=0.01)
+    assert not record.agrees and record.failures
+    assert read_plans(plans_directory(bundle))[0].verified == ()
+    reference.run = run
+    assert verify(bundle, "tensorrt-rtx", batches=(1,), seconds=0.01).agrees
+    assert read_plans(plans_directory(bundle))[0].verified == ("sm89",)
+    reference.run = lambda *arrays: tuple(each * 1.1 for each in run(*arrays))  # a new driver, say
+    assert not verify(bundle, "tensorrt-rtx", batches=(1,), seconds=0.01).agrees
+    assert read_plans(plans_directory(bundle))[0].verified == ()
+
+
+def test_a_baked_plan_runs_its_basis_alone(gpu, bundle, reference, monkeypatch):
+    from crl_export.tensorrt import compile_plan
+
+    with Embedder.open(bundle, engine="onnx/cpu") as embedder:
+        basis = embedder.create_basis("color", ["red", "blue", "green"])
+    baked = compile_plan(
+        bundle, precision="fp32", architectures=["sm89"], batch=(1, 2, MOST), baked=basis
+    )
+    projection = basis.projection
+
+    class Fixed:
+        def run(self, pixels, *_):
+            return reference.run(pixels, projection.weight, projection.bias)
+
+    fake = tensorrt(gpu.driver, Fixed(), baked.path.read_bytes(), (1, MOST), (1, 1))
+    fake.classes[1].num_io_tensors = 3
+    fake.classes[1].get_tensor_name = lambda _, i: ("image", "embedding", "projected")[i]
+    fake.classes[2].infer_shapes = lambda _: []
+    execute = fake.classes[2].execute_async_v3
+
+    def with_constants(context, stream):
+        context.shapes = {"image": context.shapes["image"], "weight": (0,), "bias": (0,)}
+        context.addresses |= dict.fromkeys(("weight", "bias"), context.addresses["image"])
+        return execute(context, stream)
+
+    fake.classes[2].execute_async_v3 = with_constants
+    gpu.kit.module = fake
+    embedder = Embedder.open(bundle, engine="tensorrt-rtx", baked=basis)
+    pictures = list(parity.images(bundle.preprocess, 3))
+    with Embedder.open(bundle, engine="onnx/cpu") as other:
+        expected = other.embed(pictures, [basis])["color"]
+    np.testing.assert_allclose(embedder.embed(pictures, ["color"])["color"], expected, atol=1e-4)
+    record = verify(bundle, "tensorrt-rtx", batches=(1,), seconds=0.01, baked=basis)
+    assert record.agrees and record.engine == "tensorrt-rtx/cuda/fp32"
+    with pytest.raises(EngineError, match="'color', which is fixed"):
+        embedder._image_engine.run(*inputs(bundle, 1, 2))
+    embedder.close()
+
+
+def test_every_use_of_tensorrt_fits_the_real_bindings():
+    from conformance.tensorrt_bindings import misfits
+
+    seen, wrong = misfits(toolkit.load_toolkit("tensorrt-rtx").module, rtx=True)
+    assert not wrong and seen > 60
+
+
+def test_the_simulation_has_the_names_of_the_real_bindings(gpu, bundle):
+    from cuda.bindings import driver as real
+
+    for name, member in vars(Driver).items():
+        if name.startswith("cu"):
+            parameters = list(inspect.signature(member).parameters)[1:]
+            assert parameters == list(inspect.signature(getattr(real, name)).parameters), name
+    for group in ("CUstreamCaptureMode", "CUdevice_attribute"):
+        for name, number in vars(getattr(Driver, group)).items():
+            assert int(getattr(getattr(real, group), name)) == number
+    for result in CUresult:
+        assert int(getattr(real.CUresult, result.name)) == result
+    trt = toolkit.load_toolkit("tensorrt-rtx").module
+    for simulated in gpu.trt.classes:
+        genuine = getattr(trt, simulated.__name__)
+        for name in vars(simulated):
+            if not name.startswith("_") and name not in ("allocation", "cache", "data"):
+                assert hasattr(genuine, name), f"{simulated.__name__}.{name}"
+    assert hasattr(trt.ExecutionContextAllocationStrategy, "USER_MANAGED")
+    assert hasattr(trt.DynamicShapesKernelSpecializationStrategy, "EAGER")
+    assert hasattr(trt.CudaGraphStrategy, "DISABLED")

@@ -1,0 +1,133 @@
+"""The kernel against NumPy; a process of its own, with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import os
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "set it before triton is imported"
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from crl_export.kernels.projection import project_segments  # noqa: E402
+from crl_sdk.basis._basis import METHODS  # noqa: E402
+from crl_sdk.basis._methods import make_projection, takes_against  # noqa: E402
+from crl_sdk.engines._kernels import POST_NUMBERS  # noqa: E402
+from crl_sdk.projection._projection import EPSILON, normalise_rows  # noqa: E402
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+BLOCKS = {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 16}
+
+
+def run(x, weight, bias, sizes, posts, *, unit, out_dtype=torch.float32):
+    starts = torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int32)
+    numbers = torch.tensor([POST_NUMBERS[post] for post in posts], dtype=torch.int32)
+    out = torch.full((len(x), int(starts[-1])), 7.0, dtype=out_dtype)
+    grid = (-(-len(x) // BLOCKS["BLOCK_N"]), len(sizes))
+    project_segments[grid](
+        x, weight, bias, starts, numbers, len(x), x.shape[1], out.shape[1], out,
+        **BLOCKS, UNIT=unit, SINGLE=max(sizes) <= BLOCKS["BLOCK_K"],
+    )  # fmt: skip
+    return out.float().numpy()
+
+
+def expected(x, weight, bias, sizes, posts, *, unit):
+    rows = x.float().numpy()
+    if unit:
+        norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        rows = rows / np.maximum(norms, EPSILON)
+    columns = rows @ weight.float().numpy() + bias.numpy()
+    parts = np.split(columns, np.cumsum(sizes)[:-1], axis=1)
+    return np.concatenate(
+        [normalise_rows(part, post) for part, post in zip(parts, posts, strict=True)], axis=1
+    )
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    n=st.integers(1, 40),
+    d=st.sampled_from([1, 7, 32, 63, 128]),
+    segments=st.lists(
+        st.tuples(st.integers(1, 40), st.sampled_from(sorted(POST_NUMBERS))),
+        min_size=1,
+        max_size=5,
+    ),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    unit=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def parity(*, n, d, segments, dtype, unit, seed):
+    """2e-5, absolute and relative, against float32 NumPy on the same (rounded) inputs."""
+    rng = np.random.default_rng(seed)
+    sizes, posts = zip(*segments, strict=True)
+    x = torch.from_numpy(rng.standard_normal((n, d)).astype(np.float32))
+    if not unit:
+        x /= x.norm(dim=1, keepdim=True)
+    if n > 2:
+        x[1] = 0
+    x = x.to(DTYPES[dtype])
+    weight = torch.from_numpy(rng.standard_normal((d, sum(sizes))).astype(np.float32) / d**0.5)
+    bias = torch.from_numpy(rng.standard_normal(sum(sizes)).astype(np.float32))
+    measured = run(x, weight, bias, sizes, posts, unit=unit)
+    exact = expected(x, weight, bias, sizes, posts, unit=unit)
+    for column, (size, post) in zip(np.cumsum((0, *sizes[:-1])), segments, strict=True):
+        own = slice(column, column + size)
+        if post == "standardise" and size <= 2:
+            continue  # one or two values: their difference is divided by itself
+        np.testing.assert_allclose(measured[:, own], exact[:, own], atol=2e-5, rtol=2e-5)
+
+
+def bad_rows_stay_alone():
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.standard_normal((20, 32)).astype(np.float32))
+    weight = torch.from_numpy(rng.standard_normal((32, 24)).astype(np.float32))
+    bias, sizes = torch.zeros(24), (4, 20)
+    clean = run(x, weight, bias, sizes, ("l2", "standardise"), unit=True)
+    x[3, 5], x[4] = float("nan"), 0.0
+    marred = run(x, weight, bias, sizes, ("l2", "standardise"), unit=True)
+    assert np.isnan(marred[3]).all() and not marred[4].any()
+    others = np.delete(np.arange(20), [3, 4])
+    np.testing.assert_array_equal(marred[others], clean[others])
+
+
+def halves():
+    """fp16 weights and results: 4e-3, of tensor cores' inputs and of the rounded output."""
+    rng = np.random.default_rng(1)
+    x = torch.from_numpy(rng.standard_normal((33, 64)).astype(np.float32)).half()
+    weight = torch.from_numpy(rng.standard_normal((64, 30)).astype(np.float32) / 8).half()
+    bias, sizes, posts = torch.zeros(30), (9, 21), ("l2", "standardise")
+    measured = run(x, weight, bias, sizes, posts, unit=True, out_dtype=torch.float16)
+    exact = expected(x, weight, bias, sizes, posts, unit=True)
+    np.testing.assert_allclose(measured, exact, atol=4e-3)
+
+
+def every_method():
+    """Bases of all methods in one launch, against each projection's own `apply`: 2e-5."""
+    rng = np.random.default_rng(2)
+    texts, other, images = (
+        normalise_rows(rng.standard_normal((count, 64)).astype(np.float32) + 0.5, "l2")
+        for count in (9, 5, 33)
+    )
+    made = [
+        make_projection(
+            texts, method, against=[other] if takes_against(method) else [],
+            reference=None if method == "cosine" else images[:20],
+        )
+        for method in METHODS
+    ]  # fmt: skip
+    weight = torch.from_numpy(np.concatenate([each.weight for each in made], axis=1))
+    bias = torch.from_numpy(np.concatenate([each.bias for each in made]))
+    sizes, posts = zip(*((each.output_dim, each.post) for each in made), strict=True)
+    measured = run(torch.from_numpy(images), weight, bias, sizes, posts, unit=False)
+    exact = np.concatenate([each.apply(images) for each in made], axis=1)
+    np.testing.assert_allclose(measured, exact, atol=2e-5)
+
+
+if __name__ == "__main__":
+    parity()
+    every_method()
+    bad_rows_stay_alone()
+    halves()
+    print("agrees")

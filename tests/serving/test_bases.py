@@ -1,0 +1,285 @@
+"""Bases over the wire: changed live, safe on disk, refused where they do not fit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import grpc
+import numpy as np
+import pytest
+
+from crl_sdk import Basis, Client
+from crl_sdk.basis._basis import METHODS, basis_path
+from crl_sdk.basis._build import build_basis
+from crl_sdk.basis._methods import takes_against
+from crl_sdk.errors import (
+    BasisError,
+    BasisExistsError,
+    BasisMismatchError,
+    CriterionError,
+    IntegrityError,
+    InvalidInputError,
+    ServiceError,
+    UnknownCriterionError,
+)
+from crl_sdk.pb.crl.v1 import basis_pb2, basis_pb2_grpc
+
+
+def make(embedder, criterion="mood", texts=("happy", "sad", "calm"), fingerprint=None) -> Basis:
+    return build_basis(
+        criterion, texts, embedder.embed_text,
+        fingerprint=fingerprint or embedder.bundle.fingerprint,
+        merge_threshold=1.0,  # the demo model hardly tells moods apart
+    )  # fmt: skip
+
+
+def test_the_server_knows_no_method(client, embedder, pictures):
+    """Bases of all methods are served beside each other: one line for each in the list."""
+    texts = ["red", "green", "blue", "yellow", "pink"]
+    other = make(embedder, "size", ("small", "medium", "large"))
+    client.put_basis(other.to_bytes())
+    made = {}
+    for method in METHODS:
+        name = f"by {method}"
+        against = [other] if takes_against(method) else []
+        made[name] = build_basis(
+            name, texts, embedder.embed_text, fingerprint=embedder.bundle.fingerprint,
+            method=method, against=against,
+        )  # fmt: skip
+        client.create_basis(name, texts, method=method, against=[b.criterion for b in against])
+    listed = {b.criterion: (b.method, b.output_dim) for b in client.bases()}
+    for name, basis in made.items():
+        assert listed[name] == (basis.method, basis.projection.output_dim)
+    result = client.embed(pictures[:3], criteria=list(made))
+    for name, basis in made.items():
+        expected = basis.projection.apply(result.universal)
+        np.testing.assert_allclose(result[name], expected, atol=1e-6)
+    assert client.create_basis("color", texts, against=["size"]).method == "exclusive-weighted"
+    with pytest.raises(InvalidInputError, match="expected against"):
+        client.create_basis("color", texts, method="exclusive")
+    with pytest.raises(InvalidInputError, match="expected against"):
+        client.create_basis("color", texts, method="cosine", against=["size"])
+    with pytest.raises(UnknownCriterionError, match="known are"):
+        client.create_basis("color", texts, against=["weight"])
+    with pytest.raises(InvalidInputError, match="expected a method of"):
+        client.create_basis("color", texts, method="whitened")
+
+
+def test_put_list_get_delete(server, client, embedder, pictures, tmp_path):
+    basis = make(embedder)
+    info = client.put_basis(basis.to_bytes())
+    assert info.criterion == "mood" and info.sha256 == basis.sha256() and info.output_dim == 3
+    assert [b.criterion for b in client.bases()] == ["color", "mood", "shape"]
+    result = client.embed(pictures[:2], criteria=["mood"])
+    assert result.basis_sha256["mood"] == basis.sha256()
+    np.testing.assert_allclose(result["mood"], basis.projection.apply(result.universal), atol=1e-6)
+    with grpc.insecure_channel(server.address) as channel:
+        stub = basis_pb2_grpc.BasisServiceStub(channel)
+        reply = stub.GetBasis(basis_pb2.GetBasisRequest(criterion="Mood"))
+    assert reply.file == basis.to_bytes()
+    path = tmp_path / "bases" / "mood.safetensors"
+    assert path.read_bytes() == reply.file
+    client.delete_basis("mood")
+    assert not path.exists()
+    with pytest.raises(UnknownCriterionError, match="known are"):
+        client.embed(pictures[:1], criteria=["mood"])
+    with pytest.raises(UnknownCriterionError):
+        client.delete_basis("mood")
+
+
+def test_bases_outlive_the_server_and_strangers_are_left_alone(serve, embedder, tmp_path, caplog):
+    first = serve(embedder)
+    with Client(first.address) as client:
+        client.create_basis("mood", ["red", "blue"], prompts=["a {} picture"])
+    first.stop()
+    directory = tmp_path / "bases"
+    make(embedder, "alien", fingerprint="0" * 64).save(directory / "alien.safetensors")
+    (directory / "torn.safetensors").write_bytes(b"\x08")
+    (directory / ".mood.safetensors.x.tmp").write_bytes(b"of a write that was killed")
+    make(embedder, "real").save(directory / "other.safetensors")
+    second = serve(embedder)
+    with Client(second.address) as client:
+        (info,) = client.bases()
+    assert info.criterion == "mood" and list(info.prompts) == ["a {} picture"]
+    for words in ("0000", "torn", "rename it"):
+        assert words in caplog.text
+    assert (directory / "alien.safetensors").exists()
+    assert not (directory / ".mood.safetensors.x.tmp").exists()
+
+
+def test_what_is_refused(server, client, embedder):
+    with pytest.raises(IntegrityError, match="not a valid basis file"):
+        client.put_basis(b"PK\x03\x04")
+    with pytest.raises(IntegrityError):
+        client.put_basis(make(embedder).to_bytes()[:-1])
+    with pytest.raises(BasisMismatchError, match="was made for model 000"):
+        client.put_basis(make(embedder, fingerprint="0" * 64).to_bytes())
+    for criterion, texts, error in [
+        ("../x", ["a", "b"], CriterionError),
+        ("mood", [], InvalidInputError),
+        ("mood", ["happy"], InvalidInputError),
+    ]:
+        with pytest.raises(error):
+            client.create_basis(criterion, texts)
+    with grpc.insecure_channel(server.address) as channel:
+        stub = basis_pb2_grpc.BasisServiceStub(channel)
+        given = basis_pb2.BasisTexts(criterion="color", texts=["red", "blue"])
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.PutBasis(basis_pb2.PutBasisRequest(texts=given, no_replace=True))
+        assert caught.value.code() == grpc.StatusCode.ALREADY_EXISTS
+        assert dict(caught.value.trailing_metadata())["crl-error"] == BasisExistsError.__name__
+        with pytest.raises(grpc.RpcError, match="neither"):
+            stub.PutBasis(basis_pb2.PutBasisRequest())
+        strange = basis_pb2.BasisTexts(criterion="x", texts=["a", "b"], method="magic")
+        with pytest.raises(grpc.RpcError, match="expected a method"):
+            stub.PutBasis(basis_pb2.PutBasisRequest(texts=strange))
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.GenerateBasis(basis_pb2.GenerateBasisRequest(criterion="mood")))
+        assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    assert [b.criterion for b in client.bases()] == ["color", "shape"]
+
+
+def test_a_full_disk_changes_nothing(server, client, embedder, pictures, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    before = client.embed(pictures[:1], criteria=["color"])
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(BasisError, match="No space left"):
+        client.put_basis(make(embedder, "color", ["x", "y"]).to_bytes())
+    after = client.embed(pictures[:1], criteria=["color"])
+    assert after.basis_sha256 == before.basis_sha256
+    directory = server.pipeline.bases.directory
+    assert sorted(p.name for p in directory.iterdir()) == [
+        ".lock", "color.safetensors", "shape.safetensors",
+    ]  # fmt: skip
+
+
+def test_two_servers_on_one_directory_or_port(serve, server, embedder, tmp_path):
+    with pytest.raises(BasisError, match="another server owns it"):
+        serve(embedder)
+    with pytest.raises(ServiceError, match="cannot listen there"):
+        serve(embedder, address=server.address, bases=tmp_path / "others")
+
+
+def test_replies_never_mix_two_versions(server, client, embedder, pictures):
+    """While a basis changes back and forth, each reply's rows are those of the version it names."""
+    versions = {
+        basis.sha256(): basis
+        for basis in (make(embedder, "mood", texts) for texts in (["a", "b"], ["x", "y", "z"]))
+    }
+    files = [basis.to_bytes() for basis in versions.values()]
+    client.put_basis(files[0])
+    stop = threading.Event()
+
+    def change():
+        with Client(server.address) as other:
+            for i in range(10_000):
+                if stop.is_set():
+                    return
+                other.put_basis(files[i % 2])
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        seen = set()
+        for _ in range(150):
+            result = client.embed(pictures[:3], criteria=["mood", "color"])
+            version = result.basis_sha256["mood"]
+            seen.add(version)
+            expected = versions[version].projection.apply(result.universal)
+            np.testing.assert_allclose(result["mood"], expected, atol=1e-6)
+    finally:
+        stop.set()
+        thread.join()
+    assert len(seen) == 2
+
+
+def test_a_kill_at_any_moment_leaves_whole_bases(embedder, tmp_path):
+    """kill -9 in the middle of writes, again and again: the next start reads every file."""
+    bases = tmp_path / "bases"
+    files = [make(embedder, "mood", texts).to_bytes() for texts in (["a", "b"], ["x", "y", "z"])]
+    writer = (
+        "import sys, itertools\n"
+        "from pathlib import Path\n"
+        "from crl_sdk import Basis\n"
+        "from crl_sdk.serving._bases import BasisStore\n"
+        "versions = [Basis.load(path) for path in sys.argv[2:]]\n"
+        "store = BasisStore(Path(sys.argv[1]), versions[0].fingerprint)\n"
+        "store.open()\n"
+        "assert all(name == 'mood' for name in store.snapshot), 'strange names'\n"
+        "print('ready', len(store.snapshot), flush=True)\n"
+        "for basis in itertools.cycle(versions): store.put(basis)\n"
+    )
+    for i, data in enumerate(files):
+        (tmp_path / f"{i}.safetensors").write_bytes(data)
+    arguments = [bases, tmp_path / "0.safetensors", tmp_path / "1.safetensors"]
+    rng = np.random.default_rng(0)
+    for round_ in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", writer, *map(str, arguments)], stdout=subprocess.PIPE, text=True
+        )
+        line = process.stdout.readline()
+        assert line == f"ready {min(round_, 1)}\n"
+        time.sleep(0.05 + rng.uniform(0, 0.03))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert basis_path(bases, "mood").read_bytes() in files
+
+
+class Scripted:
+    """A language model that knows moods."""
+
+    name, follows_instructions = "scripted", False
+
+    def complete(self, prompt, grammar, sampling, on_token=None):
+        time.sleep(0.05)
+        for i in range(5):
+            on_token(i + 1, sampling.seed + i / 5)
+        return " red, blue, green, pink\n" if "mood" in prompt.splitlines()[-1] else " x\n"
+
+    chat = complete
+
+    def describe(self):
+        return {"name": self.name}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_the_servers_language_model_writes_a_basis(serve, embedder, pictures):
+    server = serve(embedder, open_model=Scripted)
+    with grpc.insecure_channel(server.address) as channel:
+        stub = basis_pb2_grpc.BasisServiceStub(channel)
+        events = list(stub.GenerateBasis(basis_pb2.GenerateBasisRequest(criterion="mood")))
+        assert len(events) > 3
+        assert all(event.HasField("progress") for event in events[:-1])
+        assert list(events[-1].done.info.texts)[:2] == ["red", "blue"]
+        with pytest.raises(grpc.RpcError, match="does not seem to know") as caught:
+            list(stub.GenerateBasis(basis_pb2.GenerateBasisRequest(criterion="habitat")))
+        assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        with pytest.raises(grpc.RpcError, match="expected hints"):
+            list(stub.GenerateBasis(basis_pb2.GenerateBasisRequest(criterion="x", hint="<|a|>")))
+        abandoned = stub.GenerateBasis(basis_pb2.GenerateBasisRequest(criterion="mood"))
+        next(abandoned)
+        abandoned.cancel()
+    seen = []
+    with Client(server.address) as client:
+        assert client.embed(pictures[:1], criteria=["mood"])["mood"].shape[0] == 1
+        info = client.generate_basis("mood", progress=seen.append, exclude=["blue"])
+        assert "red" in info.texts and "blue" not in info.texts and seen
+        with pytest.raises(BasisExistsError):
+            client.generate_basis("mood", no_replace=True)
+        client.create_basis("shape", ["circle", "square", "star"])
+        info = client.generate_basis("mood", against=["shape"])
+        assert info.method == "exclusive-weighted"
+        with pytest.raises(UnknownCriterionError, match="known are"):
+            client.generate_basis("mood", against=["weight"])

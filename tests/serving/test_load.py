@@ -1,0 +1,329 @@
+"""Deadlines, overload, vanished clients, a failing engine: what is dead costs nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from crl_sdk import AsyncClient, Client
+from crl_sdk.client._client import Options
+from crl_sdk.errors import DeadlineError, EngineError, InvalidInputError, OverloadedError
+from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
+from crl_sdk.serving import _batcher as batcher_module
+from crl_sdk.serving._batcher import Batcher
+from crl_sdk.serving._cache import EmbeddingCache
+from crl_sdk.serving._pipeline import Limits, Pace
+from support import picture, until
+
+
+def health_of(address: str, service: str = "") -> int:
+    with grpc.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        return stub.Check(health_pb2.HealthCheckRequest(service=service)).status
+
+
+def test_what_is_past_its_deadline_is_never_computed(serve, faked, engine):
+    server = serve(faked)
+    before = sum(engine.batches)
+    engine.gate.clear()
+    hopeless = Options(timeout=0.3, retries=0)
+    with Client(server.address, hopeless) as client, Client(server.address) as patient:
+        blocked = server.pipeline.batcher
+        for _ in range(2):  # the first is in the engine, the second waits behind it
+            with pytest.raises(DeadlineError):
+                client.embed([picture()])
+        engine.gate.set()
+        patient.embed([picture()])
+    until(lambda: blocked.depth == 0)
+    assert sum(engine.batches) - before == 2  # the one in the engine, and the patient one
+    assert blocked.counts.expired + blocked.counts.cancelled == 1
+
+
+def test_a_deadline_of_a_millisecond(serve, faked, engine):
+    server = serve(faked)
+    engine.seconds = 0.2
+    with Client(server.address, Options(timeout=0.001, retries=0)) as client:
+        for _ in range(20):  # late, or, while others wait, refused because it would be
+            with pytest.raises((DeadlineError, OverloadedError)):
+                client.embed([picture()])
+    with Client(server.address) as client:
+        assert client.embed([picture()]).universal.shape == (1, 128)
+
+
+def test_over_the_queue_calls_are_refused_at_once(serve, faked, engine):
+    server = serve(faked, limits=Limits(max_queue=8, max_images=8, max_batch=4))
+    engine.seconds = 0.3
+
+    async def flood():
+        options = Options(retries=0, timeout=20)
+        async with AsyncClient(server.address, options) as client:
+
+            async def call():
+                started = time.monotonic()
+                try:
+                    await client.embed([picture()])
+                except OverloadedError as error:
+                    assert error.retry_after > 0 and "the queue is full" in str(error)
+                    return "refused", time.monotonic() - started
+                return "served", time.monotonic() - started
+
+            return await asyncio.gather(*(call() for _ in range(100)))
+
+    outcomes = asyncio.run(flood())
+    refused = [seconds for kind, seconds in outcomes if kind == "refused"]
+    served = [seconds for kind, seconds in outcomes if kind == "served"]
+    assert 8 <= len(served) <= 20 and len(refused) == 100 - len(served)
+    assert np.median(refused) < min(served)  # long before anything was served
+    assert server.pipeline.batcher.counts.rejected == len(refused)
+    assert server.pipeline.batcher.depth == 0
+    with Client(server.address) as client:  # and retries come through once it is quiet
+        assert client.embed([picture()]).universal.shape == (1, 128)
+
+
+def test_a_client_retries_until_there_is_room(serve, faked, engine):
+    server = serve(faked, limits=Limits(max_queue=2, max_images=2, max_batch=2))
+    engine.seconds = 0.05
+
+    async def all_at_once():
+        async with AsyncClient(server.address, Options(retries=20)) as client:
+            return await asyncio.gather(*(client.embed([picture()]) for _ in range(12)))
+
+    assert len(asyncio.run(all_at_once())) == 12
+    assert server.pipeline.batcher.counts.rejected > 0
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu"])
+def test_pictures_are_decoded_beside_an_engine_unless_it_runs_on_the_cpu(
+    serve, faked, engine, device, monkeypatch
+):
+    engine.description = f"fake/{device}/fp32"
+    decoded: list[float] = []
+    load_pixels = faked.load_pixels
+
+    def watched(source):
+        decoded.append(time.monotonic())
+        return load_pixels(source)
+
+    monkeypatch.setattr(faked, "load_pixels", watched)
+    server = serve(faked)
+    assert engine.batches == ([1, server.pipeline.limits.max_batch] if device == "gpu" else [1])
+    engine.gate.clear()
+    runs = len(engine.entered)
+    with ThreadPoolExecutor(2) as callers, Client(server.address) as client:
+        first = callers.submit(client.embed, [picture()])
+        until(lambda: len(engine.entered) == runs + 1)  # it runs now
+        second = callers.submit(client.embed, [picture()])
+        until(lambda: server.pipeline._in_works == 2)
+        if device == "gpu":
+            until(lambda: len(decoded) == 2)
+        else:
+            time.sleep(0.2)
+            assert len(decoded) == 1
+        engine.gate.set()
+        for call in (first, second):
+            assert call.result(timeout=30).universal.shape == (1, 128)
+    assert len(decoded) == 2
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu"])
+def test_calls_that_were_cancelled_cost_nothing(serve, faked, engine, device):
+    """Pictures wait decoded for a GPU's engine, and as they came for one on the CPU."""
+    engine.description = f"fake/{device}/fp32"
+    server = serve(faked)
+    engine.gate.clear()
+    before, entered = sum(engine.batches), sum(engine.entered)
+    with grpc.insecure_channel(server.address) as channel:
+        stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+        from crl_sdk.rpc import _tensors as wire
+
+        calls = [
+            stub.Embed.future(
+                embedding_pb2.EmbedRequest(
+                    images=[embedding_pb2.Image(pixels=wire.encode(picture()))]
+                )
+            )
+            for _ in range(6)
+        ]
+        if device == "gpu":
+            until(lambda: sum(engine.entered) - entered + server.pipeline.batcher.depth == 6)
+        else:
+            until(lambda: server.pipeline._in_works == 6 and sum(engine.entered) > entered)
+        running = sum(engine.entered) - entered  # mostly one; two that came together are one batch
+        for call in calls:
+            call.cancel()
+        time.sleep(0.2)
+    engine.gate.set()
+    until(lambda: server.pipeline.batcher.counts.cancelled == 6 - running)
+    assert server.pipeline.batcher.depth == 0
+    assert sum(engine.batches) - before == running < 6
+
+
+def test_an_engine_that_fails_turns_health_until_it_runs_again(serve, faked, engine, monkeypatch):
+    monkeypatch.setattr(batcher_module, "_REVIVE_SECONDS", 0.1)
+    server = serve(faked)
+    assert health_of(server.address) == health_pb2.HealthCheckResponse.SERVING
+    engine.fails = True
+    with Client(server.address, Options(retries=0)) as client:
+        with pytest.raises(EngineError, match="fell off the bus"):
+            client.embed([picture()])
+        not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
+        until(lambda: health_of(server.address) == not_serving)
+        with pytest.raises(EngineError):
+            client.embed([picture()])
+        engine.fails = False
+        until(lambda: health_of(server.address, "crl.v1.EmbeddingService") != not_serving)
+        assert client.embed([picture()]).universal.shape == (1, 128)
+
+
+def test_an_engine_that_hangs_turns_health(serve, faked, engine, monkeypatch):
+    from crl_sdk.serving import _server as server_module
+
+    monkeypatch.setattr(server_module, "HANG_SECONDS", 0.3)
+    server = serve(faked)
+    engine.gate.clear()
+    with Client(server.address, Options(timeout=0.2, retries=0)) as client:
+        with pytest.raises(DeadlineError):
+            client.embed([picture()])
+        until(lambda: health_of(server.address) == health_pb2.HealthCheckResponse.NOT_SERVING)
+    engine.gate.set()
+    until(lambda: health_of(server.address) == health_pb2.HealthCheckResponse.SERVING)
+
+
+def test_images_that_wait_are_batched_without_a_timer(serve, faked, engine):
+    server = serve(faked, limits=Limits(max_batch=16))
+    del engine.batches[:]
+    with Client(server.address) as client:
+        client.embed([picture()])
+    assert engine.batches == [1]  # an idle engine starts at once
+    engine.gate.clear()
+    del engine.entered[:]
+
+    async def many():
+        async with AsyncClient(server.address) as client:
+            tasks = [asyncio.create_task(client.embed([picture()])) for _ in range(20)]
+            while sum(engine.entered) + server.pipeline.batcher.depth < 20:
+                await asyncio.sleep(0.01)
+            first = engine.entered[0]  # what had come when the engine started
+            engine.gate.set()
+            await asyncio.gather(*tasks)
+            return first
+
+    first = asyncio.run(asyncio.wait_for(many(), timeout=30))
+    assert engine.batches[1:3] == [first, min(16, 20 - first)] and sum(engine.batches) == 21
+
+
+def test_clients_take_turns():
+    """One that queues hundreds does not make the others wait for all of them."""
+    seen: list[np.ndarray] = []
+
+    def run(pixels):
+        seen.append(pixels[:, 0, 0, 0].copy())
+        time.sleep(0.01)
+        return np.ones((len(pixels), 4), np.float32)
+
+    async def work():
+        batcher = Batcher(run, np.zeros((1, 2, 2, 3), np.uint8), max_batch=4)
+        greedy = [np.full((2, 2, 3), 1, np.uint8)] * 200
+        modest = [np.full((2, 2, 3), 2, np.uint8)] * 2
+        loop = asyncio.get_running_loop()
+        batcher._loop = loop  # both are queued before the thread starts
+        futures = batcher.submit(greedy, deadline=None, client="greedy")
+        futures += batcher.submit(modest, deadline=None, client="modest")
+        batcher.start(loop)
+        await asyncio.gather(*futures)
+        await asyncio.to_thread(batcher.stop)
+
+    asyncio.run(work())
+    assert seen[0].tolist() == [1, 2, 1, 2]
+    assert sum(len(batch) for batch in seen) == 202
+
+
+def test_stopping_finishes_what_waits_and_refuses_the_rest(serve, faked, engine):
+    server = serve(faked)
+    engine.seconds = 0.3
+
+    async def work():
+        async with AsyncClient(server.address, Options(retries=0)) as client:
+            call = asyncio.create_task(client.embed([picture()]))
+            await asyncio.sleep(0.1)
+            stopping = asyncio.create_task(asyncio.to_thread(server.stop))
+            result = await call
+            await stopping
+            return result
+
+    assert asyncio.run(work()).universal.shape == (1, 128)
+
+
+def test_the_cache_is_bounded_and_forgets_the_least_used():
+    rows = np.random.default_rng(0).standard_normal((100, 16)).astype(np.float32)
+    cache = EmbeddingCache(max_bytes=10 * (64 + 200))
+    for i in range(10):
+        cache.put(bytes([i]), rows[i])
+    assert len(cache) == 10 and cache.used_bytes <= cache.max_bytes
+    assert cache.get(bytes([0])) is not None  # used again: the second goes first
+    cache.put(b"new", rows[50])
+    assert cache.get(bytes([1])) is None and cache.get(bytes([0])) is not None
+    kept = cache.get(b"new")
+    np.testing.assert_array_equal(kept, rows[50])
+    assert kept.base is None and not kept.flags.writeable  # no view that keeps a batch alive
+    assert (cache.hits, cache.misses) == (3, 1)
+    nothing = EmbeddingCache(0)
+    nothing.put(b"a", rows[0])
+    assert nothing.get(b"a") is None and nothing.used_bytes == 0
+
+
+def test_what_would_be_late_is_refused_at_once_and_the_rest_is_in_time(serve, faked, engine):
+    """Ten times the load: nothing is computed for nobody, and what is let in keeps its deadline."""
+    server = serve(faked, limits=Limits(max_batch=4))
+    engine.seconds = 0.1  # 40 images a second
+    before = sum(engine.batches)
+
+    async def flood():
+        outcomes = {"served": 0, "refused": 0}
+        async with AsyncClient(server.address, Options(retries=0, timeout=1.0)) as client:
+
+            async def call():
+                try:
+                    await client.embed([picture()])
+                except OverloadedError as error:
+                    assert "deadline" in str(error) and error.retry_after > 0
+                    outcomes["refused"] += 1
+                else:
+                    outcomes["served"] += 1
+
+            tasks = []
+            for _ in range(300):
+                tasks.append(asyncio.create_task(call()))
+                await asyncio.sleep(0.005)
+            await asyncio.gather(*tasks)
+        return outcomes
+
+    outcomes = asyncio.run(flood())
+    assert outcomes["served"] + outcomes["refused"] == 300  # no deadline was missed
+    assert outcomes["served"] >= 30 and outcomes["refused"] >= 100
+    assert sum(engine.batches) - before == outcomes["served"]
+
+
+def test_the_pace_follows_what_went_through():
+    pace = Pace()
+    assert pace.seconds_per_image == 0
+    pace.learn(100, 1.0)
+    assert pace.seconds_per_image == pytest.approx(0.01)
+    pace.learn_at_least(100, 0.5)  # given up early: says nothing
+    assert pace.seconds_per_image == pytest.approx(0.01)
+    pace.learn_at_least(100, 9.0)
+    assert pace.seconds_per_image > 0.04
+    for _ in range(100):
+        pace.learn(10, 0.02)
+    assert pace.seconds_per_image == pytest.approx(0.002, rel=0.01)
+
+
+def test_limits_that_let_nothing_through_are_refused():
+    with pytest.raises(InvalidInputError, match="max_queue 8 under max_batch 32"):
+        Limits(max_queue=8, max_images=8)

@@ -1,0 +1,133 @@
+"""Request ids, and what the log says of calls: one line each, nothing a client could forge."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import grpc
+import pytest
+
+from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
+from crl_sdk.serving._calls import REQUEST_ID_KEY, request_id
+from crl_sdk.serving._logs import handler_of
+from crl_sdk.serving._security import Token
+
+
+def call(server, *metadata, criterion="nothing"):
+    """Make a call that fails for an unknown criterion; give its error."""
+    with grpc.insecure_channel(server.address) as channel:
+        stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+        image = embedding_pb2.Image(encoded=b"x")
+        request = embedding_pb2.EmbedRequest(images=[image], criteria=[criterion])
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Embed(request, metadata=metadata)
+    return caught.value
+
+
+def id_of(error) -> str:
+    return dict(error.trailing_metadata())[REQUEST_ID_KEY]
+
+
+def test_a_call_keeps_the_id_its_client_gave(server):
+    error = call(server, (REQUEST_ID_KEY, "order-7/frame:12"))
+    assert id_of(error) == "order-7/frame:12"
+    assert dict(error.trailing_metadata())["crl-error"] == "UnknownCriterionError"
+
+
+@pytest.mark.parametrize("bad", ["a b", "x" * 129, '"}', "a\\nb", "", "a;rm"])
+def test_ids_that_could_forge_a_log_line_are_replaced(server, bad):
+    given = id_of(call(server, (REQUEST_ID_KEY, bad)))
+    assert given != bad and len(given) == 16
+
+
+def test_ids_of_good_and_refused_calls(serve, embedder):
+    token = Token("camera", "a-secret-of-some-length", frozenset({"embed"}))
+    server = serve(embedder, tokens=(token,))
+    assert id_of(call(server, (REQUEST_ID_KEY, "seven"))) == "seven"  # no token
+    with grpc.insecure_channel(server.address) as channel:
+        stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+        metadata = (("authorization", f"Bearer {token.secret}"), (REQUEST_ID_KEY, "eight"))
+        _, done = stub.GetModel.with_call(embedding_pb2.GetModelRequest(), metadata=metadata)
+    assert dict(done.trailing_metadata())[REQUEST_ID_KEY] == "eight"
+
+
+def test_what_nobody_expected_is_logged_whole_and_told_without_its_text(
+    server, monkeypatch, caplog
+):
+    def broken(*_args, **_kwargs):
+        raise ZeroDivisionError("the secret of the house")
+
+    monkeypatch.setattr(server.pipeline, "embed", broken)
+    with caplog.at_level(logging.WARNING, logger="crl_sdk"):
+        error = call(server, (REQUEST_ID_KEY, "unlucky"))
+    assert error.code() is grpc.StatusCode.INTERNAL
+    assert "unlucky" in error.details() and "secret" not in error.details()
+    assert "the secret of the house" in caplog.text and "Traceback" in caplog.text
+
+
+def test_the_access_log_has_a_line_per_call(serve, embedder, caplog):
+    server = serve(embedder, access_log=True)
+    with caplog.at_level(logging.INFO, logger="crl_sdk"):
+        call(server)
+        server.stop()
+    (record,) = (r for r in caplog.records if getattr(r, "code", "") == "NOT_FOUND")
+    assert record.method == "/crl.v1.EmbeddingService/Embed"
+    assert record.peer and record.seconds > 0
+
+
+def test_failures_of_the_server_are_logged_without_it_too(serve, faked, engine, caplog):
+    server = serve(faked)
+    engine.fails = True
+    with grpc.insecure_channel(server.address) as channel:
+        stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+        pixels = embedding_pb2.Tensor(
+            dtype=embedding_pb2.DTYPE_UINT8, shape=[4, 4], data=bytes(range(16))
+        )
+        request = embedding_pb2.EmbedRequest(images=[embedding_pb2.Image(pixels=pixels)])
+        with caplog.at_level(logging.WARNING), pytest.raises(grpc.RpcError):
+            stub.Embed(request)
+    engine.fails = False
+    server.stop()
+    assert any(getattr(r, "code", "") == "UNAVAILABLE" for r in caplog.records)
+
+
+@pytest.fixture
+def handler():
+    """Make handlers; all are closed at the end."""
+    made = []
+
+    def make(form):
+        made.append(handler_of(form))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_json_lines_hold_the_id_and_stay_one_line(handler):
+    text, handler = handler("text"), handler("json")
+    record = logging.LogRecord("crl", logging.INFO, "", 0, 'two\nlines and "quotes"', None, None)
+    record.method = "/a/b"
+    token = request_id.set("seven")
+    try:
+        line = handler.format(record)
+    finally:
+        request_id.reset(token)
+    assert "\n" not in line
+    told = json.loads(line)
+    assert told["request_id"] == "seven" and told["method"] == "/a/b"
+    assert told["message"] == 'two\nlines and "quotes"' and told["time"].endswith("Z")
+    assert "request_id" not in json.loads(handler.format(record))
+    assert text.format(record).endswith('"quotes"')
+
+
+def test_what_is_logged_while_a_language_model_loads_is_not_lost(handler, capfd):
+    from llama_cpp._utils import suppress_stdout_stderr
+
+    log = logging.Logger("crl")
+    log.addHandler(handler("text"))
+    with suppress_stdout_stderr():  # as llama_cpp.Llama does while it loads
+        log.warning("the engine fails")
+    assert "the engine fails" in capfd.readouterr().err

@@ -1,0 +1,33 @@
+"""The tasks on rows that come through the client: the same functions, the same answers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from crl_sdk.tasks import FewShotClassifier, Index, cluster
+from crl_sdk.tasks._retrieval import captions
+
+pytest.importorskip("sklearn")
+
+COLOURS = ["red", "green", "blue"]
+
+
+def test_tasks_through_the_client(client, embedder, pictures):
+    client.create_basis("color", COLOURS)
+    result = client.embed(pictures, ["color"])
+    rows = result["color"]
+    truth = [path.stem.split("-")[0] for path in pictures]
+
+    found = cluster(rows, universal=result.universal)
+    assert found.k == 3 and len(set(zip(found.labels.tolist(), truth, strict=True))) == 3
+    made = FewShotClassifier().fit(rows[::2], truth[::2])
+    assert made.predict(rows) == truth
+
+    index = Index(result.conditional, universal=result.universal)
+    nearest = index.nearest({"color": rows[:1]}, n=3).positions
+    assert {truth[i] for i in nearest} == {truth[0]} and nearest[0] == 0
+    condition = client.embed_text(captions("a blue square"))
+    np.testing.assert_allclose(condition, embedder.embed_text(captions("a blue square")), atol=1e-5)
+    hits = index.but_with(0, condition, scene="color", weight=0.0, n=3)
+    assert truth[hits.positions[0]] == "blue"

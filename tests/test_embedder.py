@@ -1,0 +1,212 @@
+"""The in-process API on the shipped model: results, bad images, bad criteria, threads."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from crl_sdk import Embedder, demo_bundle
+from crl_sdk.basis._build import build_basis
+from crl_sdk.errors import (
+    BasisMismatchError,
+    BundleError,
+    CriterionError,
+    EngineError,
+    ImageBatchError,
+    InvalidInputError,
+)
+
+COLOURS = ["red", "green", "blue", "yellow"]
+SHAPES = ["circle", "square", "star"]
+
+
+@pytest.fixture
+def bases(embedder):
+    def make(criterion, texts, **options):
+        return build_basis(
+            criterion,
+            texts,
+            embedder.embed_text,
+            fingerprint=embedder.bundle.fingerprint,
+            **options,
+        )
+
+    return [make("color", COLOURS), make("shape", SHAPES, method="cosine", post="standardise")]
+
+
+def test_one_pass_serves_every_criterion(embedder, bases, pictures):
+    together = embedder.embed(pictures, bases)
+    plain = embedder.embed(pictures)
+    assert together.universal.shape == (9, embedder.bundle.embedding_dim)
+    assert together["Color"].shape == (9, 4) and together["shape"].shape == (9, 3)
+    assert all(a.dtype == np.float32 for a in (together.universal, together["color"]))
+    np.testing.assert_allclose(np.linalg.norm(together.universal, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(together.universal, plain.universal, atol=1e-6)
+    assert plain.conditional == {} and together.ok.all() and not together.errors
+
+
+def test_fused_projection_equals_numpy_on_the_stored_embeddings(embedder, bases, pictures):
+    """The fast path against its reference, `Projection.apply`; tolerance 1e-5."""
+    result = embedder.embed(pictures, bases)
+    for basis in bases:
+        stored = embedder.project(result.universal, basis)
+        np.testing.assert_allclose(result[basis.criterion], stored, atol=1e-5, rtol=1e-4)
+
+
+def test_color_regroups_the_pictures(embedder, bases, pictures):
+    rows = embedder.embed(pictures, bases[:1])["color"]
+    similarity = rows @ rows.T
+    same = np.kron(np.eye(3), np.ones((3, 3))).astype(bool)
+    assert similarity[same].min() > similarity[~same].max()
+
+
+def test_batching_and_kinds_of_input_change_nothing(embedder, bases, pictures):
+    expected = embedder.embed(pictures, bases)
+    mixed = [
+        pictures[0],
+        str(pictures[1]),
+        pictures[2].read_bytes(),
+        Image.open(pictures[3]),
+        np.asarray(Image.open(pictures[4])),
+        *pictures[5:],
+    ]
+    seen = []
+    for size in (1, 2, 4, 9, 100):
+        result = embedder.embed(iter(mixed), bases, batch_size=size, progress=seen.append)
+        np.testing.assert_allclose(result["color"], expected["color"], atol=1e-4)
+        assert seen[-1] == 9
+    stacked = np.stack([np.asarray(Image.open(path)) for path in pictures])
+    np.testing.assert_allclose(embedder.embed(stacked).universal, expected.universal, atol=1e-4)
+
+
+def test_a_long_iterable_is_not_held_in_memory(embedder):
+    taken = 0
+
+    def images():
+        nonlocal taken
+        for _ in range(40):
+            taken += 1
+            yield np.zeros((8, 8, 3), np.uint8)
+
+    ahead = []
+    embedder.embed(images(), batch_size=4, progress=lambda done: ahead.append(taken - done))
+    assert taken == 40 and max(ahead) <= 4
+
+
+def test_no_images(embedder, bases):
+    result = embedder.embed([], bases)
+    assert result.universal.shape == (0, embedder.bundle.embedding_dim)
+    assert result["color"].shape == (0, 4) and result.ok.shape == (0,)
+
+
+def test_one_bad_image_loses_nothing(embedder, bases, pictures, tmp_path):
+    truncated = tmp_path / "truncated.jpg"
+    truncated.write_bytes(pictures[0].read_bytes()[:300])
+    images = [pictures[0], truncated, pictures[1], b"", np.zeros((4, 4), np.float32), pictures[2]]
+    good = [True, False, True, False, False, True]
+    expected = embedder.embed(pictures[:3], bases)
+
+    collected = embedder.embed(images, bases, on_error="collect", batch_size=2)
+    with pytest.raises(ImageBatchError) as caught:
+        embedder.embed(images, bases, batch_size=2)
+    for result in (collected, caught.value.result):
+        assert result.ok.tolist() == good and sorted(result.errors) == [1, 3, 4]
+        np.testing.assert_allclose(result["color"][good], expected["color"], atol=1e-4)
+        assert np.isnan(result["color"][1]).all() and np.isnan(result.universal[3]).all()
+    message = str(caught.value)
+    assert str(truncated) in message and "image 3" in message and "on_error" in message
+
+
+def test_criteria_that_are_not_there(embedder, bases, pictures):
+    with pytest.raises(CriterionError, match=r"no basis 'mood' is loaded, known are \[\]"):
+        embedder.embed(pictures, ["mood"])
+    with pytest.raises(CriterionError, match="expected a criterion"):
+        embedder.embed(pictures, ["../mood"])
+    with pytest.raises(InvalidInputError, match="each criterion once"):
+        embedder.embed(pictures, [bases[0], bases[0]])
+    with pytest.raises(CriterionError, match=r"it has \['color'\]"):
+        _ = embedder.embed(pictures, bases[:1])["shape"]
+
+
+def test_named_bases(tmp_path, pictures):
+    with Embedder.open(demo_bundle(), threads=1) as own:
+        made = own.create_basis("color", COLOURS, prompts=["a photo of {} things"])
+        made.save(tmp_path / "color.safetensors")
+        first = own.embed(pictures, ["COLOR"])["color"]
+    with Embedder.open(demo_bundle()) as other:
+        other.add_basis(tmp_path / "color.safetensors")
+        assert list(other.bases) == ["color"]
+        np.testing.assert_allclose(other.embed(pictures, ["color"])["color"], first, atol=1e-5)
+
+
+def test_a_basis_of_another_model(embedder, bases, pictures):
+    foreign = build_basis("color", COLOURS, embedder.embed_text, fingerprint="00" * 32)
+    for use in (
+        lambda: embedder.embed(pictures, [foreign]),
+        lambda: embedder.add_basis(foreign),
+        lambda: embedder.project(np.zeros((1, embedder.bundle.embedding_dim)), foreign),
+    ):
+        with pytest.raises(BasisMismatchError, match="crl basis create 'color'"):
+            use()
+
+
+def test_bad_arguments(embedder, bases, pictures):
+    for single in (pictures[0], str(pictures[0]), b"jpeg", np.zeros((8, 8, 3), np.uint8), 7):
+        with pytest.raises(InvalidInputError, match=r"pass \[image\]"):
+            embedder.embed(single)
+    with pytest.raises(InvalidInputError, match="batch_size"):
+        embedder.embed(pictures, batch_size=0)
+    with pytest.raises(InvalidInputError, match="on_error"):
+        embedder.embed(pictures, on_error="ignore")
+    d = embedder.bundle.embedding_dim
+    for embeddings, words in [
+        (np.full((2, d), np.nan, np.float32), "the first at row 0"),
+        (np.zeros((2, d + 1), np.float32), "shape"),
+    ]:
+        with pytest.raises(InvalidInputError, match=words):
+            embedder.project(embeddings, bases[0])
+    with pytest.raises(InvalidInputError, match="empty list"):
+        embedder.embed_text([])
+
+
+def test_engines_that_are_not_there():
+    with pytest.raises(EngineError, match="CUDAExecutionProvider"):
+        Embedder.open(demo_bundle(), engine="onnx/cuda")
+    for wrong in ("onnx/tpu", "onnx/cpu/fp8", "onnx/cp", ""):
+        with pytest.raises(InvalidInputError, match=r"expected an engine of .*onnx/cpu/fp32"):
+            Embedder.open(demo_bundle(), engine=wrong)
+    with pytest.raises(InvalidInputError, match="threads"):
+        Embedder.open(demo_bundle(), threads=0)
+    with pytest.raises(BundleError, match="no readable"):
+        Embedder.open("nowhere")
+
+
+def test_a_failing_engine_is_a_typed_error(embedder):
+    d = embedder.bundle.embedding_dim
+    with pytest.raises(EngineError, match=r"the run failed on image \(1, 3, 3, 3\)"):
+        embedder._image_engine.run(
+            np.zeros((1, 3, 3, 3), np.uint8),
+            np.zeros((d + 1, 1), np.float32),
+            np.zeros(1, np.float32),
+        )
+
+
+def test_threads_share_an_embedder(embedder, bases, pictures):
+    expected = embedder.embed(pictures, bases)["color"]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: embedder.embed(pictures, bases)["color"], range(8)))
+    for result in results:
+        np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+def test_precisions_of_the_bundle_agree(embedder, pictures):
+    """Each precision against fp32, by the parity the manifest records (and a margin)."""
+    reference = embedder.embed(pictures).universal
+    for graph in embedder.bundle.manifest.images:
+        with Embedder.open(demo_bundle(), engine=f"onnx/cpu/{graph.precision}") as other:
+            assert other.engine == f"onnx/cpu/{graph.precision}"
+            cosines = (other.embed(pictures).universal * reference).sum(axis=1)
+        assert cosines.min() > (0.98 if graph.precision == "int8" else 0.9995)
