@@ -25,6 +25,7 @@ from crl_sdk.tasks._few_shot import standardise_rows
 pytest.importorskip("sklearn")
 
 GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_BASIS = Path(__file__).parents[1] / "basis" / "golden" / "basis.safetensors"
 FINGERPRINT = "f" * 64
 NAMES = ("blue", "green", "red")
 
@@ -142,7 +143,7 @@ def test_the_format_is_that_of_the_golden_file():
     made = Learned(
         classes=("blue", "red"), counts=(2, 1), standardise=True, mean=0.125, mean_of=3,
         regularisation=1.0, coefficients=np.array([[0, 0, 0], [1, -2, 0.5]], np.float32),
-        intercepts=np.array([0, 0.25], np.float32), basis=Basis.load(GOLDEN.parents[1] / "basis" / "golden" / "basis.safetensors"),
+        intercepts=np.array([0, 0.25], np.float32), basis=Basis.load(GOLDEN_BASIS),
     )  # fmt: skip
     golden = GOLDEN / "classifier.safetensors"
     assert encode(made) == golden.read_bytes()
