@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from crl_benchmarks.images import synthetic_jpegs
 from crl_benchmarks.peers import engines, machine, services
 from crl_benchmarks.peers.catalogue import ENGINES, EnginePeer, Inputs, Setup
 from crl_benchmarks.peers.environments import (
@@ -37,7 +38,6 @@ from crl_benchmarks.peers.services import SERVICES, ServicePeer
 from crl_benchmarks.peers.tables import markdown, update_readme
 from crl_benchmarks.peers.verdicts import judge
 from crl_benchmarks.peers.weights import Weights, make_weights
-from crl_benchmarks.pictures import synthetic_jpegs
 from crl_sdk import Embedder
 from crl_sdk.errors import CrlError, InvalidInputError
 

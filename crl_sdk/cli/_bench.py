@@ -72,7 +72,7 @@ def bench(
         raise InvalidInputError("expected the address of a server or --bundle, one of them")
     try:
         from crl_benchmarks.bench import BenchSettings, Objective, report
-        from crl_benchmarks.pictures import read_images, synthetic_jpegs
+        from crl_benchmarks.images import read_images, synthetic_jpegs
         from crl_benchmarks.targets import Target
     except ImportError as error:
         raise MissingDependencyError(error.name or "pillow", "cpu", "crl bench") from error

@@ -14,7 +14,6 @@ from rich.table import Table
 from crl_sdk.basis._build import DEFAULT_PROMPT
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._console import JsonOption, out, print_facts, print_json, warn
-from crl_sdk.cli._embed import find_images
 from crl_sdk.cli._options import (
     DEFAULT_BASES,
     BasesOption,
@@ -33,6 +32,7 @@ from crl_sdk.cli._sources import (
     workbench,
 )
 from crl_sdk.errors import ImageError, InvalidInputError
+from crl_sdk.model._image_files import find_image_files
 from crl_sdk.storage._atomic_files import write_atomically
 from crl_sdk.storage._checksummed_safetensors import SUFFIX
 from crl_sdk.stored._reader import SUFFIXES as STORED
@@ -205,7 +205,7 @@ def _from_folders(directory: Path) -> dict[Path, str]:
     given: dict[Path, str] = {}
     for folder in folders:
         try:
-            given.update(dict.fromkeys(find_images([folder]), folder.name))
+            given.update(dict.fromkeys(find_image_files([folder]), folder.name))
         except ImageError as error:
             raise InvalidInputError(
                 f"class {folder.name!r} has no picture: {error}; add one or remove the folder"

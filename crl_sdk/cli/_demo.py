@@ -28,7 +28,7 @@ from crl_sdk.client._client import Client
 from crl_sdk.client._messages import RemoteEmbeddings
 from crl_sdk.errors import CrlError, GenerationError, InvalidInputError, MissingDependencyError
 from crl_sdk.model._bundle import demo_bundle
-from crl_sdk.model._preprocess import SUFFIXES as PICTURES
+from crl_sdk.model._image_files import find_image_files
 from crl_sdk.storage._checksummed_safetensors import SUFFIX
 from crl_sdk.tasks._clustering import cluster
 from crl_sdk.tasks._kmeans import kmeans
@@ -164,13 +164,12 @@ def _scenes(directory: Path, count: int) -> _Pictures:
 def _own(folder: Path, criteria: str, prompt: str) -> _Pictures:
     names = tuple(normalise_criterion(name) for name in criteria.split(",") if name.strip())
     if not folder.is_dir():
-        raise InvalidInputError(f"{folder}: expected a directory of pictures")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
-    if len(files) < 2 or not names:
-        raise InvalidInputError(
-            f"{folder}: expected two pictures or more ({', '.join(PICTURES)}) and a criterion, "
-            f"found {len(files)} and {len(names)}"
-        )
+        raise InvalidInputError(f"{folder}: expected a directory of images")
+    if not names:
+        raise InvalidInputError("--criteria: expected one criterion or more, got none")
+    files = find_image_files([folder])
+    if len(files) < 2:
+        raise InvalidInputError(f"{folder}: expected two images or more, found one")
     return _Pictures(files, names, {}, {}, {}, prompt)
 
 

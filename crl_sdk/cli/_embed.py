@@ -23,8 +23,8 @@ from crl_sdk.cli._options import (
     load_basis,
     open_embedder,
 )
-from crl_sdk.errors import ImageError, InvalidInputError, MissingDependencyError
-from crl_sdk.model._preprocess import SUFFIXES
+from crl_sdk.errors import InvalidInputError, MissingDependencyError
+from crl_sdk.model._image_files import find_image_files
 
 
 def embed(
@@ -46,7 +46,7 @@ def embed(
 ) -> None:
     """Embed images; unreadable ones are named and left out, and the exit status is then 1."""
     _check_out(out_file)
-    paths = find_images(images)
+    paths = find_image_files(images)
     names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
     loaded = [load_basis(bases, name) for name in names]
     with (
@@ -87,23 +87,6 @@ def embed(
         )
     if result.errors:
         raise typer.Exit(1)
-
-
-def find_images(given: Sequence[Path]) -> list[Path]:
-    """Files as they are, directories searched to the bottom in the order of names."""
-    found: list[Path] = []
-    for path in given:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-            if not inside:
-                raise ImageError(
-                    f"no image files in this directory; looked for {', '.join(SUFFIXES)}",
-                    source=str(path),
-                )
-            found.extend(inside)
-        else:
-            found.append(path)
-    return found
 
 
 def _check_out(path: Path) -> None:

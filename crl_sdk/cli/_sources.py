@@ -19,9 +19,9 @@ from crl_sdk.basis._build import DEFAULT_PROMPT
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._basis import read_texts, save
 from crl_sdk.cli._console import note, progress_bar, warn
-from crl_sdk.cli._embed import find_images
 from crl_sdk.cli._options import open_embedder
 from crl_sdk.errors import BasisMismatchError, InvalidInputError, MissingDependencyError
+from crl_sdk.model._image_files import find_image_files
 from crl_sdk.model._preprocess import Decode
 from crl_sdk.stored._reader import SUFFIXES as STORED
 from crl_sdk.stored._reader import Stored
@@ -106,7 +106,7 @@ class Workbench:
                     f"{source}: expected a directory of pictures, a picture, or a file of "
                     f"embeddings ({', '.join(STORED)}); there is nothing"
                 )
-        return self.pictures(find_images(sources))
+        return self.pictures(find_image_files(sources))
 
     def pictures(self, files: Sequence[Path]) -> Material:
         """Embed pictures; see `material`."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from crl_sdk.errors import ImageError
 from crl_sdk.evaluation._labelled import (
     DataSetError,
     Labelled,
@@ -20,7 +21,7 @@ from crl_sdk.evaluation._labelled import (
     require_directory,
     wrong_layout,
 )
-from crl_sdk.model._preprocess import SUFFIXES
+from crl_sdk.model._image_files import find_image_files
 
 CRITERIA = ("number", "suits")
 NUMBERS = (
@@ -123,12 +124,10 @@ def _folders(parent: Path) -> list[Path]:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not found:
-        raise DataSetError(
-            f"{folder}: expected pictures ({', '.join(SUFFIXES)}), found none: unpack it again"
-        )
-    return found
+    try:
+        return find_image_files([folder])
+    except ImageError as error:
+        raise DataSetError(f"{error}; unpack the data set again") from error
 
 
 def _require_all(where: Path, codes: np.ndarray, values: tuple[str, ...]) -> None:

@@ -26,8 +26,6 @@ Decode: TypeAlias = Literal["exact", "fast"]
 """How JPEGs are decoded, see `load_pixels`."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-"""Of the files that are looked for in a directory, in lower case."""
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, KeyError, struct.error)
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")

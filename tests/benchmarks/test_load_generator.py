@@ -19,8 +19,8 @@ from crl_benchmarks.bench import (
     search,
     server_settings,
 )
+from crl_benchmarks.images import read_images, synthetic_jpegs
 from crl_benchmarks.load import Reply, Run, closed_loop, merge, open_loop
-from crl_benchmarks.pictures import read_images, synthetic_jpegs
 from crl_benchmarks.plot import write_plot
 from crl_benchmarks.quantiles import percentile
 from crl_benchmarks.targets import Target
@@ -143,7 +143,7 @@ def test_what_an_objective_takes_for_held():
 def test_pictures_are_all_different_and_the_same_again(tmp_path):
     made = synthetic_jpegs(20, (64, 48))
     assert len(set(made)) == 20 and made == synthetic_jpegs(20, (64, 48))
-    with pytest.raises(InvalidInputError, match="found none"):
+    with pytest.raises(InvalidInputError, match="no image files"):
         read_images(tmp_path)
     (tmp_path / "a.jpg").write_bytes(made[0])
     assert read_images(tmp_path) == made[:1]

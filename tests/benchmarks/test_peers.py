@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from crl_benchmarks.images import synthetic_jpegs
 from crl_benchmarks.load import Run
 from crl_benchmarks.peers import environments
 from crl_benchmarks.peers.__main__ import main
@@ -33,7 +34,6 @@ from crl_benchmarks.peers.records import (
 from crl_benchmarks.peers.services import PYTRITON, SERVICES, peak_of_tree, summarise
 from crl_benchmarks.peers.tables import BEGIN, END, markdown, rewritten
 from crl_benchmarks.peers.verdicts import judge
-from crl_benchmarks.pictures import synthetic_jpegs
 from crl_sdk import Embedder, demo_bundle
 from crl_sdk.errors import InvalidInputError
 

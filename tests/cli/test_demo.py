@@ -58,7 +58,7 @@ def test_a_users_own_pictures(folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("images", "criteria", "message"),
-    [("missing", "color", "expected a directory"), ("empty", "color", "two pictures"),
+    [("missing", "color", "expected a directory"), ("empty", "color", "no image files"),
      (None, "color", "together"), ("empty", "../x", "criterion")],
 )  # fmt: skip
 def test_what_it_cannot_group(tmp_path, images, criteria, message):

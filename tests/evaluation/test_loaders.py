@@ -143,7 +143,7 @@ def test_cards_in_a_wrong_layout(tmp_path):
     with pytest.raises(DataSetError, match="none of ace"):
         read_cards(tmp_path / "no class")
     (tmp_path / "no class" / "number" / "ace").mkdir()
-    with pytest.raises(DataSetError, match=r"ace: expected pictures \(\.jpg.*found none"):
+    with pytest.raises(DataSetError, match=r"ace: no image files.*\.jpg"):
         read_cards(tmp_path / "no class")
     write_cards(tmp_path / "odd")
     paint(tmp_path / "odd" / "suits" / "stars" / "1.jpg")

@@ -1,4 +1,4 @@
-"""Pictures to send: files, or synthetic JPEGs with the statistics of photographs."""
+"""Images to send: files, or synthetic JPEGs with the statistics of photographs."""
 
 from __future__ import annotations
 
@@ -8,35 +8,36 @@ from pathlib import Path
 from PIL import Image
 
 from crl_sdk.errors import InvalidInputError
+from crl_sdk.model._image_files import find_image_files
 from crl_sdk.model._parity import images
 from crl_sdk.model._preprocess import PreprocessSpec
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-
 _DRAWN = 8
-"""Different pictures that are drawn; the others are these, shifted: drawing is slow."""
+"""Number of images that are drawn. The others are altered copies, because drawing is slow."""
 
 
 def read_images(directory: Path) -> list[bytes]:
-    """Read the encoded images of a directory and those below it, by name.
+    """Read the encoded images of a directory and its subdirectories, sorted by path.
 
     Raises:
-        InvalidInputError: there are none.
+        InvalidInputError: If the directory does not exist.
+        ImageError: If it holds no image file.
     """
-    paths = sorted(path for path in directory.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        kinds = ", ".join(SUFFIXES)
-        raise InvalidInputError(f"{directory}: expected pictures ({kinds}), found none")
-    return [path.read_bytes() for path in paths]
+    if not directory.is_dir():
+        raise InvalidInputError(f"{directory}: expected a directory of images, found none")
+    return [path.read_bytes() for path in find_image_files([directory])]
 
 
 def synthetic_jpegs(count: int, size: tuple[int, int], *, quality: int = 90) -> list[bytes]:
-    """Make JPEGs, all different, the same for the same arguments.
+    """Make JPEGs that all differ. The same arguments give the same images.
 
     Args:
-        count: how many.
-        size: width and height in pixels.
-        quality: of the JPEGs, as Pillow has it.
+        count: Number of images.
+        size: Width and height, in pixels.
+        quality: JPEG quality, on Pillow's scale.
+
+    Returns:
+        The encoded images.
     """
     width, height = size
     spec = PreprocessSpec(height, width, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
