@@ -20,12 +20,12 @@ test-slow: $(VENV)/.dev ## the tests that take minutes: every architecture expor
 test-gpu: $(VENV)/.dev ## what only a GPU can show; skipped with the reason where there is none
 	$(BIN)/pytest -m gpu
 
-check: $(VENV)/.dev ## lint, format, types, import directions, stubs
+check: $(VENV)/.dev ## lint, format, types, import directions, the contract and its stubs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	PYTHON=$(BIN)/python proto/generate.sh --check
+	PYTHON=$(BIN)/python proto/check.sh
 
 stubs: $(VENV)/.dev ## generate crl_sdk/pb from proto/
 	PYTHON=$(BIN)/python proto/generate.sh

@@ -112,7 +112,9 @@ class AsyncClient:
         self._channel = _channel(address, options)
         token = options.security.token
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        self._model: embedding_pb2.Model | None = None  # asked for when images are resized here
+        self._model: embedding_pb2.GetModelResponse | None = (
+            None  # asked for when images are resized here
+        )
         self._embedding = embedding_pb2_grpc.EmbeddingServiceStub(self._channel)
         self._bases = basis_pb2_grpc.BasisServiceStub(self._channel)
 
@@ -231,9 +233,9 @@ class AsyncClient:
         response = await self._call(self._embedding.EmbedText, request)
         return wire.decode(response.embeddings)
 
-    async def model(self) -> embedding_pb2.Model:
+    async def model(self) -> embedding_pb2.GetModelResponse:
         """Tell what model is served."""
-        model: embedding_pb2.Model = await self._call(
+        model: embedding_pb2.GetModelResponse = await self._call(
             self._embedding.GetModel, embedding_pb2.GetModelRequest()
         )
         return model
@@ -452,9 +454,9 @@ class Client:
         rows: NDArray[np.float32] = self._wait(self._client.embed_text(texts, truncate=truncate))
         return rows
 
-    def model(self) -> embedding_pb2.Model:
+    def model(self) -> embedding_pb2.GetModelResponse:
         """See `AsyncClient.model`."""
-        model: embedding_pb2.Model = self._wait(self._client.model())
+        model: embedding_pb2.GetModelResponse = self._wait(self._client.model())
         return model
 
     def bases(self) -> list[basis_pb2.BasisInfo]:

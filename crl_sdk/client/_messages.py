@@ -149,8 +149,8 @@ def read_response(
     cached = np.zeros(count, np.bool_)
     for position, status in zip(sent, response.images, strict=True):
         cached[position] = status.cached
-        if status.code != embedding_pb2.ImageStatus.OK:
-            large = status.code == embedding_pb2.ImageStatus.TOO_LARGE
+        if status.code != embedding_pb2.ImageStatus.CODE_OK:
+            large = status.code == embedding_pb2.ImageStatus.CODE_TOO_LARGE
             kind = ImageTooLargeError if large else ImageError
             errors[position] = kind(status.message, source=f"image {position}")
 

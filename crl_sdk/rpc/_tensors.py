@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.pb.crl.v1 import embedding_pb2
 
-_DTYPES: dict[embedding_pb2.DType.ValueType, np.dtype[Any]] = {
+_DTYPES: dict[embedding_pb2.Dtype.ValueType, np.dtype[Any]] = {
     embedding_pb2.DTYPE_FLOAT32: np.dtype("<f4"),
     embedding_pb2.DTYPE_FLOAT16: np.dtype("<f2"),
     embedding_pb2.DTYPE_UINT8: np.dtype("u1"),
@@ -48,7 +48,7 @@ def decode(tensor: embedding_pb2.Tensor) -> NDArray[Any]:
     """
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None:
-        known = ", ".join(embedding_pb2.DType.Name(code) for code in _DTYPES)
+        known = ", ".join(embedding_pb2.Dtype.Name(code) for code in _DTYPES)
         raise InvalidInputError(f"expected a tensor of dtype {known}, got {tensor.dtype}")
     shape = tuple(tensor.shape)
     expected = math.prod(shape) * dtype.itemsize

@@ -127,12 +127,12 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
 
     async def GetModel(
         self, request: embedding_pb2.GetModelRequest, context: Context
-    ) -> embedding_pb2.Model:
+    ) -> embedding_pb2.GetModelResponse:
         """See proto/crl/v1/embedding.proto."""
         embedder = self._pipeline.embedder
         manifest = embedder.bundle.manifest
         spec = manifest.preprocess
-        return embedding_pb2.Model(
+        return embedding_pb2.GetModelResponse(
             name=manifest.name,
             fingerprint=manifest.fingerprint,
             embedding_dim=manifest.embedding_dim,
@@ -380,11 +380,11 @@ def _response(
     return embedding_pb2.EmbedResponse(
         images=[
             embedding_pb2.ImageStatus(
-                code=codes.OK
+                code=codes.CODE_OK
                 if image.error is None
-                else codes.TOO_LARGE
+                else codes.CODE_TOO_LARGE
                 if isinstance(image.error, ImageTooLargeError)
-                else codes.INVALID,
+                else codes.CODE_INVALID,
                 message="" if image.error is None else image.error.reason,
                 digest=image.digest,
                 cached=image.cached,

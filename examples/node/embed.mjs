@@ -40,5 +40,5 @@ rowsOf(reply.conditional[0].rows).forEach((row, i) => {
   const status = reply.images[i];
   // one column per text, so that the largest is the text that fits best
   const best = info.texts[row.indexOf(Math.max(...row))];
-  console.log(`${files[i]}\t${status.code === "OK" ? best : status.message}`);
+  console.log(`${files[i]}\t${status.code === "CODE_OK" ? best : status.message}`);
 });

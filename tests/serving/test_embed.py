@@ -268,7 +268,7 @@ def test_a_stream_answers_each_request_by_its_id(stub, pictures):
     replies = send(stub, messages)
     assert len(replies) == 40
     assert replies["unknown"].error.code == grpc.StatusCode.NOT_FOUND.value[0]
-    assert replies["bad"].response.images[0].code == embedding_pb2.ImageStatus.INVALID
+    assert replies["bad"].response.images[0].code == embedding_pb2.ImageStatus.CODE_INVALID
     for i in (0, 7, 39):
         direct = stub.Embed(messages[i].request)
         np.testing.assert_array_equal(

@@ -53,7 +53,7 @@ def test_streams_that_say_little_keep_nobody_waiting(serve, faked, channel_of):
 
     streams = [stub.EmbedStream(drip()) for _ in range(50)]
     for stream in streams:
-        assert next(stream).response.images[0].code == embedding_pb2.ImageStatus.OK
+        assert next(stream).response.images[0].code == embedding_pb2.ImageStatus.CODE_OK
     with Client(server.address) as client:
         assert client.embed([np.full((96, 96, 3), 7, np.uint8)]).universal.shape == (1, 128)
     started = time.monotonic()

@@ -63,7 +63,7 @@ def test_a_call_continues_its_callers_trace(serve, embedder, collector):
         with pytest.raises(grpc.RpcError) as refused:
             stub.Embed(unknown, metadata=metadata)
         assert refused.value.code() == grpc.StatusCode.NOT_FOUND
-    assert reply.images[0].code == embedding_pb2.ImageStatus.OK
+    assert reply.images[0].code == embedding_pb2.ImageStatus.CODE_OK
     server.stop()  # sends what is left
     good, bad = collector.spans("/crl.v1.EmbeddingService/Embed")
     for span in (good, bad):

@@ -26,25 +26,25 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class _DType:
+class _Dtype:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
 
-class _DTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DType.ValueType], _builtins.type):
+class _DtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dtype.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    DTYPE_UNSPECIFIED: _DType.ValueType  # 0
-    DTYPE_FLOAT32: _DType.ValueType  # 1
-    DTYPE_FLOAT16: _DType.ValueType  # 2
-    DTYPE_UINT8: _DType.ValueType  # 3
+    DTYPE_UNSPECIFIED: _Dtype.ValueType  # 0
+    DTYPE_FLOAT32: _Dtype.ValueType  # 1
+    DTYPE_FLOAT16: _Dtype.ValueType  # 2
+    DTYPE_UINT8: _Dtype.ValueType  # 3
 
-class DType(_DType, metaclass=_DTypeEnumTypeWrapper):
+class Dtype(_Dtype, metaclass=_DtypeEnumTypeWrapper):
     """Type of a tensor's elements."""
 
-DTYPE_UNSPECIFIED: DType.ValueType  # 0
-DTYPE_FLOAT32: DType.ValueType  # 1
-DTYPE_FLOAT16: DType.ValueType  # 2
-DTYPE_UINT8: DType.ValueType  # 3
-Global___DType: _TypeAlias = DType  # noqa: Y015
+DTYPE_UNSPECIFIED: Dtype.ValueType  # 0
+DTYPE_FLOAT32: Dtype.ValueType  # 1
+DTYPE_FLOAT16: Dtype.ValueType  # 2
+DTYPE_UINT8: Dtype.ValueType  # 3
+Global___Dtype: _TypeAlias = Dtype  # noqa: Y015
 
 @_typing.final
 class EmbedRequest(_message.Message):
@@ -54,7 +54,7 @@ class EmbedRequest(_message.Message):
     CRITERIA_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     OMIT_UNIVERSAL_FIELD_NUMBER: _builtins.int
-    dtype: Global___DType.ValueType
+    dtype: Global___Dtype.ValueType
     """Of the tensors in the reply: FLOAT32 (also if unspecified) or FLOAT16."""
     omit_universal: _builtins.bool
     """Leave the universal embeddings out of the reply."""
@@ -71,7 +71,7 @@ class EmbedRequest(_message.Message):
         *,
         images: _abc.Iterable[Global___Image] | None = ...,
         criteria: _abc.Iterable[_builtins.str] | None = ...,
-        dtype: Global___DType.ValueType = ...,
+        dtype: Global___Dtype.ValueType = ...,
         omit_universal: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
@@ -172,17 +172,17 @@ class ImageStatus(_message.Message):
 
     class _CodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[ImageStatus._Code.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
-        OK: ImageStatus._Code.ValueType  # 0
-        INVALID: ImageStatus._Code.ValueType  # 1
+        CODE_OK: ImageStatus._Code.ValueType  # 0
+        CODE_INVALID: ImageStatus._Code.ValueType  # 1
         """Not an image, truncated, or in a form that is not supported."""
-        TOO_LARGE: ImageStatus._Code.ValueType  # 2
+        CODE_TOO_LARGE: ImageStatus._Code.ValueType  # 2
         """Over the server's limits of bytes or pixels."""
 
     class Code(_Code, metaclass=_CodeEnumTypeWrapper): ...
-    OK: ImageStatus.Code.ValueType  # 0
-    INVALID: ImageStatus.Code.ValueType  # 1
+    CODE_OK: ImageStatus.Code.ValueType  # 0
+    CODE_INVALID: ImageStatus.Code.ValueType  # 1
     """Not an image, truncated, or in a form that is not supported."""
-    TOO_LARGE: ImageStatus.Code.ValueType  # 2
+    CODE_TOO_LARGE: ImageStatus.Code.ValueType  # 2
     """Over the server's limits of bytes or pixels."""
 
     CODE_FIELD_NUMBER: _builtins.int
@@ -364,7 +364,7 @@ class EmbedTextRequest(_message.Message):
     TEXTS_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     TRUNCATE_FIELD_NUMBER: _builtins.int
-    dtype: Global___DType.ValueType
+    dtype: Global___Dtype.ValueType
     """FLOAT32 (also if unspecified) or FLOAT16."""
     truncate: _builtins.bool
     """Cut texts that are longer than the context, instead of refusing the call."""
@@ -376,7 +376,7 @@ class EmbedTextRequest(_message.Message):
         self,
         *,
         texts: _abc.Iterable[_builtins.str] | None = ...,
-        dtype: Global___DType.ValueType = ...,
+        dtype: Global___Dtype.ValueType = ...,
         truncate: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
@@ -428,7 +428,7 @@ class GetModelRequest(_message.Message):
 Global___GetModelRequest: _TypeAlias = GetModelRequest  # noqa: Y015
 
 @_typing.final
-class Model(_message.Message):
+class GetModelResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
@@ -473,7 +473,7 @@ class Model(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Model: _TypeAlias = Model  # noqa: Y015
+Global___GetModelResponse: _TypeAlias = GetModelResponse  # noqa: Y015
 
 @_typing.final
 class Preprocessing(_message.Message):
@@ -528,7 +528,7 @@ class Tensor(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
-    dtype: Global___DType.ValueType
+    dtype: Global___Dtype.ValueType
     data: _builtins.bytes
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -539,7 +539,7 @@ class Tensor(_message.Message):
     def __init__(
         self,
         *,
-        dtype: Global___DType.ValueType = ...,
+        dtype: Global___Dtype.ValueType = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...

@@ -52,7 +52,7 @@ class EmbeddingServiceStub(object):
         self.GetModel = channel.unary_unary(
                 '/crl.v1.EmbeddingService/GetModel',
                 request_serializer=crl__sdk_dot_pb_dot_crl_dot_v1_dot_embedding__pb2.GetModelRequest.SerializeToString,
-                response_deserializer=crl__sdk_dot_pb_dot_crl_dot_v1_dot_embedding__pb2.Model.FromString,
+                response_deserializer=crl__sdk_dot_pb_dot_crl_dot_v1_dot_embedding__pb2.GetModelResponse.FromString,
                 _registered_method=True)
 
 
@@ -111,7 +111,7 @@ def add_EmbeddingServiceServicer_to_server(servicer, server):
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
                     request_deserializer=crl__sdk_dot_pb_dot_crl_dot_v1_dot_embedding__pb2.GetModelRequest.FromString,
-                    response_serializer=crl__sdk_dot_pb_dot_crl_dot_v1_dot_embedding__pb2.Model.SerializeToString,
+                    response_serializer=crl__sdk_dot_pb_dot_crl_dot_v1_dot_embedding__pb2.GetModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -221,7 +221,7 @@ class EmbeddingService(object):
             target,
             '/crl.v1.EmbeddingService/GetModel',
             crl__sdk_dot_pb_dot_crl_dot_v1_dot_embedding__pb2.GetModelRequest.SerializeToString,
-            crl__sdk_dot_pb_dot_crl_dot_v1_dot_embedding__pb2.Model.FromString,
+            crl__sdk_dot_pb_dot_crl_dot_v1_dot_embedding__pb2.GetModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

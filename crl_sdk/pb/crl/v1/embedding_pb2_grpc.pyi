@@ -48,7 +48,7 @@ class EmbeddingServiceStub:
     """
     EmbedText: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.EmbedTextRequest, _embedding_pb2.EmbedTextResponse]
     """Embeds texts with the model's text tower."""
-    GetModel: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.GetModelRequest, _embedding_pb2.Model]
+    GetModel: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.GetModelRequest, _embedding_pb2.GetModelResponse]
     """Tells what model is served."""
 
 @_typing.type_check_only
@@ -64,7 +64,7 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
     """
     EmbedText: _aio.UnaryUnaryMultiCallable[_embedding_pb2.EmbedTextRequest, _embedding_pb2.EmbedTextResponse]  # type: ignore[assignment]
     """Embeds texts with the model's text tower."""
-    GetModel: _aio.UnaryUnaryMultiCallable[_embedding_pb2.GetModelRequest, _embedding_pb2.Model]  # type: ignore[assignment]
+    GetModel: _aio.UnaryUnaryMultiCallable[_embedding_pb2.GetModelRequest, _embedding_pb2.GetModelResponse]  # type: ignore[assignment]
     """Tells what model is served."""
 
 class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -101,7 +101,7 @@ class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _embedding_pb2.GetModelRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_embedding_pb2.Model, _abc.Awaitable[_embedding_pb2.Model]]:
+    ) -> _typing.Union[_embedding_pb2.GetModelResponse, _abc.Awaitable[_embedding_pb2.GetModelResponse]]:
         """Tells what model is served."""
 
 def add_EmbeddingServiceServicer_to_server(servicer: EmbeddingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
