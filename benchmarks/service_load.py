@@ -32,7 +32,7 @@ from crl_sdk import Client, Embedder, __version__, demo_bundle
 from crl_sdk.cli._local_server import local_server
 from crl_sdk.model._preprocess import load_pixels
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
-from crl_sdk.rpc import _tensors as wire
+from crl_sdk.rpc import decode_tensor
 
 IMAGES = 16
 """Images of one call: on two cores the generator must not be what is measured."""
@@ -83,7 +83,7 @@ class Load:
         except grpc.aio.AioRpcError as error:
             return failed(error)
         expected = self.rows[number % POOL]
-        self.wrong += bool(np.abs(wire.decode(reply.universal) - expected).max() > 1e-5)
+        self.wrong += bool(np.abs(decode_tensor(reply.universal) - expected).max() > 1e-5)
         return Reply("ok")
 
     async def closed(self, callers: int, seconds: float) -> float:

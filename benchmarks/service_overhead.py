@@ -36,7 +36,7 @@ from crl_sdk import Client, Embedder, __version__, demo_bundle
 from crl_sdk.cli._local_server import local_server
 from crl_sdk.model._preprocess import load_pixels
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
-from crl_sdk.rpc import _tensors as wire
+from crl_sdk.rpc import decode_tensor
 
 CRITERION, TEXTS = "color", ["red", "green", "blue", "yellow", "black", "white"]
 CALLERS = 8
@@ -106,7 +106,7 @@ def latency(address: str, embedder: Embedder, runs: int, side: int) -> dict[str,
             ended = time.perf_counter()
             echo(request.SerializeToString())
             echoed = time.perf_counter()
-            assert np.abs(wire.decode(reply.universal) - rows).max() < 1e-5, "wrong rows"
+            assert np.abs(decode_tensor(reply.universal) - rows).max() < 1e-5, "wrong rows"
             if i >= 20:
                 remote.append(middle - started)
                 local.append(ended - middle)

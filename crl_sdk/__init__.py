@@ -14,7 +14,7 @@ from crl_sdk._version import __version__
 if TYPE_CHECKING:
     from crl_sdk._embedder import Embedder, Embeddings
     from crl_sdk.basis import Basis
-    from crl_sdk.client import AsyncClient, Client
+    from crl_sdk.client import AsyncClient, Client, ClientOptions, ClientSecurity
     from crl_sdk.errors import CrlError
     from crl_sdk.model import ImageLimits, ModelBundle, demo_bundle
     from crl_sdk.projection import Projection
@@ -23,6 +23,8 @@ __all__ = [
     "AsyncClient",
     "Basis",
     "Client",
+    "ClientOptions",
+    "ClientSecurity",
     "CrlError",
     "Embedder",
     "Embeddings",
@@ -44,6 +46,8 @@ __getattr__, __dir__ = lazy_names(
         "client": (
             "AsyncClient",
             "Client",
+            "ClientOptions",
+            "ClientSecurity",
         ),
         "errors": ("CrlError",),
         "model": (

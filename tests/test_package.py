@@ -21,6 +21,8 @@ def test_public_names():
         "AsyncClient",
         "Basis",
         "Client",
+        "ClientOptions",
+        "ClientSecurity",
         "CrlError",
         "Embedder",
         "Embeddings",

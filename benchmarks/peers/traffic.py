@@ -23,7 +23,7 @@ from crl_benchmarks.load import Reply, Run, Send, closed_loop, open_loop
 from crl_benchmarks.targets import failed
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.pb.inference import kserve_pb2, kserve_pb2_grpc
-from crl_sdk.rpc import _tensors as wire
+from crl_sdk.rpc import decode_tensor
 
 Call = Callable[[Sequence[bytes]], Awaitable[NDArray[np.float32]]]
 """Sends JPEGs in one call and gives their embeddings, (n, d)."""
@@ -74,7 +74,7 @@ def _crl(channel: grpc.aio.Channel, timeout: float) -> Call:
     async def call(images: Sequence[bytes]) -> NDArray[np.float32]:
         sent = [embedding_pb2.Image(encoded=data) for data in images]
         reply = await stub.Embed(embedding_pb2.EmbedRequest(images=sent), timeout=timeout)
-        return np.asarray(wire.decode(reply.universal), np.float32)
+        return np.asarray(decode_tensor(reply.universal), np.float32)
 
     return call
 

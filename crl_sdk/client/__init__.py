@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 from crl_sdk._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from crl_sdk.client._client import AsyncClient, Client, Options, Security
+    from crl_sdk.client._client import AsyncClient, Client, ClientOptions, ClientSecurity
     from crl_sdk.client._messages import RemoteEmbeddings
 
 __all__ = [
     "AsyncClient",
     "Client",
-    "Options",
+    "ClientOptions",
+    "ClientSecurity",
     "RemoteEmbeddings",
-    "Security",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -24,8 +24,8 @@ __getattr__, __dir__ = lazy_names(
         "_client": (
             "AsyncClient",
             "Client",
-            "Options",
-            "Security",
+            "ClientOptions",
+            "ClientSecurity",
         ),
         "_messages": ("RemoteEmbeddings",),
     },

@@ -43,8 +43,8 @@ from crl_sdk.pb.crl.v1 import (
     embedding_pb2,
     embedding_pb2_grpc,
 )
-from crl_sdk.rpc import _tensors as wire
-from crl_sdk.rpc._status import error_of
+from crl_sdk.rpc._status import error_from_status
+from crl_sdk.rpc._tensors import decode_tensor
 
 if TYPE_CHECKING:
     from crl_sdk.client._messages import ClientImage
@@ -56,7 +56,7 @@ _REPROJECTIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Security:
+class ClientSecurity:
     """How a client proves who it is, and knows its server.
 
     Attributes:
@@ -73,7 +73,7 @@ class Security:
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class ClientOptions:
     """How a client calls.
 
     Attributes:
@@ -95,13 +95,15 @@ class Options:
     max_in_flight: int = 4
     max_message_bytes: int = 64 * 2**20
     resize: bool = False
-    security: Security = field(default_factory=Security)
+    security: ClientSecurity = field(default_factory=ClientSecurity)
 
 
 class AsyncClient:
     """A client for asyncio. Use it as a context manager, or `close` it."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, options: Options = Options()) -> None:
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, options: ClientOptions = ClientOptions()
+    ) -> None:
         """Store where the service is; nothing connects before the first call.
 
         Args:
@@ -157,7 +159,7 @@ class AsyncClient:
             ImageBatchError: some images failed; it carries the result of the others.
             UnknownCriterionError: the server has no such basis.
             OverloadedError: the server was overloaded, all retries long.
-            DeadlineError: it took longer than `Options.timeout`.
+            DeadlineError: it took longer than `ClientOptions.timeout`.
             ServiceError: the server cannot be reached.
         """
         if on_error not in ("raise", "collect"):
@@ -182,7 +184,7 @@ class AsyncClient:
         """Embed a long iterable of images, a batch at a time, in order and in bounded memory.
 
         Yields:
-            One result per `Options.batch_size` images; errors are collected in it.
+            One result per `ClientOptions.batch_size` images; errors are collected in it.
         """
         _check_images(images)
         batches = _batches(images, self.options.batch_size)
@@ -231,7 +233,7 @@ class AsyncClient:
         """Embed texts with the model's text tower: (n, d) float32, unit rows."""
         request = embedding_pb2.EmbedTextRequest(texts=texts, truncate=truncate)
         response = await self._call(self._embedding.EmbedText, request)
-        return wire.decode(response.embeddings)
+        return decode_tensor(response.embeddings)
 
     async def model(self) -> embedding_pb2.GetModelResponse:
         """Tell what model is served."""
@@ -377,7 +379,9 @@ class Client:
     Safe to use from several threads. Use it as a context manager, or `close` it.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, options: Options = Options()) -> None:
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, options: ClientOptions = ClientOptions()
+    ) -> None:
         """Store where the service is; the arguments are those of `AsyncClient`."""
         import threading
 
@@ -389,7 +393,7 @@ class Client:
         self._client: AsyncClient = self._wait(self._open(address, options))
 
     @staticmethod
-    async def _open(address: str, options: Options) -> AsyncClient:
+    async def _open(address: str, options: ClientOptions) -> AsyncClient:
         return AsyncClient(address, options)
 
     def _wait(self, work: Any) -> Any:
@@ -496,7 +500,7 @@ class Client:
         self._wait(self._client.delete_basis(criterion))
 
 
-def _channel(address: str, options: Options) -> grpc.aio.Channel:
+def _channel(address: str, options: ClientOptions) -> grpc.aio.Channel:
     sizes = [
         ("grpc.max_receive_message_length", options.max_message_bytes),
         ("grpc.max_send_message_length", options.max_message_bytes),
@@ -513,7 +517,7 @@ def _channel(address: str, options: Options) -> grpc.aio.Channel:
 
 
 def _typed(error: grpc.aio.AioRpcError) -> CrlError:
-    return error_of(error.code(), error.details() or "", error.trailing_metadata())
+    return error_from_status(error.code(), error.details() or "", error.trailing_metadata())
 
 
 def _read(path: str | os.PathLike[str] | None) -> bytes | None:

@@ -21,7 +21,7 @@ from crl_sdk.errors import (
     ServiceError,
 )
 from crl_sdk.pb.crl.v1 import embedding_pb2
-from crl_sdk.rpc import _tensors as wire
+from crl_sdk.rpc._tensors import decode_tensor, encode_tensor
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -126,7 +126,7 @@ def _image(image: ClientImage, position: int) -> embedding_pb2.Image:
                 f"cannot be read ({error.strerror}); check the path", source=str(image)
             ) from error
     if isinstance(image, np.ndarray):
-        tensor = wire.encode(image)
+        tensor = encode_tensor(image)
         if tensor.dtype == embedding_pb2.DTYPE_UINT8:
             return embedding_pb2.Image(pixels=tensor)
         return embedding_pb2.Image(embedding=tensor)
@@ -155,7 +155,7 @@ def read_response(
             errors[position] = kind(status.message, source=f"image {position}")
 
     def rows(tensor: embedding_pb2.Tensor) -> NDArray[np.float32]:
-        array: NDArray[np.float32] = wire.decode(tensor)
+        array: NDArray[np.float32] = decode_tensor(tensor)
         if not local:
             return array
         spread = np.full((count, array.shape[1]), np.nan, np.float32)

@@ -7,28 +7,28 @@ from typing import TYPE_CHECKING
 from crl_sdk._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from crl_sdk.rpc._status import code_of, error_of, trailers_of
-    from crl_sdk.rpc._tensors import decode, encode
+    from crl_sdk.rpc._status import error_from_status, error_trailers, status_code
+    from crl_sdk.rpc._tensors import decode_tensor, encode_tensor
 
 __all__ = [
-    "code_of",
-    "decode",
-    "encode",
-    "error_of",
-    "trailers_of",
+    "decode_tensor",
+    "encode_tensor",
+    "error_from_status",
+    "error_trailers",
+    "status_code",
 ]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "_status": (
-            "code_of",
-            "error_of",
-            "trailers_of",
+            "status_code",
+            "error_from_status",
+            "error_trailers",
         ),
         "_tensors": (
-            "decode",
-            "encode",
+            "decode_tensor",
+            "encode_tensor",
         ),
     },
     extra="cpu",

@@ -48,12 +48,12 @@ _BY_NAME: dict[str, type[errors.CrlError]] = {
 }
 
 
-def code_of(error: errors.CrlError) -> grpc.StatusCode:
+def status_code(error: errors.CrlError) -> grpc.StatusCode:
     """Give the status of an error."""
     return next(code for kind, code in _CODES.items() if isinstance(error, kind))
 
 
-def trailers_of(error: errors.CrlError) -> tuple[tuple[str, str], ...]:
+def error_trailers(error: errors.CrlError) -> tuple[tuple[str, str], ...]:
     """Give the trailers that go with an error: its kind, and when to try again."""
     trailers = ((ERROR_KEY, type(error).__name__),)
     if isinstance(error, errors.OverloadedError):
@@ -61,7 +61,7 @@ def trailers_of(error: errors.CrlError) -> tuple[tuple[str, str], ...]:
     return trailers
 
 
-def error_of(
+def error_from_status(
     code: grpc.StatusCode, message: str, metadata: Iterable[tuple[str, str | bytes]] | None
 ) -> errors.CrlError:
     """Give the error that a status stands for.

@@ -19,7 +19,7 @@ _DTYPES: dict[embedding_pb2.Dtype.ValueType, np.dtype[Any]] = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
-def encode(array: NDArray[Any]) -> embedding_pb2.Tensor:
+def encode_tensor(array: NDArray[Any]) -> embedding_pb2.Tensor:
     """Make a message of an array.
 
     Args:
@@ -37,7 +37,7 @@ def encode(array: NDArray[Any]) -> embedding_pb2.Tensor:
     return embedding_pb2.Tensor(dtype=code, shape=array.shape, data=little.tobytes())
 
 
-def decode(tensor: embedding_pb2.Tensor) -> NDArray[Any]:
+def decode_tensor(tensor: embedding_pb2.Tensor) -> NDArray[Any]:
     """Read an array out of a message.
 
     Returns:

@@ -17,7 +17,7 @@ else:
     import tomli as tomllib
 
 from crl_sdk.errors import AccessError, InvalidInputError
-from crl_sdk.rpc._status import trailers_of
+from crl_sdk.rpc._status import error_trailers
 from crl_sdk.serving._calls import REQUEST_ID_KEY, request_id
 from crl_sdk.serving._handlers import in_place_of
 
@@ -150,7 +150,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
 
 def _refusing(handler: Handler, code: grpc.StatusCode, message: str) -> Any:
     """Give a handler of the same kind that ends every call at once."""
-    trailers = trailers_of(AccessError(message))
+    trailers = error_trailers(AccessError(message))
 
     async def refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
         await context.abort(code, message, (*trailers, (REQUEST_ID_KEY, request_id.get())))

@@ -31,8 +31,8 @@ from crl_sdk.pb.crl.v1 import (
     embedding_pb2_grpc,
 )
 from crl_sdk.projection._projection import POSTS
-from crl_sdk.rpc import _tensors as wire
-from crl_sdk.rpc._status import code_of, trailers_of
+from crl_sdk.rpc._status import error_trailers, status_code
+from crl_sdk.rpc._tensors import decode_tensor, encode_tensor
 from crl_sdk.serving._bases import StoredBasis
 from crl_sdk.serving._calls import REQUEST_ID_KEY, caller, request_id, unexpected
 from crl_sdk.serving._pipeline import Pipeline, Result, Source
@@ -81,7 +81,7 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
             try:
                 reply.response.CopyFrom(await self._embed(message.request, context))
             except CrlError as error:
-                reply.error.code, reply.error.message = code_of(error).value[0], str(error)
+                reply.error.code, reply.error.message = status_code(error).value[0], str(error)
             except Exception as error:  # of one request: the others are answered
                 reply.error.code = grpc.StatusCode.INTERNAL.value[0]
                 reply.error.message = unexpected("/crl.v1.EmbeddingService/EmbedStream", error)
@@ -119,7 +119,7 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
                 self._pipeline.embedder.embed_text, list(request.texts), truncate=request.truncate
             )
             return embedding_pb2.EmbedTextResponse(
-                embeddings=wire.encode(rows.astype(dtype, copy=False)),
+                embeddings=encode_tensor(rows.astype(dtype, copy=False)),
                 fingerprint=self._pipeline.embedder.bundle.fingerprint,
             )
 
@@ -337,8 +337,8 @@ async def answer(context: Context, work: Callable[[], Awaitable[Reply]]) -> Repl
 
 async def abort(context: Context, error: CrlError) -> NoReturn:
     """End a call with the status of an error."""
-    trailers = (*trailers_of(error), (REQUEST_ID_KEY, request_id.get()))
-    await context.abort(code_of(error), str(error), trailers)
+    trailers = (*error_trailers(error), (REQUEST_ID_KEY, request_id.get()))
+    await context.abort(status_code(error), str(error), trailers)
 
 
 def _row_dtype(dtype: int) -> type[np.floating]:
@@ -358,7 +358,7 @@ def _source(image: embedding_pb2.Image, position: int) -> Source:
         raise InvalidInputError(
             f"image {position}: expected encoded bytes, pixels or an embedding, got none of them"
         )
-    array: NDArray[Any] = wire.decode(image.pixels if kind == "pixels" else image.embedding)
+    array: NDArray[Any] = decode_tensor(image.pixels if kind == "pixels" else image.embedding)
     wanted = "u" if kind == "pixels" else "f"
     ranks = (2, 3) if kind == "pixels" else (1,)
     if array.dtype.kind != wanted or array.ndim not in ranks:
@@ -374,7 +374,7 @@ def _response(
     result: Result, fingerprint: str, dtype: type[np.floating], omit_universal: bool
 ) -> embedding_pb2.EmbedResponse:
     def rows(array: NDArray[np.float32]) -> embedding_pb2.Tensor:
-        return wire.encode(array.astype(dtype, copy=False))
+        return encode_tensor(array.astype(dtype, copy=False))
 
     codes = embedding_pb2.ImageStatus
     return embedding_pb2.EmbedResponse(

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from crl_sdk import Client
-from crl_sdk.client._client import Options
+from crl_sdk.client import ClientOptions
 from crl_sdk.client._messages import stale_parts
 from crl_sdk.errors import ImageBatchError, MissingDependencyError, NotOfferedError, ServiceError
 
@@ -47,7 +47,7 @@ def awkward() -> dict[str, object]:
 
 def test_resizing_before_sending_changes_no_bit(server):
     pictures = awkward()
-    with Client(server.address) as far, Client(server.address, Options(resize=True)) as near:
+    with Client(server.address) as far, Client(server.address, ClientOptions(resize=True)) as near:
         there = far.embed(list(pictures.values()), ["color"])
         here = near.embed(list(pictures.values()), ["color"])
     assert not here.cached.any()  # known by their pixels, so that the cache did not answer
@@ -57,7 +57,7 @@ def test_resizing_before_sending_changes_no_bit(server):
 
 
 def test_what_cannot_be_resized_fails_alone(server, pictures):
-    with Client(server.address, Options(resize=True)) as client:
+    with Client(server.address, ClientOptions(resize=True)) as client:
         stored = client.embed([pictures[0]]).universal[0]
         with pytest.raises(ImageBatchError) as caught:
             client.embed([pictures[0], b"junk", "missing.jpg", stored], ["color"])
@@ -71,7 +71,7 @@ def test_resizing_without_pillow_names_the_extra(server, pictures, monkeypatch):
     monkeypatch.delitem(sys.modules, "crl_sdk.model._preprocess")
     monkeypatch.setitem(sys.modules, "PIL", None)
     with (
-        Client(server.address, Options(resize=True)) as client,
+        Client(server.address, ClientOptions(resize=True)) as client,
         pytest.raises(MissingDependencyError, match="runtime"),
     ):
         client.embed([pictures[0]])
@@ -79,7 +79,7 @@ def test_resizing_without_pillow_names_the_extra(server, pictures, monkeypatch):
 
 def test_a_result_holds_one_version_of_a_basis(server, pictures):
     """The basis is replaced between the batches of one call."""
-    with Client(server.address, Options(batch_size=2, max_in_flight=1)) as client:
+    with Client(server.address, ClientOptions(batch_size=2, max_in_flight=1)) as client:
         before = client.bases()[0].sha256
 
         def slowly():
@@ -106,7 +106,7 @@ def test_results_of_two_models_are_never_joined(client, pictures):
 
 
 def test_errors_name_the_position_in_the_whole_list(server, pictures):
-    with Client(server.address, Options(batch_size=2)) as client:
+    with Client(server.address, ClientOptions(batch_size=2)) as client:
         result = client.embed([*pictures[:3], b"junk"], on_error="collect")
     assert str(result.errors[3]).startswith("image 3: not a readable image")
 

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.pb.crl.v1 import embedding_pb2
-from crl_sdk.rpc import _tensors as wire
+from crl_sdk.rpc import decode_tensor, encode_tensor
 
 ARRAYS = st.sampled_from(["<f4", ">f4", "<f2", "u1"]).flatmap(
     lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0))
@@ -19,20 +19,20 @@ ARRAYS = st.sampled_from(["<f4", ">f4", "<f2", "u1"]).flatmap(
 
 @given(ARRAYS)
 def test_round_trip(array):
-    message = embedding_pb2.Tensor.FromString(wire.encode(array).SerializeToString())
-    again = wire.decode(message)
+    message = embedding_pb2.Tensor.FromString(encode_tensor(array).SerializeToString())
+    again = decode_tensor(message)
     assert again.shape == array.shape and again.dtype == array.dtype.newbyteorder("<")
     np.testing.assert_array_equal(again, array)
 
 
 def test_golden_bytes():
-    message = wire.encode(np.array([[1.0, -2.0]], np.float32))
+    message = encode_tensor(np.array([[1.0, -2.0]], np.float32))
     assert message.SerializeToString(deterministic=True).hex() == "0801120201021a080000803f000000c0"
 
 
 def test_views_are_encoded_by_value():
     array = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    np.testing.assert_array_equal(wire.decode(wire.encode(array[::2, ::-1])), array[::2, ::-1])
+    np.testing.assert_array_equal(decode_tensor(encode_tensor(array[::2, ::-1])), array[::2, ::-1])
 
 
 @pytest.mark.parametrize(
@@ -41,9 +41,9 @@ def test_views_are_encoded_by_value():
 )
 def test_malformed_messages(dtype, shape, data):
     with pytest.raises(InvalidInputError, match="expected"):
-        wire.decode(embedding_pb2.Tensor(dtype=dtype, shape=shape, data=data))
+        decode_tensor(embedding_pb2.Tensor(dtype=dtype, shape=shape, data=data))
 
 
 def test_other_dtypes():
     with pytest.raises(InvalidInputError, match="float64"):
-        wire.encode(np.zeros(2))
+        encode_tensor(np.zeros(2))

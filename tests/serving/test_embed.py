@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from crl_sdk import AsyncClient, Client
-from crl_sdk.client._client import Options
+from crl_sdk.client import ClientOptions
 from crl_sdk.errors import (
     CriterionError,
     ImageBatchError,
@@ -22,7 +22,7 @@ from crl_sdk.errors import (
     UnknownCriterionError,
 )
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
-from crl_sdk.rpc import _tensors as wire
+from crl_sdk.rpc import decode_tensor, encode_tensor
 
 COLOR_TEXTS = ["red", "green", "blue", "yellow"]
 
@@ -126,7 +126,7 @@ def test_long_iterables_keep_their_order_in_bounded_memory(server, pictures):
             taken += 1
             yield pictures[i % len(pictures)]
 
-    options = Options(batch_size=5, max_in_flight=3)
+    options = ClientOptions(batch_size=5, max_in_flight=3)
     with Client(server.address, options) as client:
         batches = client.embed_batches(stream(), ["color"])
         first = next(batches)
@@ -191,9 +191,9 @@ def pixels(shape, data, dtype=embedding_pb2.DTYPE_UINT8):
         (pixels([4, 4, 1, 3], bytes(48)), "expected pixels UINT8 of shape"),
         (pixels([2, 2], bytes(16), embedding_pb2.DTYPE_FLOAT32), "expected pixels UINT8"),
         (pixels([4, 4], bytes(16), 77), "expected a tensor of dtype"),
-        (embedding_pb2.Image(embedding=wire.encode(np.ones(5, np.float32))), r"\(n, 128\)"),
-        (embedding_pb2.Image(embedding=wire.encode(np.full(128, np.nan, np.float32))), "NaN"),
-        (embedding_pb2.Image(embedding=wire.encode(np.ones((1, 128), np.float32))), "of shape"),
+        (embedding_pb2.Image(embedding=encode_tensor(np.ones(5, np.float32))), r"\(n, 128\)"),
+        (embedding_pb2.Image(embedding=encode_tensor(np.full(128, np.nan, np.float32))), "NaN"),
+        (embedding_pb2.Image(embedding=encode_tensor(np.ones((1, 128), np.float32))), "of shape"),
     ],
 )
 def test_tensors_that_do_not_fit(stub, image, words):
@@ -209,7 +209,7 @@ def test_the_form_of_the_reply(stub, pictures):
     )
     reply = stub.Embed(request)
     assert not reply.HasField("universal")
-    rows = wire.decode(reply.conditional[0].rows)
+    rows = decode_tensor(reply.conditional[0].rows)
     assert rows.dtype == np.float16 and rows.shape == (1, 4)
     assert len(reply.images[0].digest) == 32 and reply.timings.total_us > 0
     with pytest.raises(grpc.RpcError, match="FLOAT32 or FLOAT16"):
@@ -233,7 +233,7 @@ def test_bytes_that_are_no_message_and_messages_too_large(server, pictures):
 def test_a_server_that_is_not_there():
     started = time.monotonic()
     with (
-        Client("127.0.0.1:1", Options(timeout=2, retries=1)) as client,
+        Client("127.0.0.1:1", ClientOptions(timeout=2, retries=1)) as client,
         pytest.raises(ServiceError, match="UNAVAILABLE"),
     ):
         client.model()
@@ -272,7 +272,7 @@ def test_a_stream_answers_each_request_by_its_id(stub, pictures):
     for i in (0, 7, 39):
         direct = stub.Embed(messages[i].request)
         np.testing.assert_array_equal(
-            wire.decode(replies[str(i)].response.conditional[0].rows),
-            wire.decode(direct.conditional[0].rows),
+            decode_tensor(replies[str(i)].response.conditional[0].rows),
+            decode_tensor(direct.conditional[0].rows),
         )
     assert send(stub, []) == {}

@@ -12,7 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from crl_sdk import AsyncClient, Client
-from crl_sdk.client._client import Options
+from crl_sdk.client import ClientOptions
 from crl_sdk.errors import DeadlineError, EngineError, InvalidInputError, OverloadedError
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.serving import _batcher as batcher_module
@@ -32,7 +32,7 @@ def test_what_is_past_its_deadline_is_never_computed(serve, faked, engine):
     server = serve(faked)
     before = sum(engine.batches)
     engine.gate.clear()
-    hopeless = Options(timeout=0.3, retries=0)
+    hopeless = ClientOptions(timeout=0.3, retries=0)
     with Client(server.address, hopeless) as client, Client(server.address) as patient:
         blocked = server.pipeline.batcher
         for _ in range(2):  # the first is in the engine, the second waits behind it
@@ -48,7 +48,7 @@ def test_what_is_past_its_deadline_is_never_computed(serve, faked, engine):
 def test_a_deadline_of_a_millisecond(serve, faked, engine):
     server = serve(faked)
     engine.seconds = 0.2
-    with Client(server.address, Options(timeout=0.001, retries=0)) as client:
+    with Client(server.address, ClientOptions(timeout=0.001, retries=0)) as client:
         for _ in range(20):  # late, or, while others wait, refused because it would be
             with pytest.raises((DeadlineError, OverloadedError)):
                 client.embed([picture()])
@@ -61,7 +61,7 @@ def test_over_the_queue_calls_are_refused_at_once(serve, faked, engine):
     engine.seconds = 0.3
 
     async def flood():
-        options = Options(retries=0, timeout=20)
+        options = ClientOptions(retries=0, timeout=20)
         async with AsyncClient(server.address, options) as client:
 
             async def call():
@@ -91,7 +91,7 @@ def test_a_client_retries_until_there_is_room(serve, faked, engine):
     engine.seconds = 0.05
 
     async def all_at_once():
-        async with AsyncClient(server.address, Options(retries=20)) as client:
+        async with AsyncClient(server.address, ClientOptions(retries=20)) as client:
             return await asyncio.gather(*(client.embed([picture()]) for _ in range(12)))
 
     assert len(asyncio.run(all_at_once())) == 12
@@ -140,12 +140,12 @@ def test_calls_that_were_cancelled_cost_nothing(serve, faked, engine, device):
     before, entered = sum(engine.batches), sum(engine.entered)
     with grpc.insecure_channel(server.address) as channel:
         stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
-        from crl_sdk.rpc import _tensors as wire
+        from crl_sdk.rpc import encode_tensor
 
         calls = [
             stub.Embed.future(
                 embedding_pb2.EmbedRequest(
-                    images=[embedding_pb2.Image(pixels=wire.encode(picture()))]
+                    images=[embedding_pb2.Image(pixels=encode_tensor(picture()))]
                 )
             )
             for _ in range(6)
@@ -169,7 +169,7 @@ def test_an_engine_that_fails_turns_health_until_it_runs_again(serve, faked, eng
     server = serve(faked)
     assert health_of(server.address) == health_pb2.HealthCheckResponse.SERVING
     engine.fails = True
-    with Client(server.address, Options(retries=0)) as client:
+    with Client(server.address, ClientOptions(retries=0)) as client:
         with pytest.raises(EngineError, match="fell off the bus"):
             client.embed([picture()])
         not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -187,7 +187,7 @@ def test_an_engine_that_hangs_turns_health(serve, faked, engine, monkeypatch):
     monkeypatch.setattr(server_module, "HANG_SECONDS", 0.3)
     server = serve(faked)
     engine.gate.clear()
-    with Client(server.address, Options(timeout=0.2, retries=0)) as client:
+    with Client(server.address, ClientOptions(timeout=0.2, retries=0)) as client:
         with pytest.raises(DeadlineError):
             client.embed([picture()])
         until(lambda: health_of(server.address) == health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -249,7 +249,7 @@ def test_stopping_finishes_what_waits_and_refuses_the_rest(serve, faked, engine)
     engine.seconds = 0.3
 
     async def work():
-        async with AsyncClient(server.address, Options(retries=0)) as client:
+        async with AsyncClient(server.address, ClientOptions(retries=0)) as client:
             call = asyncio.create_task(client.embed([picture()]))
             await asyncio.sleep(0.1)
             stopping = asyncio.create_task(asyncio.to_thread(server.stop))
@@ -286,7 +286,7 @@ def test_what_would_be_late_is_refused_at_once_and_the_rest_is_in_time(serve, fa
 
     async def flood():
         outcomes = {"served": 0, "refused": 0}
-        async with AsyncClient(server.address, Options(retries=0, timeout=1.0)) as client:
+        async with AsyncClient(server.address, ClientOptions(retries=0, timeout=1.0)) as client:
 
             async def call():
                 try:

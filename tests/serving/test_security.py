@@ -8,7 +8,7 @@ import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from crl_sdk import Client
-from crl_sdk.client._client import Options, Security
+from crl_sdk.client import ClientOptions, ClientSecurity
 from crl_sdk.errors import AccessError, InvalidInputError, ServiceError
 from crl_sdk.serving._security import Tls, Token, read_tokens
 
@@ -22,7 +22,7 @@ TOKENS = (
 def connect(server, retries=0, **security) -> Client:
     return Client(
         server.address.replace("127.0.0.1", "localhost"),
-        Options(timeout=5, retries=retries, security=Security(**security)),
+        ClientOptions(timeout=5, retries=retries, security=ClientSecurity(**security)),
     )
 
 
@@ -101,9 +101,11 @@ def test_files_that_are_no_certificates(serve, embedder, pki, tmp_path):
         with pytest.raises(InvalidInputError, match=words):
             serve(embedder, tls=tls)
     with pytest.raises(InvalidInputError, match="authority too"):
-        Client(options=Options(security=Security(certificate=pki["client"]))).close()
+        Client(options=ClientOptions(security=ClientSecurity(certificate=pki["client"]))).close()
     with pytest.raises(InvalidInputError, match="cannot be read"):
-        Client(options=Options(security=Security(authority=tmp_path / "no.pem"))).close()
+        Client(
+            options=ClientOptions(security=ClientSecurity(authority=tmp_path / "no.pem"))
+        ).close()
 
 
 def test_token_files(tmp_path):

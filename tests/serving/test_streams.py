@@ -13,7 +13,7 @@ import pytest
 
 from crl_sdk import Client
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
-from crl_sdk.rpc import _tensors as wire
+from crl_sdk.rpc import encode_tensor
 from crl_sdk.serving import _server as server_module
 from crl_sdk.serving._service import STREAM_WINDOW
 from support import picture, until
@@ -37,7 +37,7 @@ def channel_of():
 
 def message(images: int = 1) -> embedding_pb2.EmbedStreamRequest:
     """A request of pictures that no cache has seen."""
-    image = embedding_pb2.Image(pixels=wire.encode(picture()))
+    image = embedding_pb2.Image(pixels=encode_tensor(picture()))
     request = embedding_pb2.EmbedRequest(images=[image] * images)
     return embedding_pb2.EmbedStreamRequest(id=str(next(_numbers)), request=request)
 
@@ -67,7 +67,7 @@ def test_streams_that_say_little_keep_nobody_waiting(serve, faked, channel_of):
 
 def test_a_client_that_does_not_read_is_not_read_either(serve, faked, channel_of):
     server = serve(faked)
-    rows = wire.encode(np.ones(128, np.float32) / np.float32(np.sqrt(128)))
+    rows = encode_tensor(np.ones(128, np.float32) / np.float32(np.sqrt(128)))
     known = [embedding_pb2.Image(embedding=rows)] * 256  # answered with 128 KiB
     results, sent, leave = [], [], threading.Event()
     server.pipeline.on_result.append(results.append)

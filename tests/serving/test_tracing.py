@@ -13,7 +13,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 from crl_sdk import Client
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
-from crl_sdk.rpc import _tensors as wire
+from crl_sdk.rpc import encode_tensor
 from support import picture, until
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -53,7 +53,7 @@ def test_a_call_continues_its_callers_trace(serve, embedder, collector):
     server = serve(embedder, otlp=collector.endpoint)
     with Client(server.address) as client:
         client.create_basis("color", ["red", "green"])
-    image = embedding_pb2.Image(pixels=wire.encode(picture()))
+    image = embedding_pb2.Image(pixels=encode_tensor(picture()))
     request = embedding_pb2.EmbedRequest(images=[image], criteria=["color"])
     unknown = embedding_pb2.EmbedRequest(images=[image], criteria=["colour"])
     with grpc.insecure_channel(server.address) as channel:
@@ -84,7 +84,7 @@ def test_a_call_continues_its_callers_trace(serve, embedder, collector):
 
 def test_requests_of_a_stream_have_spans_of_their_own(serve, embedder, collector):
     server = serve(embedder, otlp=collector.endpoint)
-    image = embedding_pb2.Image(pixels=wire.encode(picture()))
+    image = embedding_pb2.Image(pixels=encode_tensor(picture()))
     with grpc.insecure_channel(server.address) as channel:
         stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
         messages = [
