@@ -23,8 +23,12 @@ from crl_sdk.cli._options import (
     EngineOption,
     ThreadsOption,
 )
-from crl_sdk.cli._report import write_html
-from crl_sdk.cli._report_groups import Panel, described_groups, told_choice
+from crl_sdk.cli._report import write_report
+from crl_sdk.cli._report_content import (
+    ReportSection,
+    describe_cluster_count,
+    described_groups,
+)
 from crl_sdk.cli._sources import (
     BasisOption,
     CriterionOption,
@@ -136,20 +140,17 @@ def _write_report(
     """Write the demo's page: on the left what the universal embeddings would group."""
     assert material.files is not None
     plain = cluster_rows(universal, len(found.clusters), basis=basis, universal=universal)
-    panel = Panel(
+    section = ReportSection(
         criterion=basis.criterion,
         texts=basis.texts,
-        written="model" in basis.provenance,
+        generated="model" in basis.provenance,
         universal=described_groups(plain),
         conditional=described_groups(found),
-        remark=told_choice(found.choice, found.stability),
-        doubts=doubts,
+        remark=describe_cluster_count(found.choice, found.stability),
+        reasons=doubts,
     )
-    title = f"{len(material.names)} pictures, grouped by {basis.criterion}"
-    try:
-        write_html(page, title, [panel], material.files)
-    except OSError as error:
-        raise InvalidInputError(f"{page}: cannot be written ({error.strerror})") from error
+    title = f"{len(material.names)} images, grouped by {basis.criterion}"
+    write_report(page, title, [section], material.files)
 
 
 def _tell(
@@ -198,7 +199,7 @@ def _tell(
             f"{strength:.1f} σ", escape(Path(material.names[each.typical[0]]).name),
         )  # fmt: skip
     out.print(shown)
-    if told := told_choice(choice, found.stability):
+    if told := describe_cluster_count(choice, found.stability):
         note(told)
     if len(found.clusters) < found.k:
         warn(

@@ -22,8 +22,13 @@ from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._console import JsonOption, err, note, out, print_json, progress_bar, warn
 from crl_sdk.cli._local_server import local_server
 from crl_sdk.cli._options import BundleOption, bundle_or_demo
-from crl_sdk.cli._report import write_html, write_png
-from crl_sdk.cli._report_groups import Panel, described_groups, labelled_groups, told_choice
+from crl_sdk.cli._report import write_report
+from crl_sdk.cli._report_content import (
+    ReportSection,
+    describe_cluster_count,
+    described_groups,
+    labelled_groups,
+)
 from crl_sdk.client._client import Client
 from crl_sdk.client._messages import RemoteEmbeddings
 from crl_sdk.errors import CrlError, GenerationError, InvalidInputError, MissingDependencyError
@@ -111,20 +116,18 @@ def demo(
         step(f"embedding {len(given.files)} pictures over gRPC")
         seconds, result = _embed(path, directory, given.files, bases)
         step("grouping")
-        panels, rows = _group(given, bases, result, groups)
-        step("drawing the report")
-    shown = [file for i, file in enumerate(given.files) if i not in result.errors]
-    title = f"{len(shown)} pictures, grouped by what matters"
-    png, page = directory / "report.png", directory / "report.html"
-    write_png(png, title, panels, shown)
-    write_html(page, title, panels, shown)
+        sections, rows = _group(given, bases, result, groups)
+        shown = [file for i, file in enumerate(given.files) if i not in result.errors]
+        page = directory / "report.html"
+        step("writing the report")
+        write_report(page, f"{len(shown)} images, grouped by what matters", sections, shown)
     summary = {
         "images": len(shown),
         "images_per_second": round(len(shown) / seconds, 1),
         "pictures": str(given.files[0].parent),
         "prompt": given.prompt,
         "criteria": rows,
-        "report": [str(page), str(png)],
+        "report": str(page),
         "seconds": round(time.perf_counter() - started, 1),
     }
     if as_json:
@@ -239,9 +242,9 @@ def _embed(
 
 def _group(
     given: _Pictures, bases: dict[str, Basis], result: RemoteEmbeddings, count: int
-) -> tuple[list[Panel], list[dict[str, Any]]]:
+) -> tuple[list[ReportSection], list[dict[str, Any]]]:
     """Cluster by every criterion: what the report shows, and the rows of the table."""
-    panels, rows = [], []
+    sections, rows = [], []
     good = [i for i in range(len(given.files)) if i not in result.errors]
     universal = result.universal[good]
     for name in given.criteria:
@@ -270,7 +273,7 @@ def _group(
             split = cluster(conditional, count or None, universal=universal, basis=bases[used])
             plain = cluster(universal, split.k, universal=universal, basis=bases[used])
             left, right = described_groups(plain), described_groups(split)
-            remark = told_choice(split.choice, split.stability)
+            remark = describe_cluster_count(split.choice, split.stability)
             row = {
                 "criterion": name,
                 "groups": {group.name: group.size for group in right},
@@ -278,8 +281,10 @@ def _group(
             }
             accuracies = None
         rows.append(row)
-        panels.append(Panel(name, tuple(texts), name in bases, left, right, accuracies, remark))
-    return panels, rows
+        sections.append(
+            ReportSection(name, tuple(texts), name in bases, left, right, accuracies, remark)
+        )
+    return sections, rows
 
 
 def _render(directory: Path, count: int, seed: int) -> Path:
@@ -328,7 +333,7 @@ def _print_table(summary: dict[str, Any]) -> None:
                 row["criterion"], f"{row['universal']:.3f}", generated, f"{row['true_words']:.3f}"
             )
     out.print(table)
-    out.print(f"report: {summary['report'][0]} and {summary['report'][1]}", highlight=False)
+    out.print(f"report: {summary['report']}", highlight=False)
     note(
         f"{summary['images_per_second']} pictures a second over gRPC, decoding included; "
         f"{summary['seconds']} s in all"

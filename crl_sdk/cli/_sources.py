@@ -188,9 +188,9 @@ def require_tasks(purpose: str) -> None:
     """Refuse before the work begins if what it ends with is not installed.
 
     Raises:
-        MissingDependencyError: scikit-learn or scipy is missing.
+        MissingDependencyError: If scikit-learn, scipy or Jinja2 is not installed.
     """
-    for module, package in (("sklearn", "scikit-learn"), ("scipy", "scipy")):
+    for module, package in (("sklearn", "scikit-learn"), ("scipy", "scipy"), ("jinja2", "jinja2")):
         if find_spec(module) is None:
             raise MissingDependencyError(package, "tasks", purpose)
 

@@ -71,7 +71,8 @@ def test_cluster_a_folder(crl, folder, colours, tmp_path):
     assert [line["file"] for line in lines] == sorted(str(path) for path in folder.iterdir())
     assert all(line["name"] in line["file"] and float(line["typicality"]) > 0 for line in lines)
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert page.count("<img") == 18 and "https" not in page and "3 groups, chosen" in page
+    assert page.count('role="img"') == 18 and page.count("data:image/jpeg") == 9
+    assert "http" not in page and "number of groups, 3, was chosen" in page
     assert not (tmp_path / "bases").exists()
     shown = crl("cluster", folder, "--criterion", "color", "--texts", colours, "-k", 2)
     assert "cohesion" in shown and len(table(tmp_path / "clusters" / "clusters.csv")) == 9
@@ -146,7 +147,7 @@ def test_file_names_are_neither_markup_nor_html(crl, folder, colours, tmp_path):
     crl("basis", "create", "color", "--texts", colours)
     crl("cluster", folder, "--criterion", "color", "--out", "out")
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "x[red]&lt;b&gt;&#x27;y.jpg" in page and odd.name not in page
+    assert "x[red]&lt;b&gt;&#39;y.jpg" in page and odd.name not in page
     assert any(line["file"] == str(odd) for line in table(tmp_path / "out" / "clusters.csv"))
     shown = crl("retrieve", folder / "red-1.jpg", folder, "--criteria", "color")
     assert "x[red]" in "".join(line.split("│")[2].strip() for line in shown.splitlines()[3:-1])
