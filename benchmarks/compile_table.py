@@ -24,7 +24,7 @@ from typing import Any
 from crl_export.exporter import export_model
 from crl_export.kernels.ahead import ARCHITECTURES, BLOCKS, compile_kernels
 from crl_sdk import __version__, demo_bundle
-from crl_sdk.engines._tensorrt_runtime import load_toolkit
+from crl_sdk.engines._tensorrt_runtime import load_tensorrt
 
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
 
@@ -105,7 +105,7 @@ def roofline(gpu: GpuPeak, needed: Work) -> dict[str, float]:
 
 def compile_all(models: list[str], work_dir: Path) -> list[dict[str, Any]]:
     """Compile each model for each architecture; a refusal is a row too."""
-    toolkit = load_toolkit("tensorrt-rtx")
+    toolkit = load_tensorrt("tensorrt-rtx")
     rows = []
     for model in models:
         if model == "demo":
@@ -228,9 +228,9 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(("demo", *MODELS)))
     arguments = parser.parse_args()
     started = time.perf_counter()
-    from crl_sdk.engines._machine import examine
+    from crl_sdk.engines._machine import inspect_machine
 
-    machine = examine()
+    machine = inspect_machine()
     with tempfile.TemporaryDirectory() as folder:
         kernels = kernel_rows(Path(folder) / "kernels")
         plans = compile_all(arguments.models.split(","), Path(folder))
@@ -242,7 +242,7 @@ def main() -> None:
         "machine": {
             "processor": machine.processor, "cores": machine.cores, "memory": machine.memory
         },
-        "tensorrt_rtx": load_toolkit("tensorrt-rtx").version,
+        "tensorrt_rtx": load_tensorrt("tensorrt-rtx").version,
         "triton": machine.packages.get("triton", ""),
         "seconds": round(time.perf_counter() - started, 1),
         "plans": plans,

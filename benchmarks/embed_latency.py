@@ -58,7 +58,7 @@ def measure(
             assert np.abs(projected - expected).max(initial=0) < 1e-4, "wrong projection"
         times = np.array([[_time(runs[count]) for count in CRITERIA] for _ in range(repeats)])
         records.append(
-            {"batch": batch, "engine": engine.description}
+            {"batch": batch, "engine": str(engine.name)}
             | {
                 f"criteria_{count}": {
                     "p50_ms": round(float(np.percentile(times[:, i], 50)) * 1e3, 3),

@@ -30,6 +30,7 @@ from crl_sdk.projection._project_rows import project_rows
 from crl_sdk.projection._projection import normalise_rows, pack
 
 if TYPE_CHECKING:
+    from crl_sdk.engines._engine_name import EngineName
     from crl_sdk.model._preprocess import ImageInput
 
 _TEXT_BATCH = 64
@@ -148,7 +149,7 @@ class Embedder:
         embedder = cls(
             opened,
             image_engine,
-            lambda: open_text_engine(opened, image_engine.description, threads=threads),
+            lambda: open_text_engine(opened, image_engine.name, threads=threads),
             limits=limits,
             decode=decode,
         )
@@ -177,7 +178,12 @@ class Embedder:
     @property
     def engine(self) -> str:
         """Runtime, device and precision of the image tower, such as `onnx/cpu/fp32`."""
-        return self._image_engine.description
+        return str(self._image_engine.name)
+
+    @property
+    def engine_name(self) -> EngineName:
+        """The parts of `engine`: runtime, device and precision."""
+        return self._image_engine.name
 
     @property
     def bases(self) -> Mapping[str, Basis]:

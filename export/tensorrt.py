@@ -22,14 +22,14 @@ from crl_sdk.engines._tensorrt_plans import (
     Baked,
     Plan,
     PlanSpec,
+    PlanTensor,
     Runtime,
-    Tensor,
     find_plan,
     graph_digest,
     plans_directory,
     write_plan,
 )
-from crl_sdk.engines._tensorrt_runtime import Toolkit, load_toolkit
+from crl_sdk.engines._tensorrt_runtime import TensorRTRuntime, load_tensorrt
 from crl_sdk.errors import ExportError, InvalidInputError, MissingDependencyError
 from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.model._manifest import Precision
@@ -96,7 +96,7 @@ def compile_plan(
     if baked is not None:
         baked.require_fingerprint(bundle.fingerprint)
     digest = graph_digest(bundle, precision)
-    toolkit = load_toolkit(runtime)
+    toolkit = load_tensorrt(runtime)
     spec = PlanSpec(
         runtime=runtime,
         runtime_version=toolkit.version,
@@ -128,7 +128,7 @@ def _check_profile(precision: str, batch: tuple[int, int, int], max_columns: int
         raise InvalidInputError(f"expected 1 to {MOST_COLUMNS} columns, got {max_columns}")
 
 
-def _architectures(toolkit: Toolkit, wanted: Sequence[str]) -> tuple[str, ...]:
+def _architectures(toolkit: TensorRTRuntime, wanted: Sequence[str]) -> tuple[str, ...]:
     if toolkit.runtime == "tensorrt":
         here = cuda.architecture()
         if set(wanted) - {here}:
@@ -148,7 +148,7 @@ def _architectures(toolkit: Toolkit, wanted: Sequence[str]) -> tuple[str, ...]:
 
 
 def _build(
-    toolkit: Toolkit,
+    toolkit: TensorRTRuntime,
     bundle: ModelBundle,
     spec: PlanSpec,
     baked: Basis | None,
@@ -222,8 +222,8 @@ def _bake(graph: Path, basis: Basis) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def _tensor(tensor: Any) -> Tensor:
-    return Tensor(
+def _tensor(tensor: Any) -> PlanTensor:
+    return PlanTensor(
         name=tensor.name,
         dtype=_DTYPES.get(tensor.dtype.name, tensor.dtype.name.lower()),
         shape=tuple(tensor.shape),
@@ -231,7 +231,7 @@ def _tensor(tensor: Any) -> Tensor:
 
 
 def _check_tensors(
-    graph: Path, found: Sequence[Tensor], expected: dict[str, tuple[str, int]]
+    graph: Path, found: Sequence[PlanTensor], expected: dict[str, tuple[str, int]]
 ) -> None:
     told = {each.name: (each.dtype, len(each.shape)) for each in found}
     if told != expected:

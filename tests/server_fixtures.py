@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from crl_sdk import Client, Embedder, ModelBundle, demo_bundle
+from crl_sdk.engines._engine_name import EngineName
 from crl_sdk.serving._pipeline import Pipeline
 from crl_sdk.serving._server import ServerSettings, running
 
@@ -84,7 +85,7 @@ def client(server) -> Iterator[Client]:
 class FakeEngine:
     """An image engine that takes its time, fails when told to, and keeps what it saw."""
 
-    description = "fake/gpu/fp32"  # it leaves the cores to those who decode
+    name = EngineName("fake", "gpu", "fp32")  # it leaves the cores to those who decode
 
     def __init__(self, dim: int, seconds: float = 0.0) -> None:
         self.dim, self.seconds, self.fails = dim, seconds, False

@@ -134,7 +134,7 @@ def _engine(
             opened.close()
     told = {
         "model": bundle.manifest.name,
-        "engine": opened.description,
+        "engine": str(opened.name),
         "threads": str(threads or "one per core"),
         "warm-up": f"{settings.warm_up:g} s",
         "measured": f"{settings.seconds:g} s",

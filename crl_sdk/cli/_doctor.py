@@ -8,8 +8,8 @@ from rich.table import Table
 
 from crl_sdk.cli._console import JsonOption, out, print_facts, print_json
 from crl_sdk.cli._options import BundleOption, bundle_or_demo
-from crl_sdk.engines._machine import Machine, examine
-from crl_sdk.engines._selection import EngineCandidate, candidates, choose
+from crl_sdk.engines._machine import Machine, inspect_machine
+from crl_sdk.engines._selection import EngineCandidate, choose_engine, list_candidates
 from crl_sdk.errors import EngineError
 from crl_sdk.model._bundle import ModelBundle
 
@@ -17,15 +17,15 @@ from crl_sdk.model._bundle import ModelBundle
 def doctor(bundle: BundleOption = None, as_json: JsonOption = False) -> None:
     """Tell what this machine has, which engine is taken for a bundle, and why not the others."""
     opened = ModelBundle.open(bundle_or_demo(bundle))
-    machine = examine()
-    engines = candidates(opened)
+    machine = inspect_machine()
+    engines = list_candidates(opened)
     if as_json:
         print_json(
             {
                 "machine": msgspec.to_builtins(machine),
                 "bundle": str(opened.path),
-                "engines": msgspec.to_builtins(engines),
-                "chosen": chosen.engine if (chosen := _chosen(engines)) else None,
+                "engines": [_record(each) for each in engines],
+                "chosen": str(chosen.name) if (chosen := _chosen(engines)) else None,
             }
         )
         return
@@ -49,17 +49,26 @@ def _facts(machine: Machine) -> dict[str, object]:
     }
 
 
+def _record(candidate: EngineCandidate) -> dict[str, object]:
+    return {
+        "engine": str(candidate.name),
+        "usable": candidate.usable,
+        "automatic": candidate.automatic,
+        "reason": candidate.reason,
+    }
+
+
 def _table(bundle: ModelBundle, engines: list[EngineCandidate]) -> Table:
     table = Table("engine", "", "why", title=str(bundle.path), title_justify="left")
     chosen = _chosen(engines)
     for each in engines:
         state = "taken" if each is chosen else "usable" if each.usable else "no"
-        table.add_row(escape(each.engine), state, escape(each.reason))
+        table.add_row(escape(str(each.name)), state, escape(each.reason))
     return table
 
 
 def _chosen(engines: list[EngineCandidate]) -> EngineCandidate | None:
     try:
-        return choose(engines, "auto")
+        return choose_engine(engines, "auto")
     except EngineError:
         return None

@@ -8,12 +8,13 @@ from crl_sdk._lazy import lazy_names
 
 if TYPE_CHECKING:
     from crl_sdk.engines._contract import ImageEngine, TextEngine
+    from crl_sdk.engines._engine_name import EngineName, EnginePattern
     from crl_sdk.engines._kernels import ProjectionKernel
-    from crl_sdk.engines._machine import Machine, examine
+    from crl_sdk.engines._machine import Machine, inspect_machine
     from crl_sdk.engines._selection import (
         EngineCandidate,
-        candidates,
-        choose,
+        choose_engine,
+        list_candidates,
         open_engine,
         open_text_engine,
     )
@@ -21,15 +22,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EngineCandidate",
+    "EngineName",
+    "EnginePattern",
     "ImageEngine",
     "KernelVerification",
     "Machine",
     "ProjectionKernel",
     "TextEngine",
     "Verification",
-    "candidates",
-    "choose",
-    "examine",
+    "choose_engine",
+    "inspect_machine",
+    "list_candidates",
     "open_engine",
     "open_text_engine",
     "verify",
@@ -43,15 +46,19 @@ __getattr__, __dir__ = lazy_names(
             "ImageEngine",
             "TextEngine",
         ),
+        "_engine_name": (
+            "EngineName",
+            "EnginePattern",
+        ),
         "_kernels": ("ProjectionKernel",),
         "_machine": (
             "Machine",
-            "examine",
+            "inspect_machine",
         ),
         "_selection": (
             "EngineCandidate",
-            "candidates",
-            "choose",
+            "choose_engine",
+            "list_candidates",
             "open_engine",
             "open_text_engine",
         ),

@@ -10,13 +10,15 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from crl_sdk.engines._engine_name import EngineName
+
 
 class ImageEngine(Protocol):
     """Runs an image tower with the projection fused in."""
 
     @property
-    def description(self) -> str:
-        """Runtime, device and precision, such as `onnx/cpu/fp32`."""
+    def name(self) -> EngineName:
+        """Name of the engine, such as `onnx/cpu/fp32`."""
 
     def run(
         self,

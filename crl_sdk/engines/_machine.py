@@ -17,7 +17,7 @@ from crl_sdk.engines import _cuda as cuda
 from crl_sdk.engines._onnx_providers import PROVIDERS, plugin_installed
 from crl_sdk.engines._processor import find_features, read_text
 from crl_sdk.engines._tensorrt_plans import Runtime
-from crl_sdk.engines._tensorrt_runtime import load_toolkit
+from crl_sdk.engines._tensorrt_runtime import load_tensorrt
 from crl_sdk.errors import CrlError
 
 _PACKAGES = (
@@ -66,7 +66,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     packages: dict[str, str]
 
 
-def examine() -> Machine:
+def inspect_machine() -> Machine:
     """Look at this machine. Nothing it lacks is an error."""
     info = read_text("/proc/cpuinfo")
     name = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
@@ -112,7 +112,7 @@ def find_gpus() -> tuple[tuple[Gpu, ...], str]:
 
 def _runtime(runtime: Runtime) -> str:
     try:
-        return load_toolkit(runtime).version
+        return load_tensorrt(runtime).version
     except CrlError as error:
         return str(error)
 

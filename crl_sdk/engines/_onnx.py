@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from crl_sdk.engines._engine_name import EngineName
 from crl_sdk.engines._onnx_providers import (
     BATCH,
     COLUMNS,
@@ -40,7 +41,7 @@ class OnnxImageEngine:
     def __init__(
         self,
         session: ort.InferenceSession,
-        description: str,
+        name: EngineName,
         *,
         memory: str | None = None,
         profiled: bool = False,
@@ -49,13 +50,13 @@ class OnnxImageEngine:
 
         Args:
             session: of an image graph.
-            description: runtime, device and precision.
+            name: Name of the engine.
             memory: ONNX Runtime's name of the memory that inputs are bound in, such as `cuda`;
                 None to hand it arrays.
             profiled: whether runs must keep to the shapes of `providers.BATCH` and `COLUMNS`.
         """
         self._session = session
-        self._description = description
+        self._name = name
         self._bound = _BoundRuns(session, memory) if memory is not None else None
         self._profiled = profiled
 
@@ -93,12 +94,12 @@ class OnnxImageEngine:
         )
         memory = "cuda" if device != "cpu" else None
         profiled = device in ("tensorrt", "tensorrt-rtx")
-        return cls(session, f"onnx/{device}/{precision}", memory=memory, profiled=profiled)
+        return cls(session, EngineName("onnx", device, precision), memory=memory, profiled=profiled)
 
     @property
-    def description(self) -> str:
-        """Runtime, device and precision."""
-        return self._description
+    def name(self) -> EngineName:
+        """See `crl_sdk.engines.ImageEngine.name`."""
+        return self._name
 
     def close(self) -> None:
         """See `crl_sdk.engines.ImageEngine.close`; a session is freed with its last reference."""

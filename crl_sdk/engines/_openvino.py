@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from crl_sdk.engines._engine_name import EngineName
 from crl_sdk.engines._processor import find_features
 from crl_sdk.errors import EngineError, InvalidInputError, MissingDependencyError
 from crl_sdk.model._bundle import ModelBundle
@@ -38,18 +39,18 @@ class OpenVinoImageEngine:
     def __init__(
         self,
         request: openvino.InferRequest,
-        description: str,
+        name: EngineName,
         image_shape: tuple[int, int, int],
     ) -> None:
         """Store a request of a compiled tower; `OpenVinoImageEngine.open` makes one.
 
         Args:
             request: pixels (b, H, W, 3) uint8 → embeddings (b, d) float32.
-            description: runtime, device and precision.
+            name: Name of the engine.
             image_shape: (H, W, 3).
         """
         self._request = request
-        self._description = description
+        self._name = name
         self._image_shape = image_shape
         self._lock = threading.Lock()  # one run takes all cores: several at a time gain nothing
 
@@ -103,12 +104,12 @@ class OpenVinoImageEngine:
                 "choose openvino/cpu/fp32 or onnx/cpu"
             )
         spec = bundle.preprocess
-        return cls(request, f"openvino/cpu/{precision}", (spec.height, spec.width, 3))
+        return cls(request, EngineName("openvino", "cpu", precision), (spec.height, spec.width, 3))
 
     @property
-    def description(self) -> str:
-        """Runtime, device and precision."""
-        return self._description
+    def name(self) -> EngineName:
+        """See `crl_sdk.engines.ImageEngine.name`."""
+        return self._name
 
     def close(self) -> None:
         """See `crl_sdk.engines.ImageEngine.close`; a model is freed with its last reference."""

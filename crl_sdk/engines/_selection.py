@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import cast, get_args
 
-import msgspec
-
 from crl_sdk.basis._basis import Basis
 from crl_sdk.engines._contract import ImageEngine, TextEngine
+from crl_sdk.engines._engine_name import EngineName, EnginePattern
 from crl_sdk.engines._machine import find_gpus, find_providers
 from crl_sdk.engines._onnx import OnnxImageEngine, OnnxTextEngine
 from crl_sdk.engines._onnx_providers import PROVIDERS, Device
@@ -33,7 +33,7 @@ from crl_sdk.engines._tensorrt_plans import (
     plans_directory,
     read_plans,
 )
-from crl_sdk.engines._tensorrt_runtime import load_toolkit
+from crl_sdk.engines._tensorrt_runtime import load_tensorrt
 from crl_sdk.errors import CrlError, EngineError, InvalidInputError
 from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.model._manifest import Precision
@@ -44,27 +44,30 @@ _log = logging.getLogger(__name__)
 _BYTE_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8")
 """Instructions that multiply bytes fast: without one, int8 is no faster than fp32 on a CPU."""
 
+_ON_CUDA = EnginePattern("onnx", "cuda")
+
 _INT8 = Tolerance(cosine_mean=0.999, centred_cosine_min=0.99)
 """What the bundle must have recorded of its int8 graph for `auto` to take it."""
 
 
-class EngineCandidate(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCandidate:
     """An engine for a bundle.
 
     Attributes:
-        engine: its name.
+        name: Name of the engine.
         usable: whether it can run here.
         automatic: whether `auto` may take it.
         reason: why it is usable, is not, or has to be asked for.
     """
 
-    engine: str
+    name: EngineName
     usable: bool
     automatic: bool
     reason: str
 
 
-def candidates(bundle: ModelBundle) -> list[EngineCandidate]:
+def list_candidates(bundle: ModelBundle) -> list[EngineCandidate]:
     """List the engines of a bundle; `auto` takes the first that is usable and automatic.
 
     On a GPU: plans that `crl verify` found to agree on its architecture, then ONNX Runtime's CUDA
@@ -93,11 +96,11 @@ def candidates(bundle: ModelBundle) -> list[EngineCandidate]:
     return found
 
 
-def choose(engines: Sequence[EngineCandidate], wanted: str) -> EngineCandidate:
+def choose_engine(engines: Sequence[EngineCandidate], wanted: str) -> EngineCandidate:
     """Choose an engine by name.
 
     Args:
-        engines: from `candidates`.
+        engines: from `list_candidates`.
         wanted: `auto`, a name, or the beginning of one, such as `onnx/cuda` or `tensorrt-rtx`; of
             several that begin so, one that `auto` may take comes first.
 
@@ -108,16 +111,16 @@ def choose(engines: Sequence[EngineCandidate], wanted: str) -> EngineCandidate:
     if wanted == "auto":
         named = [each for each in engines if each.automatic]
     else:
-        parts = wanted.split("/")
-        named = [each for each in engines if each.engine.split("/")[: len(parts)] == parts]
+        pattern = _parse(wanted)
+        named = [each for each in engines if pattern is not None and pattern.matches(each.name)]
         if not named:
             raise InvalidInputError(
-                f"expected an engine of {', '.join(each.engine for each in engines)}, the "
+                f"expected an engine of {', '.join(str(each.name) for each in engines)}, the "
                 f"beginning of a name, or auto; got {wanted!r}"
             )
     usable = [each for each in named if each.usable]
     if not usable:
-        told = "; ".join(f"{each.engine}: {each.reason}" for each in named)
+        told = "; ".join(f"{each.name}: {each.reason}" for each in named)
         raise EngineError(
             f"engine {wanted!r} cannot run here ({told}); `crl doctor` lists what can"
         )
@@ -135,7 +138,7 @@ def open_engine(
 
     Args:
         bundle: a verified bundle.
-        engine: see `choose`.
+        engine: see `choose_engine`.
         threads: of one run on a CPU; None for one per physical core.
         baked: with a TensorRT engine, take the plan that has this basis fixed in it.
 
@@ -147,9 +150,9 @@ def open_engine(
     """
     if baked is not None:
         return _open_baked(bundle, engine, baked)
-    chosen = choose(candidates(bundle), engine)
-    _log.info("engine %s: %s (%s)", engine, chosen.engine, chosen.reason)
-    runtime, device, precision = chosen.engine.split("/")
+    chosen = choose_engine(list_candidates(bundle), engine)
+    _log.info("engine %s: %s (%s)", engine, chosen.name, chosen.reason)
+    runtime, device, precision = chosen.name.runtime, chosen.name.device, chosen.name.precision
     if runtime in get_args(Runtime):
         return TensorRTImageEngine.open(
             bundle, runtime=cast(Runtime, runtime), precision=cast(Precision, precision)
@@ -167,7 +170,9 @@ def open_engine(
 
 
 def _open_baked(bundle: ModelBundle, engine: str, baked: Basis) -> ImageEngine:
-    runtime, device, precision = (*engine.split("/"), "cuda", "auto")[:3]
+    pattern = _parse(engine) or EnginePattern("")
+    runtime, device = pattern.runtime, pattern.device or "cuda"
+    precision = pattern.precision or "auto"
     known = (*PLAN_PRECISIONS, "auto")
     if runtime not in get_args(Runtime) or device != "cuda" or precision not in known:
         raise InvalidInputError(
@@ -183,7 +188,7 @@ def _open_baked(bundle: ModelBundle, engine: str, baked: Basis) -> ImageEngine:
 
 
 def open_text_engine(
-    bundle: ModelBundle, image_engine: str, *, threads: int | None = None
+    bundle: ModelBundle, image_engine: EngineName, *, threads: int | None = None
 ) -> TextEngine:
     """Open the text engine that goes with an image engine: on CUDA with it, else on the CPU.
 
@@ -192,8 +197,15 @@ def open_text_engine(
         EngineError: the graph does not load.
         MissingDependencyError: ONNX Runtime is not installed.
     """
-    device: Device = "cuda" if image_engine.startswith("onnx/cuda/") else "cpu"
+    device: Device = "cuda" if _ON_CUDA.matches(image_engine) else "cpu"
     return OnnxTextEngine.open(bundle, device=device, threads=threads)
+
+
+def _parse(wanted: str) -> EnginePattern | None:
+    try:
+        return EnginePattern.parse(wanted)
+    except InvalidInputError:
+        return None  # the callers' errors list the names that are possible
 
 
 def _precision_order(device: Device) -> tuple[Precision, ...]:
@@ -234,12 +246,15 @@ def _onnx(
     if usable and device == "cpu" and precision == "int8":
         automatic, reason = _int8_on_cpu(bundle)
     return EngineCandidate(
-        engine=f"onnx/{device}/{precision}", usable=usable, automatic=automatic, reason=reason
+        name=EngineName("onnx", device, precision),
+        usable=usable,
+        automatic=automatic,
+        reason=reason,
     )
 
 
 def _openvino(bundle: ModelBundle, precision: RunPrecision) -> EngineCandidate:
-    engine, usable = f"openvino/cpu/{precision}", False
+    name, usable = EngineName("openvino", "cpu", precision), False
     if find_spec("openvino") is None:
         reason = "OpenVINO is not installed: pip install 'crl-embeddings[openvino]'"
     elif (lacking := lacking_instructions(precision)) is not None:
@@ -248,15 +263,15 @@ def _openvino(bundle: ModelBundle, precision: RunPrecision) -> EngineCandidate:
         usable = True
         reason = (
             "has to be asked for: the bundle records no parity of it; "
-            f"crl verify {bundle.path} --engine {engine} measures it here"
+            f"crl verify {bundle.path} --engine {name} measures it here"
         )
-    return EngineCandidate(engine=engine, usable=usable, automatic=False, reason=reason)
+    return EngineCandidate(name=name, usable=usable, automatic=False, reason=reason)
 
 
 def _plan(
     bundle: ModelBundle, runtime: Runtime, precision: Precision, here: str | None, cuda: str
 ) -> EngineCandidate:
-    usable, automatic = False, False
+    name, usable, automatic = EngineName(runtime, "cuda", precision), False, False
     folder = plans_directory(bundle)
     try:
         compiled = [
@@ -274,17 +289,14 @@ def _plan(
                 bundle,
                 folder,
                 runtime=runtime,
-                runtime_version=load_toolkit(runtime).version,
+                runtime_version=load_tensorrt(runtime).version,
                 architecture=here,
                 precision=precision,
             )
             usable, automatic = True, here in plan.verified
             reason = f"verified on {here}" if automatic else (
-                f"has to be asked for until crl verify {bundle.path} --engine "
-                f"{runtime}/cuda/{precision} has run here"
+                f"has to be asked for until crl verify {bundle.path} --engine {name} has run here"
             )  # fmt: skip
     except CrlError as error:
         reason = str(error)
-    return EngineCandidate(
-        engine=f"{runtime}/cuda/{precision}", usable=usable, automatic=automatic, reason=reason
-    )
+    return EngineCandidate(name=name, usable=usable, automatic=automatic, reason=reason)

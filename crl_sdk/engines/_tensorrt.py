@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from crl_sdk.basis._basis import Basis
 from crl_sdk.engines import _cuda as cuda
+from crl_sdk.engines._engine_name import EngineName
 from crl_sdk.engines._tensorrt_plans import Plan, Runtime, choose_plan, load_plan, plans_directory
-from crl_sdk.engines._tensorrt_runtime import Toolkit, load_toolkit
+from crl_sdk.engines._tensorrt_runtime import TensorRTRuntime, load_tensorrt
 from crl_sdk.errors import EngineError, PlanError
 from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.model._manifest import Precision
@@ -71,7 +72,7 @@ class TensorRTImageEngine:
 
     def __init__(
         self,
-        toolkit: Toolkit,
+        toolkit: TensorRTRuntime,
         gpu: cuda.CudaDevice,
         plan: Plan,
         loaded: _Loaded,
@@ -118,7 +119,7 @@ class TensorRTImageEngine:
             MissingDependencyError: this TensorRT or cuda-python is not installed.
         """
         here = cuda.architecture()  # before TensorRT, which says less of what is missing
-        toolkit = load_toolkit(runtime)
+        toolkit = load_tensorrt(runtime)
         folder = directory or plans_directory(bundle)
         plan = choose_plan(
             bundle,
@@ -137,13 +138,13 @@ class TensorRTImageEngine:
         except BaseException:
             gpu.close()
             raise
-        _log.info("%s: %s on %s", opened.description, plan.spec.stem, here)
+        _log.info("%s: %s on %s", opened.name, plan.spec.stem, here)
         return opened
 
     @property
-    def description(self) -> str:
-        """Runtime, device and precision, such as `tensorrt-rtx/cuda/fp16`."""
-        return f"{self.plan.spec.runtime}/cuda/{self.plan.spec.precision}"
+    def name(self) -> EngineName:
+        """See `crl_sdk.engines.ImageEngine.name`."""
+        return EngineName(self.plan.spec.runtime, "cuda", self.plan.spec.precision)
 
     def close(self) -> None:
         """Free the GPU's memory; later runs are refused. Idempotent."""
@@ -321,7 +322,7 @@ class TensorRTImageEngine:
         def enqueue() -> None:
             gpu.upload(addresses["image"], pixels)
             if not context.execute_async_v3(gpu.stream):
-                raise EngineError(f"{self.description}: TensorRT refused a run of {bucket} images")
+                raise EngineError(f"{self.name}: TensorRT refused a run of {bucket} images")
             gpu.download(embedding, addresses["embedding"])
             gpu.download(projected, addresses["projected"])
 
@@ -343,7 +344,7 @@ class TensorRTImageEngine:
             else trt.ExecutionContextAllocationStrategy.USER_MANAGED
         )
         if context is None:
-            raise EngineError(f"{self.description}: TensorRT made no execution context")
+            raise EngineError(f"{self.name}: TensorRT made no execution context")
         context.set_device_memory(self._scratch, int(self._engine.device_memory_size_v2))
         image = self._tensor("image").shape[1:]
         shapes: dict[str, tuple[int, ...]] = {"image": (bucket, *image)}
@@ -355,7 +356,7 @@ class TensorRTImageEngine:
             context.set_tensor_address(name, address) for name, address in self._addresses.items()
         ]
         if not all(taken) or context.infer_shapes():
-            raise EngineError(f"{self.description}: TensorRT refused the shapes {shapes}")
+            raise EngineError(f"{self.name}: TensorRT refused the shapes {shapes}")
         return context
 
     def _upload(
@@ -376,7 +377,7 @@ class TensorRTImageEngine:
         self._weights = wanted
 
 
-def _deserialise(toolkit: Toolkit, plan: Plan, data: bytes) -> _Loaded:
+def _deserialise(toolkit: TensorRTRuntime, plan: Plan, data: bytes) -> _Loaded:
     """Load a plan into TensorRT, and see that it has the inputs and outputs of its record."""
     log = toolkit.logger()
     runtime = toolkit.module.Runtime(log)

@@ -71,7 +71,7 @@ class PlanSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return f"{self.runtime}-{self.runtime_version}-{self.precision}-{digest}"
 
 
-class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class PlanTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """An input or output: -1 stands for a dimension that differs from run to run."""
 
     name: str
@@ -103,8 +103,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     fingerprint: str
     sha256: str
     bytes: int
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[PlanTensor, ...]
+    outputs: tuple[PlanTensor, ...]
     layers: int
     projection: tuple[str, ...]
     seconds: float

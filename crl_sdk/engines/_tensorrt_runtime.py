@@ -21,7 +21,7 @@ _FIRST = {"tensorrt-rtx": (1, 4), "tensorrt": (10, 3)}
 
 
 @dataclass(frozen=True, slots=True)
-class Toolkit:
+class TensorRTRuntime:
     """An installed TensorRT.
 
     Attributes:
@@ -75,7 +75,7 @@ class Toolkit:
 
 
 @cache
-def load_toolkit(runtime: Runtime) -> Toolkit:
+def load_tensorrt(runtime: Runtime) -> TensorRTRuntime:
     """Import a TensorRT.
 
     Raises:
@@ -91,7 +91,7 @@ def load_toolkit(runtime: Runtime) -> Toolkit:
         raise PlanError(
             f"expected {runtime} {'.'.join(map(str, first))} or newer, found {version}: upgrade it"
         )
-    return Toolkit(runtime, version, module)
+    return TensorRTRuntime(runtime, version, module)
 
 
 def _import_rtx() -> Any:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from crl_sdk.basis._basis import Basis
 from crl_sdk.engines._contract import ImageEngine
 from crl_sdk.engines._kernels import ProjectionKernel, kernels_directory
-from crl_sdk.engines._machine import Machine, examine
+from crl_sdk.engines._machine import Machine, inspect_machine
 from crl_sdk.engines._onnx import OnnxImageEngine
-from crl_sdk.engines._selection import candidates, choose, open_engine
+from crl_sdk.engines._selection import choose_engine, list_candidates, open_engine
 from crl_sdk.engines._tensorrt import TensorRTImageEngine
 from crl_sdk.engines._tensorrt_plans import plans_directory, record_verified
 from crl_sdk.errors import InvalidInputError
@@ -104,10 +104,10 @@ def verify(
         raise InvalidInputError(
             f"expected batches >= 1 and seconds > 0, got {list(batches)}, {seconds}"
         )
-    machine = examine()
-    name = engine or "auto"
+    machine = inspect_machine()
+    wanted = engine or "auto"
     if baked is None:
-        name = choose(candidates(bundle), name).engine
+        wanted = str(choose_engine(list_candidates(bundle), wanted).name)
     tell(f"running the fp32 reference of {bundle.manifest.name}")
     pixels = parity.images(bundle.preprocess)
     rng = np.random.default_rng(0)
@@ -119,15 +119,14 @@ def verify(
     reference = OnnxImageEngine.open(bundle, precision="fp32", device="cpu")
     expected = parity.batched(lambda part: reference.run(part, weight, bias)[0], pixels)
 
-    tell(f"running {name} on the same pictures")
-    opened = open_engine(bundle, name, baked=baked)
-    name = opened.description
+    tell(f"running {wanted} on the same pictures")
+    opened = open_engine(bundle, wanted, baked=baked)
     try:
         rows, columns = opened.run(pixels, weight, bias)
         measured = parity.batched(lambda part: opened.run(part, weight, bias)[0], pixels)
         found = parity.compare(expected, measured)
         projected = float(np.abs(columns - (rows @ weight + bias)).max())
-        failures = parity.failures(found, parity.TOLERANCES[name.rpartition("/")[2]])
+        failures = parity.failures(found, parity.TOLERANCES[opened.name.precision])
         if not projected <= _PROJECTED:  # NaN fails too
             failures.append(f"projected_max_abs {projected:.3g} (required <= {_PROJECTED:g})")
         if isinstance(opened, TensorRTImageEngine):
@@ -147,7 +146,7 @@ def verify(
     return Verification(
         schema=SCHEMA,
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        engine=name,
+        engine=str(opened.name),
         model={"name": bundle.manifest.name, "fingerprint": bundle.fingerprint},
         agrees=not failures,
         failures=tuple(failures),
@@ -232,7 +231,7 @@ def verify_kernel(bundle: ModelBundle, *, rows: int = 100_000) -> KernelVerifica
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         agrees=all(check.max_abs <= _KERNEL for check in checks),  # NaN does not
         checks=checks,
-        machine=examine(),
+        machine=inspect_machine(),
     )
 
 

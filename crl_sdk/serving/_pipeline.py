@@ -155,7 +155,7 @@ class Pipeline:
         self.limits = limits
         self.cache = EmbeddingCache(limits.cache_bytes)
         spec = embedder.bundle.preprocess
-        self._on_cpu = embedder.engine.split("/")[1] == "cpu"
+        self._on_cpu = embedder.engine_name.device == "cpu"
         self._turns = Turns(limits.max_batch) if self._on_cpu else NoTurns()
         self.batcher = Batcher(
             embedder.embed_pixels,

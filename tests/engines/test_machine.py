@@ -11,7 +11,7 @@ from crl_sdk.cli._doctor import doctor
 from crl_sdk.engines import _cuda as cuda
 from crl_sdk.engines import _machine as machine
 from crl_sdk.engines import _processor as processor
-from crl_sdk.engines._machine import examine
+from crl_sdk.engines._machine import inspect_machine
 from crl_sdk.errors import EngineError
 
 
@@ -24,7 +24,7 @@ def no_gpu(monkeypatch):
 
 
 def test_this_machine(no_gpu):
-    found = examine()
+    found = inspect_machine()
     assert found.cores >= 1 and found.memory > 2**28 and found.processor
     assert found.gpus == () and "libcuda" in found.cuda
     assert found.runtimes["tensorrt-rtx"].startswith("1.")

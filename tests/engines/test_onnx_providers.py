@@ -15,6 +15,7 @@ import pytest
 from crl_sdk import ModelBundle, demo_bundle
 from crl_sdk.engines import _onnx as onnx
 from crl_sdk.engines import _onnx_providers as providers
+from crl_sdk.engines._engine_name import EngineName
 from crl_sdk.engines._onnx import OnnxImageEngine, open_session
 from crl_sdk.engines._onnx_providers import PROVIDERS, provider_options
 from crl_sdk.errors import EngineError
@@ -122,9 +123,11 @@ def test_a_provider_from_a_library_is_registered_and_told(bundle, monkeypatch):
 def test_bound_runs_agree_with_plain_ones(bundle):
     """The path of the GPU providers, in the CPU's memory."""
     session = open_session(bundle.image_graph("fp32"))
-    plain = OnnxImageEngine(session, "onnx/cpu/fp32")
-    bound = OnnxImageEngine(session, "onnx/cuda/fp32", memory="cpu")
-    profiled = OnnxImageEngine(session, "onnx/tensorrt/fp32", memory="cpu", profiled=True)
+    plain = OnnxImageEngine(session, EngineName("onnx", "cpu", "fp32"))
+    bound = OnnxImageEngine(session, EngineName("onnx", "cuda", "fp32"), memory="cpu")
+    profiled = OnnxImageEngine(
+        session, EngineName("onnx", "tensorrt", "fp32"), memory="cpu", profiled=True
+    )
     rng = np.random.default_rng(0)
     spec = bundle.preprocess
     for images, columns in [(1, 0), (3, 5), (2, 5), (70, 5), (1, 9), (0, 9), (1, 9)]:

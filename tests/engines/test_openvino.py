@@ -64,7 +64,7 @@ def test_fp32_is_what_onnx_runtime_gives(bundle, engine, pixels, batch, columns)
     for array, other in zip(found, expected, strict=True):
         assert array.shape == other.shape and array.dtype == np.float32
         np.testing.assert_allclose(array, other, **FP32)
-    assert engine.description == "openvino/cpu/fp32"
+    assert str(engine.name) == "openvino/cpu/fp32"
 
 
 def test_no_images_are_no_rows(bundle, engine, pixels):
@@ -84,7 +84,7 @@ def test_bf16_is_near_fp32_and_projects_in_fp32(bundle, engine, pixels, batch):
     assert cosines.min() > 0.999 and np.abs(rows - exact).max() > 1e-4  # it is bf16
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(columns, rows @ bases[0] + bases[1], atol=1e-6)
-    assert half.description == "openvino/cpu/bf16"
+    assert str(half.name) == "openvino/cpu/bf16"
 
 
 @precisions

@@ -10,8 +10,9 @@ from msgspec.structs import replace
 from crl_sdk import Embedder, ModelBundle, demo_bundle
 from crl_sdk.engines import _openvino as openvino
 from crl_sdk.engines import _selection as selection
+from crl_sdk.engines._engine_name import EngineName
 from crl_sdk.engines._machine import Gpu
-from crl_sdk.engines._selection import EngineCandidate, candidates, choose, open_engine
+from crl_sdk.engines._selection import EngineCandidate, choose_engine, list_candidates, open_engine
 from crl_sdk.errors import EngineError, InvalidInputError
 
 GPU = (Gpu(name="one", architecture="sm89", memory=2**33),)
@@ -35,7 +36,7 @@ def machine(
 
 def test_without_a_gpu_it_is_the_cpu_and_the_others_say_why(bundle, monkeypatch, caplog):
     machine(monkeypatch)
-    engines = {each.engine: each for each in candidates(bundle)}
+    engines = {str(each.name): each for each in list_candidates(bundle)}
     assert [name for name, each in engines.items() if each.usable] == ["onnx/cpu/fp32"]
     assert "crl-embeddings[gpu]" in engines["onnx/cuda/fp32"].reason
     assert "onnxruntime-ep" in engines["onnx/tensorrt-rtx/fp32"].reason
@@ -48,7 +49,7 @@ def test_without_a_gpu_it_is_the_cpu_and_the_others_say_why(bundle, monkeypatch,
 
 def test_providers_without_a_driver_are_out(bundle, monkeypatch):
     machine(monkeypatch, providers=("CUDAExecutionProvider", "CPUExecutionProvider"))
-    engines = {each.engine: each for each in candidates(bundle)}
+    engines = {str(each.name): each for each in list_candidates(bundle)}
     assert not engines["onnx/cuda/fp32"].usable and "libcuda" in engines["onnx/cuda/fp32"].reason
     with pytest.raises(EngineError, match=r"cannot run here .*libcuda"):
         open_engine(bundle, "onnx/cuda")
@@ -57,23 +58,23 @@ def test_providers_without_a_driver_are_out(bundle, monkeypatch):
 def test_with_a_gpu_cuda_is_taken_and_what_compiles_at_start_is_not(bundle, monkeypatch):
     providers = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
     machine(monkeypatch, gpus=(GPU, "13.0"), providers=providers)
-    engines = candidates(bundle)
-    assert choose(engines, "auto").engine == "onnx/cuda/fp32"
-    asked = choose(engines, "onnx/tensorrt")
-    assert asked.engine == "onnx/tensorrt/fp32" and "has to be asked for" in asked.reason
-    assert choose(engines, "onnx/cpu").engine == "onnx/cpu/fp32"
+    engines = list_candidates(bundle)
+    assert str(choose_engine(engines, "auto").name) == "onnx/cuda/fp32"
+    asked = choose_engine(engines, "onnx/tensorrt")
+    assert str(asked.name) == "onnx/tensorrt/fp32" and "has to be asked for" in asked.reason
+    assert str(choose_engine(engines, "onnx/cpu").name) == "onnx/cpu/fp32"
 
 
 def test_names_are_matched_by_whole_parts():
     engines = [
-        EngineCandidate(engine=name, usable=True, automatic=True, reason="")
+        EngineCandidate(name=EngineName.parse(name), usable=True, automatic=True, reason="")
         for name in ("tensorrt-rtx/cuda/fp16", "tensorrt/cuda/fp16", "onnx/cpu/fp32")
     ]
-    assert choose(engines, "tensorrt").engine == "tensorrt/cuda/fp16"
-    assert choose(engines, "onnx/cpu/fp32").engine == "onnx/cpu/fp32"
+    assert str(choose_engine(engines, "tensorrt").name) == "tensorrt/cuda/fp16"
+    assert str(choose_engine(engines, "onnx/cpu/fp32").name) == "onnx/cpu/fp32"
     for wrong in ("tensor", "onnx/cpu/fp32/x", "", "/"):
         with pytest.raises(InvalidInputError, match="got "):
-            choose(engines, wrong)
+            choose_engine(engines, wrong)
 
 
 def test_damaged_records_of_plans_are_told_and_the_rest_is_usable(bundle_copy, monkeypatch):
@@ -81,9 +82,9 @@ def test_damaged_records_of_plans_are_told_and_the_rest_is_usable(bundle_copy, m
     folder = bundle_copy / "engines"
     folder.mkdir()
     (folder / "tensorrt-x.json").write_text("{")
-    engines = candidates(ModelBundle.open(bundle_copy))
+    engines = list_candidates(ModelBundle.open(bundle_copy))
     assert "compile again" in engines[0].reason
-    assert choose(engines, "auto").engine == "onnx/cpu/fp32"
+    assert str(choose_engine(engines, "auto").name) == "onnx/cpu/fp32"
 
 
 def test_a_baked_basis_needs_a_plan(bundle):
@@ -107,12 +108,12 @@ def with_int8(bundle, **parity):
 @pytest.mark.parametrize("feature", ["avx512_vnni", "avx_vnni", "amx_int8"])
 def test_int8_is_taken_where_bytes_multiply_fast(bundle, monkeypatch, feature):
     machine(monkeypatch, features=("avx2", feature))
-    engines = candidates(with_int8(bundle))
+    engines = list_candidates(with_int8(bundle))
     for wanted in ("auto", "onnx", "onnx/cpu"):
-        assert choose(engines, wanted).engine == "onnx/cpu/int8"
-    reason = choose(engines, "auto").reason
+        assert str(choose_engine(engines, wanted).name) == "onnx/cpu/int8"
+    reason = choose_engine(engines, "auto").reason
     assert feature in reason and "0.99980" in reason
-    assert choose(engines, "onnx/cpu/fp32").engine == "onnx/cpu/fp32"
+    assert str(choose_engine(engines, "onnx/cpu/fp32").name) == "onnx/cpu/fp32"
 
 
 @pytest.mark.parametrize(
@@ -126,37 +127,37 @@ def test_int8_is_taken_where_bytes_multiply_fast(bundle, monkeypatch, feature):
 )
 def test_int8_is_not_taken_where_it_is_slow_or_far_off(bundle, monkeypatch, features, parity, why):
     machine(monkeypatch, features=features)
-    engines = candidates(with_int8(bundle, **parity))
+    engines = list_candidates(with_int8(bundle, **parity))
     for wanted in ("auto", "onnx/cpu"):
-        assert choose(engines, wanted).engine == "onnx/cpu/fp32"
-    asked = choose(engines, "onnx/cpu/int8")
+        assert str(choose_engine(engines, wanted).name) == "onnx/cpu/fp32"
+    asked = choose_engine(engines, "onnx/cpu/int8")
     assert why in asked.reason and "has to be asked for" in asked.reason
 
 
 @pytest.mark.parametrize("feature", ["avx512_bf16", "amx_bf16"])
 def test_openvino_has_to_be_asked_for(bundle, monkeypatch, feature):
     machine(monkeypatch, features=("avx2", feature), packages=("openvino",))
-    engines = candidates(bundle)
+    engines = list_candidates(bundle)
     for wanted in ("auto", "onnx"):
-        assert choose(engines, wanted).engine == "onnx/cpu/fp32"
+        assert str(choose_engine(engines, wanted).name) == "onnx/cpu/fp32"
     for wanted, taken in (("openvino", "bf16"), ("openvino/cpu/fp32", "fp32")):
-        asked = choose(engines, wanted)
-        assert asked.engine == f"openvino/cpu/{taken}" and not asked.automatic
+        asked = choose_engine(engines, wanted)
+        assert str(asked.name) == f"openvino/cpu/{taken}" and not asked.automatic
         command = f"crl verify {bundle.path} --engine openvino/cpu/{taken}"
         assert "has to be asked for" in asked.reason and command in asked.reason
 
 
 def test_openvino_without_its_package_or_the_instructions(bundle, monkeypatch):
     machine(monkeypatch, features=("avx512f",), packages=("openvino",))
-    assert choose(candidates(bundle), "openvino").engine == "openvino/cpu/fp32"
+    assert str(choose_engine(list_candidates(bundle), "openvino").name) == "openvino/cpu/fp32"
     with pytest.raises(EngineError, match="neither avx512_bf16 nor amx_bf16"):
-        choose(candidates(bundle), "openvino/cpu/bf16")
+        choose_engine(list_candidates(bundle), "openvino/cpu/bf16")
     machine(monkeypatch, features=("amx_bf16",))
     with pytest.raises(EngineError, match=r"pip install 'crl-embeddings\[openvino\]'"):
-        choose(candidates(bundle), "openvino")
+        choose_engine(list_candidates(bundle), "openvino")
 
 
 def test_openvino_runs_the_fp32_graph_alone(bundle):
     half = tuple(replace(each, precision="fp16") for each in bundle.manifest.images)
     without = ModelBundle(bundle.path, replace(bundle.manifest, images=half))
-    assert not any(each.engine.startswith("openvino") for each in candidates(without))
+    assert not any(each.name.runtime == "openvino" for each in list_candidates(without))

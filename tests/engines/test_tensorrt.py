@@ -18,7 +18,7 @@ from crl_sdk.engines import _cuda as cuda
 from crl_sdk.engines import _tensorrt as module
 from crl_sdk.engines import _tensorrt_runtime as toolkit
 from crl_sdk.engines._onnx import OnnxImageEngine
-from crl_sdk.engines._selection import candidates, choose
+from crl_sdk.engines._selection import choose_engine, list_candidates
 from crl_sdk.engines._tensorrt import TensorRTImageEngine
 from crl_sdk.engines._tensorrt_plans import find_plan, plans_directory, read_plans
 from crl_sdk.engines._verify import verify
@@ -61,7 +61,7 @@ def reference(bundle):
 @pytest.fixture
 def gpu(bundle, reference, monkeypatch):
     """A machine with a simulated GPU and TensorRT-RTX; nothing may be left on it."""
-    real = toolkit.load_toolkit("tensorrt-rtx")
+    real = toolkit.load_tensorrt("tensorrt-rtx")
     folder = plans_directory(bundle)
     plan = (folder / f"{read_plans(folder)[0].spec.stem}.plan").read_bytes()
     driver = Driver()
@@ -71,7 +71,7 @@ def gpu(bundle, reference, monkeypatch):
         runtime="tensorrt-rtx", version=real.version, module=fake, logger=lambda: logger
     )
     monkeypatch.setattr(cuda, "driver", lambda: driver)
-    monkeypatch.setattr(module, "load_toolkit", lambda _: kit)
+    monkeypatch.setattr(module, "load_tensorrt", lambda _: kit)
     yield SimpleNamespace(driver=driver, trt=fake, kit=kit)
     gc.collect()
     assert driver.nothing_left()
@@ -89,7 +89,7 @@ def inputs(bundle, images, columns, seed=0):
 
 def test_every_batch_and_number_of_columns_agrees_with_the_reference(gpu, bundle, reference):
     engine = TensorRTImageEngine.open(bundle)
-    assert engine.description == "tensorrt-rtx/cuda/fp32"
+    assert str(engine.name) == "tensorrt-rtx/cuda/fp32"
     for images in (1, 3, 2, MOST, 4, 1, MOST + 3, 2 * MOST):
         for columns in (0, 1, 63, 64, 65, COLUMNS):
             arrays = inputs(bundle, images, columns, seed=images + columns)
@@ -205,7 +205,7 @@ def test_enterprise_tensorrt_takes_the_same_path(gpu, bundle, reference, monkeyp
     engine = TensorRTImageEngine.open(bundle, runtime="tensorrt")
     arrays = inputs(bundle, 3, 5)
     np.testing.assert_allclose(engine.run(*arrays)[1], reference.run(*arrays)[1], atol=2e-5)
-    assert engine.description == "tensorrt/cuda/fp32" and not list(folder.glob("*.cache"))
+    assert str(engine.name) == "tensorrt/cuda/fp32" and not list(folder.glob("*.cache"))
     engine.close()
 
 
@@ -284,11 +284,11 @@ def test_plans_that_do_not_fit_are_refused_with_the_command(gpu, bundle):
 
 
 def test_auto_takes_a_plan_only_once_it_is_verified_here(gpu, bundle, monkeypatch, caplog):
-    monkeypatch.setattr("crl_sdk.engines._selection.load_toolkit", lambda _: gpu.kit)
-    engines = candidates(bundle)
-    first = choose(engines, "tensorrt-rtx")
+    monkeypatch.setattr("crl_sdk.engines._selection.load_tensorrt", lambda _: gpu.kit)
+    engines = list_candidates(bundle)
+    first = choose_engine(engines, "tensorrt-rtx")
     assert first.usable and not first.automatic and "crl verify" in first.reason
-    assert choose(engines, "auto").engine == "onnx/cpu/fp32"
+    assert str(choose_engine(engines, "auto").name) == "onnx/cpu/fp32"
     record = verify(bundle, "tensorrt-rtx", batches=(1,), seconds=0.01)
     assert record.agrees and record.engine == "tensorrt-rtx/cuda/fp32"
     (plan,) = read_plans(plans_directory(bundle))
@@ -306,7 +306,7 @@ def test_auto_takes_a_plan_only_once_it_is_verified_here(gpu, bundle, monkeypatc
 
 
 def test_a_wrong_engine_is_not_recorded_as_verified(gpu, bundle, reference, monkeypatch):
-    monkeypatch.setattr("crl_sdk.engines._selection.load_toolkit", lambda _: gpu.kit)
+    monkeypatch.setattr("crl_sdk.engines._selection.load_tensorrt", lambda _: gpu.kit)
     run = reference.run
     reference.run = lambda *arrays: tuple(each[::-1] for each in run(*arrays))
     record = verify(bundle, "tensorrt-rtx", batches=(1,), seconds=0.01)
@@ -362,7 +362,7 @@ def test_a_baked_plan_runs_its_basis_alone(gpu, bundle, reference, monkeypatch):
 def test_every_use_of_tensorrt_fits_the_real_bindings():
     from conformance.tensorrt_bindings import misfits
 
-    seen, wrong = misfits(toolkit.load_toolkit("tensorrt-rtx").module, rtx=True)
+    seen, wrong = misfits(toolkit.load_tensorrt("tensorrt-rtx").module, rtx=True)
     assert not wrong and seen > 60
 
 
@@ -378,7 +378,7 @@ def test_the_simulation_has_the_names_of_the_real_bindings(gpu, bundle):
             assert int(getattr(getattr(real, group), name)) == number
     for result in CUresult:
         assert int(getattr(real.CUresult, result.name)) == result
-    trt = toolkit.load_toolkit("tensorrt-rtx").module
+    trt = toolkit.load_tensorrt("tensorrt-rtx").module
     for simulated in gpu.trt.classes:
         genuine = getattr(trt, simulated.__name__)
         for name in vars(simulated):

@@ -12,6 +12,7 @@ import typer
 from crl_sdk import ModelBundle, demo_bundle
 from crl_sdk.cli._verify import verify as command
 from crl_sdk.engines import _verify as module
+from crl_sdk.engines._engine_name import EngineName
 from crl_sdk.engines._onnx import OnnxImageEngine
 from crl_sdk.engines._verify import Verification, verify
 from crl_sdk.errors import EngineError, InvalidInputError
@@ -27,7 +28,7 @@ def bundle() -> ModelBundle:
 class Crooked:
     """The real engine, but for what `change` does to its outputs."""
 
-    description = "onnx/cpu/fp32"
+    name = EngineName("onnx", "cpu", "fp32")
 
     def __init__(self, bundle, change):
         self._engine, self._change = OnnxImageEngine.open(bundle), change

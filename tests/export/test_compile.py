@@ -13,7 +13,7 @@ from crl_export.tensorrt import compile_plan
 from crl_sdk import ModelBundle
 from crl_sdk.engines import _tensorrt_runtime as toolkit_module
 from crl_sdk.engines._tensorrt_plans import choose_plan, load_plan, plans_directory, read_plans
-from crl_sdk.engines._tensorrt_runtime import Toolkit, load_toolkit
+from crl_sdk.engines._tensorrt_runtime import TensorRTRuntime, load_tensorrt
 from crl_sdk.errors import (
     BasisMismatchError,
     BundleError,
@@ -100,7 +100,10 @@ def test_a_basis_can_be_baked_in(bundle, embedder):
     assert compiled.plan.outputs[1].shape == (-1, 3)
     assert compiled.plan.spec.baked.sha256 == basis.sha256()
     assert compiled.plan.projection[0].endswith("(MATRIX_MULTIPLY)")
-    arguments = {"runtime": "tensorrt-rtx", "runtime_version": load_toolkit("tensorrt-rtx").version}
+    arguments = {
+        "runtime": "tensorrt-rtx",
+        "runtime_version": load_tensorrt("tensorrt-rtx").version,
+    }
     with pytest.raises(PlanError, match="only for the criterion 'tone'"):
         choose_plan(bundle, plans_directory(bundle), architecture="sm89", **arguments)
 
@@ -129,10 +132,10 @@ def test_what_is_not_there(bundle, embedder, monkeypatch):
     with pytest.raises(MissingDependencyError, match=r"crl-embeddings\[tensorrt\]"):
         compile_plan(bundle, precision="fp32", runtime="tensorrt")
     monkeypatch.setattr(toolkit_module, "_import_rtx", lambda: None)
-    load_toolkit.cache_clear()
+    load_tensorrt.cache_clear()
     with pytest.raises(MissingDependencyError, match=r"crl-embeddings\[tensorrt-rtx\]"):
         compile_plan(bundle, precision="fp32")
-    load_toolkit.cache_clear()
+    load_tensorrt.cache_clear()
 
 
 def test_a_basis_of_another_model_is_not_baked_in(bundle, embedder):
@@ -157,15 +160,18 @@ def test_enterprise_tensorrt_needs_the_gpu_it_compiles_for(bundle, monkeypatch):
         STRONGLY_TYPED = 1
 
     module = type("trt", (), {"NetworkDefinitionCreationFlag": Flag, "__version__": "10.3.0"})
-    ten, eleven = Toolkit("tensorrt", "10.3.0", module), Toolkit("tensorrt", "11.4.1", module)
+    ten, eleven = (
+        TensorRTRuntime("tensorrt", "10.3.0", module),
+        TensorRTRuntime("tensorrt", "11.4.1", module),
+    )
     assert (ten.network_flags, eleven.network_flags) == (2, 0)
     assert ten.architectures == ()
-    monkeypatch.setattr(compiler, "load_toolkit", lambda _: ten)
+    monkeypatch.setattr(compiler, "load_tensorrt", lambda _: ten)
     monkeypatch.setattr(compiler.cuda, "architecture", lambda: "sm87")
     with pytest.raises(InvalidInputError, match="expected no --arch, or sm87"):
         compile_plan(bundle, precision="fp32", runtime="tensorrt", architectures=["sm89"])
     monkeypatch.undo()
-    monkeypatch.setattr(compiler, "load_toolkit", lambda _: ten)
+    monkeypatch.setattr(compiler, "load_tensorrt", lambda _: ten)
     try:
         compiler.cuda.architecture()
     except EngineError:

@@ -8,8 +8,8 @@ import pytest
 from crl_sdk import Embedder, ModelBundle
 from crl_sdk.engines import _cuda as cuda
 from crl_sdk.engines._kernels import kernels_directory
-from crl_sdk.engines._selection import candidates
-from crl_sdk.engines._tensorrt_runtime import load_toolkit
+from crl_sdk.engines._selection import list_candidates
+from crl_sdk.engines._tensorrt_runtime import load_tensorrt
 from crl_sdk.engines._verify import verify, verify_kernel
 from crl_sdk.errors import CrlError
 from crl_sdk.model import _parity as parity
@@ -35,7 +35,7 @@ def test_a_plan_agrees_with_the_fp32_graph(architecture, bundle, runtime):
     from crl_export.tensorrt import compile_plan
 
     try:
-        toolkit = load_toolkit(runtime)
+        toolkit = load_tensorrt(runtime)
     except CrlError as error:
         pytest.skip(str(error))
     if toolkit.architectures and architecture not in toolkit.architectures:
@@ -54,7 +54,7 @@ def test_a_plan_agrees_with_the_fp32_graph(architecture, bundle, runtime):
 @pytest.mark.parametrize("device", ["cuda", "tensorrt", "tensorrt-rtx"])
 def test_onnx_runtime_agrees_with_the_cpu(architecture, bundle, device):
     name = f"onnx/{device}/fp32"
-    found = next(each for each in candidates(bundle) if each.engine == name)
+    found = next(each for each in list_candidates(bundle) if str(each.name) == name)
     if not found.usable:
         pytest.skip(found.reason)
     record = verify(bundle, name, batches=(1, 32), seconds=0.5)

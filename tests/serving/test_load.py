@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from crl_sdk import AsyncClient, Client
 from crl_sdk.client import ClientOptions
+from crl_sdk.engines._engine_name import EngineName
 from crl_sdk.errors import DeadlineError, EngineError, InvalidInputError, OverloadedError
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.serving import _batcher as batcher_module
@@ -102,7 +103,7 @@ def test_a_client_retries_until_there_is_room(serve, faked, engine):
 def test_pictures_are_decoded_beside_an_engine_unless_it_runs_on_the_cpu(
     serve, faked, engine, device, monkeypatch
 ):
-    engine.description = f"fake/{device}/fp32"
+    engine.name = EngineName("fake", device, "fp32")
     decoded: list[float] = []
     load_pixels = faked.load_pixels
 
@@ -134,7 +135,7 @@ def test_pictures_are_decoded_beside_an_engine_unless_it_runs_on_the_cpu(
 @pytest.mark.parametrize("device", ["gpu", "cpu"])
 def test_calls_that_were_cancelled_cost_nothing(serve, faked, engine, device):
     """Pictures wait decoded for a GPU's engine, and as they came for one on the CPU."""
-    engine.description = f"fake/{device}/fp32"
+    engine.name = EngineName("fake", device, "fp32")
     server = serve(faked)
     engine.gate.clear()
     before, entered = sum(engine.batches), sum(engine.entered)
