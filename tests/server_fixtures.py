@@ -14,7 +14,7 @@ import pytest
 from crl_sdk import Client, Embedder, ModelBundle, demo_bundle
 from crl_sdk.engines._engine_name import EngineName
 from crl_sdk.serving._pipeline import Pipeline
-from crl_sdk.serving._server import ServerSettings, running
+from crl_sdk.serving._server import ServerSettings, run_server
 
 COLOR_TEXTS = ["red", "green", "blue", "yellow"]
 
@@ -23,7 +23,7 @@ class Server:
     """A server on an event loop of its own, in a thread of its own."""
 
     def __init__(self, embedder: Embedder, settings: ServerSettings) -> None:
-        self._context = running(embedder, settings)
+        self._context = run_server(embedder, settings)
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="server")
         self._thread.start()

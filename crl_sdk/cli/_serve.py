@@ -75,26 +75,26 @@ def serve(
 ) -> None:
     """Serve conditional embeddings over gRPC until SIGTERM or Ctrl-C, then drain."""
     try:
-        from crl_sdk.serving._logs import handler_of
-        from crl_sdk.serving._pipeline import Limits
-        from crl_sdk.serving._security import Tls, read_tokens
+        from crl_sdk.serving._logs import make_log_handler
+        from crl_sdk.serving._pipeline import ServerLimits
+        from crl_sdk.serving._security import ServerTls, read_tokens
         from crl_sdk.serving._server import ServerSettings
         from crl_sdk.serving._server import serve as run
     except ImportError as error:
         raise MissingDependencyError(error.name or "grpcio", "serve", "crl serve") from error
 
     # a log to keep, not a screen to look at
-    logging.basicConfig(level=logging.INFO, handlers=[handler_of(log_format)], force=True)
+    logging.basicConfig(level=logging.INFO, handlers=[make_log_handler(log_format)], force=True)
     if (tls_cert is None) != (tls_key is None) or (tls_client_ca and tls_cert is None):
         raise InvalidInputError("expected --tls-cert and --tls-key together")
     settings = ServerSettings(
         address=address,
-        tls=Tls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None,
+        tls=ServerTls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None,
         metrics_address=metrics,
         tokens=read_tokens(tokens) if tokens is not None else (),
         bases=Path(bases),
-        limits=Limits(
-            max_images=min(Limits().max_images, max_queue),
+        limits=ServerLimits(
+            max_images=min(ServerLimits().max_images, max_queue),
             max_batch=max_batch,
             max_queue=max_queue,
             cache_bytes=cache_mb << 20,

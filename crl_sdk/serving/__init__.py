@@ -1,4 +1,4 @@
-"""The gRPC server: batching and the path of one request, and the services that speak it."""
+"""The gRPC server: its services, request batching, the embedding cache, security and metrics."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING
 from crl_sdk._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from crl_sdk.serving._pipeline import Limits, Pipeline
-    from crl_sdk.serving._security import Tls, Token, read_tokens
-    from crl_sdk.serving._server import ServerSettings, running, serve
+    from crl_sdk.serving._pipeline import Pipeline, ServerLimits
+    from crl_sdk.serving._security import ServerTls, Token, read_tokens
+    from crl_sdk.serving._server import RunningServer, ServerSettings, run_server, serve
 
 __all__ = [
-    "Limits",
     "Pipeline",
+    "RunningServer",
+    "ServerLimits",
     "ServerSettings",
-    "Tls",
+    "ServerTls",
     "Token",
     "read_tokens",
-    "running",
+    "run_server",
     "serve",
 ]
 
@@ -26,17 +27,18 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "_pipeline": (
-            "Limits",
             "Pipeline",
+            "ServerLimits",
         ),
         "_security": (
-            "Tls",
+            "ServerTls",
             "Token",
             "read_tokens",
         ),
         "_server": (
+            "RunningServer",
             "ServerSettings",
-            "running",
+            "run_server",
             "serve",
         ),
     },

@@ -13,7 +13,7 @@ from crl_sdk.errors import CrlError, InvalidInputError, NotOfferedError, Unknown
 from crl_sdk.pb.inference import kserve_pb2 as pb
 from crl_sdk.pb.inference import kserve_pb2_grpc
 from crl_sdk.serving._bases import StoredBasis
-from crl_sdk.serving._calls import caller, unexpected
+from crl_sdk.serving._call_interceptor import caller, log_unexpected_error
 from crl_sdk.serving._kserve_tensors import (
     CONDITIONAL,
     DATATYPES,
@@ -381,7 +381,9 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         except Exception as error:  # of one request: the others are answered
             told = str(error)
             if not isinstance(error, CrlError):
-                told = unexpected("/inference.GRPCInferenceService/ModelStreamInfer", error)
+                told = log_unexpected_error(
+                    "/inference.GRPCInferenceService/ModelStreamInfer", error
+                )
             failed = pb.ModelInferResponse(
                 model_name=request.model_name, model_version=_VERSION, id=request.id
             )

@@ -1,4 +1,4 @@
-"""Log lines for people or, as one JSON object each, for machines; with the id of their request."""
+"""Log lines for people, or one JSON object per line for machines, with the id of the request."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import os
 import time
 from typing import TYPE_CHECKING, Literal, TextIO, TypeAlias
 
-from crl_sdk.serving._calls import request_id
+from crl_sdk.serving._call_interceptor import request_id
 
 LogFormat = Literal["text", "json"]
-_EXTRAS = ("method", "code", "peer", "seconds")
+_CALL_FIELDS = ("method", "code", "peer", "seconds")
 
 
-class _Text(logging.Formatter):
-    """A line that begins with the time and ends with the request's id, if there is one."""
+class _TextFormatter(logging.Formatter):
+    """Writes a line that begins with the time and ends with the request id, if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
-        name = request_id.get()
-        return f"{line} [{name}]" if name else line
+        current_id = request_id.get()
+        return f"{line} [{current_id}]" if current_id else line
 
 
-class _Json(logging.Formatter):
-    """One JSON object: time (UTC, ISO 8601), level, logger, message, what is known of the call."""
+class _JsonFormatter(logging.Formatter):
+    """Writes one JSON object: time (UTC, ISO 8601), level, logger, message, facts of the call."""
 
     def format(self, record: logging.LogRecord) -> str:
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -36,23 +36,23 @@ class _Json(logging.Formatter):
         }
         if request_id.get():
             line["request_id"] = request_id.get()
-        line |= {name: getattr(record, name) for name in _EXTRAS if hasattr(record, name)}
+        line |= {name: getattr(record, name) for name in _CALL_FIELDS if hasattr(record, name)}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
 
 
 if TYPE_CHECKING:
-    _Stream: TypeAlias = logging.StreamHandler[TextIO]
+    _StreamHandler: TypeAlias = logging.StreamHandler[TextIO]
 else:
-    _Stream = logging.StreamHandler  # Python 3.10 takes no type here
+    _StreamHandler = logging.StreamHandler  # not generic at run time in Python 3.10
 
 
-class _OwnStderr(_Stream):
-    """Writes to stderr through a file descriptor of its own.
+class _StderrHandler(_StreamHandler):
+    """Writes to stderr through a duplicate of its file descriptor.
 
-    llama-cpp-python sends the process's to nowhere while it loads a model, and what the server logs
-    meanwhile would be lost.
+    llama-cpp-python redirects the process's stderr to /dev/null while it loads a model. Without the
+    duplicate, log lines of that time would be lost.
     """
 
     def __init__(self) -> None:
@@ -63,10 +63,12 @@ class _OwnStderr(_Stream):
         super().close()
 
 
-def handler_of(form: LogFormat) -> logging.Handler:
-    """Give a handler that writes to stderr. Close it when it is no longer used."""
-    handler = _OwnStderr()
+def make_log_handler(log_format: LogFormat) -> logging.Handler:
+    """Return a handler that writes to stderr. Close it when it is no longer used."""
+    handler = _StderrHandler()
     handler.setFormatter(
-        _Json() if form == "json" else _Text("%(asctime)s %(levelname)s %(message)s")
+        _JsonFormatter()
+        if log_format == "json"
+        else _TextFormatter("%(asctime)s %(levelname)s %(message)s")
     )
     return handler

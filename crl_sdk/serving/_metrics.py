@@ -1,4 +1,4 @@
-"""What operators watch, for Prometheus: calls, images, stages, queue, cache. Labels are bounded."""
+"""Metrics for Prometheus: calls, images, stages, queue and cache, with few labels."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from crl_sdk.serving._calls import Ended
+from crl_sdk.serving._call_interceptor import FinishedCall
 from crl_sdk.serving._pipeline import Pipeline, Result
 
-_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
-_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_SECONDS_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """Counters of one server in a registry of its own."""
+    """Metrics of one server, in a registry that no other server shares."""
 
     def __init__(self, pipeline: Pipeline) -> None:
-        """Make the metrics, and have the pipeline tell of its batches."""
+        """Create the metrics and observe the pipeline's results and batches."""
         self.registry = CollectorRegistry()
         self._calls = Counter(
             "crl_calls", "Calls that ended.", ["method", "code"], registry=self.registry
         )
         self._seconds = Histogram(
             "crl_call_seconds", "From the start of a call to its end.", ["method"],
-            buckets=_SECONDS, registry=self.registry,
+            buckets=_SECONDS_BUCKETS, registry=self.registry,
         )  # fmt: skip
         self._images = Counter(
             "crl_images", "Images of Embed calls.", ["outcome"], registry=self.registry
@@ -37,21 +37,22 @@ class Metrics:
         )  # fmt: skip
         self._stages = Histogram(
             "crl_stage_seconds", "Time of a request's slowest image in a stage.", ["stage"],
-            buckets=_SECONDS, registry=self.registry,
+            buckets=_SECONDS_BUCKETS, registry=self.registry,
         )  # fmt: skip
         self._batches = Histogram(
-            "crl_batch_size", "Images of an engine run.", buckets=_SIZES, registry=self.registry
-        )
-        self.registry.register(_State(pipeline))
+            "crl_batch_size", "Images of an engine run.", buckets=_BATCH_BUCKETS,
+            registry=self.registry,
+        )  # fmt: skip
+        self.registry.register(_StateCollector(pipeline))
         pipeline.batcher.on_batch = self._batches.observe
-        pipeline.on_result.append(self.served)
+        pipeline.on_result.append(self.on_result)
 
-    def served(self, result: Result) -> None:
+    def on_result(self, result: Result) -> None:
         """Count the images and stages of a request."""
         for image in result.images:
             outcome = "failed" if image.error else "cached" if image.cached else "embedded"
             self._images.labels(outcome).inc()
-        for stored in result.bases:  # only bases that exist get here
+        for stored in result.bases:  # only existing bases, so clients cannot invent labels
             self._criteria.labels(stored.basis.criterion).inc(len(result.images))
         timing = result.timing
         if timing.infer:
@@ -60,14 +61,14 @@ class Metrics:
             self._stages.labels("infer").observe(timing.infer)
         self._stages.labels("project").observe(timing.project)
 
-    def ended(self, call: Ended) -> None:
-        """Count a call."""
+    def on_call_finished(self, call: FinishedCall) -> None:
+        """Count a finished call."""
         self._calls.labels(call.method, call.code.name).inc()
         self._seconds.labels(call.method).observe(call.seconds)
 
 
-class _State(Collector):
-    """Reads queue, batcher and cache when asked."""
+class _StateCollector(Collector):
+    """Reads the state of the queue, the engine, the bases and the cache when it is scraped."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline

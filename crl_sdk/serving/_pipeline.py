@@ -38,7 +38,7 @@ _SPARE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ServerLimits:
     """What the service takes on.
 
     Attributes:
@@ -148,7 +148,9 @@ class Pace:
 class Pipeline:
     """Serves requests with one model. `start` it in the event loop that will call `embed`."""
 
-    def __init__(self, embedder: Embedder, bases: BasisStore, limits: Limits = Limits()) -> None:
+    def __init__(
+        self, embedder: Embedder, bases: BasisStore, limits: ServerLimits = ServerLimits()
+    ) -> None:
         """Store the parts; the embedder's engine runs in the batcher's thread."""
         self.embedder = embedder
         self.bases = bases

@@ -1,4 +1,7 @@
-"""Who may call: TLS from files, bearer tokens with rights, checked before a message is read."""
+"""Who may call the server: TLS from files, and bearer tokens with rights.
+
+Tokens are checked before the server reads a message.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeAlias, get_args
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
 
@@ -18,33 +21,24 @@ else:
 
 from crl_sdk.errors import AccessError, InvalidInputError
 from crl_sdk.rpc._status import error_trailers
-from crl_sdk.serving._calls import REQUEST_ID_KEY, request_id
-from crl_sdk.serving._handlers import in_place_of
+from crl_sdk.serving._call_interceptor import REQUEST_ID_KEY, request_id
+from crl_sdk.serving._method_handlers import replace_behavior
+from crl_sdk.serving._rights import RIGHTS, RPC_ACCESS, Right
 
-Right: TypeAlias = Literal["embed", "bases"]
-RIGHTS: tuple[Right, ...] = get_args(Right)
-MIN_TOKEN = 16
+MIN_TOKEN_LENGTH = 16
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
-_CHANGES = frozenset(
-    f"/crl.v1.BasisService/{name}" for name in ("PutBasis", "DeleteBasis", "GenerateBasis")
-)
-_OPEN = (  # probes carry no tokens
-    "/grpc.health.v1.Health/",
-    "/inference.GRPCInferenceService/ServerLive",
-    "/inference.GRPCInferenceService/ServerReady",
-)
-
 
 @dataclass(frozen=True, slots=True)
-class Tls:
-    """Files of a server's TLS, in PEM.
+class ServerTls:
+    """Files of a server's TLS, in PEM format.
 
     Attributes:
-        certificate: its chain.
-        key: its private key.
-        client_authority: if given, clients must show a certificate that this authority signed.
+        certificate: Path of the server's certificate chain.
+        key: Path of the server's private key.
+        client_authority: Path of an authority's certificate. If it is set, each client must show a
+            certificate that this authority signed (mutual TLS).
     """
 
     certificate: Path
@@ -55,10 +49,10 @@ class Tls:
         """Read the files.
 
         Raises:
-            InvalidInputError: one cannot be read or holds no PEM.
+            InvalidInputError: If a file cannot be read or is not PEM.
         """
-        key, certificate = _pem(self.key), _pem(self.certificate)
-        authority = None if self.client_authority is None else _pem(self.client_authority)
+        key, certificate = _read_pem(self.key), _read_pem(self.certificate)
+        authority = None if self.client_authority is None else _read_pem(self.client_authority)
         return grpc.ssl_server_credentials(
             [(key, certificate)], authority, require_client_auth=authority is not None
         )
@@ -66,7 +60,13 @@ class Tls:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A secret with a name for the log and what it allows."""
+    """A bearer token.
+
+    Attributes:
+        name: Name of its holder, used in messages and logs.
+        secret: Text that the holder sends.
+        rights: What the holder may do.
+    """
 
     name: str
     secret: str
@@ -74,10 +74,10 @@ class Token:
 
 
 def read_tokens(path: Path) -> tuple[Token, ...]:
-    """Read tokens from a TOML file: a table per token, with `token` and `rights`.
+    """Read tokens from a TOML file with one table per token, each with `token` and `rights`.
 
     Raises:
-        InvalidInputError: the file cannot be read, is not such a file, or holds a short token.
+        InvalidInputError: If the file cannot be read, has another form, or holds a short token.
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -90,20 +90,24 @@ def read_tokens(path: Path) -> tuple[Token, ...]:
                 f'{path}: expected [{name}] with token = "…" and rights = ["embed", "bases"]'
             )
         secret, rights = table["token"], table["rights"]
-        if not isinstance(secret, str) or len(secret) < MIN_TOKEN or not secret.isascii():
+        if not isinstance(secret, str) or len(secret) < MIN_TOKEN_LENGTH or not secret.isascii():
             raise InvalidInputError(
-                f"{path}: the token of [{name}] must be {MIN_TOKEN} ASCII characters or more"
+                f"{path}: the token of [{name}] must have at least {MIN_TOKEN_LENGTH} ASCII "
+                "characters"
             )
         if not isinstance(rights, list) or not rights or not set(rights) <= set(RIGHTS):
             raise InvalidInputError(f"{path}: expected rights of [{name}] from {list(RIGHTS)}")
         tokens.append(Token(name, secret, frozenset(rights)))
     if not tokens:
-        raise InvalidInputError(f"{path}: holds no tokens")
+        raise InvalidInputError(
+            f'{path}: holds no tokens; add a table such as [camera] with token = "…" and '
+            'rights = ["embed"]'
+        )
     return tuple(tokens)
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls without a token that has the right they need; health is open to all."""
+    """Refuses calls whose token lacks the right that `RPC_ACCESS` declares for the RPC."""
 
     def __init__(self, tokens: tuple[Token, ...]) -> None:
         """Store the tokens."""
@@ -113,43 +117,53 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:  # the stubs promise a handler, gRPC itself gives None for unknown methods
+    ) -> Any:  # gRPC returns None for unknown methods, which its type stubs do not say
         """Let a call through, or end it with UNAUTHENTICATED or PERMISSION_DENIED."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or method.startswith(_OPEN):
+        if handler is None or RPC_ACCESS.get(method) == "public":
             return handler
         metadata = dict(handler_call_details.invocation_metadata or ())
-        code, message = self._judge(method, metadata)
-        return handler if code is None else _refusing(handler, code, message)
+        refusal = self._refusal(method, metadata)
+        return handler if refusal is None else _refusing_handler(handler, *refusal)
 
-    def _judge(
+    def _refusal(
         self, method: str, metadata: Mapping[str, str | bytes]
-    ) -> tuple[grpc.StatusCode | None, str]:
+    ) -> tuple[grpc.StatusCode, str] | None:
+        """Return the status that ends the call, or None if the call is allowed."""
         header = metadata.get("authorization", "")
-        scheme, _, given = header.partition(" ") if isinstance(header, str) else ("", "", "")
-        if scheme.lower() != "bearer" or not given:
+        scheme, _, secret = header.partition(" ") if isinstance(header, str) else ("", "", "")
+        if scheme.lower() != "bearer" or not secret:
             return grpc.StatusCode.UNAUTHENTICATED, (
-                "expected the metadata `authorization: Bearer TOKEN`, got none"
+                "expected the metadata `authorization: Bearer TOKEN`, got none; ask the operator "
+                "of this server for a token"
             )
-        # all are compared, each in constant time, so that timing tells nothing
+        # Compare with every token, each in constant time, so that the time reveals nothing.
         matches = [
             token
             for token in self._tokens
-            if hmac.compare_digest(token.secret.encode(), given.encode("utf-8", "replace"))
+            if hmac.compare_digest(token.secret.encode(), secret.encode("utf-8", "replace"))
         ]
         if not matches:
-            return grpc.StatusCode.UNAUTHENTICATED, "the token is not known here"
-        needed: Right = "bases" if method in _CHANGES else "embed"
+            return grpc.StatusCode.UNAUTHENTICATED, (
+                "the token is not known here; ask the operator of this server for a valid one"
+            )
+        needed = RPC_ACCESS.get(method)
+        if needed is None:
+            return grpc.StatusCode.PERMISSION_DENIED, (
+                f"this server declares no right for {method}, so it refuses every call of it; "
+                "declare one in crl_sdk/serving/_rights.py"
+            )
         if needed not in matches[0].rights:
             return grpc.StatusCode.PERMISSION_DENIED, (
-                f"the token {matches[0].name!r} lacks the right {needed!r} that {method} needs"
+                f"the token {matches[0].name!r} lacks the right {needed!r} that {method} needs; "
+                "ask the operator of this server for it"
             )
-        return None, ""
+        return None
 
 
-def _refusing(handler: Handler, code: grpc.StatusCode, message: str) -> Any:
-    """Give a handler of the same kind that ends every call at once."""
+def _refusing_handler(handler: Handler, code: grpc.StatusCode, message: str) -> Any:
+    """Return a handler of the same kind that ends every call with a status."""
     trailers = error_trailers(AccessError(message))
 
     async def refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
@@ -157,12 +171,12 @@ def _refusing(handler: Handler, code: grpc.StatusCode, message: str) -> Any:
 
     async def refuse_stream(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         await refuse(_, context)
-        yield None
+        yield None  # makes this function a generator; it is never reached
 
-    return in_place_of(handler, refuse, refuse_stream)
+    return replace_behavior(handler, refuse, refuse_stream)
 
 
-def _pem(path: Path) -> bytes:
+def _read_pem(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:

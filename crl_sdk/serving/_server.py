@@ -1,4 +1,4 @@
-"""The server: one event loop, our services, health and reflection, a graceful end."""
+"""The gRPC server: one event loop, all services, health, reflection and a graceful stop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,11 +21,11 @@ from crl_sdk.errors import ServiceError
 from crl_sdk.pb.crl.v1 import basis_pb2, basis_pb2_grpc, embedding_pb2, embedding_pb2_grpc
 from crl_sdk.pb.inference import kserve_pb2, kserve_pb2_grpc
 from crl_sdk.serving._bases import BasisStore
-from crl_sdk.serving._calls import CallInterceptor, access_log, failure_log
+from crl_sdk.serving._call_interceptor import CallInterceptor, access_log, failure_log
 from crl_sdk.serving._kserve import InferenceService
 from crl_sdk.serving._metrics import Metrics
-from crl_sdk.serving._pipeline import Limits, Pipeline
-from crl_sdk.serving._security import Tls, Token, TokenInterceptor
+from crl_sdk.serving._pipeline import Pipeline, ServerLimits
+from crl_sdk.serving._security import ServerTls, Token, TokenInterceptor
 from crl_sdk.serving._service import BasisService, EmbeddingService, OpenModel
 from crl_sdk.serving._tracing import Tracing
 
@@ -35,43 +35,46 @@ SERVICES = (
     kserve_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
 HANG_SECONDS = 30.0
-"""An engine run that takes longer counts as hanging: health says so until it ends."""
+"""An engine run that takes longer counts as hanging. Health is NOT_SERVING until it ends."""
 
 MAX_CONCURRENT_STREAMS = 1024
-"""Calls of one connection at once; a client's further ones wait on its side, or are refused."""
+"""Concurrent calls of one connection. Further calls wait in the client or are refused."""
 
 KEEPALIVE_SECONDS = 60.0
-"""Peers that are silent for so long are pinged: machines go away without a word."""
+"""Peers that are silent for this long are pinged, to notice machines that disappeared."""
 
 KEEPALIVE_TIMEOUT_SECONDS = 20.0
-"""A peer that does not answer a ping in this time is gone, and its calls are cancelled."""
+"""A peer that does not answer a ping within this time is disconnected and its calls cancelled."""
+
+_HEALTH_CHECK_SECONDS = 0.2
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """How the server listens.
+    """How the server listens and what it offers.
 
     Attributes:
-        address: `host:port`, port 0 for any free one, or `unix:PATH`.
-        bases: directory of bases, which this server owns.
-        limits: what it takes on.
-        tls: files of its TLS; None for plain text.
-        tokens: who may call; none for everybody.
-        metrics_address: `host:port` of Prometheus' page over HTTP; None for none.
-        max_message_bytes: of one message, in either direction.
-        shared_memory: let KServe clients name shared memory objects of this machine.
-        otlp: `http://host:port` of an OpenTelemetry collector; None for no traces.
-        access_log: a log line per call; without it, only for those that fail by the server's fault.
-        open_model: loads the language model of GenerateBasis; None to offer none.
-        drain_seconds: how long calls that are under way may take after SIGTERM.
+        address: Address to listen on: `host:port`, with port 0 for any free port, or `unix:PATH`.
+        bases: Directory of bases. This server must be its only owner.
+        limits: Bounds on the work that the server accepts.
+        tls: Files for TLS, or None for plain text.
+        tokens: Tokens that may call the server. Without tokens everybody may.
+        metrics_address: `host:port` of the Prometheus page over HTTP, or None for no page.
+        max_message_bytes: Largest message in either direction, in bytes.
+        shared_memory: Whether KServe clients may name shared memory objects of this machine.
+        otlp: `http://host:port` of an OpenTelemetry collector, or None for no traces.
+        access_log: Whether every call is logged. Otherwise only calls are logged that fail for a
+            reason of the server's.
+        open_model: Function that loads the language model for GenerateBasis, or None to offer none.
+        drain_seconds: Seconds that running calls may take after SIGTERM.
     """
 
     address: str = "127.0.0.1:50051"
     bases: Path = Path("bases")
-    limits: Limits = field(default_factory=Limits)
-    tls: Tls | None = None
+    limits: ServerLimits = field(default_factory=ServerLimits)
+    tls: ServerTls | None = None
     tokens: tuple[Token, ...] = ()
     metrics_address: str | None = None
     max_message_bytes: int = 64 * 2**20
@@ -83,127 +86,115 @@ class ServerSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
-    """A server that answers.
+class RunningServer:
+    """A server that answers calls.
 
     Attributes:
-        address: where it listens, with the port it got.
-        pipeline: what it serves from.
-        metrics: what it counts.
-        metrics_address: `host:port` of Prometheus' page, with the port it got; empty for none.
+        address: Address it listens on, with the actual port.
+        pipeline: Pipeline that serves the calls.
+        metrics: Metrics of the server.
+        metrics_address: `host:port` of the Prometheus page with the actual port, or None.
     """
 
     address: str
     pipeline: Pipeline
     metrics: Metrics
-    metrics_address: str
+    metrics_address: str | None
 
 
 class _Health(health.aio.HealthServicer):
-    """Health of the whole server and of each service, which is the same for all."""
+    """Health of the whole server and of each service. All have the same state."""
 
     def __init__(self) -> None:
         super().__init__()
         self.serving = False
 
-    async def turn(self, serving: bool) -> None:
-        """Say of everything that it serves, or does not."""
+    async def set_serving(self, serving: bool) -> None:
+        """Set the state of all services."""
         self.serving = serving
         states = health_pb2.HealthCheckResponse
         for name in ("", *SERVICES):
             await self.set(name, states.SERVING if serving else states.NOT_SERVING)
 
     async def drain(self) -> None:
-        """Say for good that nothing serves any more."""
+        """Set all services to NOT_SERVING permanently."""
         self.serving = False
         await self.enter_graceful_shutdown()
 
 
 @asynccontextmanager
-async def running(embedder: Embedder, settings: ServerSettings) -> AsyncIterator[Running]:
-    """Serve while the context is open; leaving it drains and stops.
+async def run_server(embedder: Embedder, settings: ServerSettings) -> AsyncIterator[RunningServer]:
+    """Serve while the context is open. Leaving it drains and stops the server.
 
     Args:
-        embedder: the model; it is not closed.
-        settings: how to listen.
+        embedder: Model to serve. It is not closed.
+        settings: How to listen and what to offer.
 
     Raises:
-        ServiceError: the address cannot be used.
-        InvalidInputError: the files of its TLS cannot be read.
-        BasisError: another server owns the directory of bases.
-        EngineError: the engine fails on the warm-up.
+        ServiceError: If the address cannot be used.
+        InvalidInputError: If the TLS files cannot be read.
+        BasisError: If another server owns the directory of bases.
+        EngineError: If the engine fails during the warm-up.
     """
-    bases = BasisStore(settings.bases, embedder.bundle.fingerprint)
-    bases.open()
-    pipeline = Pipeline(embedder, bases, settings.limits)
-    metrics = Metrics(pipeline)
-    tracing = Tracing(settings.otlp) if settings.otlp else None
-    if tracing is not None:
-        pipeline.on_result.append(tracing.served)
-    size = settings.max_message_bytes
-    server = grpc.aio.server(
-        interceptors=[
-            CallInterceptor(  # outermost: refused calls count too
-                [metrics.ended, access_log if settings.access_log else failure_log]
-            ),
-            *([tracing.interceptor] if tracing else []),
-            *([TokenInterceptor(settings.tokens)] if settings.tokens else []),
-        ],
-        options=[
-            ("grpc.max_receive_message_length", size),
-            ("grpc.max_send_message_length", size),
-            ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a twin
-            ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
-            ("grpc.keepalive_time_ms", round(KEEPALIVE_SECONDS * 1e3)),
-            ("grpc.keepalive_timeout_ms", round(KEEPALIVE_TIMEOUT_SECONDS * 1e3)),
-            ("grpc.http2.ping_timeout_ms", round(KEEPALIVE_TIMEOUT_SECONDS * 1e3)),
-            ("grpc.keepalive_permit_without_calls", 1),
-        ],
-    )
-    status = _Health()
-    health_pb2_grpc.add_HealthServicer_to_server(status, server)
-    embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingService(pipeline), server)
-    basis_pb2_grpc.add_BasisServiceServicer_to_server(
-        BasisService(pipeline, settings.open_model), server
-    )
-    inference = InferenceService(
-        pipeline, ready=lambda: status.serving, shared_memory=settings.shared_memory
-    )
-    kserve_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, server)
-    names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
-    watcher: asyncio.Task[None] | None = None
-    stop_metrics: Callable[[], None] = lambda: None  # noqa: E731
-    try:
+    async with AsyncExitStack() as cleanup:  # runs its callbacks in reverse order
+        tracing = Tracing(settings.otlp) if settings.otlp else None
+        if tracing is not None:
+            cleanup.push_async_callback(asyncio.to_thread, tracing.close)
+        bases = BasisStore(settings.bases, embedder.bundle.fingerprint)
+        bases.open()
+        cleanup.callback(bases.close)
+        pipeline = Pipeline(embedder, bases, settings.limits)
+        metrics = Metrics(pipeline)
+        if tracing is not None:
+            pipeline.on_result.append(tracing.on_result)
+        server = _make_server(settings, metrics, tracing)
+        status = _Health()
+        inference = InferenceService(
+            pipeline, ready=lambda: status.serving, shared_memory=settings.shared_memory
+        )
+        register_services(
+            server, status, EmbeddingService(pipeline),
+            BasisService(pipeline, settings.open_model), inference,
+        )  # fmt: skip
+        cleanup.callback(inference.close)
+        cleanup.push_async_callback(pipeline.stop)
+        cleanup.push_async_callback(server.stop, settings.drain_seconds)
+        cleanup.push_async_callback(status.drain)  # first, so that load balancers look elsewhere
         address = _listen(server, settings)
-        stop_metrics, metrics_address = _serve_metrics(metrics, settings.metrics_address)
-        await status.turn(False)
+        metrics_address = _serve_metrics(metrics, settings.metrics_address, cleanup)
+        await status.set_serving(False)
         await server.start()
         pipeline.start()
         await pipeline.warm_up()
-        await status.turn(True)
-        watcher = asyncio.create_task(_watch(pipeline, status))
-        yield Running(address, pipeline, metrics, metrics_address)
-    finally:
-        stop_metrics()
-        if watcher is not None:
-            watcher.cancel()
-        await status.drain()  # health first: balancers look elsewhere
-        await server.stop(settings.drain_seconds)
-        await pipeline.stop()
-        inference.close()
-        bases.close()
-        if tracing is not None:
-            await asyncio.to_thread(tracing.close)
+        await status.set_serving(True)
+        watcher = asyncio.create_task(_watch_engine(pipeline, status))
+        cleanup.callback(watcher.cancel)
+        yield RunningServer(address, pipeline, metrics, metrics_address)
 
 
-async def serve(embedder: Embedder, settings: ServerSettings) -> None:
-    """Serve until SIGTERM or SIGINT, then let what is under way finish."""
+async def serve(
+    embedder: Embedder,
+    settings: ServerSettings,
+    on_ready: Callable[[RunningServer], None] = lambda server: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then let running calls finish.
+
+    Args:
+        embedder: Model to serve. It is not closed.
+        settings: How to listen and what to offer.
+        on_ready: Function called once, when the server answers calls.
+
+    Raises:
+        ServiceError: If the address cannot be used.
+        InvalidInputError: If the TLS files cannot be read.
+        BasisError: If another server owns the directory of bases.
+        EngineError: If the engine fails during the warm-up.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for kind in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(kind, stop.set)
-    async with running(embedder, settings) as server:
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signal_number, stop.set)
+    async with run_server(embedder, settings) as server:
         _log.info(
             "serving %s (%s) on %s, bases: %s; metrics: %s",
             embedder.bundle.manifest.name,
@@ -212,12 +203,56 @@ async def serve(embedder: Embedder, settings: ServerSettings) -> None:
             ", ".join(sorted(server.pipeline.bases.snapshot)) or "none",
             server.metrics_address or "none",
         )
+        on_ready(server)
         await stop.wait()
-        _log.info("draining: calls under way have %.0f s", settings.drain_seconds)
+        _log.info("draining: running calls have %.0f s", settings.drain_seconds)
     _log.info("stopped")
 
 
+def register_services(
+    server: grpc.aio.Server,
+    status: health.aio.HealthServicer,
+    embedding: embedding_pb2_grpc.EmbeddingServiceServicer,
+    basis: basis_pb2_grpc.BasisServiceServicer,
+    inference: kserve_pb2_grpc.GRPCInferenceServiceServicer,
+) -> None:
+    """Register all services of the server. `_rights.RPC_ACCESS` must list each of their RPCs."""
+    health_pb2_grpc.add_HealthServicer_to_server(status, server)
+    embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(embedding, server)
+    basis_pb2_grpc.add_BasisServiceServicer_to_server(basis, server)
+    kserve_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, server)
+    names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+
+
+def _make_server(
+    settings: ServerSettings, metrics: Metrics, tracing: Tracing | None
+) -> grpc.aio.Server:
+    size = settings.max_message_bytes
+    return grpc.aio.server(
+        interceptors=[
+            CallInterceptor(  # outermost, so that refused calls are counted too
+                [metrics.on_call_finished, access_log if settings.access_log else failure_log]
+            ),
+            *([tracing.interceptor] if tracing else []),
+            *([TokenInterceptor(settings.tokens)] if settings.tokens else []),
+        ],
+        options=[
+            ("grpc.max_receive_message_length", size),
+            ("grpc.max_send_message_length", size),
+            # A second server on the same port is an error. It must not share the calls.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+            ("grpc.keepalive_time_ms", round(KEEPALIVE_SECONDS * 1e3)),
+            ("grpc.keepalive_timeout_ms", round(KEEPALIVE_TIMEOUT_SECONDS * 1e3)),
+            ("grpc.http2.ping_timeout_ms", round(KEEPALIVE_TIMEOUT_SECONDS * 1e3)),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ],
+    )
+
+
 def _listen(server: grpc.aio.Server, settings: ServerSettings) -> str:
+    """Bind the address and return it with the actual port."""
     address = settings.address
     try:
         if settings.tls is None:
@@ -225,40 +260,43 @@ def _listen(server: grpc.aio.Server, settings: ServerSettings) -> str:
         else:
             port = server.add_secure_port(address, settings.tls.credentials())
     except RuntimeError as error:
-        raise ServiceError(f"{address}: cannot listen there ({error}); is it taken?") from error
+        raise ServiceError(
+            f"{address}: cannot listen there ({error}); check that no other process uses it, or "
+            "choose another address"
+        ) from error
     return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
 
 
-def _serve_metrics(metrics: Metrics, address: str | None) -> tuple[Callable[[], None], str]:
-    """Serve the page over HTTP in a thread; give what stops it, and where it is."""
+def _serve_metrics(metrics: Metrics, address: str | None, cleanup: AsyncExitStack) -> str | None:
+    """Serve the Prometheus page in a thread until `cleanup` runs; return its actual address."""
     if address is None:
-        return (lambda: None), ""
+        return None
     host, _, port = address.rpartition(":")
     try:
         http, thread = start_http_server(int(port), host or "127.0.0.1", metrics.registry)
     except (OSError, ValueError) as error:
-        raise ServiceError(f"{address}: cannot serve metrics there ({error})") from error
+        raise ServiceError(
+            f"{address}: cannot serve metrics there ({error}); expected a free host:port"
+        ) from error
+    cleanup.callback(thread.join)
+    cleanup.callback(http.server_close)
+    cleanup.callback(http.shutdown)
+    return f"{host or '127.0.0.1'}:{http.server_port}"
 
-    def stop() -> None:
-        http.shutdown()
-        http.server_close()
-        thread.join()
 
-    return stop, f"{host or '127.0.0.1'}:{http.server_port}"
-
-
-async def _watch(pipeline: Pipeline, status: _Health) -> None:
-    """Keep health true: it turns when the engine fails or hangs, and back when it runs again."""
-    healthy = True
+async def _watch_engine(pipeline: Pipeline, status: _Health) -> None:
+    """Set health to NOT_SERVING when the engine fails or hangs, and back when it recovers."""
+    was_healthy = True
     with contextlib.suppress(asyncio.CancelledError):
         while True:
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(_HEALTH_CHECK_SECONDS)
             batcher = pipeline.batcher
-            now = batcher.failed is None and batcher.running_seconds < HANG_SECONDS
-            if now != healthy:
-                healthy = now
-                _log.log(
-                    logging.INFO if now else logging.ERROR,
-                    "the engine %s", "is back" if now else "fails or hangs: not serving",
-                )  # fmt: skip
-                await status.turn(now)
+            healthy = batcher.failed is None and batcher.running_seconds < HANG_SECONDS
+            if healthy == was_healthy:
+                continue
+            was_healthy = healthy
+            if healthy:
+                _log.info("the engine runs again: serving")
+            else:
+                _log.error("the engine fails or hangs: not serving")
+            await status.set_serving(healthy)

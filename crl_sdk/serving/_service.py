@@ -34,7 +34,12 @@ from crl_sdk.projection._projection import POSTS
 from crl_sdk.rpc._status import error_trailers, status_code
 from crl_sdk.rpc._tensors import decode_tensor, encode_tensor
 from crl_sdk.serving._bases import StoredBasis
-from crl_sdk.serving._calls import REQUEST_ID_KEY, caller, request_id, unexpected
+from crl_sdk.serving._call_interceptor import (
+    REQUEST_ID_KEY,
+    caller,
+    log_unexpected_error,
+    request_id,
+)
 from crl_sdk.serving._pipeline import Pipeline, Result, Source
 
 OpenModel = Callable[[], LanguageModel]
@@ -84,7 +89,9 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
                 reply.error.code, reply.error.message = status_code(error).value[0], str(error)
             except Exception as error:  # of one request: the others are answered
                 reply.error.code = grpc.StatusCode.INTERNAL.value[0]
-                reply.error.message = unexpected("/crl.v1.EmbeddingService/EmbedStream", error)
+                reply.error.message = log_unexpected_error(
+                    "/crl.v1.EmbeddingService/EmbedStream", error
+                )
             await done.put(reply)
 
         async def read() -> None:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from crl_sdk._version import __version__
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
-from crl_sdk.serving._calls import request_id
+from crl_sdk.serving._call_interceptor import request_id
 from crl_sdk.serving._pipeline import Result
 
 _STAGES = ("preprocess", "queue", "infer", "project")
@@ -53,7 +53,7 @@ class Tracing:
         interceptor: Any = aio_server_interceptor  # it has no types
         self.interceptor: Any = interceptor(tracer_provider=self._provider)
 
-    def served(self, result: Result) -> None:
+    def on_result(self, result: Result) -> None:
         """Make the span of a request, inside the call that is being served."""
         now = time.time_ns()
         images, timing = result.images, result.timing

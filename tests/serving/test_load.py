@@ -19,7 +19,7 @@ from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.serving import _batcher as batcher_module
 from crl_sdk.serving._batcher import Batcher
 from crl_sdk.serving._cache import EmbeddingCache
-from crl_sdk.serving._pipeline import Limits, Pace
+from crl_sdk.serving._pipeline import Pace, ServerLimits
 from support import picture, until
 
 
@@ -58,7 +58,7 @@ def test_a_deadline_of_a_millisecond(serve, faked, engine):
 
 
 def test_over_the_queue_calls_are_refused_at_once(serve, faked, engine):
-    server = serve(faked, limits=Limits(max_queue=8, max_images=8, max_batch=4))
+    server = serve(faked, limits=ServerLimits(max_queue=8, max_images=8, max_batch=4))
     engine.seconds = 0.3
 
     async def flood():
@@ -88,7 +88,7 @@ def test_over_the_queue_calls_are_refused_at_once(serve, faked, engine):
 
 
 def test_a_client_retries_until_there_is_room(serve, faked, engine):
-    server = serve(faked, limits=Limits(max_queue=2, max_images=2, max_batch=2))
+    server = serve(faked, limits=ServerLimits(max_queue=2, max_images=2, max_batch=2))
     engine.seconds = 0.05
 
     async def all_at_once():
@@ -197,7 +197,7 @@ def test_an_engine_that_hangs_turns_health(serve, faked, engine, monkeypatch):
 
 
 def test_images_that_wait_are_batched_without_a_timer(serve, faked, engine):
-    server = serve(faked, limits=Limits(max_batch=16))
+    server = serve(faked, limits=ServerLimits(max_batch=16))
     del engine.batches[:]
     with Client(server.address) as client:
         client.embed([picture()])
@@ -281,7 +281,7 @@ def test_the_cache_is_bounded_and_forgets_the_least_used():
 
 def test_what_would_be_late_is_refused_at_once_and_the_rest_is_in_time(serve, faked, engine):
     """Ten times the load: nothing is computed for nobody, and what is let in keeps its deadline."""
-    server = serve(faked, limits=Limits(max_batch=4))
+    server = serve(faked, limits=ServerLimits(max_batch=4))
     engine.seconds = 0.1  # 40 images a second
     before = sum(engine.batches)
 
@@ -327,4 +327,4 @@ def test_the_pace_follows_what_went_through():
 
 def test_limits_that_let_nothing_through_are_refused():
     with pytest.raises(InvalidInputError, match="max_queue 8 under max_batch 32"):
-        Limits(max_queue=8, max_images=8)
+        ServerLimits(max_queue=8, max_images=8)

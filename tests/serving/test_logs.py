@@ -9,8 +9,8 @@ import grpc
 import pytest
 
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
-from crl_sdk.serving._calls import REQUEST_ID_KEY, request_id
-from crl_sdk.serving._logs import handler_of
+from crl_sdk.serving._call_interceptor import REQUEST_ID_KEY, request_id
+from crl_sdk.serving._logs import make_log_handler
 from crl_sdk.serving._security import Token
 
 
@@ -98,7 +98,7 @@ def handler():
     made = []
 
     def make(form):
-        made.append(handler_of(form))
+        made.append(make_log_handler(form))
         return made[-1]
 
     yield make

@@ -1,16 +1,23 @@
-"""TLS, mutual TLS and tokens: who gets in, who does not, and what they are told."""
+"""TLS, mutual TLS and tokens: which calls are allowed, which are refused, and with what message."""
 
 from __future__ import annotations
+
+import asyncio
 
 import grpc
 import pytest
 import trustme
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from google.protobuf import descriptor_pool
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from crl_sdk import Client
 from crl_sdk.client import ClientOptions, ClientSecurity
 from crl_sdk.errors import AccessError, InvalidInputError, ServiceError
-from crl_sdk.serving._security import Tls, Token, read_tokens
+from crl_sdk.pb.crl.v1 import basis_pb2_grpc, embedding_pb2_grpc
+from crl_sdk.pb.inference import kserve_pb2_grpc
+from crl_sdk.serving._rights import RIGHTS, RPC_ACCESS
+from crl_sdk.serving._security import ServerTls, Token, TokenInterceptor, read_tokens
+from crl_sdk.serving._server import register_services
 
 EMBED, ADMIN = "embed-token-0123456789", "admin-token-0123456789"
 TOKENS = (
@@ -71,7 +78,7 @@ def test_tokens_and_their_rights(serve, embedder, pictures):
 
 
 def test_tls(serve, embedder, pictures, pki, tmp_path):
-    server = serve(embedder, tls=Tls(pki["server"], pki["server_key"]), tokens=TOKENS)
+    server = serve(embedder, tls=ServerTls(pki["server"], pki["server_key"]), tokens=TOKENS)
     with connect(server, authority=pki["ca"], token=EMBED) as client:
         assert client.embed(pictures[:1]).universal.shape == (1, 128)
     with connect(server, token=EMBED) as client, pytest.raises(ServiceError, match="UNAVAILABLE"):
@@ -83,7 +90,7 @@ def test_tls(serve, embedder, pictures, pki, tmp_path):
 
 
 def test_mutual_tls(serve, embedder, pki):
-    server = serve(embedder, tls=Tls(pki["server"], pki["server_key"], pki["ca"]))
+    server = serve(embedder, tls=ServerTls(pki["server"], pki["server_key"], pki["ca"]))
     known = {"authority": pki["ca"], "certificate": pki["client"], "key": pki["client_key"]}
     with connect(server, **known) as client:
         assert client.model().embedding_dim == 128
@@ -95,8 +102,8 @@ def test_files_that_are_no_certificates(serve, embedder, pki, tmp_path):
     junk = tmp_path / "junk.pem"
     junk.write_text("hello")
     for tls, words in [
-        (Tls(tmp_path / "no.pem", pki["server_key"]), "cannot be read"),
-        (Tls(junk, pki["server_key"]), "expected a PEM file"),
+        (ServerTls(tmp_path / "no.pem", pki["server_key"]), "cannot be read"),
+        (ServerTls(junk, pki["server_key"]), "expected a PEM file"),
     ]:
         with pytest.raises(InvalidInputError, match=words):
             serve(embedder, tls=tls)
@@ -126,3 +133,70 @@ def test_token_files(tmp_path):
             read_tokens(path)
     with pytest.raises(InvalidInputError, match=r"no\.toml"):
         read_tokens(tmp_path / "no.toml")
+
+
+def test_every_rpc_of_the_server_declares_its_right():
+    """Walk all services that the server registers, those of health and reflection included."""
+
+    class Recorder:
+        """Stands in for a gRPC server and records the names of the registered RPCs."""
+
+        def __init__(self):
+            self.services = set()
+
+        def add_generic_rpc_handlers(self, handlers):
+            self.services.update(handler.service_name() for handler in handlers)
+
+        def add_registered_method_handlers(self, service, handlers):
+            self.services.add(service)
+
+    recorder = Recorder()
+    register_services(
+        recorder, health.aio.HealthServicer(), embedding_pb2_grpc.EmbeddingServiceServicer(),
+        basis_pb2_grpc.BasisServiceServicer(), kserve_pb2_grpc.GRPCInferenceServiceServicer(),
+    )  # fmt: skip
+    pool = descriptor_pool.Default()
+    registered = {
+        f"/{service}/{method.name}"
+        for service in recorder.services
+        for method in pool.FindServiceByName(service).methods
+    }
+    assert {name.split("/")[1] for name in registered} > {
+        "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection",
+        "inference.GRPCInferenceService",
+    }  # fmt: skip
+    undeclared, stale = registered - set(RPC_ACCESS), set(RPC_ACCESS) - registered
+    assert not undeclared, f"add a line to RPC_ACCESS for each of {sorted(undeclared)}"
+    assert not stale, f"no longer registered: {sorted(stale)}"
+    assert set(RPC_ACCESS.values()) <= {*RIGHTS, "public"}
+
+
+def test_an_rpc_without_a_declared_right_is_refused():
+    async def reply(request, context):
+        return b"done"
+
+    async def work():
+        server = grpc.aio.server(interceptors=[TokenInterceptor(TOKENS)])
+        handlers = {"New": grpc.unary_unary_rpc_method_handler(reply)}
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("crl.v1.BasisService", handlers),)
+        )
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        codes = []
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            for method in ("New", "Unknown"):
+                for token in (ADMIN, EMBED, None):
+                    metadata = [("authorization", f"Bearer {token}")] if token else []
+                    call = channel.unary_unary(f"/crl.v1.BasisService/{method}")
+                    with pytest.raises(grpc.aio.AioRpcError) as caught:
+                        await call(b"", metadata=metadata)
+                    codes.append(caught.value.code())
+                    if codes[-1] is grpc.StatusCode.PERMISSION_DENIED:
+                        assert "declares no right for /crl.v1.BasisService/New" in str(caught.value)
+        await server.stop(None)
+        return codes
+
+    status = grpc.StatusCode
+    denied, unknown = status.PERMISSION_DENIED, status.UNIMPLEMENTED
+    assert asyncio.run(work()) == [denied, denied, status.UNAUTHENTICATED, *[unknown] * 3]

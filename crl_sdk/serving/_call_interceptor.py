@@ -1,0 +1,197 @@
+"""What happens around every call: a request id, a record of how it ended, unexpected errors."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from crl_sdk.serving._method_handlers import replace_behavior
+
+REQUEST_ID_KEY = "x-request-id"
+"""Metadata key of a call's id. The client may send an id; the trailers return the one in use."""
+
+OTHER_METHODS = "other"
+"""Common name of methods that this server does not have.
+
+Clients can invent any number of names, and a metric for each of them would fill the memory.
+"""
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""Id of the current call. Log lines carry it."""
+
+caller: ContextVar[str] = ContextVar("caller", default="")
+"""Address of the current call's client, as gRPC names it.
+
+It is read once, at the start of the call: gRPC reads freed memory when a context is asked for its
+peer after the call is over (seen with grpcio 1.85.1).
+"""
+
+_ID_PATTERN = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_SERVER_FAILURES = frozenset(
+    {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE}
+)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedCall:
+    """Record of a call that is over.
+
+    Attributes:
+        method: Name of the method, `/package.Service/Method`, or `other` if there is none.
+        code: Status code that the client received.
+        seconds: Duration of the call, in seconds.
+        peer: Address of the client, as gRPC names it; empty if the method does not exist.
+        request_id: Id of the call; empty if the method does not exist.
+    """
+
+    method: str
+    code: grpc.StatusCode
+    seconds: float
+    peer: str
+    request_id: str
+
+
+Observer = Callable[[FinishedCall], None]
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Assigns request ids and reports each finished call to observers. A stream is one call.
+
+    An exception that the code does not expect is logged with its traceback. The client receives
+    INTERNAL and the request id, but not the text of the exception.
+    """
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        """Store the functions that receive each finished call."""
+        self._observers = tuple(observers)
+        self._wrapped: dict[str, tuple[Any, Any]] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
+        ],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Return the wrapped handler of a method."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            self._notify(FinishedCall(OTHER_METHODS, grpc.StatusCode.UNIMPLEMENTED, 0.0, "", ""))
+            return None
+        method = handler_call_details.method
+        known = self._wrapped.get(method)
+        if known is None or known[0] is not handler:
+            known = self._wrapped[method] = (handler, self._wrap(method, handler))
+        return known[1]
+
+    def _notify(self, call: FinishedCall) -> None:
+        for observer in self._observers:
+            observer(call)
+
+    def _wrap(self, method: str, handler: Any) -> Any:
+        """Return a handler that does the same, with a request id, and reports how it ended."""
+        run_unary = handler.stream_unary if handler.request_streaming else handler.unary_unary
+        run_streaming = handler.stream_stream if handler.request_streaming else handler.unary_stream
+
+        def finish(context: Any, started: float, error: BaseException | None) -> None:
+            code = _status_code(context, error)
+            seconds = time.monotonic() - started
+            self._notify(FinishedCall(method, code, seconds, caller.get(), request_id.get()))
+
+        async def unary(request: Any, context: Any) -> Any:
+            started, error = _begin(context), None
+            try:
+                return await run_unary(request, context)
+            except BaseException as caught:
+                error = caught
+                await _abort_if_unexpected(context, method, caught)
+                raise
+            finally:
+                finish(context, started, error)
+
+        async def streaming(request: Any, context: Any) -> Any:
+            started, error = _begin(context), None
+            try:
+                async for reply in run_streaming(request, context):
+                    yield reply
+            except BaseException as caught:
+                error = caught
+                await _abort_if_unexpected(context, method, caught)
+                raise
+            finally:
+                finish(context, started, error)
+
+        return replace_behavior(handler, unary, streaming)
+
+
+def access_log(call: FinishedCall) -> None:
+    """Log a finished call; an observer."""
+    _log.info(
+        "%s %s %.1f ms", call.method, call.code.name, call.seconds * 1e3,
+        extra={"method": call.method, "code": call.code.name, "peer": call.peer,
+               "seconds": round(call.seconds, 6)},
+    )  # fmt: skip
+
+
+def failure_log(call: FinishedCall) -> None:
+    """Log a call that failed for a reason of the server's; an observer."""
+    if call.code in _SERVER_FAILURES:
+        _log.warning(
+            "%s ended with %s", call.method, call.code.name,
+            extra={"method": call.method, "code": call.code.name, "peer": call.peer},
+        )  # fmt: skip
+
+
+def log_unexpected_error(method: str, error: Exception) -> str:
+    """Log an unexpected exception with its traceback; return the message for the client."""
+    _log.error("%s failed", method, exc_info=error)
+    return (
+        f"the server failed; its log has the reason under the request id {request_id.get()}: "
+        "send this id to its operator"
+    )
+
+
+def _begin(context: Any) -> float:
+    """Give a call its id and return its start time."""
+    sent = next(
+        (value for key, value in context.invocation_metadata() or () if key == REQUEST_ID_KEY), ""
+    )
+    usable = isinstance(sent, str) and _ID_PATTERN.fullmatch(sent)
+    chosen = sent if usable else secrets.token_hex(8)
+    request_id.set(chosen)
+    caller.set(context.peer())
+    context.set_trailing_metadata(((REQUEST_ID_KEY, chosen),))
+    return time.monotonic()
+
+
+async def _abort_if_unexpected(context: Any, method: str, error: BaseException) -> None:
+    """Log an unexpected exception and end the call with INTERNAL."""
+    expected = isinstance(error, grpc.aio.AbortError | asyncio.CancelledError | GeneratorExit)
+    if expected or not isinstance(error, Exception):
+        return
+    await context.abort(
+        grpc.StatusCode.INTERNAL,
+        log_unexpected_error(method, error),
+        ((REQUEST_ID_KEY, request_id.get()),),
+    )
+
+
+def _status_code(context: Any, error: BaseException | None) -> grpc.StatusCode:
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        return grpc.StatusCode.CANCELLED
+    if error is None:
+        return grpc.StatusCode.OK
+    code = context.code()
+    if isinstance(code, int):
+        code = next((known for known in grpc.StatusCode if known.value[0] == code), None)
+    return code if isinstance(code, grpc.StatusCode) else grpc.StatusCode.UNKNOWN

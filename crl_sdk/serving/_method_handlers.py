@@ -1,0 +1,32 @@
+"""Replace the behaviour of a gRPC method handler while keeping its kind and its messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+_HANDLER_FACTORIES = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+
+
+def replace_behavior(handler: Any, unary: Any, streaming: Any) -> Any:
+    """Return a handler with the serializers of another one and a new behaviour.
+
+    Args:
+        handler: Handler to imitate.
+        unary: Coroutine function `(request or request iterator, context) -> reply`, used if the
+            method sends one reply.
+        streaming: Asynchronous generator function `(request or request iterator, context)`, used
+            if the method streams its replies.
+    """
+    make_handler: Any = _HANDLER_FACTORIES[handler.request_streaming, handler.response_streaming]
+    return make_handler(
+        streaming if handler.response_streaming else unary,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
