@@ -12,7 +12,8 @@ from crl_sdk._lazy import lazy_names
 from crl_sdk._version import __version__
 
 if TYPE_CHECKING:
-    from crl_sdk._embedder import Embedder, Embeddings
+    from crl_sdk._embedder import Embedder
+    from crl_sdk._embeddings import Embeddings
     from crl_sdk.basis import Basis
     from crl_sdk.client import AsyncClient, Client, ClientOptions, ClientSecurity
     from crl_sdk.errors import CrlError
@@ -38,10 +39,8 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "_embedder": (
-            "Embedder",
-            "Embeddings",
-        ),
+        "_embedder": ("Embedder",),
+        "_embeddings": ("Embeddings",),
         "basis": ("Basis",),
         "client": (
             "AsyncClient",

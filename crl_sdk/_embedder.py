@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import islice
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
@@ -14,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from crl_sdk.basis._basis import Basis, normalise_criterion
+from crl_sdk._criterion import normalise_criterion
+from crl_sdk._embeddings import Embeddings
+from crl_sdk.basis._basis import Basis
 from crl_sdk.basis._build import build_basis
 from crl_sdk.engines._contract import ImageEngine, TextEngine
 from crl_sdk.errors import (
-    CriterionError,
     ImageBatchError,
     ImageError,
     InvalidInputError,
@@ -34,42 +34,6 @@ if TYPE_CHECKING:
     from crl_sdk.model._preprocess import ImageInput
 
 _TEXT_BATCH = 64
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Embeddings:
-    """What `Embedder.embed` returns; `embeddings["color"]` is one criterion's array.
-
-    Attributes:
-        universal: (n, d) float32, unit rows; NaN where an image failed.
-        conditional: per criterion (n, m) float32; NaN where an image failed.
-        errors: the failed images, by position.
-    """
-
-    universal: NDArray[np.float32]
-    conditional: Mapping[str, NDArray[np.float32]]
-    errors: Mapping[int, ImageError] = field(default_factory=dict)
-
-    def __getitem__(self, criterion: str) -> NDArray[np.float32]:
-        """Give the conditional embeddings (n, m) of one criterion.
-
-        Raises:
-            CriterionError: it was not asked for in this call.
-        """
-        name = normalise_criterion(criterion)
-        if name not in self.conditional:
-            raise CriterionError(
-                f"no criterion {name!r} in this result, it has {sorted(self.conditional)}: "
-                "name it in embed(…, criteria=[…])"
-            )
-        return self.conditional[name]
-
-    @property
-    def ok(self) -> NDArray[np.bool_]:
-        """(n,) bool: which images were embedded."""
-        mask = np.ones(len(self.universal), dtype=np.bool_)
-        mask[list(self.errors)] = False
-        return mask
 
 
 class Embedder:
@@ -286,6 +250,7 @@ class Embedder:
                 for basis, own in zip(bases, columns, strict=True)
             },
             errors,
+            self.bundle.fingerprint,
         )
         if errors and on_error == "raise":
             raise ImageBatchError(errors, result)

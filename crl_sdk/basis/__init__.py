@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from crl_sdk._criterion import normalise_criterion
 from crl_sdk._lazy import lazy_names
+from crl_sdk._progress import GenerationProgress
 
 if TYPE_CHECKING:
     from crl_sdk.basis._basis import (
@@ -13,7 +15,6 @@ if TYPE_CHECKING:
         MergedText,
         Method,
         basis_path,
-        normalise_criterion,
     )
     from crl_sdk.basis._build import DEFAULT_PROMPT, build_basis, edit_basis
     from crl_sdk.basis._generate import GeneratedTexts, GenerationOptions, generate_texts
@@ -26,6 +27,7 @@ __all__ = [
     "Basis",
     "GeneratedTexts",
     "GenerationOptions",
+    "GenerationProgress",
     "LanguageModel",
     "MergedText",
     "Method",
@@ -46,7 +48,6 @@ __getattr__, __dir__ = lazy_names(
             "MergedText",
             "Method",
             "basis_path",
-            "normalise_criterion",
         ),
         "_build": (
             "DEFAULT_PROMPT",

@@ -6,7 +6,6 @@ A basis is one safetensors file, bound to the fingerprint of the model whose tex
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +15,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from crl_sdk._criterion import normalise_criterion
 from crl_sdk.errors import (
     BasisError,
     BasisMismatchError,
-    CriterionError,
     IntegrityError,
     InvalidInputError,
     UnsupportedSchemaError,
@@ -36,7 +35,6 @@ Method: TypeAlias = Literal[
 ]  # fmt: skip
 METHODS: tuple[Method, ...] = get_args(Method)
 
-_CRITERION = re.compile(r"[a-z0-9][a-z0-9 _-]{0,63}")
 _METADATA_KEY = "crl_basis"
 
 
@@ -213,22 +211,6 @@ class Basis:
             merged=self.merged,
             provenance=dict(self.provenance),
         )
-
-
-def normalise_criterion(criterion: str) -> str:
-    """Bring a criterion's name to its one written form: lower case, single spaces.
-
-    Raises:
-        CriterionError: it is not 1-64 of a-z, 0-9, space, `_` and `-`, starting with a letter or
-            digit.
-    """
-    name = " ".join(criterion.lower().split()) if isinstance(criterion, str) else ""
-    if not _CRITERION.fullmatch(name):
-        raise CriterionError(
-            f"expected a criterion of 1-64 letters a-z, digits, spaces, '_' and '-', starting "
-            f"with a letter or digit, such as 'animal habitat'; got {str(criterion)[:80]!r}"
-        )
-    return name
 
 
 def basis_path(directory: Path, criterion: str) -> Path:

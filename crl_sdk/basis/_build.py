@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from crl_sdk.basis._basis import Basis, MergedText, Method, normalise_criterion
+from crl_sdk._criterion import normalise_criterion
+from crl_sdk.basis._basis import Basis, MergedText, Method
 from crl_sdk.basis._methods import default_method, make_projection
 from crl_sdk.errors import BasisError, InvalidInputError
 from crl_sdk.projection._projection import EPSILON, Post

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from crl_sdk.basis._basis import normalise_criterion
+from crl_sdk._criterion import normalise_criterion
 from crl_sdk.basis._build import DEFAULT_PROMPT, EmbedText, embed_with_prompts
 from crl_sdk.basis._language_model import LanguageModel, Sampling
 from crl_sdk.basis._votes import Poll, RankedText, text_key

@@ -15,8 +15,10 @@ import typer
 from numpy.typing import NDArray
 from rich.table import Table
 
+from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embedder import Embedder
-from crl_sdk.basis._basis import Basis, normalise_criterion
+from crl_sdk._embeddings import Embeddings
+from crl_sdk.basis._basis import Basis
 from crl_sdk.basis._build import DEFAULT_PROMPT
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._console import JsonOption, err, note, out, print_json, progress_bar, warn
@@ -30,7 +32,6 @@ from crl_sdk.cli._report_content import (
     labelled_groups,
 )
 from crl_sdk.client._client import Client
-from crl_sdk.client._messages import RemoteEmbeddings
 from crl_sdk.errors import CrlError, GenerationError, InvalidInputError, MissingDependencyError
 from crl_sdk.model._bundle import demo_bundle
 from crl_sdk.model._image_files import find_image_files
@@ -223,7 +224,7 @@ def _written(
 
 def _embed(
     path: Path, directory: Path, files: Sequence[Path], bases: dict[str, Basis]
-) -> tuple[float, RemoteEmbeddings]:
+) -> tuple[float, Embeddings]:
     """Serve the model in a process of its own, send bases and pictures; give seconds and rows."""
     directory.mkdir(parents=True, exist_ok=True)
     with local_server(path, directory / "serve.log") as server, Client(server.address) as client:
@@ -241,7 +242,7 @@ def _embed(
 
 
 def _group(
-    given: _Pictures, bases: dict[str, Basis], result: RemoteEmbeddings, count: int
+    given: _Pictures, bases: dict[str, Basis], result: Embeddings, count: int
 ) -> tuple[list[ReportSection], list[dict[str, Any]]]:
     """Cluster by every criterion: what the report shows, and the rows of the table."""
     sections, rows = [], []

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from crl_sdk._embedder import Embeddings
-from crl_sdk.basis._basis import normalise_criterion
+from crl_sdk._criterion import normalise_criterion
+from crl_sdk._embeddings import Embeddings
 from crl_sdk.cli._console import JsonOption, print_facts, print_json, progress_bar, warn
 from crl_sdk.cli._options import (
     DEFAULT_BASES,

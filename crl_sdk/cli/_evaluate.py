@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table
 
+from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embedder import Embedder
-from crl_sdk.basis._basis import Method, normalise_criterion
+from crl_sdk.basis._basis import Method
 from crl_sdk.cli._console import JsonOption, note, out, print_json, progress_bar, spinner, warn
 from crl_sdk.cli._evaluation_bases import (
     Sources,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from crl_sdk.basis._basis import normalise_criterion
+from crl_sdk._criterion import normalise_criterion
 from crl_sdk.cli._console import JsonOption, note, print_facts, print_json, progress_bar, warn
 from crl_sdk.cli._options import DEFAULT_BASES, BasesOption, load_basis
 from crl_sdk.errors import InvalidInputError

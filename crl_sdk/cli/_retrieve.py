@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from crl_sdk.basis._basis import normalise_criterion
+from crl_sdk._criterion import normalise_criterion
 from crl_sdk.basis._build import DEFAULT_PROMPT
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._console import JsonOption, out, print_json

@@ -13,8 +13,9 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embedder import Embedder
-from crl_sdk.basis._basis import Basis, basis_path, normalise_criterion
+from crl_sdk.basis._basis import Basis, basis_path
 from crl_sdk.basis._build import DEFAULT_PROMPT
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._basis import read_texts, save

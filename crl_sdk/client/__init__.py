@@ -8,14 +8,12 @@ from crl_sdk._lazy import lazy_names
 
 if TYPE_CHECKING:
     from crl_sdk.client._client import AsyncClient, Client, ClientOptions, ClientSecurity
-    from crl_sdk.client._messages import RemoteEmbeddings
 
 __all__ = [
     "AsyncClient",
     "Client",
     "ClientOptions",
     "ClientSecurity",
-    "RemoteEmbeddings",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -27,7 +25,6 @@ __getattr__, __dir__ = lazy_names(
             "ClientOptions",
             "ClientSecurity",
         ),
-        "_messages": ("RemoteEmbeddings",),
     },
     extra="cpu",
 )

@@ -20,13 +20,12 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from crl_sdk._embeddings import Embeddings
 from crl_sdk.client._messages import (
-    RemoteEmbeddings,
     all_failed,
     embed_request,
     joined,
     read_response,
-    readable,
     stale_parts,
     with_conditional,
 )
@@ -143,7 +142,7 @@ class AsyncClient:
         criteria: Sequence[str] = (),
         *,
         on_error: str = "raise",
-    ) -> RemoteEmbeddings:
+    ) -> Embeddings:
         """Embed images, any number of them; their order is kept.
 
         All rows of a criterion are of one version of its basis, even if it is replaced meanwhile.
@@ -153,7 +152,7 @@ class AsyncClient:
                 embeddings (d,) as float arrays.
             criteria: names of bases on the server.
             on_error: `raise` embeds all readable images, then raises if any was not; `collect`
-                leaves the failures in `RemoteEmbeddings.errors`.
+                leaves the failures in `Embeddings.errors`.
 
         Raises:
             ImageBatchError: some images failed; it carries the result of the others.
@@ -180,7 +179,7 @@ class AsyncClient:
 
     async def embed_batches(
         self, images: Iterable[ClientImage], criteria: Sequence[str] = ()
-    ) -> AsyncIterator[RemoteEmbeddings]:
+    ) -> AsyncIterator[Embeddings]:
         """Embed a long iterable of images, a batch at a time, in order and in bounded memory.
 
         Yields:
@@ -188,7 +187,7 @@ class AsyncClient:
         """
         _check_images(images)
         batches = _batches(images, self.options.batch_size)
-        under_way: list[asyncio.Task[RemoteEmbeddings]] = []
+        under_way: list[asyncio.Task[Embeddings]] = []
         try:
             for batch in islice(batches, self.options.max_in_flight):
                 under_way.append(asyncio.create_task(self._embed_batch(batch, criteria)))
@@ -201,9 +200,7 @@ class AsyncClient:
             for task in under_way:
                 task.cancel()
 
-    async def _embed_batch(
-        self, images: list[ClientImage], criteria: Sequence[str]
-    ) -> RemoteEmbeddings:
+    async def _embed_batch(self, images: list[ClientImage], criteria: Sequence[str]) -> Embeddings:
         if self.options.resize and self._model is None:
             self._model = await self.model()
         how = self._model.preprocessing if self._model is not None else None
@@ -219,9 +216,9 @@ class AsyncClient:
             return await self._embed_batch(images, criteria)
         return read_response(response, local, len(images))
 
-    async def _reproject(self, part: RemoteEmbeddings, criteria: Sequence[str]) -> RemoteEmbeddings:
+    async def _reproject(self, part: Embeddings, criteria: Sequence[str]) -> Embeddings:
         """Project a part's embeddings again, on the bases as they are now."""
-        rows = part.universal[readable(part)]
+        rows = part.universal[part.ok]
         if not len(rows):
             return part
         fresh = await self._embed_batch(list(rows), criteria)
@@ -432,16 +429,14 @@ class Client:
         criteria: Sequence[str] = (),
         *,
         on_error: str = "raise",
-    ) -> RemoteEmbeddings:
+    ) -> Embeddings:
         """See `AsyncClient.embed`."""
-        result: RemoteEmbeddings = self._wait(
-            self._client.embed(images, criteria, on_error=on_error)
-        )
+        result: Embeddings = self._wait(self._client.embed(images, criteria, on_error=on_error))
         return result
 
     def embed_batches(
         self, images: Iterable[ClientImage], criteria: Sequence[str] = ()
-    ) -> Iterator[RemoteEmbeddings]:
+    ) -> Iterator[Embeddings]:
         """See `AsyncClient.embed_batches`."""
         batches = self._client.embed_batches(images, criteria)
         try:

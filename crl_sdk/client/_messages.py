@@ -5,15 +5,15 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from crl_sdk._embeddings import Embeddings
 from crl_sdk.errors import (
-    CriterionError,
     ImageError,
     ImageTooLargeError,
     InvalidInputError,
@@ -27,42 +27,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     ClientImage: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]"
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteEmbeddings:
-    """What the service gave for n images.
-
-    Attributes:
-        universal: (n, d) float32, unit rows; NaN in the rows of failed images.
-        conditional: criterion → (n, m) float32; NaN likewise.
-        errors: position → why an image failed.
-        cached: (n,) bool, whether the server knew the image.
-        basis_sha256: criterion → version of the basis that was used.
-        fingerprint: of the model.
-        timings: microseconds of each stage, as the server measured them, summed over the calls.
-    """
-
-    universal: NDArray[np.float32]
-    conditional: Mapping[str, NDArray[np.float32]]
-    errors: Mapping[int, ImageError]
-    cached: NDArray[np.bool_]
-    basis_sha256: Mapping[str, str]
-    fingerprint: str
-    timings: Mapping[str, int] = field(default_factory=dict)
-
-    def __getitem__(self, criterion: str) -> NDArray[np.float32]:
-        """Return the conditional embeddings (n, m) of a criterion.
-
-        Raises:
-            CriterionError: it was not asked for.
-        """
-        name = " ".join(criterion.lower().split())
-        if name not in self.conditional:
-            raise CriterionError(
-                f"criterion {name!r} was not asked for; asked for were {sorted(self.conditional)}"
-            )
-        return self.conditional[name]
 
 
 def embed_request(
@@ -142,7 +106,7 @@ def _image(image: ClientImage, position: int) -> embedding_pb2.Image:
 
 def read_response(
     response: embedding_pb2.EmbedResponse, local: Mapping[int, ImageError], count: int
-) -> RemoteEmbeddings:
+) -> Embeddings:
     """Read a reply; without local failures its tensors are views of the message."""
     sent = [i for i in range(count) if i not in local]
     errors = dict(local)
@@ -162,7 +126,7 @@ def read_response(
         spread[sent] = array
         return spread
 
-    return RemoteEmbeddings(
+    return Embeddings(
         universal=rows(response.universal),
         conditional={part.criterion: rows(part.rows) for part in response.conditional},
         errors=errors,
@@ -176,13 +140,13 @@ def read_response(
     )
 
 
-def all_failed(errors: dict[int, ImageError], count: int) -> RemoteEmbeddings:
+def all_failed(errors: dict[int, ImageError], count: int) -> Embeddings:
     """Give the result of a batch of which nothing could be sent."""
     none = np.full((count, 0), np.nan, np.float32)
-    return RemoteEmbeddings(none, {}, errors, np.zeros(count, np.bool_), {}, "")
+    return Embeddings(none, {}, errors, cached=np.zeros(count, np.bool_))
 
 
-def joined(parts: Sequence[RemoteEmbeddings]) -> RemoteEmbeddings:
+def joined(parts: Sequence[Embeddings]) -> Embeddings:
     """Join the results of batches; those of which nothing could be sent become rows of NaN.
 
     Raises:
@@ -193,11 +157,11 @@ def joined(parts: Sequence[RemoteEmbeddings]) -> RemoteEmbeddings:
     if len(parts) == 1:
         return parts[0]
     model = next((part for part in parts if part.fingerprint), parts[0])
-    starts = np.cumsum([0, *(len(part.cached) for part in parts)])
+    starts = np.cumsum([0, *(len(part.universal) for part in parts)])
 
     def rows(name: str | None) -> NDArray[np.float32]:
         like = model.universal if name is None else model.conditional[name]
-        blank = [np.full((len(p.cached), like.shape[1]), np.nan, np.float32) for p in parts]
+        blank = [np.full((len(p.universal), like.shape[1]), np.nan, np.float32) for p in parts]
         return np.concatenate(
             [
                 blank[i] if not p.fingerprint else p.universal if name is None
@@ -206,7 +170,7 @@ def joined(parts: Sequence[RemoteEmbeddings]) -> RemoteEmbeddings:
             ]
         )  # fmt: skip
 
-    return RemoteEmbeddings(
+    return Embeddings(
         universal=rows(None),
         conditional={name: rows(name) for name in model.conditional},
         errors={
@@ -214,7 +178,7 @@ def joined(parts: Sequence[RemoteEmbeddings]) -> RemoteEmbeddings:
             for start, part in zip(starts, parts, strict=False)
             for position, error in part.errors.items()
         },
-        cached=np.concatenate([part.cached for part in parts]),
+        cached=np.concatenate([part.cached for part in parts if part.cached is not None]),
         basis_sha256=model.basis_sha256,
         fingerprint=model.fingerprint,
         timings={name: sum(part.timings.get(name, 0) for part in parts) for name in model.timings},
@@ -228,7 +192,7 @@ def _moved(error: ImageError, position: int, start: int) -> ImageError:
     return type(error)(error.reason, source=f"image {start + position}")
 
 
-def stale_parts(parts: Sequence[RemoteEmbeddings]) -> list[int]:
+def stale_parts(parts: Sequence[Embeddings]) -> list[int]:
     """Find the parts of one result that were made with other versions of bases than the last.
 
     Raises:
@@ -240,7 +204,7 @@ def stale_parts(parts: Sequence[RemoteEmbeddings]) -> list[int]:
     return [i for i in made if parts[i].basis_sha256 != parts[made[-1]].basis_sha256]
 
 
-def with_conditional(part: RemoteEmbeddings, fresh: RemoteEmbeddings) -> RemoteEmbeddings:
+def with_conditional(part: Embeddings, fresh: Embeddings) -> Embeddings:
     """Put newly projected rows in the place of a part's own; failed images keep their NaN.
 
     Args:
@@ -249,12 +213,7 @@ def with_conditional(part: RemoteEmbeddings, fresh: RemoteEmbeddings) -> RemoteE
     """
     conditional = {}
     for name, rows in fresh.conditional.items():
-        spread = np.full((len(part.cached), rows.shape[1]), np.nan, np.float32)
-        spread[readable(part)] = rows
+        spread = np.full((len(part.universal), rows.shape[1]), np.nan, np.float32)
+        spread[part.ok] = rows
         conditional[name] = spread
     return replace(part, conditional=conditional, basis_sha256=fresh.basis_sha256)
-
-
-def readable(part: RemoteEmbeddings) -> NDArray[np.bool_]:
-    """Tell which images of a part have an embedding: (n,) bool."""
-    return np.asarray(np.isfinite(part.universal).all(axis=1))

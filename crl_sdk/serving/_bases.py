@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from crl_sdk.basis._basis import Basis, basis_path, normalise_criterion
+from crl_sdk._criterion import normalise_criterion
+from crl_sdk.basis._basis import Basis, basis_path
 from crl_sdk.errors import (
     BasisError,
     BasisExistsError,

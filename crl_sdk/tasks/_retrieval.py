@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crl_sdk.basis._basis import Basis, normalise_criterion
+from crl_sdk._criterion import normalise_criterion
+from crl_sdk.basis._basis import Basis
 from crl_sdk.errors import CriterionError, InvalidInputError
 from crl_sdk.projection._project_rows import project_rows
 from crl_sdk.projection._projection import EPSILON, check_embeddings
@@ -57,8 +58,8 @@ class Index:
 
         Args:
             rows: criterion → conditional embeddings (n, m) float of the same n pictures, as
-                `Embeddings.conditional`, `RemoteEmbeddings.conditional` or mapped files of `crl
-                project` have them. May be empty if there are universal embeddings.
+                `Embeddings.conditional` or mapped files of `crl project` have them. May be empty
+                if there are universal embeddings.
             universal: (n, d) float, unit rows; `but_with` needs them.
 
         Raises:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from crl_sdk.basis._basis import Basis, Method, basis_path, normalise_criterion
+from crl_sdk._criterion import normalise_criterion
+from crl_sdk.basis._basis import Basis, Method, basis_path
 from crl_sdk.basis._methods import TEXT_COLUMNS, default_method, make_projection
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._projection import Post, Projection

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from crl_sdk.basis._basis import Basis, basis_path, normalise_criterion
+from crl_sdk.basis import normalise_criterion
+from crl_sdk.basis._basis import Basis, basis_path
 from crl_sdk.basis._build import build_basis, edit_basis
 from crl_sdk.basis._methods import make_projection
 from crl_sdk.errors import (
