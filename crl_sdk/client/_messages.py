@@ -1,4 +1,4 @@
-"""Images into requests, replies into arrays: what both clients say. Needs no image library."""
+"""Images into requests and responses into `Embeddings`. Needs no image library."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk._embeddings import Embeddings
+from crl_sdk.client._results import ServedPreprocessing
 from crl_sdk.errors import (
     ImageError,
     ImageTooLargeError,
@@ -32,18 +33,22 @@ if TYPE_CHECKING:
 def embed_request(
     images: Sequence[ClientImage],
     criteria: Sequence[str],
-    resize: embedding_pb2.Preprocessing | None = None,
+    resize: ServedPreprocessing | None = None,
 ) -> tuple[embedding_pb2.EmbedRequest, dict[int, ImageError]]:
-    """Encode images; those that cannot be read here stay here, with their errors.
+    """Return the request for a batch of images.
 
     Args:
-        images: paths, bytes, PIL images, pixels or stored embeddings.
-        criteria: names of bases.
-        resize: if given, decode and resize here, as the server would, and send pixels.
+        images: Paths, bytes, PIL images, pixels or stored embeddings.
+        criteria: Names of bases.
+        resize: How to decode and resize the images here. None sends them as they are.
+
+    Returns:
+        The request, without the images that cannot be read here; and the errors of those, by
+        position.
 
     Raises:
-        InvalidInputError: something that is no image at all.
-        MissingDependencyError: `resize` needs Pillow, which is not installed.
+        InvalidInputError: If something is not an image at all.
+        MissingDependencyError: If `resize` is given and Pillow is not installed.
     """
     messages, errors = [], {}
     for position, image in enumerate(images):
@@ -55,22 +60,22 @@ def embed_request(
     return embedding_pb2.EmbedRequest(images=messages, criteria=criteria), errors
 
 
-def _resized(image: ClientImage, how: embedding_pb2.Preprocessing) -> ClientImage:
-    """Give the pixels that the server would make of an image; stored embeddings as they are.
+def _resized(image: ClientImage, how: ServedPreprocessing) -> ClientImage:
+    """Return the pixels that the server would make of an image, or a stored embedding unchanged.
 
     Raises:
-        ImageError: it cannot be read.
+        ImageError: If the image cannot be read.
     """
     if isinstance(image, np.ndarray) and image.dtype.kind == "f":
         return image
     try:
         from crl_sdk.model._preprocess import PreprocessSpec, load_pixels
     except ImportError as error:
-        raise MissingDependencyError("pillow", "runtime", "resizing before sending") from error
+        raise MissingDependencyError("pillow", "runtime", "ClientOptions(resize=True)") from error
     spec = PreprocessSpec(
         height=how.height,
         width=how.width,
-        mean=(0, 0, 0),  # scaling is the graph's business
+        mean=(0, 0, 0),  # unused: the server's graph scales the pixels
         std=(1, 1, 1),
         interpolation=how.interpolation,  # type: ignore[arg-type]
         resize_mode=how.resize_mode,  # type: ignore[arg-type]
@@ -94,7 +99,7 @@ def _image(image: ClientImage, position: int) -> embedding_pb2.Image:
         if tensor.dtype == embedding_pb2.DTYPE_UINT8:
             return embedding_pb2.Image(pixels=tensor)
         return embedding_pb2.Image(embedding=tensor)
-    if hasattr(image, "save"):  # PIL, without importing it
+    if hasattr(image, "save"):  # a PIL image, recognised without importing PIL
         buffer = io.BytesIO()
         image.save(buffer, "PNG", compress_level=1)
         return embedding_pb2.Image(encoded=buffer.getvalue())
@@ -107,7 +112,14 @@ def _image(image: ClientImage, position: int) -> embedding_pb2.Image:
 def read_response(
     response: embedding_pb2.EmbedResponse, local: Mapping[int, ImageError], count: int
 ) -> Embeddings:
-    """Read a reply; without local failures its tensors are views of the message."""
+    """Return the embeddings of a batch.
+
+    Args:
+        response: Response of the server, about the images that were sent.
+        local: Errors of the images that were not sent, by position. If there are none, the arrays
+            of the result are views of the response.
+        count: Number of images in the batch.
+    """
     sent = [i for i in range(count) if i not in local]
     errors = dict(local)
     cached = np.zeros(count, np.bool_)
@@ -130,9 +142,9 @@ def read_response(
         universal=rows(response.universal),
         conditional={part.criterion: rows(part.rows) for part in response.conditional},
         errors=errors,
+        fingerprint=response.fingerprint,
         cached=cached,
         basis_sha256={part.criterion: part.basis_sha256 for part in response.conditional},
-        fingerprint=response.fingerprint,
         timings={
             name.name: getattr(response.timings, name.name)
             for name in embedding_pb2.Timings.DESCRIPTOR.fields
@@ -141,16 +153,20 @@ def read_response(
 
 
 def all_failed(errors: dict[int, ImageError], count: int) -> Embeddings:
-    """Give the result of a batch of which nothing could be sent."""
+    """Return the result of a batch of which no image could be sent."""
     none = np.full((count, 0), np.nan, np.float32)
     return Embeddings(none, {}, errors, cached=np.zeros(count, np.bool_))
 
 
 def joined(parts: Sequence[Embeddings]) -> Embeddings:
-    """Join the results of batches; those of which nothing could be sent become rows of NaN.
+    """Return the results of several batches as one.
+
+    Args:
+        parts: Results in the order of their images. The rows of a batch of which no image could
+            be sent become NaN.
 
     Raises:
-        InvalidInputError: there are none.
+        InvalidInputError: If there are no parts.
     """
     if not parts:
         raise InvalidInputError("expected at least one image, got an empty list")
@@ -178,25 +194,25 @@ def joined(parts: Sequence[Embeddings]) -> Embeddings:
             for start, part in zip(starts, parts, strict=False)
             for position, error in part.errors.items()
         },
+        fingerprint=model.fingerprint,
         cached=np.concatenate([part.cached for part in parts if part.cached is not None]),
         basis_sha256=model.basis_sha256,
-        fingerprint=model.fingerprint,
         timings={name: sum(part.timings.get(name, 0) for part in parts) for name in model.timings},
     )
 
 
 def _moved(error: ImageError, position: int, start: int) -> ImageError:
-    """Give an error that names its image by the position in the whole list."""
+    """Return an error of a batch that names its image by the position in the whole list."""
     if error.source != f"image {position}":
         return error
     return type(error)(error.reason, source=f"image {start + position}")
 
 
 def stale_parts(parts: Sequence[Embeddings]) -> list[int]:
-    """Find the parts of one result that were made with other versions of bases than the last.
+    """Return the positions of parts whose bases have other versions than those of the last part.
 
     Raises:
-        ServiceError: the model itself was replaced.
+        ServiceError: If the model was replaced between the parts.
     """
     made = [i for i, part in enumerate(parts) if part.fingerprint]
     if len({parts[i].fingerprint for i in made}) > 1:
@@ -205,11 +221,11 @@ def stale_parts(parts: Sequence[Embeddings]) -> list[int]:
 
 
 def with_conditional(part: Embeddings, fresh: Embeddings) -> Embeddings:
-    """Put newly projected rows in the place of a part's own; failed images keep their NaN.
+    """Return a part with other conditional embeddings. Rows of failed images stay NaN.
 
     Args:
-        part: of n images, of which some may have failed.
-        fresh: of those that have not.
+        part: Embeddings of n images, some of which may have failed.
+        fresh: Embeddings of those that have not.
     """
     conditional = {}
     for name, rows in fresh.conditional.items():

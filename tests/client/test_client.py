@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import sys
+import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from crl_sdk import Client
-from crl_sdk.client import ClientOptions
+from crl_sdk import AsyncClient, Basis, Client
+from crl_sdk.client import ClientOptions, ClientSecurity
 from crl_sdk.client._messages import stale_parts
-from crl_sdk.errors import ImageBatchError, MissingDependencyError, NotOfferedError, ServiceError
+from crl_sdk.errors import (
+    BasisExistsError,
+    ImageBatchError,
+    InvalidInputError,
+    MissingDependencyError,
+    NotOfferedError,
+    ServiceError,
+    UnknownCriterionError,
+)
 
 
 def encoded(image: Image.Image, form: str, **options: object) -> bytes:
@@ -21,8 +31,8 @@ def encoded(image: Image.Image, form: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def awkward() -> dict[str, object]:
-    """Pictures of all the forms that preprocessing treats on its own."""
+def awkward_images() -> dict[str, object]:
+    """Images of all the forms that preprocessing treats differently."""
     random = np.random.default_rng(0)
     rgb = Image.fromarray(random.integers(0, 255, (150, 201, 3), np.uint8))
     rgba = Image.fromarray(random.integers(0, 255, (90, 130, 4), np.uint8))
@@ -46,7 +56,7 @@ def awkward() -> dict[str, object]:
 
 
 def test_resizing_before_sending_changes_no_bit(server):
-    pictures = awkward()
+    pictures = awkward_images()
     with Client(server.address) as far, Client(server.address, ClientOptions(resize=True)) as near:
         there = far.embed(list(pictures.values()), ["color"])
         here = near.embed(list(pictures.values()), ["color"])
@@ -115,6 +125,55 @@ def test_one_batch_is_read_without_copies(client, pictures):
     rows = client.embed([path.read_bytes() for path in pictures], ["color"])["color"]
     assert rows.dtype == np.float32 and rows.shape[0] == 9
     assert not rows.flags.owndata and not rows.flags.writeable  # a view of the message
+
+
+def test_a_basis_is_fetched_with_its_file(client, embedder, pictures):
+    served = client.get_basis("Color")
+    assert served.info == next(info for info in client.bases() if info.criterion == "color")
+    basis = Basis.from_bytes(served.file)
+    assert basis.texts == served.info.texts and basis.method == served.info.method
+    rows = client.embed(pictures, ["color"])["color"]
+    np.testing.assert_allclose(embedder.embed(pictures, [basis])["color"], rows, atol=1e-5)
+    with pytest.raises(UnknownCriterionError, match="known are"):
+        client.get_basis("weight")
+
+
+def test_bases_are_not_replaced_if_told_so(server):
+    with Client(server.address) as client:
+        served = client.get_basis("color")
+        with pytest.raises(BasisExistsError):
+            client.put_basis(served.file, replace=False)
+        with pytest.raises(BasisExistsError):
+            client.create_basis("color", ["red", "blue"], replace=False)
+        info = client.create_basis("finish", ["glossy", "matt"], post="none", replace=False)
+        assert info.post == "none"
+
+
+def test_no_public_method_returns_a_message():
+    for name, method in inspect.getmembers(AsyncClient, inspect.isfunction):
+        if not name.startswith("_"):
+            assert "_pb2" not in str(inspect.signature(method)), name
+
+
+def test_the_blocking_client_has_the_methods_of_the_other_one():
+    public = {name for name in vars(AsyncClient) if not name.startswith("_")}
+    assert public == {name for name in vars(Client) if not name.startswith("_")}
+    for name in public - {"embed_batches", "close"}:
+        blocking, other = getattr(Client, name), getattr(AsyncClient, name)
+        assert inspect.signature(blocking) == inspect.signature(other)
+        assert blocking.__doc__ == other.__doc__
+        assert not inspect.iscoroutinefunction(blocking)
+
+
+def test_a_client_that_cannot_be_made_leaves_no_thread():
+    before = threading.active_count()
+    with pytest.raises(InvalidInputError, match="needs TLS"):
+        Client(options=ClientOptions(security=ClientSecurity(certificate="c.pem")))
+    assert threading.active_count() == before
+
+
+def test_a_token_is_not_shown():
+    assert "secret" not in repr(ClientOptions(security=ClientSecurity(token="secret")))
 
 
 def test_generation_where_it_is_not_offered(client):

@@ -277,7 +277,7 @@ def test_the_servers_language_model_writes_a_basis(serve, embedder, pictures):
         info = client.generate_basis("mood", progress=seen.append, exclude=["blue"])
         assert "red" in info.texts and "blue" not in info.texts and seen
         with pytest.raises(BasisExistsError):
-            client.generate_basis("mood", no_replace=True)
+            client.generate_basis("mood", replace=False)
         client.create_basis("shape", ["circle", "square", "star"])
         info = client.generate_basis("mood", against=["shape"])
         assert info.method == "exclusive-weighted"
