@@ -12,7 +12,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -168,9 +168,14 @@ def generated(
     return {"scores": [asdict(score) for score in scores], "texts": lists}
 
 
-def repeated(measure: Callable[[int], Score], seeds: Sequence[int]) -> dict[str, Any]:
-    """Measure what needs no language model, under each seed."""
-    return {"scores": [asdict(measure(seed)) for seed in seeds]}
+def scored(
+    world: World,
+    factor: str,
+    lists: Sequence[Sequence[str]],
+    merge: float = DEFAULT_MERGE_THRESHOLD,
+) -> dict[str, Any]:
+    """Measure lists of texts that no language model wrote."""
+    return {"scores": [asdict(world.score(factor, texts, merge)) for texts in lists]}
 
 
 def evaluate(
@@ -199,8 +204,8 @@ def evaluate(
         for factor in CRITERIA:
             own = own_words(factor)
             rows = results[factor] = {
-                "universal": repeated(lambda _, f=factor: world.score(f, ()), seeds[:1]),
-                "own words": repeated(lambda _, f=factor, o=own: world.score(f, o), seeds[:1]),
+                "universal": scored(world, factor, [()]),
+                "own words": scored(world, factor, [own]),
             }
             for name, model in models.items():
                 recipes = {"": GenerationOptions()} | (HELPED.get(factor, {}) if helped else {})
@@ -208,14 +213,9 @@ def evaluate(
                     source = f"{name}, {help_}" if help_ else name
                     rows[source] = generated(world, factor, model, options, seeds)
             size = max(2, round(np.mean([s["texts"] for s in rows[next(iter(models))]["scores"]])))
-            rows["random words"] = repeated(
-                lambda seed, f=factor, k=size: world.score(
-                    f,
-                    [str(w) for w in np.random.default_rng(seed).permutation(OFF_TOPIC)[:k]],
-                    merge=1.0,
-                ),
-                seeds,
-            )
+            shuffled = [np.random.default_rng(seed).permutation(OFF_TOPIC) for seed in seeds]
+            words = [[str(word) for word in order[:size]] for order in shuffled]
+            rows["random words"] = scored(world, factor, words, merge=1.0)
     return results
 
 

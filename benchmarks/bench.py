@@ -375,7 +375,7 @@ def _generate(job: _Job) -> Run:
             send = connect(job.target, channel)
             first = job.seed * 7919  # so that processes do not send the same images together
 
-            async def shifted(number: int) -> object:
+            async def shifted(number: int) -> Reply:
                 return await send(first + number)
 
             if job.mode == "closed":

@@ -20,7 +20,6 @@ from crl_benchmarks.basis_quality import AS_SAID
 from crl_benchmarks.projections import (
     CHOSEN_ON,
     CONTROLS,
-    CRITERIA,
     LISTS,
     MEASURES,
     NAMING_PROMPT,
@@ -36,6 +35,7 @@ from crl_benchmarks.projections import (
     measure_all,
 )
 from crl_export.demo.captions import NEUTRAL_PROMPT
+from crl_export.demo.world import CRITERIA
 from crl_sdk import __version__
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.errors import InvalidInputError

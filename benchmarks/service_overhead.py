@@ -93,6 +93,7 @@ def latency(address: str, embedder: Embedder, runs: int, side: int) -> dict[str,
         grpc.insecure_channel(bare_address) as bare_channel,
         grpc.insecure_channel(address) as channel,
     ):
+        echo: grpc.UnaryUnaryMultiCallable[bytes, bytes]
         echo = bare_channel.unary_unary("/bare.Echo/Echo")
         stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
         for i in range(runs + 20):
@@ -122,7 +123,7 @@ def latency(address: str, embedder: Embedder, runs: int, side: int) -> dict[str,
 async def _rate(address: str, method: str, request: bytes, seconds: float) -> float:
     """Call again and again from several callers; give calls per second."""
     async with grpc.aio.insecure_channel(address) as channel:
-        call = channel.unary_unary(method)
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(method)
         await call(request)
         ends = time.perf_counter() + seconds
         started, done = time.perf_counter(), 0

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import grpc
 
-from crl_benchmarks.load import Reply
+from crl_benchmarks.load import Reply, Send
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.pb.inference import kserve_pb2, kserve_pb2_grpc
 
@@ -41,12 +40,12 @@ class Target:
     token: str | None = None
 
 
-def connect(target: Target, channel: grpc.aio.Channel) -> Callable[[int], Any]:
-    """Give what sends the call of a number; see `crl_benchmarks.load.Send`."""
+def connect(target: Target, channel: grpc.aio.Channel) -> Send:
+    """Return the function that sends call number n."""
     return (_crl if target.kind == "crl" else _kserve)(target, channel)
 
 
-def _crl(target: Target, channel: grpc.aio.Channel) -> Callable[[int], Any]:
+def _crl(target: Target, channel: grpc.aio.Channel) -> Send:
     stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
 
     async def send(number: int) -> Reply:
@@ -76,7 +75,7 @@ def _crl(target: Target, channel: grpc.aio.Channel) -> Callable[[int], Any]:
     return send
 
 
-def _kserve(target: Target, channel: grpc.aio.Channel) -> Callable[[int], Any]:
+def _kserve(target: Target, channel: grpc.aio.Channel) -> Send:
     stub = kserve_pb2_grpc.GRPCInferenceServiceStub(channel)
 
     async def send(number: int) -> Reply:

@@ -21,6 +21,7 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import QuickGELU
 
+from crl_export.clip_model import ClipModel
 from crl_sdk.errors import ExportError
 from crl_sdk.model._manifest import Source
 from crl_sdk.model._preprocess import PreprocessSpec
@@ -41,7 +42,7 @@ class Checkpoint:
         source: where the weights came from.
     """
 
-    model: torch.nn.Module
+    model: ClipModel
     name: str
     make_tokenizer: Callable[[], Any]
     preprocess: PreprocessSpec

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torchvision.transforms.functional import normalize
 
 from crl_export.checkpoint import RANDOM, Checkpoint, load_checkpoint
+from crl_export.clip_model import ClipModel
 from crl_export.graphs import ImageGraph, TextGraph, export_image_graph, export_text_graph
 from crl_export.precision import half_graph, quantise
 from crl_export.tokenizers import write_tokenizer
@@ -234,7 +235,7 @@ def _export_text(checkpoint: Checkpoint, work: Path, steps: _Steps) -> TextEntry
 
 
 def _torch_images(
-    model: torch.nn.Module, spec: PreprocessSpec, rows: NDArray[np.generic]
+    model: ClipModel, spec: PreprocessSpec, rows: NDArray[np.generic]
 ) -> NDArray[np.float32]:
     """Embed pixels as open_clip itself would: its transform's normalisation, its tower."""
     pixels = torch.from_numpy(rows).permute(0, 3, 1, 2).float() / 255

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from crl_export.clip_model import ClipModel
 from crl_export.vit import lean_tower
 from crl_sdk.errors import ExportError
 from crl_sdk.model._preprocess import PreprocessSpec
@@ -30,8 +31,11 @@ class ImageGraph(torch.nn.Module):
     mean and std folded into its first weights.
     """
 
+    mean: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(
-        self, model: torch.nn.Module, spec: PreprocessSpec, dtype: torch.dtype = torch.float32
+        self, model: ClipModel, spec: PreprocessSpec, dtype: torch.dtype = torch.float32
     ) -> None:
         """Wrap the image tower of an open_clip model in float32.
 
@@ -75,7 +79,7 @@ class ImageGraph(torch.nn.Module):
 class _ChannelsFirst(torch.nn.Module):
     """An open_clip model's own image tower, given (b, H, W, 3)."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: ClipModel) -> None:
         super().__init__()
         self.model = model
 
@@ -86,7 +90,7 @@ class _ChannelsFirst(torch.nn.Module):
 class TextGraph(torch.nn.Module):
     """Token ids (b, L) int64 to unit embeddings (b, d) float32."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: ClipModel) -> None:
         """Wrap the text tower of an open_clip model."""
         super().__init__()
         self.model = model

@@ -13,11 +13,12 @@ import onnx
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
+from crl_export.clip_model import ClipModel
 from crl_export.graphs import ImageGraph
 from crl_sdk.model._preprocess import PreprocessSpec
 
 
-def half_graph(model: torch.nn.Module, spec: PreprocessSpec) -> ImageGraph:
+def half_graph(model: ClipModel, spec: PreprocessSpec) -> ImageGraph:
     """Give the image graph with its tower in half precision.
 
     Normalising the embedding and projecting it stay in float32, and so do input and output.

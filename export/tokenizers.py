@@ -14,12 +14,13 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
 from crl_sdk.errors import ExportError
+from crl_sdk.model._tokenizer import Clean
 
 _PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _END_OF_WORD = "</w>"
 
 
-def write_tokenizer(tokenizer: Any, path: Path) -> tuple[int, int, str]:
+def write_tokenizer(tokenizer: Any, path: Path) -> tuple[int, int, Clean]:
     """Write `tokenizer.json`.
 
     Args:
@@ -95,8 +96,8 @@ def _pieces(tokenizer: SimpleTokenizer, special: str) -> list[str]:
         tokenizer.cache[special] = held
 
 
-def _clean_name(clean_fn: Any) -> str:
-    names = {
+def _clean_name(clean_fn: Any) -> Clean:
+    names: dict[str, Clean] = {
         "_clean_lower": "lower",
         "_clean_whitespace": "whitespace",
         "_clean_canonicalize": "canonicalize",

@@ -9,6 +9,8 @@ folded into the weights beside them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
@@ -21,7 +23,7 @@ def lean_tower(model: nn.Module) -> LeanTower | None:
     Args:
         model: as open_clip made it, in eval mode.
     """
-    tower = getattr(model, "visual", None)
+    tower: Any = getattr(model, "visual", None)
     if type(model) not in (CLIP, CustomTextCLIP) or type(tower) is not VisionTransformer:
         return None
     sides = zip(tower.image_size, tower.grid_size, tower.patch_size, strict=True)

@@ -87,9 +87,8 @@ def measure(only: frozenset[str], build: Path, *, quick: bool) -> Report:
     started = time.perf_counter()
     engine_peers = [each for each in ENGINES if _wanted(each, only)]
     service_peers = [each for each in SERVICES if _wanted(each, only)]
-    environments, pythons = _environments(
-        {each.environment for each in (*engine_peers, *service_peers)}, build
-    )
+    peers: list[EnginePeer | ServicePeer] = [*engine_peers, *service_peers]
+    environments, pythons = _environments({peer.environment for peer in peers}, build)
     _tell("weights and pictures")
     given, reference = _inputs(build)
     setup = Setup(environments, pythons, given, reference, logs=build / "logs", tell=_tell)
@@ -128,7 +127,8 @@ def write(report: Report, out: Path) -> None:
 
 def _chosen(text: str) -> frozenset[str]:
     only = frozenset(part.strip() for part in text.split(",") if part.strip())
-    known = {each.name for each in (*ENGINES, *SERVICES)}
+    peers: list[EnginePeer | ServicePeer] = [*ENGINES, *SERVICES]
+    known = {peer.name for peer in peers}
     if unknown := only - known:
         raise InvalidInputError(
             f"expected --only of {', '.join(sorted(known))}; got {', '.join(sorted(unknown))}"

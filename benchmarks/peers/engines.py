@@ -18,6 +18,7 @@ from crl_benchmarks.peers.environments import OWN
 from crl_benchmarks.peers.protocol import Worker, WorkerError, median_ms
 from crl_benchmarks.peers.records import EngineRow
 from crl_sdk.model import _parity as parity
+from crl_sdk.model._manifest import Parity
 
 AGREES = 0.999
 """Least cosine of any picture with the reference, for a peer in fp32; else its row is void."""
@@ -107,7 +108,7 @@ def measure_engines(peers: Sequence[EnginePeer], setup: Setup, plan: Plan) -> li
 
 def compare(
     rows: NDArray[np.float32], reference: NDArray[np.float32], precision: str
-) -> tuple[parity.Parity, str]:
+) -> tuple[Parity, str]:
     """Compare embeddings of any norm with the reference.
 
     Returns:
@@ -203,6 +204,7 @@ def _time(each: _Running, work: str, given: Inputs, plan: Plan, *, warm: bool) -
 
 def _peak(worker: Worker) -> int | None:
     try:
-        return worker.ask("status")["peak_bytes"]
+        peak: int | None = worker.ask("status")["peak_bytes"]
     except WorkerError:
         return None
+    return peak

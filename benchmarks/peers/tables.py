@@ -212,7 +212,8 @@ def _absent(rows: Sequence[EngineRow | ServiceRow]) -> list[str]:
 
 def _settings(report: Report) -> Iterable[str]:
     lines = [f"- {name}: {value}" for name, value in report.settings.items()]
-    for row in [*report.engines, *report.services]:
+    rows: list[EngineRow | ServiceRow] = [*report.engines, *report.services]
+    for row in rows:
         if row.settings:
             lines.append(f"- {row.name}: {row.settings}")
     return ["\n".join(lines)]

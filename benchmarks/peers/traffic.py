@@ -8,12 +8,13 @@ import multiprocessing
 import socket
 import struct
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import grpc
 import numpy as np
@@ -118,11 +119,12 @@ def _clip_server(client: object) -> Call:
     return call
 
 
-async def _post(client: object, path: str, body: dict[str, object]) -> dict[str, list]:
+async def _post(client: object, path: str, body: Mapping[str, object]) -> dict[str, Any]:
     answer = await client.post(path, json=body)  # type: ignore[attr-defined]
     if answer.status_code != 200:
         raise _Refused(f"HTTP {answer.status_code}: {answer.text[:200]}")
-    return answer.json()
+    answered: dict[str, Any] = answer.json()
+    return answered
 
 
 def embed(endpoint: Endpoint, images: Sequence[bytes]) -> NDArray[np.float32]:

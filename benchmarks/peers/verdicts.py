@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from crl_benchmarks.peers.catalogue import CRL_AUTO, CRL_FP32
 from crl_benchmarks.peers.records import EngineRow, ServiceRow, ServiceRun, Verdict, ratios
@@ -84,11 +85,11 @@ def _engine_verdicts(measured: dict[str, EngineRow]) -> Iterable[Verdict]:
     exact = [row for row in peers if row.precision == "fp32"]
     for batch in BATCHES:
         target = f"engine fp32, batch {batch}: at least as fast as the best fp32 peer"
-        ratio, against = _of(measured, CRL_FP32, lambda row, b=batch: closest(row, exact, b))
+        ratio, against = _of(measured, CRL_FP32, partial(closest, peers=exact, batch=batch))
         yield Verdict(target=target, measured=ratio, against=against)
     for batch in BATCHES:
         target = f"engine auto, batch {batch}: {AUTO_OVER_FP32:g} times the best fp32 peer"
-        ratio, against = _of(measured, CRL_AUTO, lambda row, b=batch: closest(row, exact, b))
+        ratio, against = _of(measured, CRL_AUTO, partial(closest, peers=exact, batch=batch))
         yield Verdict(target=target, measured=ratio, required=AUTO_OVER_FP32, against=against)
     auto = measured.get(CRL_AUTO)
     ours = (auto.cosine_mean or 0.0) if auto is not None else 1.0
@@ -99,9 +100,7 @@ def _engine_verdicts(measured: dict[str, EngineRow]) -> Iterable[Verdict]:
         alike = [row for row in peers if (row.cosine_mean or 0.0) >= least]
         for batch in BATCHES:
             target = f"engine auto, batch {batch}: no slower than any peer {told}"
-            ratio, against = _of(
-                measured, CRL_AUTO, lambda row, b=batch, a=alike: closest(row, a, b)
-            )
+            ratio, against = _of(measured, CRL_AUTO, partial(closest, peers=alike, batch=batch))
             yield Verdict(target=target, measured=ratio, against=against)
 
 

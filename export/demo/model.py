@@ -18,6 +18,8 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
 from safetensors.torch import save_file
 
+from crl_export.clip_model import ClipModel
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -84,9 +86,10 @@ def write_config(directory: Path) -> None:
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def create_model() -> torch.nn.Module:
+def create_model() -> ClipModel:
     """Return the untrained model; its weights follow from torch's global seed."""
-    return open_clip.CLIP(**copy.deepcopy(MODEL_CONFIG))
+    model: ClipModel = open_clip.CLIP(**copy.deepcopy(MODEL_CONFIG))
+    return model
 
 
 def save_weights(model: torch.nn.Module, directory: Path) -> None:
@@ -95,7 +98,7 @@ def save_weights(model: torch.nn.Module, directory: Path) -> None:
     save_file(state, directory / WEIGHTS_FILE)
 
 
-def load_checkpoint(directory: Path) -> tuple[torch.nn.Module, SimpleTokenizer]:
+def load_checkpoint(directory: Path) -> tuple[ClipModel, SimpleTokenizer]:
     """Return the model of a checkpoint directory, in eval mode, and its tokenizer.
 
     Raises:
@@ -118,7 +121,7 @@ def normalise(pixels: NDArray[np.uint8]) -> torch.Tensor:
     return ((torch.from_numpy(pixels) - mean) / std).permute(0, 3, 1, 2)
 
 
-def encode_trimmed(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def encode_trimmed(model: ClipModel, tokens: torch.Tensor) -> torch.Tensor:
     """Encode texts as `model.encode_text` does, without the columns that are padding in all rows.
 
     The text tower is causal and reads the last real token, so padding behind it changes nothing.
@@ -139,7 +142,7 @@ def encode_trimmed(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor
 
 
 def embed_images(
-    model: torch.nn.Module, pixels: NDArray[np.uint8], batch: int = 256
+    model: ClipModel, pixels: NDArray[np.uint8], batch: int = 256
 ) -> NDArray[np.float32]:
     """Return the unit image embeddings (n, d) of pixels (n, side, side, 3) uint8."""
     with torch.inference_mode():
@@ -147,16 +150,19 @@ def embed_images(
             model.encode_image(normalise(pixels[start : start + batch]), normalize=True)
             for start in range(0, len(pixels), batch)
         ]
-    return torch.cat(parts).numpy()
+    rows: NDArray[np.float32] = torch.cat(parts).numpy()
+    return rows
 
 
 def text_embedder(
-    model: torch.nn.Module, tokenizer: SimpleTokenizer
+    model: ClipModel, tokenizer: SimpleTokenizer
 ) -> Callable[[Sequence[str]], NDArray[np.float32]]:
     """Return a function from k texts to their unit embeddings (k, d)."""
 
     def embed(texts: Sequence[str]) -> NDArray[np.float32]:
         with torch.inference_mode():
-            return model.encode_text(tokenizer(list(texts)), normalize=True).numpy()
+            rows = model.encode_text(tokenizer(list(texts)), normalize=True)
+        embeddings: NDArray[np.float32] = rows.numpy()
+        return embeddings
 
     return embed

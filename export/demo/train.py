@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from crl_export.clip_model import ClipModel
 from crl_export.demo import model as demo_model
 from crl_export.demo.captions import CODES, NEUTRAL_PROMPT, Captioner, filler_words, true_of
 from crl_export.demo.dataset import (
@@ -135,7 +136,7 @@ def _follow(averaged: torch.nn.Module, model: torch.nn.Module, decay: float) -> 
 
 
 def fit(
-    model: torch.nn.Module,
+    model: ClipModel,
     tokenizer: SimpleTokenizer,
     pixels: NDArray[np.uint8],
     codes: NDArray[np.int64],
@@ -143,7 +144,7 @@ def fit(
     *,
     monitor: tuple[NDArray[np.uint8], NDArray[np.int64]] | None = None,
     every: int = 250,
-) -> tuple[torch.nn.Module, list[dict[str, float]]]:
+) -> tuple[ClipModel, list[dict[str, float]]]:
     """Train `model` in place.
 
     Args:
@@ -211,7 +212,7 @@ def fit(
 
 
 def quick_accuracies(
-    model: torch.nn.Module,
+    model: ClipModel,
     tokenizer: SimpleTokenizer,
     pixels: NDArray[np.uint8],
     codes: NDArray[np.int64],

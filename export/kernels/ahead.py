@@ -141,7 +141,8 @@ def compile_kernels(
         )
     wanted = [name for name in known if name in architectures or not architectures]
     switches = list(product(wanted, DTYPES, (False, True), (False, True)))
-    variants, files = [], {}
+    variants: list[Variant] = []
+    files: dict[str, bytes] = {}
     for done, (architecture, dtype, unit, single) in enumerate(switches):
         if progress is not None:
             progress(f"{architecture} {dtype}", done, len(switches))

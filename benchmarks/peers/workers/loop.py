@@ -90,9 +90,13 @@ class _Commands:
     def do(self, command: dict[str, Any]) -> dict[str, Any]:
         """Do a command; its name is that of a method here."""
         name = command.pop("do")
-        return {"open": self.open, "embed": self.embed, "time": self.time, "status": self.status}[
-            name
-        ](**command)
+        commands: dict[str, Callable[..., dict[str, Any]]] = {
+            "open": self.open,
+            "embed": self.embed,
+            "time": self.time,
+            "status": self.status,
+        }
+        return commands[name](**command)
 
     def open(self) -> dict[str, Any]:
         """Tell what was opened; whatever the first command is, it opens the engine."""
