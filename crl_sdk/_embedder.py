@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import islice
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
@@ -148,6 +148,11 @@ class Embedder:
     def engine_name(self) -> EngineName:
         """The parts of `engine`: runtime, device and precision."""
         return self._image_engine.name
+
+    @property
+    def decode_pool(self) -> Executor:
+        """Threads that decode images, one per logical CPU. They end when the embedder is closed."""
+        return self._pool
 
     @property
     def bases(self) -> Mapping[str, Basis]:

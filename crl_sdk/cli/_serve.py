@@ -75,8 +75,8 @@ def serve(
 ) -> None:
     """Serve conditional embeddings over gRPC until SIGTERM or Ctrl-C, then drain."""
     try:
+        from crl_sdk.serving._admission import ServerLimits
         from crl_sdk.serving._logs import make_log_handler
-        from crl_sdk.serving._pipeline import ServerLimits
         from crl_sdk.serving._security import ServerTls, read_tokens
         from crl_sdk.serving._server import ServerSettings
         from crl_sdk.serving._server import serve as run

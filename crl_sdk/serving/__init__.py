@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from crl_sdk._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from crl_sdk.serving._pipeline import Pipeline, ServerLimits
+    from crl_sdk.serving._admission import ServerLimits
+    from crl_sdk.serving._pipeline import Pipeline
     from crl_sdk.serving._security import ServerTls, Token, read_tokens
     from crl_sdk.serving._server import RunningServer, ServerSettings, run_server, serve
 
@@ -26,10 +27,8 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "_pipeline": (
-            "Pipeline",
-            "ServerLimits",
-        ),
+        "_admission": ("ServerLimits",),
+        "_pipeline": ("Pipeline",),
         "_security": (
             "ServerTls",
             "Token",

@@ -1,7 +1,8 @@
-"""Batches: while the engine runs, images wait; when it is free, it takes what waits.
+"""Collects images into batches for the engine.
 
-There is no timer: an idle engine starts at once, a busy one finds its next batch complete. The
-queue is bounded, and what nobody waits for any more costs nothing. Knows no transport.
+While the engine runs, images wait. When the engine is free, it takes what waits. There is no timer:
+an idle engine starts at once, and a busy engine finds its next batch complete. How much may wait is
+decided in `_admission`. This module knows no transport.
 """
 
 from __future__ import annotations
@@ -15,29 +16,37 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from crl_sdk.errors import DeadlineError, EngineError, OverloadedError
+from crl_sdk.errors import EngineError
 
-Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+RunEngine = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
-_REVIVE_SECONDS = 1.0
+_PROBE_SECONDS = 1.0
+"""Time between two attempts to run an engine that has failed."""
 
 _log = logging.getLogger(__name__)
 
 
+class DropImage(Protocol):
+    """Counts an image that nobody waits for any more and returns the error for its caller."""
+
+    def __call__(self, *, cancelled: bool, waited: float) -> Exception:
+        """See `Admission.drop`."""
+
+
 @dataclass(frozen=True, slots=True)
 class EmbeddedImage:
-    """What the engine gave for one image.
+    """What the engine returned for one image.
 
     Attributes:
-        embedding: (d,) float32, unit norm.
-        queue_seconds: from submission to the start of the run.
-        infer_seconds: of the run, with the batch it was in.
-        batch_size: images in that run.
+        embedding: Universal embedding, shape (d,), float32, unit norm.
+        queue_seconds: Time from submission to the start of the engine run.
+        infer_seconds: Duration of the engine run that the image was in.
+        batch_size: Number of images in that run.
     """
 
     embedding: NDArray[np.float32]
@@ -48,67 +57,52 @@ class EmbeddedImage:
 
 @dataclass(slots=True)
 class _Item:
+    """An image in the queue, and the future that receives its `EmbeddedImage`."""
+
     pixels: NDArray[np.uint8]
     deadline: float | None
     future: asyncio.Future[EmbeddedImage]
     submitted: float
 
 
-@dataclass(slots=True)
-class Counts:
-    """What became of images since the start.
-
-    Attributes:
-        served: went through the engine.
-        rejected: refused because the queue was full.
-        expired: their deadline passed while they waited.
-        cancelled: nobody waited for them any more.
-        batches: engine runs.
-    """
-
-    served: int = 0
-    rejected: int = 0
-    expired: int = 0
-    cancelled: int = 0
-    batches: int = 0
-
-
 class Batcher:
-    """A bounded queue before an engine, emptied by one thread. `start` before use, then `stop`.
+    """A queue in front of an engine, emptied by one thread. Call `start` first and `stop` last.
 
-    Clients take turns: a batch takes one image of each client that waits, again and again, so that
-    one that sends a million does not starve the others.
+    Clients take turns: a batch takes one image of each waiting client, again and again. A client
+    that sends a million images therefore does not delay the others.
 
-    A failed run fails its batch. Until the engine has succeeded on the probe again, everything is
-    refused.
+    If a run fails, all images of its batch fail. After that everything is refused until the engine
+    has run on the probe image.
     """
 
     def __init__(
         self,
-        run: Run,
+        run: RunEngine,
         probe: NDArray[np.uint8],
         *,
+        drop: DropImage,
         max_batch: int = 32,
-        max_queue: int = 512,
-        turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        cpu_turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         """Store the settings.
 
         Args:
-            run: pixels (b, H, W, 3) uint8 to unit embeddings (b, d) float32; called by one thread.
-            probe: (1, H, W, 3) uint8; after a failed run it tells whether the engine still lives.
-            max_batch: images of one run at most.
-            max_queue: images that may wait.
-            turn: what a batch is taken and run in; it may wait, and more images come meanwhile.
+            run: Function from pixels, shape (b, H, W, 3), uint8, to unit embeddings, shape (b, d),
+                float32. Only one thread calls it.
+            probe: One image, shape (1, H, W, 3), uint8. It is run after a failure, to find out
+                whether the engine works again.
+            drop: Function called for each image whose deadline has passed or whose caller has gone.
+            max_batch: Largest number of images in one run.
+            cpu_turn: Context manager held while a batch is taken and run. Entering it may block.
         """
         self.max_batch = max_batch
-        self.max_queue = max_queue
-        self.counts = Counts()
+        self.batches = 0
         self.failed: EngineError | None = None
         self.on_batch: Callable[[int], None] | None = None
         self._run = run
         self._probe = probe
-        self._turn = turn
+        self._drop = drop
+        self._cpu_turn = cpu_turn
         self._waiting: OrderedDict[str, deque[_Item]] = OrderedDict()
         self._depth = 0
         self._changed = threading.Condition()
@@ -119,23 +113,23 @@ class Batcher:
 
     @property
     def depth(self) -> int:
-        """Images that wait now."""
+        """Number of images in the queue."""
         return self._depth
 
     @property
     def running_seconds(self) -> float:
-        """How long the run that is under way has taken so far; 0 if there is none."""
+        """Seconds since the current engine run started; 0 if none is running."""
         since = self._running_since
         return 0.0 if since is None else time.monotonic() - since
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Start the thread; results are delivered in `loop`."""
+        """Start the thread. Results are delivered in `loop`."""
         self._loop = loop
         self._thread = threading.Thread(target=self._work, name="crl-engine", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Finish what waits, then end the thread. Call it in a thread that may block."""
+        """Finish the images in the queue, then end the thread. It blocks until then."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -145,13 +139,13 @@ class Batcher:
     def submit(
         self, images: Sequence[NDArray[np.uint8]], *, deadline: float | None, client: str
     ) -> list[asyncio.Future[EmbeddedImage]]:
-        """Queue images and give what will hold their rows; for the event loop. See `put`."""
+        """Queue images and return a future for each; call it in the event loop. See `enqueue`."""
         assert self._loop is not None, "start the batcher first"
         futures: list[asyncio.Future[EmbeddedImage]] = [self._loop.create_future() for _ in images]
-        self.put(images, futures, deadline=deadline, client=client)
+        self.enqueue(images, futures, deadline=deadline, client=client)
         return futures
 
-    def put(
+    def enqueue(
         self,
         images: Sequence[NDArray[np.uint8]],
         futures: Sequence[asyncio.Future[Any]],
@@ -159,32 +153,24 @@ class Batcher:
         deadline: float | None,
         client: str,
     ) -> None:
-        """Queue the images of one request, all or none. Call it in any thread.
+        """Queue the images of one request; call it in any thread.
 
         Args:
-            images: (H, W, 3) uint8 each.
-            futures: of the event loop, one per image; each gets an `EmbeddedImage`. Cancelling one
-                takes its image out of the queue.
-            deadline: `time.monotonic()` after which nobody waits; None for never.
-            client: who takes turns; requests of one client wait for each other.
+            images: Pixels of each image, shape (H, W, 3), uint8.
+            futures: Futures of the event loop, one per image. Each receives an `EmbeddedImage`. An
+                image whose future is cancelled is not run.
+            deadline: `time.monotonic()` after which nobody waits for the images, or None.
+            client: Name of the client, for the turns. Requests of one client wait for each other.
 
         Raises:
-            OverloadedError: the queue has no room for all of them.
-            EngineError: the engine has failed.
+            EngineError: If the engine has failed or the server is stopping.
         """
         now = time.monotonic()
         with self._changed:
             if self.failed is not None:
                 raise self.failed
             if self._stopping:
-                raise EngineError("the server is shutting down")
-            if self._depth + len(images) > self.max_queue:
-                self.counts.rejected += len(images)
-                raise OverloadedError(
-                    f"the queue is full: {self._depth} images wait, {self.max_queue} may; try "
-                    "again later, or send fewer at once",
-                    retry_after=self._drain_seconds(),
-                )
+                raise EngineError("the server is shutting down: send the request to another one")
             items = [
                 _Item(pixels, deadline, future, now)
                 for pixels, future in zip(images, futures, strict=True)
@@ -193,54 +179,46 @@ class Batcher:
             self._depth += len(items)
             self._changed.notify()
 
-    def give_up(self, future: asyncio.Future[Any], since: float) -> DeadlineError:
-        """Count an image that nobody waits for any more, and say why. Call it in any thread."""
-        with self._changed:
-            if future.cancelled():
-                self.counts.cancelled += 1
-            else:
-                self.counts.expired += 1
-        waited = time.monotonic() - since
-        return DeadlineError(f"the deadline passed after {waited * 1e3:.0f} ms in the queue")
-
-    def _drain_seconds(self) -> float:
-        """Guess when there will be room: the time of a few runs."""
-        return max(0.05, 4 * self.running_seconds)
-
     def _work(self) -> None:
+        """Run batches until the batcher is stopped and its queue is empty."""
         while True:
             with self._changed:
                 while not self._depth and not self._stopping and self.failed is None:
                     self._changed.wait()
                 if not self._depth and self._stopping:
                     return
-            with self._turn():
+            with self._cpu_turn():
                 with self._changed:
-                    batch, dropped = self._take()
+                    batch, abandoned = self._take_batch()
+                now = time.monotonic()
                 self._deliver(
-                    [(item, self.give_up(item.future, item.submitted)) for item in dropped]
-                )
-                outcomes = self._infer(batch) if batch else []
+                    [
+                        (item, self._drop(cancelled=item.future.cancelled(),
+                                          waited=now - item.submitted))
+                        for item in abandoned
+                    ]
+                )  # fmt: skip
+                outcomes = self._run_batch(batch) if batch else []
             self._deliver(outcomes)
             if self.failed is not None:
-                self._revive()
+                self._probe_engine()
 
-    def _take(self) -> tuple[list[_Item], list[_Item]]:
-        """Take a batch, clients in turn; beside it what nobody waits for."""
+    def _take_batch(self) -> tuple[list[_Item], list[_Item]]:
+        """Take a batch, one image per client in turn; return it and the abandoned images met."""
         batch: list[_Item] = []
-        dropped: list[_Item] = []
+        abandoned: list[_Item] = []
         now = time.monotonic()
         while self._waiting and len(batch) < self.max_batch:
             client, items = self._waiting.popitem(last=False)
             item = items.popleft()
             self._depth -= 1
             if items:
-                self._waiting[client] = items  # to the end: the others come first
+                self._waiting[client] = items  # at the end, behind all other clients
             late = item.deadline is not None and item.deadline <= now
-            (dropped if late or item.future.cancelled() else batch).append(item)
-        return batch, dropped
+            (abandoned if late or item.future.cancelled() else batch).append(item)
+        return batch, abandoned
 
-    def _infer(self, batch: list[_Item]) -> list[tuple[_Item, EmbeddedImage | Exception]]:
+    def _run_batch(self, batch: list[_Item]) -> list[tuple[_Item, EmbeddedImage | Exception]]:
         started = time.monotonic()
         self._running_since = started
         try:
@@ -253,8 +231,7 @@ class Batcher:
         finally:
             self._running_since = None
         seconds = time.monotonic() - started
-        self.counts.served += len(batch)
-        self.counts.batches += 1
+        self.batches += 1
         if self.on_batch is not None:
             self.on_batch(len(batch))
         return [
@@ -262,23 +239,23 @@ class Batcher:
             for i, item in enumerate(batch)
         ]
 
-    def _revive(self) -> None:
-        """See whether the engine lives; if not, wait a little before the next look."""
+    def _probe_engine(self) -> None:
+        """Run the failed engine on the probe image; if that fails too, wait before the next try."""
         try:
             self._run(self._probe)
         except Exception:
             with self._changed:
-                self._changed.wait(timeout=_REVIVE_SECONDS)
+                self._changed.wait(timeout=_PROBE_SECONDS)
         else:
             _log.warning("the engine runs again")
             self.failed = None
 
     def _deliver(self, outcomes: Sequence[tuple[_Item, EmbeddedImage | Exception]]) -> None:
-        """Hand over all results of a run in one step of the event loop."""
+        """Resolve the futures of all outcomes in one step of the event loop."""
         if not outcomes or self._loop is None:
             return
 
-        def settle() -> None:
+        def resolve() -> None:
             for item, outcome in outcomes:
                 if item.future.done():
                     continue
@@ -287,5 +264,5 @@ class Batcher:
                 else:
                     item.future.set_result(outcome)
 
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-            self._loop.call_soon_threadsafe(settle)
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
+            self._loop.call_soon_threadsafe(resolve)

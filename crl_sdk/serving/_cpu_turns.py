@@ -1,7 +1,7 @@
-"""Decoding and an engine on the CPU take turns, since each of them uses all cores.
+"""Decoding and an engine on the CPU take turns, because each of them uses all cores.
 
-An engine's threads wait for each other at every step: a core that decodes a picture meanwhile costs
-it that time on all cores. Knows no transport.
+The threads of an engine wait for each other at every step. If one core decodes an image meanwhile,
+all cores lose that time. This module knows no transport.
 """
 
 from __future__ import annotations
@@ -13,74 +13,75 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 
 class NoTurns:
-    """An engine on a GPU leaves the cores to those who decode: nobody waits for anybody."""
+    """Turns for an engine on a GPU, which leaves the cores to decoding: nobody waits."""
 
-    def expect(self, count: int) -> None:
-        """See `Turns.expect`."""
+    def announce(self, count: int) -> None:
+        """Do nothing; see `CpuTurns.announce`."""
 
     def decoding(self) -> AbstractContextManager[None]:
-        """See `Turns.decoding`."""
+        """Return a context that never waits; see `CpuTurns.decoding`."""
         return nullcontext()
 
     def engine(self) -> AbstractContextManager[None]:
-        """See `Turns.engine`."""
+        """Return a context that never waits; see `CpuTurns.engine`."""
         return nullcontext()
 
 
-class Turns:
-    """While the engine runs nothing is decoded; before it runs, what waits to be decoded is.
+class CpuTurns:
+    """No image is decoded while the engine runs. Before a run, announced images are decoded first.
 
-    An engine that has something to do waits for `most` pictures and for `patience` at most: one
-    huge picture does not hold up all the others.
+    An engine that has work waits for at most `max_images` images and at most `patience` seconds.
+    One huge image therefore does not delay all others.
     """
 
-    def __init__(self, most: int, patience: float = 0.1) -> None:
+    def __init__(self, max_images: int, patience: float = 0.1) -> None:
         """Store the settings.
 
         Args:
-            most: pictures that may be decoded while the engine waits.
-            patience: seconds that the engine waits; then it runs beside what is being decoded.
+            max_images: Largest number of images that are decoded while the engine waits.
+            patience: Longest time that the engine waits, in seconds. After that it runs beside
+                the images that are still being decoded.
         """
-        self._most = most
+        self._max_images = max_images
         self._patience = patience
         self._changed = threading.Condition()
-        self._expected = 0
+        self._announced = 0
         self._decoding = 0
         self._engine_waits = False
         self._engine_runs = False
-        self._left = most
+        self._remaining = max_images
 
-    def expect(self, count: int) -> None:
-        """Say that so many pictures are about to be decoded; each then enters `decoding` once."""
+    def announce(self, count: int) -> None:
+        """Announce that `count` images will be decoded; each must enter `decoding` once."""
         with self._changed:
-            self._expected += count
+            self._announced += count
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """Decode one picture inside: waits until the engine has had its turn."""
+        """Context in which one image is decoded. Entering it waits until the engine allows it."""
         with self._changed:
-            while self._engine_runs or (self._engine_waits and not self._left):
+            while self._engine_runs or (self._engine_waits and not self._remaining):
                 self._changed.wait()
             self._decoding += 1
             if self._engine_waits:
-                self._left -= 1
+                self._remaining -= 1
         try:
             yield
         finally:
             with self._changed:
                 self._decoding -= 1
-                self._expected -= 1
+                self._announced -= 1
                 self._changed.notify_all()
 
     @contextmanager
     def engine(self) -> Iterator[None]:
-        """Run the engine inside: waits for what is being decoded, and what may still be."""
+        """Context of one engine run. Entering it waits for current and announced decoding."""
         with self._changed:
-            self._engine_waits, self._left = True, self._most
-            until = time.monotonic() + self._patience
-            while self._decoding or (self._expected and self._left):
-                left = until - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
+            self._engine_waits, self._remaining = True, self._max_images
+            ends = time.monotonic() + self._patience
+            while self._decoding or (self._announced and self._remaining):
+                seconds = ends - time.monotonic()
+                if seconds <= 0 or not self._changed.wait(seconds):
                     break
             self._engine_waits, self._engine_runs = False, True
         try:

@@ -26,7 +26,8 @@ from crl_sdk.serving._kserve_tensors import (
     read_images,
     write_outputs,
 )
-from crl_sdk.serving._pipeline import Pipeline, Result
+from crl_sdk.serving._pipeline import Pipeline
+from crl_sdk.serving._results import EmbedResult
 from crl_sdk.serving._service import STREAM_WINDOW, Context, answer
 from crl_sdk.serving._shared_memory import SharedMemory
 
@@ -60,18 +61,18 @@ class _Statistics:
     hits: int = 0
     misses: int = 0
 
-    def served(self, result: Result) -> None:
+    def served(self, result: EmbedResult) -> None:
         """Count a request that was answered."""
         timing = result.timing
         self.last_ms = time.time_ns() // 1_000_000
         self.images += len(result.images)
-        self.executions += timing.executions
+        self.executions += timing.engine_runs
         self.success += 1
-        self.success_ns += round(timing.total * 1e9)
-        self.queue_ns += round(timing.queue * 1e9)
-        self.input_ns += round(timing.preprocess * 1e9)
-        self.infer_ns += round(timing.infer * 1e9)
-        self.output_ns += round(timing.project * 1e9)
+        self.success_ns += round(timing.total_seconds * 1e9)
+        self.queue_ns += round(timing.queue_seconds * 1e9)
+        self.input_ns += round(timing.preprocess_seconds * 1e9)
+        self.infer_ns += round(timing.infer_seconds * 1e9)
+        self.output_ns += round(timing.project_seconds * 1e9)
         hits = sum(image.cached for image in result.images)
         self.hits += hits
         self.misses += len(result.images) - hits
@@ -404,7 +405,7 @@ def _deadline(parameters: Parameters, context: Any) -> float | None:
     return time.monotonic() + min(seconds) if seconds else None
 
 
-def _raise_failures(result: Result) -> None:
+def _raise_failures(result: EmbedResult) -> None:
     """Fail the whole request for a bad image: this protocol has no status per image.
 
     The embeddings of the others are in the cache, so that a second try without it costs little.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.pb.inference import kserve_pb2
-from crl_sdk.serving._pipeline import Source
+from crl_sdk.serving._results import ImageSource
 from crl_sdk.serving._shared_memory import SharedMemory
 
 IMAGE, PIXELS, EMBEDDING = "IMAGE", "PIXELS", "EMBEDDING"
@@ -26,7 +26,7 @@ Parameters = Mapping[str, kserve_pb2.InferParameter]
 
 def read_images(
     request: kserve_pb2.ModelInferRequest, name: str, memory: SharedMemory
-) -> list[Source]:
+) -> list[ImageSource]:
     """Read the images of a request out of its one input.
 
     Args:

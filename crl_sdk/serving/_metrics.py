@@ -9,7 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from crl_sdk.serving._call_interceptor import FinishedCall
-from crl_sdk.serving._pipeline import Pipeline, Result
+from crl_sdk.serving._pipeline import Pipeline
+from crl_sdk.serving._results import EmbedResult
 
 _SECONDS_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -47,7 +48,7 @@ class Metrics:
         pipeline.batcher.on_batch = self._batches.observe
         pipeline.on_result.append(self.on_result)
 
-    def on_result(self, result: Result) -> None:
+    def on_result(self, result: EmbedResult) -> None:
         """Count the images and stages of a request."""
         for image in result.images:
             outcome = "failed" if image.error else "cached" if image.cached else "embedded"
@@ -55,11 +56,11 @@ class Metrics:
         for stored in result.bases:  # only existing bases, so clients cannot invent labels
             self._criteria.labels(stored.basis.criterion).inc(len(result.images))
         timing = result.timing
-        if timing.infer:
-            self._stages.labels("preprocess").observe(timing.preprocess)
-            self._stages.labels("queue").observe(timing.queue)
-            self._stages.labels("infer").observe(timing.infer)
-        self._stages.labels("project").observe(timing.project)
+        if timing.infer_seconds:
+            self._stages.labels("preprocess").observe(timing.preprocess_seconds)
+            self._stages.labels("queue").observe(timing.queue_seconds)
+            self._stages.labels("infer").observe(timing.infer_seconds)
+        self._stages.labels("project").observe(timing.project_seconds)
 
     def on_call_finished(self, call: FinishedCall) -> None:
         """Count a finished call."""
@@ -74,7 +75,7 @@ class _StateCollector(Collector):
         self._pipeline = pipeline
 
     def collect(self) -> Iterator[Metric]:
-        pipeline, counts = self._pipeline, self._pipeline.batcher.counts
+        pipeline, counts = self._pipeline, self._pipeline.admission.dropped
         for name, text, value in (
             ("crl_queue_depth", "Images that wait for the engine.", pipeline.batcher.depth),
             ("crl_cache_bytes", "Memory of the embedding cache.", pipeline.cache.used_bytes),

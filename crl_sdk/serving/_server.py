@@ -20,11 +20,12 @@ from crl_sdk._embedder import Embedder
 from crl_sdk.errors import ServiceError
 from crl_sdk.pb.crl.v1 import basis_pb2, basis_pb2_grpc, embedding_pb2, embedding_pb2_grpc
 from crl_sdk.pb.inference import kserve_pb2, kserve_pb2_grpc
+from crl_sdk.serving._admission import ServerLimits
 from crl_sdk.serving._bases import BasisStore
 from crl_sdk.serving._call_interceptor import CallInterceptor, access_log, failure_log
 from crl_sdk.serving._kserve import InferenceService
 from crl_sdk.serving._metrics import Metrics
-from crl_sdk.serving._pipeline import Pipeline, ServerLimits
+from crl_sdk.serving._pipeline import Pipeline
 from crl_sdk.serving._security import ServerTls, Token, TokenInterceptor
 from crl_sdk.serving._service import BasisService, EmbeddingService, OpenModel
 from crl_sdk.serving._tracing import Tracing

@@ -40,7 +40,8 @@ from crl_sdk.serving._call_interceptor import (
     log_unexpected_error,
     request_id,
 )
-from crl_sdk.serving._pipeline import Pipeline, Result, Source
+from crl_sdk.serving._pipeline import Pipeline
+from crl_sdk.serving._results import EmbedResult, ImageSource
 
 OpenModel = Callable[[], LanguageModel]
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -356,7 +357,7 @@ def _row_dtype(dtype: int) -> type[np.floating]:
     return _ROW_DTYPES[dtype]
 
 
-def _source(image: embedding_pb2.Image, position: int) -> Source:
+def _source(image: embedding_pb2.Image, position: int) -> ImageSource:
     """Read an image out of its message."""
     kind = image.WhichOneof("source")
     if kind == "encoded":
@@ -378,7 +379,7 @@ def _source(image: embedding_pb2.Image, position: int) -> Source:
 
 
 def _response(
-    result: Result, fingerprint: str, dtype: type[np.floating], omit_universal: bool
+    result: EmbedResult, fingerprint: str, dtype: type[np.floating], omit_universal: bool
 ) -> embedding_pb2.EmbedResponse:
     def rows(array: NDArray[np.float32]) -> embedding_pb2.Tensor:
         return encode_tensor(array.astype(dtype, copy=False))
@@ -407,11 +408,11 @@ def _response(
         ],
         fingerprint=fingerprint,
         timings=embedding_pb2.Timings(
-            preprocess_us=round(result.timing.preprocess * 1e6),
-            queue_us=round(result.timing.queue * 1e6),
-            infer_us=round(result.timing.infer * 1e6),
-            project_us=round(result.timing.project * 1e6),
-            total_us=round(result.timing.total * 1e6),
+            preprocess_us=round(result.timing.preprocess_seconds * 1e6),
+            queue_us=round(result.timing.queue_seconds * 1e6),
+            infer_us=round(result.timing.infer_seconds * 1e6),
+            project_us=round(result.timing.project_seconds * 1e6),
+            total_us=round(result.timing.total_seconds * 1e6),
         ),
     )
 

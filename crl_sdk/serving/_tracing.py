@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from crl_sdk._version import __version__
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.serving._call_interceptor import request_id
-from crl_sdk.serving._pipeline import Result
+from crl_sdk.serving._results import EmbedResult
 
 _STAGES = ("preprocess", "queue", "infer", "project")
 
@@ -53,21 +53,23 @@ class Tracing:
         interceptor: Any = aio_server_interceptor  # it has no types
         self.interceptor: Any = interceptor(tracer_provider=self._provider)
 
-    def on_result(self, result: Result) -> None:
+    def on_result(self, result: EmbedResult) -> None:
         """Make the span of a request, inside the call that is being served."""
         now = time.time_ns()
         images, timing = result.images, result.timing
         span = self._tracer.start_span(
             "crl.embed",
-            start_time=now - round(timing.total * 1e9),
+            start_time=now - round(timing.total_seconds * 1e9),
             attributes={
                 "crl.request_id": request_id.get(),
                 "crl.criteria": [stored.basis.criterion for stored in result.bases],
                 "crl.images": len(images),
                 "crl.images.cached": sum(image.cached for image in images),
                 "crl.images.failed": sum(image.error is not None for image in images),
-                "crl.engine_runs": timing.executions,
-                **{f"crl.{stage}_seconds": getattr(timing, stage) for stage in _STAGES},
+                "crl.engine_runs": timing.engine_runs,
+                **{
+                    f"crl.{stage}_seconds": getattr(timing, f"{stage}_seconds") for stage in _STAGES
+                },
             },
         )
         span.end(now)

@@ -8,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from crl_sdk.serving._cpu_turns import Turns
+from crl_sdk.serving._cpu_turns import CpuTurns
 
 
 class Watched:
     """Turns whose every use is checked and counted."""
 
-    def __init__(self, most: int) -> None:
-        self.turns = Turns(most, patience=60)
+    def __init__(self, max_images: int) -> None:
+        self.turns = CpuTurns(max_images, patience=60)
         self.decoding = 0
         self.most_at_once = 0
         self.running = False
@@ -51,9 +51,9 @@ def pool():
 
 
 def test_never_both_at_once(pool):
-    watched = Watched(most=3)
+    watched = Watched(max_images=3)
     runs = pool.submit(lambda: [watched.run(0.0005) for _ in range(50)])
-    watched.turns.expect(200)
+    watched.turns.announce(200)
     decodes = [pool.submit(watched.decode, 0.0002) for _ in range(200)]
     for each in (runs, *decodes):
         each.result(timeout=30)
@@ -61,21 +61,21 @@ def test_never_both_at_once(pool):
 
 
 def test_pictures_are_decoded_side_by_side(pool):
-    watched = Watched(most=8)
+    watched = Watched(max_images=8)
     meet = threading.Barrier(3)
 
     def decode() -> None:
         with watched.turns.decoding():
             meet.wait(timeout=10)  # all three are inside, or this fails
 
-    watched.turns.expect(3)
+    watched.turns.announce(3)
     for each in [pool.submit(decode) for _ in range(3)]:
         each.result(timeout=30)
 
 
 def test_the_engine_waits_for_what_is_expected(pool):
-    watched = Watched(most=8)
-    watched.turns.expect(2)
+    watched = Watched(max_images=8)
+    watched.turns.announce(2)
     engine = pool.submit(watched.run)
     time.sleep(0.05)
     assert not engine.done()
@@ -86,8 +86,8 @@ def test_the_engine_waits_for_what_is_expected(pool):
 
 
 def test_the_engine_gets_its_turn_however_much_is_expected(pool):
-    watched = Watched(most=4)
-    watched.turns.expect(1000)
+    watched = Watched(max_images=4)
+    watched.turns.announce(1000)
     engine = pool.submit(watched.run)
     time.sleep(0.05)  # it waits now
     decodes = [pool.submit(watched.decode) for _ in range(6)]
@@ -98,13 +98,13 @@ def test_the_engine_gets_its_turn_however_much_is_expected(pool):
 
 
 def test_what_fails_gives_its_turn_back(pool):
-    turns = Turns(2)
-    turns.expect(1)
+    turns = CpuTurns(2)
+    turns.announce(1)
     with pytest.raises(ValueError), turns.decoding():
         raise ValueError
     with pytest.raises(ValueError), turns.engine():
         raise ValueError
-    turns.expect(1)
+    turns.announce(1)
     with turns.decoding():
         pass
     with turns.engine():
@@ -112,15 +112,15 @@ def test_what_fails_gives_its_turn_back(pool):
 
 
 def test_an_engine_without_work_holds_nobody_up(pool):
-    watched = Watched(most=1)
-    watched.turns.expect(20)
+    watched = Watched(max_images=1)
+    watched.turns.announce(20)
     for each in [pool.submit(watched.decode) for _ in range(20)]:
         each.result(timeout=30)
     assert watched.log == ["decode"] * 20
 
 
 def test_one_slow_picture_does_not_hold_up_the_engine(pool):
-    turns = Turns(8, patience=0.01)
+    turns = CpuTurns(8, patience=0.01)
     release = threading.Event()
     inside = threading.Event()
 
@@ -129,7 +129,7 @@ def test_one_slow_picture_does_not_hold_up_the_engine(pool):
             inside.set()
             assert release.wait(timeout=30)
 
-    turns.expect(1)
+    turns.announce(1)
     slow = pool.submit(decode)
     assert inside.wait(timeout=30)
     with turns.engine():  # it runs all the same

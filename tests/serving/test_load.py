@@ -17,9 +17,9 @@ from crl_sdk.engines._engine_name import EngineName
 from crl_sdk.errors import DeadlineError, EngineError, InvalidInputError, OverloadedError
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.serving import _batcher as batcher_module
+from crl_sdk.serving._admission import Admission, Pace, ServerLimits
 from crl_sdk.serving._batcher import Batcher
 from crl_sdk.serving._cache import EmbeddingCache
-from crl_sdk.serving._pipeline import Pace, ServerLimits
 from support import picture, until
 
 
@@ -35,15 +35,15 @@ def test_what_is_past_its_deadline_is_never_computed(serve, faked, engine):
     engine.gate.clear()
     hopeless = ClientOptions(timeout=0.3, retries=0)
     with Client(server.address, hopeless) as client, Client(server.address) as patient:
-        blocked = server.pipeline.batcher
+        batcher, dropped = server.pipeline.batcher, server.pipeline.admission.dropped
         for _ in range(2):  # the first is in the engine, the second waits behind it
             with pytest.raises(DeadlineError):
                 client.embed([picture()])
         engine.gate.set()
         patient.embed([picture()])
-    until(lambda: blocked.depth == 0)
+    until(lambda: batcher.depth == 0)
     assert sum(engine.batches) - before == 2  # the one in the engine, and the patient one
-    assert blocked.counts.expired + blocked.counts.cancelled == 1
+    assert dropped.expired + dropped.cancelled == 1
 
 
 def test_a_deadline_of_a_millisecond(serve, faked, engine):
@@ -81,7 +81,7 @@ def test_over_the_queue_calls_are_refused_at_once(serve, faked, engine):
     served = [seconds for kind, seconds in outcomes if kind == "served"]
     assert 8 <= len(served) <= 20 and len(refused) == 100 - len(served)
     assert np.median(refused) < min(served)  # long before anything was served
-    assert server.pipeline.batcher.counts.rejected == len(refused)
+    assert server.pipeline.admission.dropped.rejected == len(refused)
     assert server.pipeline.batcher.depth == 0
     with Client(server.address) as client:  # and retries come through once it is quiet
         assert client.embed([picture()]).universal.shape == (1, 128)
@@ -96,7 +96,7 @@ def test_a_client_retries_until_there_is_room(serve, faked, engine):
             return await asyncio.gather(*(client.embed([picture()]) for _ in range(12)))
 
     assert len(asyncio.run(all_at_once())) == 12
-    assert server.pipeline.batcher.counts.rejected > 0
+    assert server.pipeline.admission.dropped.rejected > 0
 
 
 @pytest.mark.parametrize("device", ["gpu", "cpu"])
@@ -120,7 +120,7 @@ def test_pictures_are_decoded_beside_an_engine_unless_it_runs_on_the_cpu(
         first = callers.submit(client.embed, [picture()])
         until(lambda: len(engine.entered) == runs + 1)  # it runs now
         second = callers.submit(client.embed, [picture()])
-        until(lambda: server.pipeline._in_works == 2)
+        until(lambda: server.pipeline.admission.in_progress == 2)
         if device == "gpu":
             until(lambda: len(decoded) == 2)
         else:
@@ -154,19 +154,21 @@ def test_calls_that_were_cancelled_cost_nothing(serve, faked, engine, device):
         if device == "gpu":
             until(lambda: sum(engine.entered) - entered + server.pipeline.batcher.depth == 6)
         else:
-            until(lambda: server.pipeline._in_works == 6 and sum(engine.entered) > entered)
+            until(
+                lambda: server.pipeline.admission.in_progress == 6 and sum(engine.entered) > entered
+            )
         running = sum(engine.entered) - entered  # mostly one; two that came together are one batch
         for call in calls:
             call.cancel()
         time.sleep(0.2)
     engine.gate.set()
-    until(lambda: server.pipeline.batcher.counts.cancelled == 6 - running)
+    until(lambda: server.pipeline.admission.dropped.cancelled == 6 - running)
     assert server.pipeline.batcher.depth == 0
     assert sum(engine.batches) - before == running < 6
 
 
 def test_an_engine_that_fails_turns_health_until_it_runs_again(serve, faked, engine, monkeypatch):
-    monkeypatch.setattr(batcher_module, "_REVIVE_SECONDS", 0.1)
+    monkeypatch.setattr(batcher_module, "_PROBE_SECONDS", 0.1)
     server = serve(faked)
     assert health_of(server.address) == health_pb2.HealthCheckResponse.SERVING
     engine.fails = True
@@ -229,7 +231,8 @@ def test_clients_take_turns():
         return np.ones((len(pixels), 4), np.float32)
 
     async def work():
-        batcher = Batcher(run, np.zeros((1, 2, 2, 3), np.uint8), max_batch=4)
+        drop = Admission(ServerLimits(), queued=lambda: 0).drop
+        batcher = Batcher(run, np.zeros((1, 2, 2, 3), np.uint8), drop=drop, max_batch=4)
         greedy = [np.full((2, 2, 3), 1, np.uint8)] * 200
         modest = [np.full((2, 2, 3), 2, np.uint8)] * 2
         loop = asyncio.get_running_loop()

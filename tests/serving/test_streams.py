@@ -107,7 +107,7 @@ def test_the_work_of_a_stream_that_went_away_is_dropped(serve, faked, engine, ch
     engine.gate.set()
     until(lambda: batcher.depth == 0)
     assert sum(engine.batches) - computed == running < STREAM_WINDOW
-    assert batcher.counts.cancelled == STREAM_WINDOW - running
+    assert server.pipeline.admission.dropped.cancelled == STREAM_WINDOW - running
 
 
 def test_a_request_that_fails_in_an_unforeseen_way_is_answered(
@@ -186,7 +186,7 @@ def test_a_machine_that_went_away_without_a_word_is_let_go(serve, faked, engine,
         line.close()
         for call in calls:
             call.cancel()
-    assert waiting and batcher.counts.cancelled == waiting
+    assert waiting and server.pipeline.admission.dropped.cancelled == waiting
 
 
 def test_a_connection_has_so_many_calls_at_once(serve, faked, engine, channel_of, monkeypatch):

@@ -1,0 +1,75 @@
+"""What the pipeline takes and returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crl_sdk.errors import ImageError
+from crl_sdk.serving._bases import StoredBasis
+
+ImageSource = bytes | NDArray[Any]
+"""An encoded image (bytes), pixels (uint8, shape (h, w) or (h, w, channels)), or a stored
+universal embedding (floating point, shape (d,))."""
+
+
+@dataclass(slots=True)
+class ImageOutcome:
+    """What became of one image.
+
+    Attributes:
+        embedding: Universal embedding, shape (d,), float32; None if the image failed.
+        error: Reason why the image failed, or None.
+        digest: SHA-256 of the encoded bytes or the pixels, 32 bytes; empty for a stored embedding.
+        cached: Whether the embedding came from the cache.
+    """
+
+    embedding: NDArray[np.float32] | None = None
+    error: ImageError | None = None
+    digest: bytes = b""
+    cached: bool = False
+
+
+@dataclass(slots=True)
+class RequestTiming:
+    """Where the time of a request went. Each stage has the seconds of its slowest image.
+
+    Attributes:
+        preprocess_seconds: Decoding and resizing, including the wait for a decoding thread.
+        queue_seconds: Waiting for the engine.
+        infer_seconds: Engine run of the batch that the image was in.
+        project_seconds: Projection of all images onto all bases.
+        total_seconds: The whole request.
+        engine_runs: Number of engine runs, where each run counts with the share that this
+            request's images had in it.
+    """
+
+    preprocess_seconds: float = 0.0
+    queue_seconds: float = 0.0
+    infer_seconds: float = 0.0
+    project_seconds: float = 0.0
+    total_seconds: float = 0.0
+    engine_runs: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedResult:
+    """Result of a request.
+
+    Attributes:
+        images: Outcome of each image.
+        universal: Universal embeddings, shape (n, d), float32; NaN in the rows of failed images.
+        conditional: Conditional embeddings, one array per basis in the requested order, shape
+            (n, m), float32; NaN in the rows of failed images.
+        bases: Bases that were used, all from the same moment.
+        timing: Where the time went.
+    """
+
+    images: list[ImageOutcome]
+    universal: NDArray[np.float32]
+    conditional: list[NDArray[np.float32]]
+    bases: list[StoredBasis]
+    timing: RequestTiming
