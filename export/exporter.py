@@ -23,7 +23,7 @@ from crl_export.graphs import ImageGraph, TextGraph, export_image_graph, export_
 from crl_export.precision import half_graph, quantise
 from crl_export.tokenizers import write_tokenizer
 from crl_sdk._version import __version__
-from crl_sdk.engines._onnx import open_session
+from crl_sdk.engines._onnx_sessions import open_session
 from crl_sdk.errors import ExportError, InvalidInputError, ParityError
 from crl_sdk.model import _parity as parity
 from crl_sdk.model._bundle import ModelBundle, sha256_file

@@ -21,9 +21,9 @@ from crl_sdk.engines._tensorrt_plans import (
     SCHEMA,
     Baked,
     Plan,
+    PlanRuntime,
     PlanSpec,
     PlanTensor,
-    Runtime,
     find_plan,
     graph_digest,
     plans_directory,
@@ -58,7 +58,7 @@ class Compiled:
 def compile_plan(
     bundle: ModelBundle,
     *,
-    runtime: Runtime = "tensorrt-rtx",
+    runtime: PlanRuntime = "tensorrt-rtx",
     precision: Precision = "fp16",
     architectures: Sequence[str] = (),
     batch: tuple[int, int, int] = (1, 8, 32),
@@ -290,10 +290,9 @@ def _monitor(trt: Any, progress: Progress | None) -> Any:
 
 
 def _peak_memory() -> int:
-    """Give bytes resident at most; `getrusage` would count what the parent had at the fork."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    """Return the largest resident memory of this process so far, in bytes.
+
+    On Linux this is at least the memory that the parent process had when it started this one.
+    """
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # psutil has no peak on Linux
+    return peak if sys.platform == "darwin" else peak * 1024

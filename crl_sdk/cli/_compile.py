@@ -12,7 +12,7 @@ from rich.table import Table
 from crl_sdk.basis._basis import Basis
 from crl_sdk.cli._console import JsonOption, note, out, print_facts, print_json, progress_bar
 from crl_sdk.engines._kernels import kernels_directory
-from crl_sdk.engines._tensorrt_plans import Plan, Runtime
+from crl_sdk.engines._tensorrt_plans import Plan, PlanRuntime
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.model._bundle import ModelBundle
 
@@ -20,7 +20,7 @@ from crl_sdk.model._bundle import ModelBundle
 def compile_bundle(
     bundle: Annotated[Path, typer.Argument(help="Model bundle, from `crl export`.")],
     runtime: Annotated[
-        Runtime, typer.Option(help="tensorrt compiles for the GPU of this machine only.")
+        PlanRuntime, typer.Option(help="tensorrt compiles for the GPU of this machine only.")
     ] = "tensorrt-rtx",
     precision: Annotated[
         Literal["fp16", "fp32"], typer.Option(help="Of the tower; the bundle must have the graph.")

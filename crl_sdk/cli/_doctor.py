@@ -8,8 +8,9 @@ from rich.table import Table
 
 from crl_sdk.cli._console import JsonOption, out, print_facts, print_json
 from crl_sdk.cli._options import BundleOption, bundle_or_demo
+from crl_sdk.engines._family import EngineCandidate
 from crl_sdk.engines._machine import Machine, inspect_machine
-from crl_sdk.engines._selection import EngineCandidate, choose_engine, list_candidates
+from crl_sdk.engines._selection import choose_engine, list_candidates
 from crl_sdk.errors import EngineError
 from crl_sdk.model._bundle import ModelBundle
 

@@ -9,10 +9,10 @@ from crl_sdk._lazy import lazy_names
 if TYPE_CHECKING:
     from crl_sdk.engines._contract import ImageEngine, TextEngine
     from crl_sdk.engines._engine_name import EngineName, EnginePattern
+    from crl_sdk.engines._family import EngineCandidate
     from crl_sdk.engines._kernels import ProjectionKernel
     from crl_sdk.engines._machine import Machine, inspect_machine
     from crl_sdk.engines._selection import (
-        EngineCandidate,
         choose_engine,
         list_candidates,
         open_engine,
@@ -55,8 +55,8 @@ __getattr__, __dir__ = lazy_names(
             "Machine",
             "inspect_machine",
         ),
+        "_family": ("EngineCandidate",),
         "_selection": (
-            "EngineCandidate",
             "choose_engine",
             "list_candidates",
             "open_engine",

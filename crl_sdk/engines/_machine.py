@@ -1,55 +1,43 @@
-"""What this machine has to run models with: processor, GPUs, runtimes. For `crl doctor`."""
+"""What this machine has to run models with: processor, GPUs, runtimes. `crl doctor` prints it."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
-import re
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, get_args
+from typing import get_args
 
 import msgspec
+import psutil
 
 from crl_sdk._version import __version__
-from crl_sdk.engines import _cuda as cuda
-from crl_sdk.engines._onnx_providers import PROVIDERS, plugin_installed
-from crl_sdk.engines._processor import find_features, read_text
-from crl_sdk.engines._tensorrt_plans import Runtime
+from crl_sdk.engines import _registry as registry
+from crl_sdk.engines._hardware import Gpu, inspect_hardware
+from crl_sdk.engines._onnx_providers import find_providers
+from crl_sdk.engines._processor import find_processor_name
+from crl_sdk.engines._tensorrt_plans import PlanRuntime
 from crl_sdk.engines._tensorrt_runtime import load_tensorrt
 from crl_sdk.errors import CrlError
 
-_PACKAGES = (
-    "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-rtx-cu12-libs", "tensorrt",
-    "cuda-bindings", "grpcio", "llama-cpp-python", "torch", "triton",
-)  # fmt: skip
-
-
-class Gpu(msgspec.Struct, frozen=True, kw_only=True):
-    """A GPU: name, compute capability such as `sm89`, memory in bytes."""
-
-    name: str
-    architecture: str
-    memory: int
+_PACKAGES = ("cuda-bindings", "grpcio", "llama-cpp-python", "torch", "triton")
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """What was found.
+    """Hardware and software of this machine.
 
     Attributes:
-        crl_sdk: version of this package.
-        python: version.
-        system: kernel and architecture.
-        processor: its name.
-        cores: that this process may use.
-        features: instruction sets that matter here.
-        memory: bytes of main memory, 0 where the system does not tell.
-        gpus: through the driver; empty if there is none.
-        cuda: version of CUDA that the driver supports, or why there is no GPU.
-        runtimes: TensorRT flavours: version, or why it cannot be used.
-        providers: of ONNX Runtime.
-        packages: versions of those installed.
+        crl_sdk: Version of this package.
+        python: Version of Python.
+        system: Operating system, its release, and the processor architecture.
+        processor: Name of the processor.
+        cores: Number of logical cores that this process may use.
+        features: Instruction sets of the processor that matter to inference.
+        memory: Size of the main memory in bytes.
+        gpus: GPUs that the CUDA driver finds; empty without a driver.
+        cuda: CUDA version of the driver, or the reason why there is no GPU.
+        runtimes: By TensorRT runtime, its version or the reason why it cannot be used.
+        providers: Execution providers of ONNX Runtime; empty if it is not installed.
+        packages: Versions of the installed packages that matter, by name.
     """
 
     crl_sdk: str
@@ -61,74 +49,49 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     memory: int
     gpus: tuple[Gpu, ...]
     cuda: str
-    runtimes: dict[Runtime, str]
+    runtimes: dict[PlanRuntime, str]
     providers: tuple[str, ...]
     packages: dict[str, str]
 
 
 def inspect_machine() -> Machine:
-    """Look at this machine. Nothing it lacks is an error."""
-    info = read_text("/proc/cpuinfo")
-    name = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-    memory = re.search(r"^MemTotal:\s+(\d+) kB", read_text("/proc/meminfo"), re.MULTILINE)
-    gpus, told = find_gpus()
+    """Return what this machine has. Nothing that it lacks is an error."""
+    hardware = inspect_hardware()
+    packages = [each for family in registry.FAMILIES for each in family.packages]
     return Machine(
         crl_sdk=__version__,
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        processor=name[1] if name else platform.processor() or "unknown",
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
-        features=find_features(),
-        memory=int(memory[1]) << 10 if memory else 0,
-        gpus=gpus,
-        cuda=told,
-        runtimes={runtime: _runtime(runtime) for runtime in get_args(Runtime)},
+        processor=find_processor_name(),
+        cores=_count_cores(),
+        features=hardware.features,
+        memory=psutil.virtual_memory().total,
+        gpus=hardware.gpus,
+        cuda=hardware.cuda,
+        runtimes={runtime: _describe_runtime(runtime) for runtime in get_args(PlanRuntime)},
         providers=find_providers(),
-        packages={name: found for name in _PACKAGES if (found := _version(name))},
+        packages={
+            name: found
+            for name in ("numpy", *packages, *_PACKAGES)
+            if (found := _find_version(name))
+        },
     )
 
 
-def find_gpus() -> tuple[tuple[Gpu, ...], str]:
-    """Give the GPUs, and the CUDA version of the driver or why there are none."""
-    try:
-        cu = cuda.driver()
-        number = cuda.check(cu.cuDriverGetVersion(), "asking for the driver's version")
-        gpus = []
-        for i in range(cuda.check(cu.cuDeviceGetCount(), "counting GPUs")):
-            device = cuda.check(cu.cuDeviceGet(i), f"opening GPU {i}")
-            name = cuda.check(cu.cuDeviceGetName(128, device), "asking for its name")
-            memory = cuda.check(cu.cuDeviceTotalMem(device), "asking for its memory")
-            gpus.append(
-                Gpu(
-                    name=bytes(name).split(b"\0")[0].decode("utf-8", "replace"),
-                    architecture=cuda.architecture(i),
-                    memory=int(memory),
-                )
-            )
-    except CrlError as error:
-        return (), str(error)
-    return tuple(gpus), f"{number // 1000}.{number % 1000 // 10}"
+def _count_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # psutil's cpu_count ignores the limits of a container
+        return len(os.sched_getaffinity(0))
+    return psutil.cpu_count() or 0
 
 
-def _runtime(runtime: Runtime) -> str:
+def _describe_runtime(runtime: PlanRuntime) -> str:
     try:
         return load_tensorrt(runtime).version
     except CrlError as error:
         return str(error)
 
 
-def find_providers() -> tuple[str, ...]:
-    """Give ONNX Runtime's providers; none if it is not installed."""
-    if importlib.util.find_spec("onnxruntime") is None:
-        return ()
-    import onnxruntime as ort
-
-    names: Sequence[Any] = ort.get_available_providers()
-    plugin = (PROVIDERS["tensorrt-rtx"].name,) if plugin_installed() else ()
-    return (*map(str, names), *plugin)
-
-
-def _version(package: str) -> str:
+def _find_version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:

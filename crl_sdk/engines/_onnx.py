@@ -1,38 +1,40 @@
-"""ONNX Runtime engines for the image and the text tower."""
+"""ONNX Runtime engines for the image tower and the text tower."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from crl_sdk.engines._contract import ImageEngine
 from crl_sdk.engines._engine_name import EngineName
+from crl_sdk.engines._family import EngineCandidate, EngineFamily
+from crl_sdk.engines._hardware import Hardware
 from crl_sdk.engines._onnx_providers import (
     BATCH,
     COLUMNS,
     PROVIDERS,
     Device,
-    cache_folder,
-    cuda_options,
-    plugin_library,
+    find_providers,
     provider_options,
 )
-from crl_sdk.errors import EngineError, InvalidInputError, MissingDependencyError
+from crl_sdk.engines._onnx_sessions import open_session
+from crl_sdk.errors import EngineError, InvalidInputError
 from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.model._manifest import PRECISIONS, Precision
+from crl_sdk.model._parity import Tolerance, failures
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
+_BYTE_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8")
+"""Instruction sets that multiply bytes fast. Without one, int8 is not faster than fp32 on a CPU."""
 
-_SPIN = "20"
-"""Microseconds that a thread of ONNX Runtime waits for work before it sleeps. Its own default of a
-millisecond keeps the cores from those who decode pictures; no wait at all makes single images
-slower (benchmarks/LOG.md). Releases that do not know the setting ignore it."""
+_INT8 = Tolerance(cosine_mean=0.999, centred_cosine_min=0.99)
+"""Parity that the bundle must have recorded for its int8 graph, if `auto` may choose it."""
 
 
 class OnnxImageEngine:
@@ -46,14 +48,15 @@ class OnnxImageEngine:
         memory: str | None = None,
         profiled: bool = False,
     ) -> None:
-        """Store an open session; `OnnxImageEngine.open` makes one.
+        """Store an open session. Use `OnnxImageEngine.open` to create one.
 
         Args:
-            session: of an image graph.
+            session: Session of an image graph.
             name: Name of the engine.
-            memory: ONNX Runtime's name of the memory that inputs are bound in, such as `cuda`;
-                None to hand it arrays.
-            profiled: whether runs must keep to the shapes of `providers.BATCH` and `COLUMNS`.
+            memory: ONNX Runtime's name of the device memory that inputs are copied to, such as
+                `cuda`; None to pass arrays in host memory.
+            profiled: Whether the shapes of a run must stay within `BATCH` and `COLUMNS` of
+                `_onnx_providers`.
         """
         self._session = session
         self._name = name
@@ -72,15 +75,17 @@ class OnnxImageEngine:
         """Load the image graph of a bundle.
 
         Args:
-            bundle: a verified bundle.
-            precision: of the graph; `crl_sdk.engines` chooses one where none is asked for.
-            device: where to run; a missing one is an error, never replaced by another.
-            threads: of one run; None for one per physical core.
+            bundle: Verified bundle.
+            precision: Precision of the graph to load.
+            device: Where to run the graph. Another device is never used instead.
+            threads: Number of threads of a run on a CPU; None for one per physical core.
 
         Raises:
-            BundleError: the bundle has no graph in this precision.
-            EngineError: the device is missing or the graph does not load.
-            MissingDependencyError: ONNX Runtime is not installed.
+            InvalidInputError: If the precision or device is unknown, or there is less than one
+                thread.
+            BundleError: If the bundle has no graph in this precision.
+            EngineError: If the device is missing or the graph does not load.
+            MissingDependencyError: If ONNX Runtime is not installed.
         """
         if precision not in PRECISIONS:
             raise InvalidInputError(f"expected a precision in {PRECISIONS}, got {precision!r}")
@@ -94,7 +99,8 @@ class OnnxImageEngine:
         )
         memory = "cuda" if device != "cpu" else None
         profiled = device in ("tensorrt", "tensorrt-rtx")
-        return cls(session, EngineName("onnx", device, precision), memory=memory, profiled=profiled)
+        name = EngineName("onnx", device, precision)
+        return cls(session, name, memory=memory, profiled=profiled)
 
     @property
     def name(self) -> EngineName:
@@ -102,7 +108,7 @@ class OnnxImageEngine:
         return self._name
 
     def close(self) -> None:
-        """See `crl_sdk.engines.ImageEngine.close`; a session is freed with its last reference."""
+        """Do nothing: the session is freed with the last reference to this engine."""
 
     def run(
         self,
@@ -119,7 +125,7 @@ class OnnxImageEngine:
                 f"expected at most {COLUMNS[2]} columns of all bases together, got {columns}: ask "
                 "for fewer criteria, or choose the engine onnx/cuda"
             )
-        if columns < COLUMNS[0]:  # beyond its profile the provider would compile again
+        if columns < COLUMNS[0]:  # outside its profile the provider would compile again
             weight, bias = np.zeros((len(weight), 1), np.float32), np.zeros(1, np.float32)
         starts = range(0, max(1, len(pixels)), BATCH[2])
         parts = [self._run(pixels[start : start + BATCH[2]], weight, bias) for start in starts]
@@ -145,19 +151,24 @@ class OnnxTextEngine:
     """A text graph in an ONNX Runtime session; see `crl_sdk.engines.TextEngine`."""
 
     def __init__(self, session: ort.InferenceSession) -> None:
-        """Store an open session; `OnnxTextEngine.open` makes one."""
+        """Store an open session. Use `OnnxTextEngine.open` to create one."""
         self._session = session
 
     @classmethod
     def open(
         cls, bundle: ModelBundle, *, device: Device = "cpu", threads: int | None = None
     ) -> OnnxTextEngine:
-        """Load the text graph of a bundle; the arguments are those of `OnnxImageEngine.open`.
+        """Load the text graph of a bundle.
+
+        Args:
+            bundle: Verified bundle.
+            device: Where to run the graph.
+            threads: Number of threads of a run on a CPU; None for one per physical core.
 
         Raises:
-            BundleError: the bundle is image-only.
-            EngineError: the device is missing or the graph does not load.
-            MissingDependencyError: ONNX Runtime is not installed.
+            BundleError: If the bundle has no text tower.
+            EngineError: If the device is missing or the graph does not load.
+            MissingDependencyError: If ONNX Runtime is not installed.
         """
         return cls(open_session(bundle.text_graph(), device=device, threads=threads))
 
@@ -168,7 +179,7 @@ class OnnxTextEngine:
 
 
 class _BoundRuns:
-    """Runs with I/O binding: weights stay on the device while they are the same."""
+    """Runs with I/O binding. Weights stay in device memory until they change."""
 
     def __init__(self, session: ort.InferenceSession, memory: str) -> None:
         self._session = session
@@ -194,7 +205,7 @@ class _BoundRuns:
                 binding.bind_output(name, "cpu")
             self._session.run_with_iobinding(binding)
             return list(binding.copy_outputs_to_cpu())
-        except Exception as error:  # ONNX Runtime has no common base of its exceptions
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class
             raise _run_failed(feeds, error) from error
 
     def _keep(self, name: str, array: NDArray[Any]) -> Any:
@@ -208,114 +219,87 @@ class _BoundRuns:
             return known[1]
 
 
-def open_session(
-    graph: Path,
-    *,
-    device: Device = "cpu",
-    threads: int | None = None,
-    precision: Precision = "fp32",
-    options: Mapping[str, str] | None = None,
-) -> ort.InferenceSession:
-    """Load a graph into ONNX Runtime, on this device or not at all.
-
-    Args:
-        graph: an ONNX file.
-        device: where to run.
-        threads: of one run; None for one per physical core.
-        precision: of the graph.
-        options: what the provider is told; None for what any graph needs.
-
-    Raises:
-        EngineError: the device is missing or the graph does not load.
-        InvalidInputError: an unknown device, or fewer than one thread.
-        MissingDependencyError: ONNX Runtime is not installed.
-    """
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise MissingDependencyError("onnxruntime", "cpu", "running a model") from error
-    if device not in PROVIDERS:
-        raise InvalidInputError(f"expected a device in {tuple(PROVIDERS)}, got {device!r}")
-    if threads is not None and threads < 1:
-        raise InvalidInputError(f"expected threads >= 1, got {threads}")
-    session_options = ort.SessionOptions()
-    session_options.log_severity_level = 3
-    session_options.intra_op_num_threads = threads or 0
-    session_options.inter_op_num_threads = 1
-    session_options.enable_mem_pattern = False  # it keeps a plan, and memory, for each batch size
-    session_options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN)
-    if device == "cpu" and precision == "fp16":
-        # ONNX Runtime 1.32's layout pass (NchwcTransformer) crashes on half-precision ViTs, and
-        # its blocked convolutions are for fp32 alone
-        session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    provider = PROVIDERS[device].name
-    told = dict(options) if options is not None else _default_options(device, precision)
-    if (folder := cache_folder(told)) is not None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise EngineError(
-                f"{folder}: cannot be made ({error.strerror}); {provider} keeps its engines there: "
-                "make the bundle's directory writable"
-            ) from error
-    if (library := plugin_library(device)) is not None:
-        _register(ort, session_options, library, provider, told)
-        providers = None  # they are in the options
-    else:
-        providers = [(provider, told)]
-        available = ort.get_available_providers()
-        if provider not in available:
-            raise EngineError(
-                f"device {device!r} needs ONNX Runtime's {provider}, this installation has "
-                f"{', '.join(available)}: {PROVIDERS[device].install}"
-            )
-    try:
-        session = ort.InferenceSession(str(graph), session_options, providers=providers)
-    except Exception as error:  # ONNX Runtime has no common base of its exceptions
-        raise EngineError(
-            f"{graph}: ONNX Runtime cannot load it on {device} ({error}); export the model again"
-        ) from error
-    if session.get_providers()[0] != provider:
-        raise EngineError(
-            f"{graph}: ONNX Runtime fell back from {provider} to "
-            f"{', '.join(session.get_providers())}: check the driver and CUDA libraries, "
-            "or choose another device"
-        )
-    return session
-
-
-def _default_options(device: Device, precision: Precision) -> dict[str, str]:
-    return cuda_options(precision) if device == "cuda" else {}
-
-
-def _register(
-    ort: Any, options: ort.SessionOptions, library: str, provider: str, told: dict[str, str]
-) -> None:
-    """Register a provider that comes as a library, and take its devices."""
-    try:
-        if not any(each.ep_name == provider for each in ort.get_ep_devices()):
-            ort.register_execution_provider_library(provider, library)
-        devices = [each for each in ort.get_ep_devices() if each.ep_name == provider]
-        if devices:
-            options.add_provider_for_devices(devices[:1], told)
-    except Exception as error:  # ONNX Runtime has no common base of its exceptions
-        raise EngineError(
-            f"{library}: ONNX Runtime cannot load it ({error}); it needs an NVIDIA driver and the "
-            "ONNX Runtime it was made for"
-        ) from error
-    if not devices:
-        raise EngineError(f"{provider} finds no GPU that it supports: `crl doctor` lists what can")
-
-
 def _run(
     session: ort.InferenceSession, outputs: list[str], feeds: Mapping[str, NDArray[Any]]
 ) -> list[NDArray[np.float32]]:
     try:
         return list(session.run(outputs, feeds))
-    except Exception as error:  # ONNX Runtime has no common base of its exceptions
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise _run_failed(feeds, error) from error
 
 
 def _run_failed(feeds: Mapping[str, NDArray[Any]], error: Exception) -> EngineError:
     shapes = ", ".join(f"{name} {array.shape}" for name, array in feeds.items())
     return EngineError(f"the run failed on {shapes} ({error})")
+
+
+def _list_candidates(bundle: ModelBundle, hardware: Hardware) -> list[EngineCandidate]:
+    providers = find_providers()
+    devices: tuple[Device, ...] = ("cuda", "tensorrt", "tensorrt-rtx", "cpu")
+    return [
+        _candidate(bundle, device, precision, hardware, providers)
+        for device in devices
+        for precision in _precision_order(device)
+        if precision in bundle.precisions
+    ]
+
+
+def _precision_order(device: Device) -> tuple[Precision, ...]:
+    return ("int8", "fp32", "fp16") if device == "cpu" else ("fp16", "fp32", "int8")
+
+
+def _candidate(
+    bundle: ModelBundle,
+    device: Device,
+    precision: Precision,
+    hardware: Hardware,
+    providers: tuple[str, ...],
+) -> EngineCandidate:
+    provider, usable, reason = PROVIDERS[device], True, "runs everywhere"
+    automatic = device in ("cpu", "cuda")
+    if provider.name not in providers:
+        usable = False
+        has = ", ".join(providers) or "nothing"
+        reason = f"ONNX Runtime has no {provider.name} (it has {has}): {provider.install}"
+    elif device != "cpu":
+        here = hardware.architecture
+        usable = here is not None
+        reason = f"a GPU of {here}" if here else hardware.cuda
+        if usable and not automatic:
+            reason = "has to be asked for: it compiles when it first starts"
+    if usable and device == "cpu" and precision == "int8":
+        automatic, reason = _int8_on_cpu(bundle, hardware)
+    return EngineCandidate(
+        name=EngineName("onnx", device, precision),
+        usable=usable,
+        automatic=automatic,
+        reason=reason,
+    )
+
+
+def _int8_on_cpu(bundle: ModelBundle, hardware: Hardware) -> tuple[bool, str]:
+    """Return whether `auto` may choose int8 on this processor, and why or why not."""
+    found = [name for name in hardware.features if name in _BYTE_PRODUCTS]
+    parity = next(graph.parity for graph in bundle.manifest.images if graph.precision == "int8")
+    if not found:
+        return False, f"has to be asked for: no {', '.join(_BYTE_PRODUCTS)} here to make it fast"
+    if missed := failures(parity, _INT8):
+        return False, f"has to be asked for: recorded parity with fp32 {', '.join(missed)}"
+    return True, f"fast with {found[0]}; recorded cosine with fp32 {parity.cosine_mean:.5f}"
+
+
+def _open(bundle: ModelBundle, name: EngineName, threads: int | None) -> ImageEngine:
+    return OnnxImageEngine.open(
+        bundle,
+        precision=cast(Precision, name.precision),
+        device=cast(Device, name.device),
+        threads=threads,
+    )
+
+
+ONNX = EngineFamily(
+    runtime="onnx",
+    packages=("onnxruntime", "onnxruntime-gpu"),
+    list_candidates=_list_candidates,
+    open=_open,
+)

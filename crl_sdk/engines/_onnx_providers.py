@@ -1,16 +1,16 @@
-"""ONNX Runtime's execution providers: what each is called, needs and is told.
+"""ONNX Runtime's execution providers: their names, how to install them, and their options.
 
-Options are documented at onnxruntime.ai (CUDA, TensorRT) and in the header that the TensorRT-RTX
-provider's package carries. **The GPU ones have not been run on hardware.**
+The options are documented at onnxruntime.ai (CUDA, TensorRT) and in the header inside the package
+of the TensorRT-RTX provider. **The GPU providers have not been run on hardware.**
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from crl_sdk.engines._tensorrt_plans import plans_directory
 from crl_sdk.errors import EngineError
@@ -20,15 +20,20 @@ from crl_sdk.model._manifest import Precision
 Device: TypeAlias = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 
 BATCH = (1, 8, 32)
-"""Fewest, usual and most images of a run of the TensorRT providers."""
+"""Minimum, usual and maximum number of images of a run with the TensorRT providers."""
 
 COLUMNS = (1, 256, 4096)
-"""Likewise the columns of all bases."""
+"""Minimum, usual and maximum number of columns of all bases in such a run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """One of ONNX Runtime's providers: its name there, and how to get it."""
+    """An execution provider of ONNX Runtime.
+
+    Attributes:
+        name: ONNX Runtime's name of it.
+        install: How to get it, as the end of an error message.
+    """
 
     name: str
     install: str
@@ -50,14 +55,25 @@ PROVIDERS: Mapping[Device, Provider] = {
 }
 
 _PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
-"""The package that carries the TensorRT-RTX provider as a library to register."""
+"""Package with the TensorRT-RTX provider, a library that ONNX Runtime must register."""
+
+
+def find_providers() -> tuple[str, ...]:
+    """Return ONNX Runtime's names of the installed providers; empty without ONNX Runtime."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return ()
+    import onnxruntime as ort
+
+    names: Sequence[Any] = ort.get_available_providers()
+    plugin = (PROVIDERS["tensorrt-rtx"].name,) if plugin_installed() else ()
+    return (*map(str, names), *plugin)
 
 
 def plugin_library(device: Device) -> str | None:
-    """Give the library that ONNX Runtime must register for a provider; None for built-in ones.
+    """Return the path of the library that ONNX Runtime must register; None for built-in providers.
 
     Raises:
-        EngineError: its package is not installed, or has another layout.
+        EngineError: If the package of the library is not installed or has an unknown layout.
     """
     if device != "tensorrt-rtx":
         return None
@@ -69,27 +85,30 @@ def plugin_library(device: Device) -> str | None:
     try:
         return str(package.get_library_path())
     except (AttributeError, OSError) as error:
-        raise EngineError(f"{_PLUGIN} has no library of its provider ({error})") from error
+        raise EngineError(
+            f"expected {_PLUGIN} to have the library of its provider ({error}): "
+            f"{PROVIDERS[device].install} --force-reinstall"
+        ) from error
 
 
 def plugin_installed() -> bool:
-    """Tell whether the package of the TensorRT-RTX provider is there."""
+    """Return whether the package of the TensorRT-RTX provider is installed."""
     return importlib.util.find_spec(_PLUGIN) is not None
 
 
 def provider_options(bundle: ModelBundle, device: Device, precision: Precision) -> dict[str, str]:
-    """Give what a provider is told for the image graph of a bundle.
+    """Return a provider's options for the image graph of a bundle.
 
-    The TensorRT providers keep their engines in `engines/` of the bundle, named by the graph's
-    digest, so that a graph that changed finds none of them.
+    The TensorRT providers keep compiled engines in `engines/` of the bundle. The names contain the
+    digest of the graph, so engines of an older graph are not found.
 
     Args:
-        bundle: the model.
-        device: the provider.
-        precision: of the graph.
+        bundle: Model bundle.
+        device: Device of the provider.
+        precision: Precision of the graph.
 
     Raises:
-        BundleError: the bundle has no graph in this precision.
+        BundleError: If the bundle has no graph in this precision.
     """
     if device == "cuda":
         return cuda_options(precision)
@@ -106,7 +125,7 @@ def provider_options(bundle: ModelBundle, device: Device, precision: Precision) 
             "trt_engine_cache_prefix": f"crl-{digest[:12]}",
             "trt_timing_cache_enable": "1",
             "trt_timing_cache_path": str(folder),
-            # half the tower, whose types TensorRT 10 may only follow if told so
+            # the fp16 graph has both types, and TensorRT 10 uses fp16 only with this flag
             "trt_fp16_enable": "1" if precision == "fp16" else "0",
             **_profile(bundle, "trt"),
         }
@@ -115,17 +134,17 @@ def provider_options(bundle: ModelBundle, device: Device, precision: Precision) 
 
 
 def cuda_options(precision: Precision) -> dict[str, str]:
-    """Give what the CUDA provider is told, for any graph."""
+    """Return the CUDA provider's options, which suit every graph."""
     return {
         "device_id": "0",
         "arena_extend_strategy": "kSameAsRequested",  # no more memory than is needed
-        "cudnn_conv_algo_search": "HEURISTIC",  # an exhaustive search at every new batch size
-        "use_tf32": "0" if precision == "fp32" else "1",  # fp32 has ten bits of mantissa in TF32
+        "cudnn_conv_algo_search": "HEURISTIC",  # not an exhaustive search at each new batch size
+        "use_tf32": "0" if precision == "fp32" else "1",  # TF32 has a mantissa of only ten bits
     }
 
 
 def cache_folder(options: Mapping[str, str]) -> Path | None:
-    """Give the folder in which a provider keeps what it compiled; it must be there."""
+    """Return the directory in which a provider keeps compiled engines; it must exist."""
     path = options.get("trt_engine_cache_path") or options.get("nv_runtime_cache_path")
     return Path(path) if path else None
 

@@ -19,7 +19,13 @@ from numpy.typing import NDArray
 from crl_sdk.basis._basis import Basis
 from crl_sdk.engines import _cuda as cuda
 from crl_sdk.engines._engine_name import EngineName
-from crl_sdk.engines._tensorrt_plans import Plan, Runtime, choose_plan, load_plan, plans_directory
+from crl_sdk.engines._tensorrt_plans import (
+    Plan,
+    PlanRuntime,
+    choose_plan,
+    load_plan,
+    plans_directory,
+)
 from crl_sdk.engines._tensorrt_runtime import TensorRTRuntime, load_tensorrt
 from crl_sdk.errors import EngineError, PlanError
 from crl_sdk.model._bundle import ModelBundle
@@ -98,7 +104,7 @@ class TensorRTImageEngine:
         cls,
         bundle: ModelBundle,
         *,
-        runtime: Runtime = "tensorrt-rtx",
+        runtime: PlanRuntime = "tensorrt-rtx",
         precision: Precision | Literal["auto"] = "auto",
         baked: Basis | None = None,
         directory: Path | None = None,

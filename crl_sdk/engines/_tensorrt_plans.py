@@ -30,7 +30,7 @@ DIRECTORY = "engines"
 PLAN_PRECISIONS: tuple[Precision, ...] = ("fp16", "fp32")
 """What plans are compiled in, best first."""
 
-Runtime: TypeAlias = Literal["tensorrt-rtx", "tensorrt"]
+PlanRuntime: TypeAlias = Literal["tensorrt-rtx", "tensorrt"]
 
 
 class Baked(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -54,7 +54,7 @@ class PlanSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         baked: the basis that is fixed in it, if any.
     """
 
-    runtime: Runtime
+    runtime: PlanRuntime
     runtime_version: str
     architectures: tuple[str, ...]
     precision: Precision
@@ -169,7 +169,7 @@ def choose_plan(
     bundle: ModelBundle,
     directory: Path,
     *,
-    runtime: Runtime,
+    runtime: PlanRuntime,
     runtime_version: str,
     architecture: str,
     precision: Precision | Literal["auto"] = "auto",
@@ -230,7 +230,7 @@ def load_plan(bundle: ModelBundle, directory: Path, plan: Plan) -> bytes:
 
 
 def compile_command(
-    bundle: ModelBundle, runtime: Runtime, precision: str, architectures: str
+    bundle: ModelBundle, runtime: PlanRuntime, precision: str, architectures: str
 ) -> str:
     """Give the command that compiles a plan."""
     return shlex.join(
@@ -266,7 +266,7 @@ def _stale(bundle: ModelBundle, plan: Plan) -> str | None:
 
 def _misfit(
     plan: Plan,
-    runtime: Runtime,
+    runtime: PlanRuntime,
     version: str,
     architecture: str,
     baked: str | None,

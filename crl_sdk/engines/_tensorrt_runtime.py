@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from crl_sdk.engines._tensorrt_plans import Runtime
+from crl_sdk.engines._tensorrt_plans import PlanRuntime
 from crl_sdk.errors import MissingDependencyError, PlanError
 
 _log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class TensorRTRuntime:
         module: its Python bindings; both flavours have one API.
     """
 
-    runtime: Runtime
+    runtime: PlanRuntime
     version: str
     module: Any
 
@@ -75,7 +75,7 @@ class TensorRTRuntime:
 
 
 @cache
-def load_tensorrt(runtime: Runtime) -> TensorRTRuntime:
+def load_tensorrt(runtime: PlanRuntime) -> TensorRTRuntime:
     """Import a TensorRT.
 
     Raises:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk.basis._basis import Basis
+from crl_sdk.engines import _registry as registry
 from crl_sdk.engines._contract import ImageEngine
 from crl_sdk.engines._kernels import ProjectionKernel, kernels_directory
 from crl_sdk.engines._machine import Machine, inspect_machine
@@ -121,12 +122,13 @@ def verify(
 
     tell(f"running {wanted} on the same pictures")
     opened = open_engine(bundle, wanted, baked=baked)
+    tolerances = registry.family_of(opened.name).tolerances
     try:
         rows, columns = opened.run(pixels, weight, bias)
         measured = parity.batched(lambda part: opened.run(part, weight, bias)[0], pixels)
         found = parity.compare(expected, measured)
         projected = float(np.abs(columns - (rows @ weight + bias)).max())
-        failures = parity.failures(found, parity.TOLERANCES[opened.name.precision])
+        failures = parity.failures(found, tolerances[opened.name.precision])
         if not projected <= _PROJECTED:  # NaN fails too
             failures.append(f"projected_max_abs {projected:.3g} (required <= {_PROJECTED:g})")
         if isinstance(opened, TensorRTImageEngine):

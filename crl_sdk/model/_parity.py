@@ -52,11 +52,8 @@ TOLERANCES = {
     "fp32": Tolerance(cosine_min=0.99999, max_abs=1e-4, centred_cosine_min=0.999),
     "fp16": Tolerance(cosine_min=0.9995),
     "int8": Tolerance(cosine_mean=0.99),
-    "bf16": Tolerance(cosine_mean=0.9995, centred_cosine_min=0.99),
 }
-"""Of a graph's precision; and of bf16, which OpenVINO computes in with the fp32 graph. In bf16 the
-demo model had 0.99997 mean and 0.9992 centred on 256 of these pictures, 0.99999 and 0.9999 on 200
-of its own scenes; ViT-B/32 with random weights 0.99996 and 0.9998."""
+"""By precision of a graph, how far its embeddings may be from those of torch in float32."""
 
 
 def images(spec: PreprocessSpec, count: int = sum(BATCHES), seed: int = 0) -> NDArray[np.uint8]:

@@ -9,7 +9,6 @@ import pytest
 from crl_sdk import demo_bundle
 from crl_sdk.cli._doctor import doctor
 from crl_sdk.engines import _cuda as cuda
-from crl_sdk.engines import _machine as machine
 from crl_sdk.engines import _processor as processor
 from crl_sdk.engines._machine import inspect_machine
 from crl_sdk.errors import EngineError
@@ -35,8 +34,7 @@ def test_it_is_printed_and_is_json(no_gpu, capsys, monkeypatch):
     doctor(bundle=demo_bundle(), as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert told["chosen"] == "onnx/cpu/fp32" and told["machine"]["gpus"] == []
-    for module in (machine, processor):  # a system that tells nothing
-        monkeypatch.setattr(module, "read_text", lambda _: "")
+    monkeypatch.setattr(processor, "_read", lambda: "")  # a system without /proc
     doctor(bundle=demo_bundle(), as_json=False)
     said = capsys.readouterr().out
     assert "libcuda" in said and "taken" in said

@@ -13,11 +13,12 @@ import onnxruntime as ort
 import pytest
 
 from crl_sdk import ModelBundle, demo_bundle
-from crl_sdk.engines import _onnx as onnx
 from crl_sdk.engines import _onnx_providers as providers
+from crl_sdk.engines import _onnx_sessions as sessions
 from crl_sdk.engines._engine_name import EngineName
-from crl_sdk.engines._onnx import OnnxImageEngine, open_session
+from crl_sdk.engines._onnx import OnnxImageEngine
 from crl_sdk.engines._onnx_providers import PROVIDERS, provider_options
+from crl_sdk.engines._onnx_sessions import open_session
 from crl_sdk.errors import EngineError
 
 KNOWN = json.loads((Path(__file__).parent / "provider_options.json").read_text())
@@ -116,7 +117,7 @@ def test_a_provider_from_a_library_is_registered_and_told(bundle, monkeypatch):
     with pytest.raises(EngineError, match="finds no GPU"):
         open_session(graph, device="tensorrt-rtx")
     rename = {**PROVIDERS, "tensorrt-rtx": providers.Provider("CPUExecutionProvider", "")}
-    monkeypatch.setattr(onnx, "PROVIDERS", rename)
+    monkeypatch.setattr(sessions, "PROVIDERS", rename)
     assert open_session(graph, device="tensorrt-rtx").get_providers() == ["CPUExecutionProvider"]
 
 

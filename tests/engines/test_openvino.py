@@ -15,8 +15,10 @@ from msgspec.structs import replace
 from crl_sdk import Embedder, ModelBundle, demo_bundle
 from crl_sdk.cli._verify import verify as verify_command
 from crl_sdk.engines import _openvino as module
+from crl_sdk.engines._hardware import Hardware
 from crl_sdk.engines._onnx import OnnxImageEngine
-from crl_sdk.engines._openvino import OpenVinoImageEngine, lacking_instructions
+from crl_sdk.engines._openvino import OpenVinoImageEngine, missing_instructions
+from crl_sdk.engines._processor import find_features
 from crl_sdk.engines._verify import verify
 from crl_sdk.errors import BundleError, EngineError, InvalidInputError, MissingDependencyError
 from crl_sdk.model import _parity as parity
@@ -24,9 +26,8 @@ from crl_sdk.model import _parity as parity
 FP32 = {"rtol": 0, "atol": 5e-6}
 """Between two runtimes in fp32; 4e-7 was measured."""
 
-needs_bf16 = pytest.mark.skipif(
-    lacking_instructions("bf16") is not None, reason=f"{lacking_instructions('bf16')}"
-)
+LACKING = missing_instructions("bf16", find_features())
+needs_bf16 = pytest.mark.skipif(LACKING is not None, reason=f"{LACKING}")
 precisions = pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
 
 
@@ -144,6 +145,8 @@ def test_bf16_is_never_replaced_in_silence(bundle, monkeypatch):
     monkeypatch.setattr(module, "find_features", lambda: ("avx2", "avx512f", "avx512_vnni"))
     with pytest.raises(EngineError, match="neither avx512_bf16 nor amx_bf16; choose openvino/cpu"):
         OpenVinoImageEngine.open(bundle, precision="bf16")
+    hardware = Hardware(features=("avx2",), gpus=(), cuda="none")
+    monkeypatch.setattr("crl_sdk.engines._selection.inspect_hardware", lambda: hardware)
     with pytest.raises(EngineError, match=r"cannot run here .*avx512_bf16"):
         Embedder.open(bundle, engine="openvino/cpu/bf16")
 
@@ -160,7 +163,7 @@ def test_what_openvino_computes_in_is_asked(bundle, monkeypatch):
     other = SimpleNamespace(Core=Core, Model=runtime.Model, Type=runtime.Type)
     monkeypatch.setattr(module, "find_features", lambda: ("amx_bf16",))
     monkeypatch.setattr(module, "_load", lambda: other)
-    with pytest.raises(EngineError, match=r"compute in bf16, it would in .*f"):
+    with pytest.raises(EngineError, match=r"compute in bf16, but it would use .*f"):
         OpenVinoImageEngine.open(bundle, precision="bf16")
 
 

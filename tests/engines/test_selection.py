@@ -8,11 +8,14 @@ import pytest
 from msgspec.structs import replace
 
 from crl_sdk import Embedder, ModelBundle, demo_bundle
+from crl_sdk.engines import _onnx as onnx
 from crl_sdk.engines import _openvino as openvino
+from crl_sdk.engines import _registry as registry
 from crl_sdk.engines import _selection as selection
 from crl_sdk.engines._engine_name import EngineName
-from crl_sdk.engines._machine import Gpu
-from crl_sdk.engines._selection import EngineCandidate, choose_engine, list_candidates, open_engine
+from crl_sdk.engines._family import EngineCandidate, EngineFamily
+from crl_sdk.engines._hardware import Gpu, Hardware
+from crl_sdk.engines._selection import choose_engine, list_candidates, open_engine
 from crl_sdk.errors import EngineError, InvalidInputError
 
 GPU = (Gpu(name="one", architecture="sm89", memory=2**33),)
@@ -27,11 +30,10 @@ def bundle():
 def machine(
     monkeypatch, *, gpus=NONE, providers=("CPUExecutionProvider",), features=(), packages=()
 ):
-    monkeypatch.setattr(selection, "find_features", lambda: features)
-    monkeypatch.setattr(openvino, "find_features", lambda: features)
-    monkeypatch.setattr(selection, "find_spec", lambda name: name if name in packages else None)
-    monkeypatch.setattr(selection, "find_gpus", lambda: gpus)
-    monkeypatch.setattr(selection, "find_providers", lambda: providers)
+    hardware = Hardware(features=features, gpus=gpus[0], cuda=gpus[1])
+    monkeypatch.setattr(selection, "inspect_hardware", lambda: hardware)
+    monkeypatch.setattr(openvino, "find_spec", lambda name: name if name in packages else None)
+    monkeypatch.setattr(onnx, "find_providers", lambda: providers)
 
 
 def test_without_a_gpu_it_is_the_cpu_and_the_others_say_why(bundle, monkeypatch, caplog):
@@ -90,8 +92,9 @@ def test_damaged_records_of_plans_are_told_and_the_rest_is_usable(bundle_copy, m
 def test_a_baked_basis_needs_a_plan(bundle):
     embedder = Embedder.open(bundle)
     basis = embedder.create_basis("color", ["red", "blue"])
-    for wrong in ("auto", "onnx/cpu", "tensorrt-rtx/cpu", "tensorrt-rtx/cuda/int8"):
-        with pytest.raises(InvalidInputError, match="tensorrt-rtx, tensorrt to go with a baked"):
+    words = "to go with a baked basis, such as tensorrt-rtx/cuda/fp16; got"
+    for wrong in ("auto", "", "onnx/cpu", "tensorrt-rtx/cpu", "tensorrt-rtx/cuda/int8"):
+        with pytest.raises(InvalidInputError, match=words):
             Embedder.open(bundle, engine=wrong, baked=basis)
     with pytest.raises(EngineError, match="NVIDIA driver"):
         Embedder.open(bundle, engine="tensorrt-rtx", baked=basis)
@@ -161,3 +164,56 @@ def test_openvino_runs_the_fp32_graph_alone(bundle):
     half = tuple(replace(each, precision="fp16") for each in bundle.manifest.images)
     without = ModelBundle(bundle.path, replace(bundle.manifest, images=half))
     assert not any(each.name.runtime == "openvino" for each in list_candidates(without))
+
+
+class FakeEngine:
+    name = EngineName("fake", "npu", "int4")
+
+    def __init__(self, threads):
+        self.threads = threads
+
+    def close(self):
+        pass
+
+
+FAKE = EngineFamily(
+    runtime="fake",
+    packages=("numpy",),
+    list_candidates=lambda bundle, hardware: [
+        EngineCandidate(
+            name=FakeEngine.name,
+            usable=True,
+            automatic="npu" in hardware.features,
+            reason=f"runs {bundle.manifest.name}",
+        )
+    ],
+    open=lambda bundle, name, threads: FakeEngine(threads),
+)
+
+
+@pytest.mark.parametrize(
+    ("features", "wanted"), [((), "fake"), ((), "fake/npu/int4"), (("npu",), "auto")]
+)
+def test_a_new_runtime_is_one_family_in_the_registry(bundle, monkeypatch, features, wanted):
+    machine(monkeypatch, features=features)
+    monkeypatch.setattr(registry, "FAMILIES", (FAKE, *registry.FAMILIES))
+    candidates = list_candidates(bundle)
+    assert candidates[0].name == FakeEngine.name
+    assert candidates[0].reason == f"runs {bundle.manifest.name}"
+    assert choose_engine(candidates, "onnx").name.runtime == "onnx"
+    opened = open_engine(bundle, wanted, threads=3)
+    assert isinstance(opened, FakeEngine) and opened.threads == 3
+    basis = Embedder.open(bundle, engine="onnx/cpu").create_basis("color", ["red", "blue"])
+    with pytest.raises(InvalidInputError, match="expected an engine of tensorrt-rtx, tensorrt to"):
+        open_engine(bundle, "fake", baked=basis)
+
+
+def test_every_family_has_its_own_runtime_and_lists_only_its_own_engines(bundle):
+    runtimes = [family.runtime for family in registry.FAMILIES]
+    assert len(set(runtimes)) == len(runtimes)
+    hardware = Hardware(features=(), gpus=(), cuda="no driver")
+    for family in registry.FAMILIES:
+        for candidate in family.list_candidates(bundle, hardware):
+            assert candidate.name.runtime == family.runtime
+            assert candidate.name.precision in family.tolerances
+            assert registry.family_of(candidate.name) is family

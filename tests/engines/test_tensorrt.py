@@ -16,6 +16,7 @@ from simulated_gpu import CUresult, Driver, tensorrt
 from crl_sdk import Embedder, ModelBundle
 from crl_sdk.engines import _cuda as cuda
 from crl_sdk.engines import _tensorrt as module
+from crl_sdk.engines import _tensorrt_family as family
 from crl_sdk.engines import _tensorrt_runtime as toolkit
 from crl_sdk.engines._onnx import OnnxImageEngine
 from crl_sdk.engines._selection import choose_engine, list_candidates
@@ -71,7 +72,8 @@ def gpu(bundle, reference, monkeypatch):
         runtime="tensorrt-rtx", version=real.version, module=fake, logger=lambda: logger
     )
     monkeypatch.setattr(cuda, "driver", lambda: driver)
-    monkeypatch.setattr(module, "load_tensorrt", lambda _: kit)
+    for each in (module, family):
+        monkeypatch.setattr(each, "load_tensorrt", lambda _: kit)
     yield SimpleNamespace(driver=driver, trt=fake, kit=kit)
     gc.collect()
     assert driver.nothing_left()
@@ -284,7 +286,6 @@ def test_plans_that_do_not_fit_are_refused_with_the_command(gpu, bundle):
 
 
 def test_auto_takes_a_plan_only_once_it_is_verified_here(gpu, bundle, monkeypatch, caplog):
-    monkeypatch.setattr("crl_sdk.engines._selection.load_tensorrt", lambda _: gpu.kit)
     engines = list_candidates(bundle)
     first = choose_engine(engines, "tensorrt-rtx")
     assert first.usable and not first.automatic and "crl verify" in first.reason
@@ -306,7 +307,6 @@ def test_auto_takes_a_plan_only_once_it_is_verified_here(gpu, bundle, monkeypatc
 
 
 def test_a_wrong_engine_is_not_recorded_as_verified(gpu, bundle, reference, monkeypatch):
-    monkeypatch.setattr("crl_sdk.engines._selection.load_tensorrt", lambda _: gpu.kit)
     run = reference.run
     reference.run = lambda *arrays: tuple(each[::-1] for each in run(*arrays))
     record = verify(bundle, "tensorrt-rtx", batches=(1,), seconds=0.01)
