@@ -1,7 +1,7 @@
 """Say in words what matters about your images, and get embeddings that carry just that.
 
-The public names of the SDK. They are imported on first use, so that `import crl_sdk` is quick and
-a client needs neither an inference runtime nor a model.
+Public names are imported on first use. `import crl_sdk` is therefore fast, and a client of the
+service needs no inference runtime.
 """
 
 from __future__ import annotations

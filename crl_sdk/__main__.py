@@ -1,4 +1,4 @@
-"""The entry point of `crl` and `python -m crl_sdk`: says which extra is missing, if one is."""
+"""Entry point of `crl` and `python -m crl_sdk`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line interface."""
+    """Run the command line, or exit with the command that installs its packages."""
     try:
         from crl_sdk.cli import run
     except ModuleNotFoundError as error:

@@ -1,7 +1,7 @@
 """Public names of a package that are imported on first use (PEP 562).
 
-Own code instead of `lazy-loader`, because a missing optional package must become an error that
-names the extra to install.
+The package `lazy-loader` does this too. It is not used, because a missing optional package must
+become an error that names the extra to install.
 """
 
 from __future__ import annotations

@@ -1,3 +1,3 @@
-"""The one place of the version; CHANGELOG.md is checked against it."""
+"""Version of the distribution. A test compares it with CHANGELOG.md."""
 
 __version__ = "0.1.0"

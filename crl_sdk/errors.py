@@ -1,57 +1,61 @@
-"""The exception tree of the SDK; everything it raises on purpose derives from `CrlError`.
+"""Errors of the SDK. All of them derive from `CrlError`.
 
-Each message says what was expected, what came, and what to do next.
+Each message says what was expected, what came instead, and what to do next.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from crl_sdk._embeddings import Embeddings
 
 
 class CrlError(Exception):
-    """Base of every error the SDK raises on purpose."""
+    """Base class of the errors that the SDK raises."""
 
 
 class InvalidInputError(CrlError, ValueError):
-    """An argument has a wrong type, shape, dtype or value."""
+    """An argument has the wrong type, shape, dtype or value."""
 
 
 class CriterionError(InvalidInputError):
-    """A criterion's name is malformed."""
+    """The name of a criterion is malformed, or the criterion is not part of a result."""
 
 
 class UnknownCriterionError(CriterionError):
-    """No basis of that name is loaded; the message lists those that are."""
+    """There is no basis of a criterion. The message lists the bases that there are."""
 
 
 class ImageError(InvalidInputError):
-    """An image cannot be turned into pixels; it fails alone, never its batch.
+    """An image cannot be read. The other images of its batch are not affected.
 
     Attributes:
-        source: what the image was called: a path, or `image 3` for the fourth of a list.
+        source: Name of the image: its path, or `image 3` for the fourth of a list.
+        reason: What is wrong with the image.
     """
 
     def __init__(self, message: str, *, source: str = "image") -> None:
-        """Prefix `message` with `source`."""
+        """Store the reason `message`, and put `source` before it in the text of the error."""
         super().__init__(f"{source}: {message}")
         self.source = source
         self.reason = message
 
 
 class ImageTooLargeError(ImageError):
-    """An image is over a limit of bytes, pixels or aspect ratio."""
+    """An image exceeds a limit of bytes, pixels or aspect ratio."""
 
 
 class ImageBatchError(ImageError):
-    """Some images of a call failed; the others were embedded and are not lost.
+    """Some images of a call failed. The others were embedded, see `result`.
 
     Attributes:
-        errors: one `ImageError` per failed image, keyed by its position in the call.
-        result: the `Embeddings` of the call, with NaN in the rows of the failed images.
+        errors: Errors of the failed images, by position in the call.
+        result: Embeddings of the call. The rows of failed images are NaN.
     """
 
-    def __init__(self, errors: dict[int, ImageError], result: Any) -> None:
-        """Summarise `errors`; keep `result` for the caller."""
+    def __init__(self, errors: dict[int, ImageError], result: Embeddings) -> None:
+        """Store the errors and the result, and summarise the errors in the message."""
         shown = "; ".join(str(error) for error in list(errors.values())[:3])
         more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
         super().__init__(
@@ -64,27 +68,27 @@ class ImageBatchError(ImageError):
 
 
 class BundleError(CrlError):
-    """A model bundle cannot be opened or lacks what was asked of it."""
+    """A bundle cannot be opened, or lacks a part that is needed."""
 
 
 class IntegrityError(BundleError):
-    """A file is not the one its manifest or header describes: changed, truncated or forged."""
+    """A file does not match its manifest or header: it was changed, truncated or forged."""
 
 
 class UnsupportedSchemaError(BundleError):
-    """An artefact was written in a schema this version of the SDK does not read."""
+    """A file has a schema that this version of the SDK does not read."""
 
 
 class BasisError(CrlError):
-    """A basis cannot be built, read or written."""
+    """A basis cannot be made, read or written."""
 
 
 class BasisExistsError(BasisError):
-    """There is a basis of that name, which was not to be replaced."""
+    """A criterion already has a basis, and the call must not replace it."""
 
 
 class GenerationError(BasisError):
-    """A language model cannot be loaded, fails, or gives nothing usable."""
+    """A language model cannot be loaded, fails, or gives no usable texts."""
 
 
 class BasisMismatchError(BasisError):
@@ -92,55 +96,65 @@ class BasisMismatchError(BasisError):
 
 
 class EngineError(CrlError):
-    """A runtime, device or precision is missing, or an inference run failed."""
+    """An engine is not available on this machine, or an inference run failed."""
 
 
 class PlanError(EngineError):
-    """A compiled engine is missing, damaged, stale, or made for another machine."""
+    """A TensorRT plan is missing, damaged, out of date, or made for another machine."""
 
 
 class ServiceError(CrlError):
-    """A service cannot be reached, or refused a call for a reason of its own."""
+    """A service cannot be reached, or a call to it failed."""
 
 
 class OverloadedError(ServiceError):
-    """The service has more to do than it may queue.
+    """The queue of the service is full.
 
     Attributes:
-        retry_after: seconds after which another try may succeed.
+        retry_after: Seconds after which a retry may succeed.
     """
 
     def __init__(self, message: str, *, retry_after: float = 0.1) -> None:
-        """Store `retry_after` beside the message."""
+        """Store the message and `retry_after`."""
         super().__init__(message)
         self.retry_after = retry_after
 
 
 class DeadlineError(ServiceError, TimeoutError):
-    """The time given for a call was over before it was done."""
+    """A call took longer than its timeout."""
 
 
 class AccessError(ServiceError):
-    """The token is missing, unknown, or without the right that a call needs."""
+    """The token is missing or unknown, or lacks the right that the call needs."""
 
 
 class NotOfferedError(ServiceError):
-    """The server could do this, but its operator has not enabled it."""
+    """The operator of the server has not enabled this call."""
 
 
 class ExportError(CrlError):
-    """A checkpoint could not be turned into a bundle."""
+    """A checkpoint cannot be exported to a bundle."""
 
 
 class ParityError(ExportError):
-    """An exported graph does not agree with its reference within the stated tolerance."""
+    """The outputs of an exported graph differ from the reference by more than the tolerance."""
 
 
 class MissingDependencyError(CrlError, ImportError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """An optional package is not installed. The message contains the command that installs it.
+
+    Attributes:
+        extra: Extra of `crl-embeddings` that brings the package.
+    """
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        """Name the missing `package`, the `extra` that brings it and what it is for."""
+        """Store the extra.
+
+        Args:
+            package: Name of the missing package.
+            extra: Extra that brings it.
+            purpose: What needs the package.
+        """
         super().__init__(
             f"{purpose} needs the package {package!r}, which is not installed. "
             f"Install it with: pip install 'crl-embeddings[{extra}]'"

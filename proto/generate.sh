@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Generates crl_sdk/pb from proto/. With --check it only tells whether the committed stubs are
-# those that the contract gives. The version of grpcio-tools in constraints.txt is part of the
-# result: an older one keeps the stubs loadable by older protobuf runtimes.
+# Generates crl_sdk/pb from proto/. With --check it only compares the committed stubs with the
+# generated ones.
+#
+# The stubs depend on the version of grpcio-tools in constraints.txt. An older version keeps them
+# loadable by older protobuf runtimes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -13,7 +15,7 @@ PATH="$(dirname "$python"):$PATH" "$python" -m grpc_tools.protoc -Icrl_sdk/pb=pr
 find "$target/crl_sdk/pb" -type d -exec sh -c 'for d; do printf "%s\n" "\"\"\"Generated from proto/ by proto/generate.sh; do not edit.\"\"\"" >"$d/__init__.py"; done' _ {} +
 if [ "${1:-}" = --check ]; then
   diff -r -x __pycache__ "$target/crl_sdk/pb" crl_sdk/pb ||
-    { echo "crl_sdk/pb is not what proto/ gives: run make stubs"; exit 1; }
+    { echo "crl_sdk/pb differs from the stubs that proto/ generates: run make stubs" >&2; exit 1; }
 else
   rm -rf crl_sdk/pb
   mv "$target/crl_sdk/pb" crl_sdk/pb

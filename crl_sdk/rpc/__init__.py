@@ -1,4 +1,4 @@
-"""What client and server share: arrays and errors as they travel over gRPC."""
+"""Arrays and errors in the messages of gRPC, for client and server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Typed errors ↔ gRPC statuses: one table, read from left to right by servers, back by clients."""
+"""The SDK's errors as gRPC statuses, and statuses as errors. Servers use one way, clients both."""
 
 from __future__ import annotations
 
@@ -9,28 +9,33 @@ import grpc
 from crl_sdk import errors
 
 ERROR_KEY = "crl-error"
-"""Trailer with the name of the exception, so that a client can raise the same one."""
+"""Trailer with the class name of the error, so that a client can raise the same class."""
 
 RETRY_KEY = "retry-after-ms"
+"""Trailer with the milliseconds after which an overloaded server should be called again."""
 
 _CODES: dict[type[errors.CrlError], grpc.StatusCode] = {
-    # the first that fits is taken, so the special ones come first
+    errors.CrlError: grpc.StatusCode.INTERNAL,
+    errors.InvalidInputError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.UnknownCriterionError: grpc.StatusCode.NOT_FOUND,
+    errors.BundleError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.IntegrityError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.UnsupportedSchemaError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.BasisError: grpc.StatusCode.INTERNAL,
+    errors.BasisExistsError: grpc.StatusCode.ALREADY_EXISTS,
     errors.BasisMismatchError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.GenerationError: grpc.StatusCode.FAILED_PRECONDITION,
-    errors.BasisExistsError: grpc.StatusCode.ALREADY_EXISTS,
+    errors.EngineError: grpc.StatusCode.UNAVAILABLE,
+    errors.ServiceError: grpc.StatusCode.INTERNAL,
     errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.AccessError: grpc.StatusCode.PERMISSION_DENIED,
     errors.NotOfferedError: grpc.StatusCode.UNIMPLEMENTED,
-    errors.EngineError: grpc.StatusCode.UNAVAILABLE,
-    errors.IntegrityError: grpc.StatusCode.INVALID_ARGUMENT,
-    errors.UnsupportedSchemaError: grpc.StatusCode.INVALID_ARGUMENT,
-    errors.InvalidInputError: grpc.StatusCode.INVALID_ARGUMENT,
-    errors.BundleError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ExportError: grpc.StatusCode.INTERNAL,
     errors.MissingDependencyError: grpc.StatusCode.UNIMPLEMENTED,
-    errors.CrlError: grpc.StatusCode.INTERNAL,
 }
+"""Status of each class of errors. A class that is not listed has the status of its parent."""
+
 _FALLBACKS: dict[grpc.StatusCode, type[errors.CrlError]] = {
     grpc.StatusCode.NOT_FOUND: errors.UnknownCriterionError,
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidInputError,
@@ -39,22 +44,25 @@ _FALLBACKS: dict[grpc.StatusCode, type[errors.CrlError]] = {
     grpc.StatusCode.UNAUTHENTICATED: errors.AccessError,
     grpc.StatusCode.PERMISSION_DENIED: errors.AccessError,
 }
+"""Class of the error for a status without the trailer `ERROR_KEY`, such as one from a proxy."""
+
 _BY_NAME: dict[str, type[errors.CrlError]] = {
     name: kind
     for name, kind in vars(errors).items()
     if isinstance(kind, type)
     and issubclass(kind, errors.CrlError)
-    and kind not in (errors.ImageBatchError, errors.MissingDependencyError)  # more than a message
+    # these two cannot be made from a message alone
+    and kind not in (errors.ImageBatchError, errors.MissingDependencyError)
 }
 
 
 def status_code(error: errors.CrlError) -> grpc.StatusCode:
-    """Give the status of an error."""
-    return next(code for kind, code in _CODES.items() if isinstance(error, kind))
+    """Return the gRPC status of an error."""
+    return next(_CODES[kind] for kind in type(error).__mro__ if kind in _CODES)
 
 
 def error_trailers(error: errors.CrlError) -> tuple[tuple[str, str], ...]:
-    """Give the trailers that go with an error: its kind, and when to try again."""
+    """Return the trailers to send with an error: its class, and when to try again."""
     trailers = ((ERROR_KEY, type(error).__name__),)
     if isinstance(error, errors.OverloadedError):
         return (*trailers, (RETRY_KEY, str(round(error.retry_after * 1000))))
@@ -64,15 +72,16 @@ def error_trailers(error: errors.CrlError) -> tuple[tuple[str, str], ...]:
 def error_from_status(
     code: grpc.StatusCode, message: str, metadata: Iterable[tuple[str, str | bytes]] | None
 ) -> errors.CrlError:
-    """Give the error that a status stands for.
+    """Return the error of a failed call.
 
     Args:
-        code: of the status.
-        message: of the status.
-        metadata: the call's trailers, if any.
+        code: Status of the call.
+        message: Message of the status.
+        metadata: Trailers of the call, if any.
 
     Returns:
-        The server's own kind of error where it told, else the one the code suggests.
+        An error of the class that the server named in its trailers. Without a name, the class
+        depends on the status.
     """
     trailers = {key: value for key, value in metadata or () if isinstance(value, str)}
     kind = _BY_NAME.get(trailers.get(ERROR_KEY, "")) or _FALLBACKS.get(code, errors.ServiceError)

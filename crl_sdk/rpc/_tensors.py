@@ -1,4 +1,4 @@
-"""Arrays on the wire: NumPy ↔ the `Tensor` message, without copies where memory allows."""
+"""NumPy arrays as `Tensor` messages, and back."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 def encode_tensor(array: NDArray[Any]) -> embedding_pb2.Tensor:
-    """Make a message of an array.
+    """Return an array as a message.
 
     Args:
-        array: any shape; float32, float16 or uint8.
+        array: Array of any shape, float32, float16 or uint8.
 
     Raises:
-        InvalidInputError: another dtype.
+        InvalidInputError: If the dtype is another one.
     """
     code = _CODES.get(array.dtype.newbyteorder("<"))
     if code is None:
@@ -38,13 +38,13 @@ def encode_tensor(array: NDArray[Any]) -> embedding_pb2.Tensor:
 
 
 def decode_tensor(tensor: embedding_pb2.Tensor) -> NDArray[Any]:
-    """Read an array out of a message.
+    """Return the array in a message.
 
     Returns:
-        A read-only view of the message's bytes, in its shape and dtype.
+        A read-only view of the bytes of the message, with its shape and dtype.
 
     Raises:
-        InvalidInputError: an unknown dtype, or a shape that does not fit the bytes.
+        InvalidInputError: If the dtype is unknown, or the shape does not fit the number of bytes.
     """
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None:

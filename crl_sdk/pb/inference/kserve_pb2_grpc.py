@@ -168,8 +168,8 @@ class GRPCInferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ModelStreamInfer(self, request_iterator, context):
-        """Replies come in the order of the requests. One that fails is answered with `error_message`; the
-        stream goes on.
+        """Replies come in the order of the requests. A request that fails is answered with
+        `error_message`, and the stream goes on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -182,7 +182,7 @@ class GRPCInferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def SystemSharedMemoryStatus(self, request, context):
-        """Shared memory is off unless the operator has enabled it; unregistering is always answered.
+        """Shared memory is off unless the operator has enabled it. Unregistering always succeeds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -201,7 +201,7 @@ class GRPCInferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CudaSharedMemoryStatus(self, request, context):
-        """There is no CUDA shared memory: the status is empty, registering is UNIMPLEMENTED.
+        """CUDA shared memory is not supported: the status is empty, and registering is UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

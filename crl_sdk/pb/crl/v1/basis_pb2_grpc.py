@@ -65,34 +65,38 @@ class BasisServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def ListBases(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Lists all bases.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetBasis(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns one basis, with its file.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PutBasis(self, request, context):
-        """Adds a basis or replaces the one of its criterion. It is on the server's disk when the call
-        returns; calls that began before use the old one to their end.
+        """Adds a basis, or replaces the basis of the same criterion. When the call returns, the basis is
+        on the server's disk. Calls that began earlier use the old basis until they end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteBasis(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Deletes a basis.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateBasis(self, request, context):
-        """Lets the server's language model write the texts of a criterion, and makes a basis of them.
-        UNIMPLEMENTED unless the operator has enabled it.
+        """Lets the server's language model write the texts of a criterion, makes a basis from them, and
+        adds it as PutBasis does. UNIMPLEMENTED unless the operator has enabled it. Cancelling the call
+        stops the language model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

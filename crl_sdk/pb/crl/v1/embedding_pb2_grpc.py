@@ -60,31 +60,31 @@ class EmbeddingServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Embed(self, request, context):
-        """Embeds images, once each, for any number of criteria.
+        """Embeds images. Each image is embedded once, for any number of criteria.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EmbedStream(self, request_iterator, context):
-        """The same for a stream of requests. Replies carry the id of their request and come in the order
-        in which they are done. A request that fails is answered with its status; the stream goes on.
-        The server reads on only while few of the stream's requests are in the works: flow control
-        holds back a client that sends faster than it is served.
+        """Embeds the images of a stream of requests. Each reply carries the id of its request; replies
+        come as they are ready, in any order. A request that fails is answered with its status, and the
+        stream goes on. The server processes a limited number of a stream's requests at a time. Flow
+        control then slows down a client that sends faster.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EmbedText(self, request, context):
-        """Embeds texts with the model's text tower.
+        """Embeds texts with the text tower of the model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """Tells what model is served.
+        """Describes the model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
