@@ -1,4 +1,4 @@
-"""Optional OpenTelemetry: a span per call and one per request inside it, sent over OTLP/gRPC."""
+"""Optional OpenTelemetry traces: a span per call and one per request inside it, over OTLP/gRPC."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.serving._call_interceptor import request_id
 from crl_sdk.serving._results import EmbedResult
 
-_STAGES = ("preprocess", "queue", "infer", "project")
+_FLUSH_MILLISECONDS = 5_000
 
 
 class Tracing:
-    """Makes spans and sends them in the background; what cannot be sent is dropped.
+    """Makes spans and sends them in the background. Spans that cannot be sent are dropped.
 
-    `interceptor` continues the trace that a call's `traceparent` metadata names (W3C Trace Context)
-    and makes its span. Sampling, resource attributes, headers and certificates are those of
-    OpenTelemetry's own environment variables (`OTEL_TRACES_SAMPLER`, `OTEL_SERVICE_NAME`, …).
+    `interceptor` makes the span of each call. It continues the trace named by the call's
+    `traceparent` metadata (W3C Trace Context). OpenTelemetry's environment variables
+    (`OTEL_TRACES_SAMPLER`, `OTEL_SERVICE_NAME`, …) set sampling, resource attributes, headers and
+    certificates.
     """
 
     def __init__(self, endpoint: str) -> None:
-        """Connect lazily.
+        """Set up the exporter. It connects when it first sends.
 
         Args:
-            endpoint: of the collector: `http://host:port`, or `https://…` for TLS.
+            endpoint: Address of the collector: `http://host:port`, or `https://host:port` for TLS.
 
         Raises:
-            InvalidInputError: that is no such endpoint.
-            MissingDependencyError: OpenTelemetry is not installed.
+            InvalidInputError: If the endpoint has another form.
+            MissingDependencyError: If OpenTelemetry is not installed.
         """
         parts = urlsplit(endpoint)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -45,16 +46,17 @@ class Tracing:
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
             raise MissingDependencyError("opentelemetry-sdk", "otel", "--otlp") from error
-        ours = Resource.create({"service.name": "crl", "service.version": __version__})
-        self._provider = TracerProvider(resource=ours.merge(OTELResourceDetector().detect()))
+        resource = Resource.create({"service.name": "crl", "service.version": __version__})
+        resource = resource.merge(OTELResourceDetector().detect())  # the environment's values win
+        self._provider = TracerProvider(resource=resource)
         exporter = OTLPSpanExporter(endpoint, insecure=parts.scheme == "http", timeout=5)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("crl_sdk", __version__)
-        interceptor: Any = aio_server_interceptor  # it has no types
-        self.interceptor: Any = interceptor(tracer_provider=self._provider)
+        make_interceptor: Any = aio_server_interceptor  # the package has no type annotations
+        self.interceptor: Any = make_interceptor(tracer_provider=self._provider)
 
     def on_result(self, result: EmbedResult) -> None:
-        """Make the span of a request, inside the call that is being served."""
+        """Make the span of a request. Call it inside the call that sent the request."""
         now = time.time_ns()
         images, timing = result.images, result.timing
         span = self._tracer.start_span(
@@ -67,14 +69,15 @@ class Tracing:
                 "crl.images.cached": sum(image.cached for image in images),
                 "crl.images.failed": sum(image.error is not None for image in images),
                 "crl.engine_runs": timing.engine_runs,
-                **{
-                    f"crl.{stage}_seconds": getattr(timing, f"{stage}_seconds") for stage in _STAGES
-                },
+                "crl.preprocess_seconds": timing.preprocess_seconds,
+                "crl.queue_seconds": timing.queue_seconds,
+                "crl.infer_seconds": timing.infer_seconds,
+                "crl.project_seconds": timing.project_seconds,
             },
         )
         span.end(now)
 
     def close(self) -> None:
-        """Send what is left, for some seconds at most. Call it in a thread that may block."""
-        self._provider.force_flush(5_000)
+        """Send the remaining spans, for five seconds at most. It blocks until then."""
+        self._provider.force_flush(_FLUSH_MILLISECONDS)
         self._provider.shutdown()

@@ -154,9 +154,8 @@ def test_calls_that_were_cancelled_cost_nothing(serve, faked, engine, device):
         if device == "gpu":
             until(lambda: sum(engine.entered) - entered + server.pipeline.batcher.depth == 6)
         else:
-            until(
-                lambda: server.pipeline.admission.in_progress == 6 and sum(engine.entered) > entered
-            )
+            admission = server.pipeline.admission
+            until(lambda: admission.in_progress == 6 and sum(engine.entered) > entered)
         running = sum(engine.entered) - entered  # mostly one; two that came together are one batch
         for call in calls:
             call.cancel()
