@@ -1,8 +1,8 @@
-"""A `crl serve` process of our own on this machine: started, waited for, and ended in all cases."""
+"""Run `crl serve` as a child process on this machine, and end it in all cases."""
 
 from __future__ import annotations
 
-import re
+import json
 import signal
 import subprocess
 import sys
@@ -14,89 +14,110 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from crl_sdk.errors import ServiceError
 
 START_SECONDS = 180.0
-"""A large model is read and warmed up in less, even on one core."""
+"""Time that the server may take to start. Large models need less, even on one core."""
 
 STOP_SECONDS = 15.0
-"""How long the server may drain before it is killed."""
+"""Time that the server may take to stop after SIGTERM. Then it is killed."""
 
-_READY = re.compile(
-    r"serving (?P<model>.+) \((?P<engine>[^)]+)\) on (?P<address>[^\s,]+), .*"
-    r"metrics: (?P<metrics>\S+)\n"
-)
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class LocalServer:
-    """A running server.
+    """A running `crl serve` process.
 
     Attributes:
-        address: what a client connects to.
-        model: name of the model it serves.
-        engine: what runs it, such as `onnx/cpu/fp32`.
-        metrics: `host:port` of its metrics page, or `none`.
-        pid: of its process.
+        address: Address that clients connect to.
+        model: Name of the model it serves.
+        engine: Name of its engine, such as `onnx/cpu/fp32`.
+        metrics: `host:port` of its metrics page, or None.
+        pid: Process id.
     """
 
     address: str
     model: str
     engine: str
-    metrics: str
+    metrics: str | None
     pid: int
+
+
+def parse_ready_line(output: str) -> LocalServer | None:
+    """Find the line that `crl serve` prints on stdout when it serves.
+
+    Args:
+        output: What the server has printed so far. Other lines are ignored, because some runtimes
+            print to stdout as well.
+
+    Returns:
+        The facts in that line, or None if it is not there yet.
+    """
+    for line in output.splitlines(keepends=True):
+        if not line.endswith("\n"):
+            return None  # the end of the line is still to come
+        try:
+            ready: Any = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(ready, dict) and ready.pop("event", None) == "serving":
+            return LocalServer(**ready)
+    return None
 
 
 @contextmanager
 def local_server(bundle: Path, log: Path, *options: str) -> Iterator[LocalServer]:
-    """Serve a bundle on a free port of the loopback, with a directory of bases that goes with it.
+    """Serve a bundle on a free local port, with a temporary directory of bases.
 
-    The process is ended with SIGTERM when the block is left: at its end, by an error, by Ctrl-C,
-    and by SIGTERM or SIGHUP of this process.
+    The process receives SIGTERM when the context ends: normally, by an exception, by Ctrl-C, or
+    because this process receives SIGTERM or SIGHUP.
 
     Args:
-        bundle: the model to serve.
-        log: file that takes the server's log.
-        options: further ones of `crl serve`.
+        bundle: Directory of the bundle.
+        log: File for the server's log.
+        options: Further options of `crl serve`.
 
     Raises:
-        ServiceError: it ended, or said nothing for `START_SECONDS`; the end of its log is named.
+        ServiceError: If the server ends, or does not serve within `START_SECONDS`. The message
+            holds the end of its log, or names the log file.
     """
     with (
-        tempfile.TemporaryDirectory(prefix="crl-bases-") as bases,
+        tempfile.TemporaryDirectory(prefix="crl-bases-") as directory,
         log.open("w", encoding="utf-8") as log_file,
-        _signals_end_the_block(),
+        (Path(directory) / "stdout").open("w+", encoding="utf-8") as stdout,
+        _exit_on_signals(),
     ):
         process = subprocess.Popen(
             [sys.executable, "-m", "crl_sdk", "serve", "--address", "127.0.0.1:0",
-             "--bases", bases, "--bundle", str(bundle), *options],
-            stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file,
+             "--bases", str(Path(directory) / "bases"), "--bundle", str(bundle), *options],
+            stdin=subprocess.DEVNULL, stdout=stdout, stderr=log_file,
         )  # fmt: skip
         try:
-            yield _wait_until_ready(process, log)
+            yield _wait_until_ready(process, Path(stdout.name), log)
         finally:
-            _end(process)
+            _stop(process)
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> LocalServer:
-    gives_up = time.monotonic() + START_SECONDS
-    while time.monotonic() < gives_up:
+def _wait_until_ready(process: subprocess.Popen[bytes], stdout: Path, log: Path) -> LocalServer:
+    ends = time.monotonic() + START_SECONDS
+    while time.monotonic() < ends:
         ended = process.poll() is not None
-        said = log.read_text(encoding="utf-8", errors="replace")
-        if ready := _READY.search(said):
-            return LocalServer(
-                ready["address"], ready["model"], ready["engine"], ready["metrics"], process.pid
-            )
+        server = parse_ready_line(stdout.read_text(encoding="utf-8", errors="replace"))
+        if server is not None:
+            return server
         if ended:
-            raise ServiceError(
-                f"crl serve ended with status {process.returncode}: {said.strip()[-800:]}"
-            )
-        time.sleep(0.05)
-    raise ServiceError(f"crl serve was not ready after {START_SECONDS:.0f} s; its log is {log}")
+            message = log.read_text(encoding="utf-8", errors="replace").strip()[-800:]
+            raise ServiceError(f"crl serve ended with status {process.returncode}: {message}")
+        time.sleep(_POLL_SECONDS)
+    raise ServiceError(
+        f"crl serve did not serve within {START_SECONDS:.0f} s; see its log in {log}"
+    )
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
         process.wait(STOP_SECONDS)
@@ -106,10 +127,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def _signals_end_the_block() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise SystemExit here, so that what was started is ended."""
+def _exit_on_signals() -> Iterator[None]:
+    """Raise SystemExit on SIGTERM and SIGHUP, so that the child process is ended as well."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield  # only the main thread may set signal handlers
         return
 
     def leave(number: int, _frame: FrameType | None) -> None:

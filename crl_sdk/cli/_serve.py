@@ -1,12 +1,14 @@
-"""`crl serve`: the service in the foreground."""
+"""`crl serve`: run the server in the foreground."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import os
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -24,10 +26,13 @@ from crl_sdk.cli._options import (
 )
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 
+if TYPE_CHECKING:
+    from crl_sdk.serving import RunningServer
+
 
 def serve(
     address: Annotated[
-        str, typer.Option(help="host:port (port 0: any free one) or unix:PATH.")
+        str, typer.Option(help="Address to listen on: host:port (port 0: any free) or unix:PATH.")
     ] = "127.0.0.1:50051",
     bundle: BundleOption = None,
     bases: BasesOption = DEFAULT_BASES,
@@ -35,31 +40,43 @@ def serve(
     baked: BakedOption = None,
     threads: ThreadsOption = None,
     decode: DecodeOption = "exact",
-    max_batch: Annotated[int, typer.Option(min=1, help="Images of one engine run at most.")] = 32,
-    max_queue: Annotated[int, typer.Option(min=1, help="Images that may wait.")] = 1024,
-    cache_mb: Annotated[int, typer.Option(min=0, help="Of known embeddings; 0 for none.")] = 256,
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="Largest number of images in one engine run.")
+    ] = 32,
+    max_queue: Annotated[
+        int, typer.Option(min=1, help="Largest number of images in progress.")
+    ] = 1024,
+    cache_mb: Annotated[
+        int, typer.Option(min=0, help="Size of the embedding cache in MiB; 0 disables it.")
+    ] = 256,
     tls_cert: Annotated[
-        Path | None, typer.Option(help="PEM certificate chain; with --tls-key.")
+        Path | None, typer.Option(help="PEM file of the certificate chain; needs --tls-key.")
     ] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="PEM private key.")] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(help="PEM file of the private key; needs --tls-cert.")
+    ] = None,
     tls_client_ca: Annotated[
-        Path | None, typer.Option(help="PEM authority that clients' certificates must be of: mTLS.")
+        Path | None,
+        typer.Option(
+            help="PEM file of an authority; clients must show a certificate that it signed (mTLS)."
+        ),
     ] = None,
     tokens: Annotated[
-        Path | None, typer.Option(help="TOML file of bearer tokens with their rights.")
+        Path | None, typer.Option(help="TOML file of bearer tokens and their rights.")
     ] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="host:port of Prometheus metrics over HTTP; none by default.")
+        str | None,
+        typer.Option(help="host:port of the Prometheus page over HTTP; none by default."),
     ] = None,
     generate: Annotated[
         bool, typer.Option("--generate", help="Offer GenerateBasis with a local language model.")
     ] = False,
     model: generation.ModelOption = None,
     log_format: Annotated[
-        Literal["text", "json"], typer.Option(help="json: one object a line.")
+        Literal["text", "json"], typer.Option(help="json: one JSON object per line.")
     ] = "text",
     access_log: Annotated[
-        bool, typer.Option("--access-log", help="A log line per call, not only for failures.")
+        bool, typer.Option("--access-log", help="Log every call, not only failed ones.")
     ] = False,
     otlp: Annotated[
         str | None,
@@ -69,11 +86,15 @@ def serve(
         bool,
         typer.Option(
             "--shared-memory",
-            help="Let KServe clients name shared memory of this machine: any that this user has.",
+            help="Let KServe clients read and write any shared memory object of this user.",
         ),
     ] = False,
 ) -> None:
-    """Serve conditional embeddings over gRPC until SIGTERM or Ctrl-C, then drain."""
+    """Serve conditional embeddings over gRPC until SIGTERM or Ctrl-C.
+
+    When the server answers calls, it prints one JSON line on stdout with its address. The log goes
+    to stderr.
+    """
     try:
         from crl_sdk.serving._admission import ServerLimits
         from crl_sdk.serving._logs import make_log_handler
@@ -83,10 +104,12 @@ def serve(
     except ImportError as error:
         raise MissingDependencyError(error.name or "grpcio", "serve", "crl serve") from error
 
-    # a log to keep, not a screen to look at
     logging.basicConfig(level=logging.INFO, handlers=[make_log_handler(log_format)], force=True)
     if (tls_cert is None) != (tls_key is None) or (tls_client_ca and tls_cert is None):
-        raise InvalidInputError("expected --tls-cert and --tls-key together")
+        raise InvalidInputError(
+            "expected --tls-cert and --tls-key together: give both, or neither and no "
+            "--tls-client-ca"
+        )
     settings = ServerSettings(
         address=address,
         tls=ServerTls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None,
@@ -105,4 +128,18 @@ def serve(
         open_model=partial(LanguageModel.open, model) if generate else None,
     )
     with open_embedder(bundle, engine, threads, baked, decode) as embedder:
-        asyncio.run(run(embedder, settings))
+        asyncio.run(run(embedder, settings, on_ready=_print_ready_line))
+
+
+def _print_ready_line(server: RunningServer) -> None:
+    """Print the line that supervisors wait for; `_local_server.parse_ready_line` reads it."""
+    embedder = server.pipeline.embedder
+    ready = {
+        "event": "serving",
+        "address": server.address,
+        "metrics": server.metrics_address,
+        "model": embedder.bundle.manifest.name,
+        "engine": embedder.engine,
+        "pid": os.getpid(),
+    }
+    print(json.dumps(ready), flush=True)

@@ -28,15 +28,15 @@ fi
 
 work=$(mktemp -d)
 "$python" -m crl_sdk serve --address 127.0.0.1:0 --bases "$work/bases" --cache-mb 0 --shared-memory \
-  2>"$work/log" &
+  >"$work/ready" 2>"$work/log" &
 server=$!
 trap 'kill "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true; rm -rf "$work"' EXIT
 for _ in $(seq 300); do
-  address=$(sed -n 's/.* on \(127\.0\.0\.1:[0-9]*\),.*/\1/p' "$work/log")
-  [ -n "$address" ] && break
+  grep -q '"event": "serving"' "$work/ready" && break
   kill -0 "$server" || { cat "$work/log"; exit 1; }
   sleep 0.1
 done
+address=$("$python" -c 'import json, sys; print(json.load(sys.stdin)["address"])' <"$work/ready")
 
 "$python" tests/conformance/reference.py "$address" "$work"
 "$home/venv/bin/python" tests/conformance/triton_client.py "$address" "$work"

@@ -1,7 +1,8 @@
-"""`crl serve` as a process: it says where it listens, answers, drains on SIGTERM and goes."""
+"""`crl serve` as a process: it prints its address, answers, drains on SIGTERM and ends."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,31 +13,32 @@ import threading
 import pytest
 
 from crl_sdk import Client
+from crl_sdk.cli._local_server import LocalServer, parse_ready_line
 
 
 @pytest.fixture
 def crl_serve(tmp_path):
-    """Start `crl serve` with arguments; give the process and its address."""
+    """Start `crl serve` with arguments; return the process and its address."""
     processes = []
 
     def start(*arguments: object) -> tuple[subprocess.Popen[str], str]:
         process = subprocess.Popen(
             [sys.executable, "-m", "crl_sdk", "serve", *map(str, arguments)],
-            cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={k: v for k, v in os.environ.items() if not k.startswith("CRL_")},
         )  # fmt: skip
         processes.append(process)
-        timer = threading.Timer(30, process.kill)  # reading ends then
+        timer = threading.Timer(30, process.kill)  # ends the reading below
         timer.start()
-        seen = ""
-        for line in process.stderr:
-            seen += line
-            match = re.search(r"serving crl-demo \(onnx/cpu/fp32\) on (\S+),", line)
-            if match:
-                timer.cancel()
-                return process, match[1]
+        line = process.stdout.readline()
         timer.cancel()
-        raise AssertionError(f"it ended with {process.wait()}: {seen}")
+        server = parse_ready_line(line)
+        if server is None:
+            _, stderr = process.communicate()
+            raise AssertionError(f"it ended with {process.returncode}: {line}{stderr}")
+        assert (server.model, server.engine) == ("crl-demo", "onnx/cpu/fp32")
+        assert (server.pid, server.metrics) == (process.pid, None)
+        return process, server.address
 
     yield start
     for process in processes:
@@ -54,7 +56,8 @@ def test_it_serves_and_drains(crl_serve, tmp_path, pictures, address):
         rows = client.embed(pictures, criteria=["color"])["color"]
     assert rows.shape == (9, 3) and (tmp_path / "bases" / "color.safetensors").exists()
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=30)
+    stdout, stderr = process.communicate(timeout=30)
+    assert stdout == ""  # the ready line was the only one
     assert process.returncode == 0 and "draining" in stderr and "stopped" in stderr
     assert "Traceback" not in stderr
 
@@ -72,3 +75,10 @@ def test_what_it_cannot_start_with(crl_serve, arguments, words):
     with pytest.raises(AssertionError, match=re.escape(words)) as caught:
         crl_serve("--address", "127.0.0.1:0", *arguments)
     assert "it ended with 1" in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_the_ready_line_is_found_among_other_output():
+    ready = {"address": "h:1", "model": "m", "engine": "onnx/cpu/fp32", "metrics": None, "pid": 7}
+    line = json.dumps({"event": "serving", **ready})
+    assert parse_ready_line(f'noise\n{{"event": "other"}}\n3\n{line}') is None  # no line end yet
+    assert parse_ready_line(f"noise\n{line}\nmore") == LocalServer(**ready)
