@@ -40,7 +40,7 @@ from crl_sdk import __version__
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.storage._atomic_files import write_atomically
-from crl_sdk.tasks._cluster_quality import LEAST_SEPARATION, LEAST_STABILITY
+from crl_sdk.tasks._cluster_quality import MIN_SEPARATION, MIN_STABILITY
 
 BASELINE = "cosine"
 
@@ -274,7 +274,7 @@ def _warning(runs: Sequence[Run]) -> str:
     return (
         f"A basis is not worth it if its accuracy is less than {100 * USEFUL:.0f} points above the "
         "universal embedding's, or above that of random words. It is warned of if its separation "
-        f"is below {LEAST_SEPARATION} or its stability below {LEAST_STABILITY} "
+        f"is below {MIN_SEPARATION} or its stability below {MIN_STABILITY} "
         "(`crl_sdk.tasks`, no labels). The shares below are of thresholds that each "
         "criterion has no part in: the pair that separates best (Youden's J) on the five others, "
         f"which is, without {told}. All six give {together}. "

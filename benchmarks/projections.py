@@ -30,7 +30,7 @@ from crl_sdk.errors import GenerationError
 from crl_sdk.evaluation._clustering import clustering
 from crl_sdk.evaluation._few_shot import few_shot, scaled_to
 from crl_sdk.projection._projection import normalise_rows
-from crl_sdk.tasks._cluster_quality import examine
+from crl_sdk.tasks._cluster_quality import assess_clusters
 from crl_sdk.tasks._kmeans import kmeans
 from crl_sdk.tasks._metrics import mean_average_precision
 from crl_sdk.tasks._naming import name_clusters
@@ -255,7 +255,7 @@ def runs_of(world: World, task: tuple[str, int]) -> list[Run]:
 def _signals(
     world: World, rows: NDArray[np.float32], embedded: Texts, k: int, seed: int
 ) -> dict[str, float]:
-    trust = examine(world.universal, rows, embedded, seed=seed)
+    trust = assess_clusters(world.universal, rows, embedded, seed=seed)
     found, _ = kmeans(rows, k, seed=seed, starts=3)
     numbers = [str(number) for number in range(len(embedded))]
     names = name_clusters(found, world.universal @ embedded.T, numbers)

@@ -42,10 +42,10 @@ from crl_sdk.cli._sources import (
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._project_rows import project_rows
 from crl_sdk.storage._atomic_files import make_directory, write_atomically
-from crl_sdk.tasks._cluster_quality import ClusterQuality, examine
+from crl_sdk.tasks._cluster_quality import ClusterQuality, assess_clusters
 from crl_sdk.tasks._clustering import Clustering
 from crl_sdk.tasks._clustering import cluster as cluster_rows
-from crl_sdk.tasks._kmeans import MOST_CLUSTERS, check_rows
+from crl_sdk.tasks._kmeans import MAX_CLUSTERS, check_rows
 
 TABLE, REPORT = "clusters.csv", "report.html"
 
@@ -61,9 +61,9 @@ def cluster(
     k: Annotated[
         int | None, typer.Option("--k", "-k", min=1, help="Clusters; chosen if not given.")
     ] = None,
-    most: Annotated[
-        int, typer.Option("--most", min=2, help="Clusters at most, where they are chosen.")
-    ] = MOST_CLUSTERS,
+    max_k: Annotated[
+        int, typer.Option("--max-k", min=2, help="Clusters at most, where they are chosen.")
+    ] = MAX_CLUSTERS,
     directory: Annotated[
         Path, typer.Option("--out", "-o", help=f"For {TABLE} and {REPORT}; made if missing.")
     ] = Path("clusters"),
@@ -95,9 +95,9 @@ def cluster(
     with spinner("grouping …"):
         universal = check_rows(material.universal)
         rows = project_rows(universal, [basis.projection])[0]
-        found = cluster_rows(rows, k, basis=basis, universal=universal, most=most, seed=seed)
-        trust = examine(universal, rows, basis.text_embeddings, seed=seed)
-        doubts = (*trust.doubts, *_unlike_any(found))
+        found = cluster_rows(rows, k, basis=basis, universal=universal, max_k=max_k, seed=seed)
+        trust = assess_clusters(universal, rows, basis.text_embeddings, seed=seed)
+        doubts = (*trust.reasons, *_unlike_any(found))
     make_directory(directory, InvalidInputError)
     write_atomically(directory / TABLE, _csv(material, found), InvalidInputError)
     page = None

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from crl_sdk.tasks._clustering import SHOWN, Clustering
-from crl_sdk.tasks._kmeans import Choice
+from crl_sdk.tasks._clustering import TYPICAL_IMAGES, Clustering
+from crl_sdk.tasks._kmeans import ClusterCount
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def labelled_groups(
     for number in np.unique(clusters):
         members = np.flatnonzero(clusters == number)
         label = int(np.bincount(labels[members]).argmax())
-        shown = np.random.default_rng(0).permutation(members)[:SHOWN]
+        shown = np.random.default_rng(0).permutation(members)[:TYPICAL_IMAGES]
         group = ReportGroup(
             name=values[label],
             size=len(members),
@@ -107,7 +107,7 @@ def described_groups(clustering: Clustering) -> tuple[ReportGroup, ...]:
     )
 
 
-def describe_cluster_count(choice: Choice | None, stability: float | None) -> str:
+def describe_cluster_count(choice: ClusterCount | None, stability: float | None) -> str:
     """Return sentences that say how the number of groups was chosen and how certain it is.
 
     Args:

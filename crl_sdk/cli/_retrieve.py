@@ -28,7 +28,7 @@ from crl_sdk.cli._sources import (
     workbench,
 )
 from crl_sdk.errors import InvalidInputError
-from crl_sdk.tasks._retrieval import PAPER_WEIGHT, Index, captions
+from crl_sdk.tasks._retrieval import PAPER_WEIGHT, Index, condition_captions
 
 
 def retrieve(
@@ -79,7 +79,9 @@ def retrieve(
         loaded = [bench.basis(name, bases, prompt=prompt, model=model) for name in weights]
         require_same_model(asked, loaded)
         require_same_model(material, loaded)
-        condition = bench.embedder.embed_text(captions(but_with)) if but_with.strip() else None
+        condition = (
+            bench.embedder.embed_text(condition_captions(but_with)) if but_with.strip() else None
+        )
     index = Index.project(material.universal, loaded)
     rows = {basis.criterion: basis.projection.apply(asked.universal) for basis in loaded}
     own = [i for i, name in enumerate(material.names) if _same(Path(name), query)]

@@ -23,7 +23,7 @@ from crl_sdk.evaluation._genecis import GeneCis
 from crl_sdk.evaluation._labelled import DataSetError, Labelled
 from crl_sdk.evaluation._similarity import MODES, gallery_scores, recalls
 from crl_sdk.evaluation._texts import Texts, projections
-from crl_sdk.tasks._retrieval import captions
+from crl_sdk.tasks._retrieval import condition_captions
 
 PROTOCOLS = ("clustering", "few-shot")
 UNIVERSAL, CONDITIONAL = "universal", "conditional"
@@ -190,7 +190,7 @@ def run_genecis(
     conditional = projections({"scene": scene}, method)["scene"].apply(universal)
     _tell(step, "embedding the conditions' captions")
     words = sorted({query.condition for query in data.queries})
-    embedded = embed_text([caption for word in words for caption in captions(word)])
+    embedded = embed_text([caption for word in words for caption in condition_captions(word)])
     said = dict(zip(words, embedded.reshape(len(words), -1, embedded.shape[1]), strict=True))
     _tell(step, f"ranking {len(data.queries)} galleries")
     rows = []

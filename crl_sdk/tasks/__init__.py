@@ -7,48 +7,39 @@ from typing import TYPE_CHECKING
 from crl_sdk._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from crl_sdk.tasks._cluster_quality import ClusterQuality, examine
+    from crl_sdk.tasks._cluster_quality import ClusterQuality, assess_clusters
     from crl_sdk.tasks._clustering import Cluster, Clustering, cluster
     from crl_sdk.tasks._few_shot import FewShotClassifier
-    from crl_sdk.tasks._kmeans import Choice, choose_k
-    from crl_sdk.tasks._retrieval import Hits, Index
+    from crl_sdk.tasks._kmeans import ClusterCount, choose_k
+    from crl_sdk.tasks._naming import ClusterName
+    from crl_sdk.tasks._retrieval import Index, SearchResults, condition_captions
     from crl_sdk.tasks._transformer import ConditionalTransformer
 
 __all__ = [
-    "Choice",
     "Cluster",
+    "ClusterCount",
+    "ClusterName",
     "ClusterQuality",
     "Clustering",
     "ConditionalTransformer",
     "FewShotClassifier",
-    "Hits",
     "Index",
+    "SearchResults",
+    "assess_clusters",
     "choose_k",
     "cluster",
-    "examine",
+    "condition_captions",
 ]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "_cluster_quality": (
-            "ClusterQuality",
-            "examine",
-        ),
-        "_clustering": (
-            "Cluster",
-            "Clustering",
-            "cluster",
-        ),
+        "_cluster_quality": ("ClusterQuality", "assess_clusters"),
+        "_clustering": ("Cluster", "Clustering", "cluster"),
         "_few_shot": ("FewShotClassifier",),
-        "_kmeans": (
-            "Choice",
-            "choose_k",
-        ),
-        "_retrieval": (
-            "Hits",
-            "Index",
-        ),
+        "_kmeans": ("ClusterCount", "choose_k"),
+        "_naming": ("ClusterName",),
+        "_retrieval": ("Index", "SearchResults", "condition_captions"),
         "_transformer": ("ConditionalTransformer",),
     },
     extra="tasks",

@@ -1,4 +1,4 @@
-"""The file of a few-shot classifier: one safetensors file with a JSON header, checked when read."""
+"""Read and write classifier files: a safetensors file with a JSON header."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _METADATA_KEY = "crl_classifier"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Learned:
-    """What a classifier is, once it is fitted.
+class ClassifierState:
+    """State of a fitted classifier.
 
     Attributes:
-        classes: c names, sorted, two or more.
-        counts: labelled pictures of each.
-        standardise: whether rows are standardised first.
-        mean: the number that is subtracted then.
-        mean_of: rows it is the mean of.
-        regularisation: C of the regression.
-        coefficients: (c, m) float32.
-        intercepts: (c,) float32.
-        basis: that makes the rows; None where they come from elsewhere.
+        classes: Names of the c classes, sorted; at least two.
+        counts: Number of labelled images of each class.
+        standardise: Whether rows are standardised before the regression.
+        mean: Mean that is subtracted from rows when they are standardised.
+        mean_of: Number of rows that the mean was computed from.
+        regularisation: Parameter C of the regression.
+        coefficients: Coefficients of the regression, shape (c, m), float32.
+        intercepts: Intercepts of the regression, shape (c,), float32.
+        basis: Basis that makes the rows. None if they are made elsewhere.
     """
 
     classes: tuple[str, ...]
@@ -46,7 +46,7 @@ class Learned:
 
 
 class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The JSON in the file's metadata; `sha256` is of the rest of it and all tensors."""
+    """JSON in the metadata of the file. `sha256` covers all other fields and all tensors."""
 
     schema: int
     classes: tuple[str, ...]
@@ -61,28 +61,32 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     sha256: str = ""
 
 
-def encode(learned: Learned) -> bytes:
-    """Serialise a classifier; equal ones give equal bytes.
+def encode_classifier(state: ClassifierState) -> bytes:
+    """Return the bytes of a classifier file. Equal classifiers give equal bytes.
 
-    Returns:
-        A safetensors file: `coefficients` (c, m) and `intercepts` (c,) float32, `basis` (bytes of a
-        basis file) uint8 if there is one, and the rest as JSON in the metadata.
+    The file is a safetensors file with the tensors `coefficients` (c, m) float32, `intercepts`
+    (c,) float32 and, if there is a basis, `basis`, the bytes of its file as uint8. All other
+    fields are JSON in the metadata.
     """
     tensors: dict[str, NDArray[Any]] = {
-        "coefficients": learned.coefficients,
-        "intercepts": learned.intercepts,
+        "coefficients": state.coefficients,
+        "intercepts": state.intercepts,
     }
-    if learned.basis is not None:
-        tensors["basis"] = np.frombuffer(learned.basis.to_bytes(), np.uint8)
-    return seal(_METADATA_KEY, _header(learned), tensors)
+    if state.basis is not None:
+        tensors["basis"] = np.frombuffer(state.basis.to_bytes(), np.uint8)
+    return seal(_METADATA_KEY, _header(state), tensors)
 
 
-def decode(data: bytes, where: str) -> Learned:
-    """Read a classifier from the bytes of its file; `where` names it in errors.
+def decode_classifier(data: bytes, where: str) -> ClassifierState:
+    """Read a classifier from the bytes of its file.
+
+    Args:
+        data: Content of the file.
+        where: Name of the file in errors.
 
     Raises:
-        IntegrityError: it is not a classifier, was changed, or its parts contradict each other.
-        UnsupportedSchemaError: written in a schema this SDK does not read.
+        IntegrityError: If it is not a classifier, was changed, or its parts contradict each other.
+        UnsupportedSchemaError: If it was written in a schema that this SDK does not read.
     """
     from safetensors import SafetensorError
 
@@ -94,7 +98,7 @@ def decode(data: bytes, where: str) -> Learned:
         basis = None
         if header.basis_sha256:
             basis = Basis.from_bytes(tensors["basis"].tobytes(), where=f"{where}: its basis")
-        learned = Learned(
+        state = ClassifierState(
             classes=header.classes,
             counts=header.counts,
             standardise=header.standardise,
@@ -105,10 +109,10 @@ def decode(data: bytes, where: str) -> Learned:
             intercepts=tensors["intercepts"],
             basis=basis,
         )
-        _check(learned)
-        expected = _header(learned)
+        _check(state)
+        expected = _header(state)
         if header != msgspec.structs.replace(expected, sha256=header.sha256):
-            raise InvalidInputError("its basis is not the one that its header names")
+            raise InvalidInputError("its basis is not the one named in its header")
         require_digest(header.sha256, expected, tensors)
     except UnsupportedSchemaError:
         raise
@@ -117,40 +121,40 @@ def decode(data: bytes, where: str) -> Learned:
             f"{where}: not a valid classifier file ({error}); copy it again or make it again with "
             "crl classify fit"
         ) from error
-    return learned
+    return state
 
 
-def _header(learned: Learned) -> _Header:
-    basis = learned.basis
+def _header(state: ClassifierState) -> _Header:
+    basis = state.basis
     return _Header(
         schema=SCHEMA,
-        classes=learned.classes,
-        counts=learned.counts,
+        classes=state.classes,
+        counts=state.counts,
         criterion="" if basis is None else basis.criterion,
         fingerprint="" if basis is None else basis.fingerprint,
         basis_sha256="" if basis is None else basis.sha256(),
-        standardise=learned.standardise,
-        mean=learned.mean,
-        mean_of=learned.mean_of,
-        regularisation=learned.regularisation,
+        standardise=state.standardise,
+        mean=state.mean,
+        mean_of=state.mean_of,
+        regularisation=state.regularisation,
     )
 
 
-def _check(learned: Learned) -> None:
-    weight, bias, c = learned.coefficients, learned.intercepts, len(learned.classes)
-    if weight.ndim != 2 or len(weight) != c or bias.shape != (c,) or len(learned.counts) != c:
+def _check(state: ClassifierState) -> None:
+    weight, bias, c = state.coefficients, state.intercepts, len(state.classes)
+    if weight.ndim != 2 or len(weight) != c or bias.shape != (c,) or len(state.counts) != c:
         raise InvalidInputError(
             f"expected coefficients ({c}, m), intercepts and counts ({c},), got {weight.shape}, "
-            f"{bias.shape} and {len(learned.counts)}"
+            f"{bias.shape} and {len(state.counts)}"
         )
-    if c < 2 or list(learned.classes) != sorted(set(learned.classes)):
-        raise InvalidInputError(f"expected two sorted distinct classes or more, got {c}")
+    if c < 2 or list(state.classes) != sorted(set(state.classes)):
+        raise InvalidInputError(f"expected two or more sorted distinct classes, got {c}")
     if weight.dtype != np.float32 or bias.dtype != np.float32:
         raise InvalidInputError(f"expected float32, got {weight.dtype} and {bias.dtype}")
-    if not (np.isfinite(weight).all() and np.isfinite(bias).all() and np.isfinite(learned.mean)):
+    if not (np.isfinite(weight).all() and np.isfinite(bias).all() and np.isfinite(state.mean)):
         raise InvalidInputError("coefficients hold NaN or infinity")
-    if learned.basis is not None and weight.shape[1] != learned.basis.projection.output_dim:
+    if state.basis is not None and weight.shape[1] != state.basis.projection.output_dim:
         raise InvalidInputError(
-            f"expected coefficients for {learned.basis.projection.output_dim} columns, got "
+            f"expected coefficients for {state.basis.projection.output_dim} columns, got "
             f"{weight.shape[1]}"
         )

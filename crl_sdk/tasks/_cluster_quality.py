@@ -1,7 +1,8 @@
-"""Whether a basis tells these pictures apart: two signals that need no labels, and what they say.
+"""Check without labels whether the clusters of a basis are reliable.
 
-What they cannot see: texts that describe another criterion than the one meant, if pictures differ
-in that. docs/PROJECTIONS.md has how often they are right.
+Two measures are compared with thresholds: how well the clusters separate, and how stable they are.
+They cannot see that the texts describe another criterion than the one meant, if the images differ
+in that other criterion too. docs/PROJECTIONS.md reports how often the checks are right.
 """
 
 from __future__ import annotations
@@ -17,34 +18,49 @@ from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._projection import check_embeddings, normalise_rows
 from crl_sdk.tasks._kmeans import check_rows, kmeans, silhouette, stability
 
-LEAST_SEPARATION = 0.1
-LEAST_STABILITY = 0.75
-"""What separates best in the demo world: 0.08 to 0.12 and 0.7 to 0.8, by which of six criteria is
-left out. The hit rate is measured on each with the pair of the others (`make eval`)."""
+MIN_SEPARATION = 0.1
+"""Separation below which clusters are reported as not reliable.
 
-FEWEST = 30
-"""Pictures below which nothing is said."""
+Chosen on the demo world: with one of the six criteria left out at a time, the best threshold was
+0.08 to 0.12. `make eval` measures the hit rate on each criterion with the thresholds that the other
+five give."""
 
-_DRAWS = 2  # of random directions
+MIN_STABILITY = 0.75
+"""Stability below which clusters are reported as not reliable. Chosen like `MIN_SEPARATION`; the
+best threshold was 0.7 to 0.8."""
+
+MIN_IMAGES = 30
+"""Number of images below which nothing is checked."""
+
+MIN_TEXTS = 3
+"""Number of texts below which separation and stability are not measured."""
+
+MAX_CHECKED_CLUSTERS = 10
+"""Largest number of clusters that is checked by default."""
+
+_RANDOM_DRAWS = 2  # sets of random directions
+_KMEANS_STARTS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterQuality:
-    """How far the conditional embeddings of these pictures can be trusted.
+    """Measures of how reliable the clusters of conditional embeddings are.
 
     Attributes:
-        separation: see `separation_gain`; None with fewer than `FEWEST` pictures or three texts.
-        stability: mean adjusted Rand index of clusterings of 80 % of the pictures with that of all;
-            None likewise.
-        doubts: what to tell the user, one sentence each; empty if nothing speaks against them.
+        separation: Mean silhouette of the clusters minus that of clusters along random directions,
+            -2 to 2; 0 is chance. None with fewer than 30 images or fewer than 3 texts.
+        stability: Mean adjusted Rand index of clusterings of 80 % of the images with the
+            clustering of all of them. None under the same conditions.
+        reasons: Reasons why the clusters are not reliable, one sentence each. Empty if no check
+            failed.
     """
 
     separation: float | None
     stability: float | None
-    doubts: tuple[str, ...]
+    reasons: tuple[str, ...]
 
 
-def examine(
+def assess_clusters(
     universal: NDArray[Any],
     conditional: NDArray[Any],
     text_embeddings: NDArray[np.floating],
@@ -52,47 +68,54 @@ def examine(
     k: int | None = None,
     seed: int = 0,
 ) -> ClusterQuality:
-    """Look for signs that a basis does not tell pictures apart.
+    """Check whether the clusters of conditional embeddings are reliable.
 
     Args:
-        universal: (n, d) float, unit rows.
-        conditional: (n, m) float, their conditional embeddings.
-        text_embeddings: (t, d) float, the texts of the basis.
-        k: clusters to look at; None for the number of texts, 10 at most.
-        seed: of the clusterings and of the random directions.
+        universal: Universal embeddings of n images, shape (n, d), of a float dtype, unit rows.
+        conditional: Conditional embeddings of the same images, shape (n, m), of a float dtype.
+        text_embeddings: Embeddings of the basis' texts, shape (t, d), of a float dtype.
+        k: Number of clusters to check. None for the number of texts, at most 10.
+        seed: Seed of the clusterings and of the random directions.
+
+    Returns:
+        The measures, and the reasons why the clusters are not reliable.
 
     Raises:
-        InvalidInputError: shapes do not fit, or NaN.
-        MissingDependencyError: scikit-learn is not installed.
+        InvalidInputError: If the shapes do not match or a value is NaN.
+        MissingDependencyError: If scikit-learn is not installed.
     """
-    rows, pictures = check_rows(conditional), check_rows(universal)
-    texts = len(check_embeddings(text_embeddings, pictures.shape[1]))
-    if len(rows) != len(pictures):
+    rows, images = check_rows(conditional), check_rows(universal)
+    texts = len(check_embeddings(text_embeddings, images.shape[1]))
+    if len(rows) != len(images):
         raise InvalidInputError(
-            f"expected one conditional row for each of {len(pictures)} pictures, got {len(rows)}"
+            f"expected one conditional row for each of {len(images)} images, got {len(rows)}"
         )
-    if len(rows) < FEWEST:
+    if len(rows) < MIN_IMAGES:
         return ClusterQuality(None, None, ())
-    if texts < 3:
-        said = f"{texts} text{'s' * (texts > 1)} cannot say more than yes or no: add the others"
-        return ClusterQuality(None, None, (said,))
-    clusters = min(k if k is not None else min(texts, 10), len(rows))
-    labels, _ = kmeans(rows, clusters, seed=seed, starts=3)
-    gain = separation_gain(pictures, rows, labels, texts, seed=seed)
-    stable = stability(rows, labels, clusters, seed=seed)
-    doubts = []
-    if gain < LEAST_SEPARATION:
-        doubts.append(
-            "groups are hardly further apart than along any other directions (silhouette "
-            f"{gain:+.2f}): the model may not see what the texts say, or the pictures do not "
-            "differ in it"
+    if texts < MIN_TEXTS:
+        reason = (
+            f"the basis has only {texts} text{'s' * (texts > 1)}: add texts, the groups can be "
+            f"assessed with {MIN_TEXTS} or more"
         )
-    if stable is not None and stable < LEAST_STABILITY:
-        doubts.append(
-            f"groups change with the pictures that are looked at (agreement {stable:.2f} of 1): "
-            "the texts may not be what these pictures differ in"
+        return ClusterQuality(None, None, (reason,))
+    clusters = min(k if k is not None else min(texts, MAX_CHECKED_CLUSTERS), len(rows))
+    labels, _ = kmeans(rows, clusters, seed=seed, starts=_KMEANS_STARTS)
+    separation = separation_gain(images, rows, labels, texts, seed=seed)
+    agreement = stability(rows, labels, clusters, seed=seed)
+    reasons = []
+    if separation < MIN_SEPARATION:
+        reasons.append(
+            "the groups are hardly better separated than groups along random directions "
+            f"(silhouette {separation:+.2f}, expected at least {MIN_SEPARATION:+.2f}): the model "
+            "may not see what the texts describe, or the images do not differ in it"
         )
-    return ClusterQuality(gain, stable, tuple(doubts))
+    if agreement is not None and agreement < MIN_STABILITY:
+        reasons.append(
+            "the groups change with the choice of images "
+            f"(agreement {agreement:.2f}, expected at least {MIN_STABILITY:.2f}): the texts may "
+            "not describe what these images differ in"
+        )
+    return ClusterQuality(separation, agreement, tuple(reasons))
 
 
 def separation_gain(
@@ -103,25 +126,25 @@ def separation_gain(
     *,
     seed: int = 0,
 ) -> float:
-    """Tell how much further groups are apart than along directions that say nothing.
+    """Return how much better clusters separate than clusters along random directions.
 
     Args:
-        universal: (n, d) float32, unit rows.
-        conditional: (n, m) float32, their conditional embeddings.
-        labels: the group of each row, (n,) int64.
-        texts: random directions to draw, as many as the basis has texts; 2 or more.
-        seed: of the random directions and their clusterings.
+        universal: Universal embeddings of n images, shape (n, d), float32, unit rows.
+        conditional: Conditional embeddings of the same images, shape (n, m), float32.
+        labels: Cluster of each image, shape (n,), int64.
+        texts: Number of random directions in a draw: the number of texts of the basis, at least 2.
+        seed: Seed of the random directions and of their clusterings.
 
     Returns:
-        The mean silhouette of the groups, less the mean of what as many groups have in `centred`
-        conditional embeddings of random directions; -2 to 2, 0 is chance.
+        Mean silhouette of the clusters, minus the mean silhouette of as many clusters of `centred`
+        conditional embeddings of random directions. -2 to 2; 0 is chance.
     """
     rng = np.random.default_rng(seed)
     k = int(labels.max()) + 1
     chance = []
-    for draw in range(_DRAWS):
+    for draw in range(_RANDOM_DRAWS):
         drawn = rng.standard_normal((texts, universal.shape[1])).astype(np.float32)
         rows = make_projection(normalise_rows(drawn, "l2"), "centred").apply(universal)
-        found, _ = kmeans(rows, k, seed=seed + draw, starts=3)
+        found, _ = kmeans(rows, k, seed=seed + draw, starts=_KMEANS_STARTS)
         chance.append(silhouette(rows, found, seed=seed))
     return silhouette(conditional, labels, seed=seed) - float(np.mean(chance))

@@ -1,4 +1,4 @@
-"""A classifier learned from a handful of labelled pictures, kept in one file without pickle."""
+"""Few-shot classification: learn classes from a few labelled images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from crl_sdk.basis._basis import Basis
 from crl_sdk.errors import BasisMismatchError, InvalidInputError, MissingDependencyError
 from crl_sdk.projection._projection import EPSILON, check_embeddings
 from crl_sdk.storage._atomic_files import write_atomically
-from crl_sdk.tasks._classifier_file import Learned, decode, encode
+from crl_sdk.tasks._classifier_file import (
+    ClassifierState,
+    decode_classifier,
+    encode_classifier,
+)
 from crl_sdk.tasks._kmeans import check_rows
 
 _FOLDS = 5
@@ -24,15 +28,25 @@ _log = logging.getLogger(__name__)
 
 
 class FewShotClassifier:
-    """Logistic regression on conditional embeddings, from a few labelled pictures per class.
+    """Logistic regression on conditional embeddings, with a few labelled images per class.
 
-    As in Conditional Representation Learning (arXiv 2510.04564): rows less the mean of all their
-    values, each divided by its own unbiased standard deviation, then L2-regularised logistic
-    regression over all classes at once (C = 1).
+    The method is that of Conditional Representation Learning (arXiv 2510.04564). The mean of all
+    values of all rows is subtracted, and each row is divided by its own unbiased standard
+    deviation. Then an L2-regularised multinomial logistic regression (C = 1) is fitted.
 
-    The probabilities are the regression's own. They are **not calibrated**: with a few pictures
-    per class there is nothing to calibrate on, and they say which class is likelier, not how often
-    that is right. `cross_validate` tells the latter, as far as the labelled pictures allow.
+    The probabilities come directly from the regression and are **not calibrated**, because a few
+    images per class are too few to calibrate on. They say which class is more likely, not how
+    often the prediction is right. `cross_validate` estimates that from the labelled images.
+
+    A fitted classifier predicts without scikit-learn. Its file contains no pickle.
+
+    Example:
+        >>> import numpy as np
+        >>> from crl_sdk.tasks import FewShotClassifier
+        >>> rows = np.eye(4, dtype=np.float32)
+        >>> classifier = FewShotClassifier().fit(rows, ["red", "red", "blue", "blue"])
+        >>> classifier.predict(rows[:1])
+        ['red']
     """
 
     def __init__(
@@ -42,50 +56,57 @@ class FewShotClassifier:
         standardise: bool = True,
         regularisation: float = 1.0,
     ) -> None:
-        """Store how to learn.
+        """Store the settings.
 
         Args:
-            basis: that makes the rows. It is kept in the classifier's file, which then needs
-                nothing else but its model to classify pictures; `project` uses it. None where rows
-                come from elsewhere.
-            standardise: bring rows to the paper's form first.
-            regularisation: C of the regression, more than 0; less of it regularises more.
+            basis: Basis that makes the rows. `project` uses it, and it is stored in the classifier
+                file, so that this file and the bundle are enough to classify images. None if the
+                rows are made elsewhere.
+            standardise: Whether to standardise the rows as in the paper.
+            regularisation: Parameter C of the regression, above 0. Smaller values regularise more.
 
         Raises:
-            InvalidInputError: `regularisation` is not above 0.
+            InvalidInputError: If `regularisation` is not above 0.
         """
         if not (np.isfinite(regularisation) and regularisation > 0):
             raise InvalidInputError(f"expected regularisation > 0, got {regularisation}")
         self.basis = basis
         self.standardise = standardise
         self.regularisation = float(regularisation)
-        self._learned: Learned | None = None
+        self._state: ClassifierState | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, sorted: the columns of `predict_proba`."""
-        return self._known().classes
+        return self._fitted().classes
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Labelled pictures that each class was learned from."""
-        learned = self._known()
-        return dict(zip(learned.classes, learned.counts, strict=True))
+        """Number of labelled images of each class."""
+        state = self._fitted()
+        return dict(zip(state.classes, state.counts, strict=True))
 
     @property
     def singletons(self) -> tuple[str, ...]:
-        """Classes that were learned from one picture: what varies within them is not known."""
+        """Classes with only one labelled image. Their variation is unknown."""
         return tuple(name for name, count in self.counts.items() if count == 1)
 
     def project(self, universal: NDArray[Any]) -> NDArray[np.float32]:
-        """Give the rows (n, m) float32 of universal embeddings (n, d).
+        """Return the conditional embeddings of universal embeddings.
+
+        Args:
+            universal: Universal embeddings, shape (n, d), of a float dtype, unit rows.
+
+        Returns:
+            Conditional embeddings, shape (n, m), float32.
 
         Raises:
-            InvalidInputError: the classifier has no basis, or a shape or value is wrong.
+            InvalidInputError: If the classifier has no basis, or a shape or value is wrong.
         """
         if self.basis is None:
             raise InvalidInputError(
-                "this classifier has no basis: pass conditional rows, or FewShotClassifier(basis)"
+                "this classifier has no basis: pass conditional rows, or make it with "
+                "FewShotClassifier(basis)"
             )
         return self.basis.projection.apply(universal)
 
@@ -97,23 +118,24 @@ class FewShotClassifier:
         classes: Sequence[str] | None = None,
         unlabelled: NDArray[Any] | None = None,
     ) -> FewShotClassifier:
-        """Learn from labelled rows; a class with one picture is learned, and logged.
+        """Fit the classifier to labelled rows. Classes with only one image are logged.
 
         Args:
-            rows: (n, m) float, conditional embeddings.
-            labels: n names of classes.
-            classes: all names that are expected; None takes those of the labels.
-            unlabelled: (u, m) float, rows to be classified later. With them the mean is that of
-                all rows, as in the paper (transductive); without, of the labelled ones alone, so
-                that a prediction does not hang on its neighbours (inductive).
+            rows: Conditional embeddings, shape (n, m), of a float dtype.
+            labels: Name of the class of each row.
+            classes: Names of all classes. None to take them from `labels`.
+            unlabelled: Conditional embeddings to be classified later, shape (u, m), of a float
+                dtype. With them, the mean is computed from all rows, as in the paper
+                (transductive). Without them, it is computed from the labelled rows only, so that
+                a prediction does not depend on the other rows (inductive).
 
         Returns:
-            itself.
+            The classifier itself.
 
         Raises:
-            InvalidInputError: rows hold NaN or do not fit the labels or the basis; labels are not
-                strings, of one class only, or none of an expected class.
-            MissingDependencyError: scikit-learn is not installed.
+            InvalidInputError: If rows hold NaN or do not match the labels or the basis, if labels
+                are not strings or all equal, or if a class has no label.
+            MissingDependencyError: If scikit-learn is not installed.
         """
         checked = self._check(rows)
         names, codes = _check_labels(labels, len(checked), classes)
@@ -122,51 +144,53 @@ class FewShotClassifier:
             raise InvalidInputError(
                 f"expected unlabelled rows of {checked.shape[1]} columns, got {others.shape[1]}"
             )
-        self._learned = self._learn(checked, names, codes, others)
+        self._state = self._learn(checked, names, codes, others)
         if self.singletons:
-            _log.warning("one picture only of: %s", ", ".join(self.singletons))
+            _log.warning("only one labelled image of: %s", ", ".join(self.singletons))
         return self
 
     def predict_proba(self, rows: NDArray[Any]) -> NDArray[np.float32]:
-        """Give each row's probabilities, (n, c) float32, a column for each of `classes`.
-
-        They are not calibrated: see the class.
+        """Return the probability of each class for each row. It is not calibrated.
 
         Args:
-            rows: (n, m) float, conditional embeddings; n may be 0.
+            rows: Conditional embeddings, shape (n, m), of a float dtype; n may be 0.
+
+        Returns:
+            Probabilities, shape (n, c), float32, with one column for each of `classes`.
 
         Raises:
-            InvalidInputError: nothing was fitted, or rows are of another width or hold NaN.
+            InvalidInputError: If the classifier is not fitted, or rows have the wrong width or
+                hold NaN.
         """
-        learned = self._known()
-        checked = check_embeddings(rows, learned.coefficients.shape[1])
-        if learned.standardise:
-            checked = standardise_rows(checked, learned.mean)
-        scores = (checked @ learned.coefficients.T).astype(np.float64) + learned.intercepts
+        state = self._fitted()
+        checked = check_embeddings(rows, state.coefficients.shape[1])
+        if state.standardise:
+            checked = standardise_rows(checked, state.mean)
+        scores = (checked @ state.coefficients.T).astype(np.float64) + state.intercepts
         powers = np.exp(scores - scores.max(axis=1, keepdims=True))
         return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float32)
 
     def predict(self, rows: NDArray[Any]) -> list[str]:
-        """Give each row's likeliest class; see `predict_proba`."""
+        """Return the most likely class of each row. See `predict_proba`."""
         classes = self.classes
         return [classes[i] for i in self.predict_proba(rows).argmax(axis=1)]
 
     def cross_validate(self, rows: NDArray[Any], labels: Sequence[str]) -> float | None:
-        """Give the share of labelled rows that is classified right by a classifier without them.
+        """Return the accuracy of stratified cross-validation on labelled rows.
 
-        Stratified folds, five at most and no more than the smallest class has pictures. With few
-        pictures it is a rough figure: of 20 right ones, one more or less is 5 %.
+        The number of folds is five, or the number of images of the smallest class if that is less.
+        With few images the accuracy is rough: of 20 images, one more or less is 5 %.
 
         Args:
-            rows: (n, m) float, conditional embeddings.
-            labels: n names of classes.
+            rows: Conditional embeddings, shape (n, m), of a float dtype.
+            labels: Name of the class of each row.
 
         Returns:
-            0 to 1; None if a class has one picture.
+            Accuracy, 0 to 1. None if a class has only one image.
 
         Raises:
-            InvalidInputError: see `fit`.
-            MissingDependencyError: scikit-learn is not installed.
+            InvalidInputError: If `fit` would refuse the arguments.
+            MissingDependencyError: If scikit-learn is not installed.
         """
         checked = self._check(rows)
         names, codes = _check_labels(labels, len(checked), None)
@@ -182,53 +206,60 @@ class FewShotClassifier:
             part = FewShotClassifier(
                 standardise=self.standardise, regularisation=self.regularisation
             )
-            part._learned = part._learn(checked[learn], names, codes[learn], checked[:0])
+            part._state = part._learn(checked[learn], names, codes[learn], checked[:0])
             right += int((part.predict_proba(checked[test]).argmax(axis=1) == codes[test]).sum())
         return right / len(checked)
 
     def require_fingerprint(self, fingerprint: str) -> None:
-        """Refuse to be used with another model.
+        """Check that the classifier was made for a model.
+
+        Args:
+            fingerprint: Fingerprint of the model.
 
         Raises:
-            BasisMismatchError: `fingerprint` is not that of the classifier's basis.
+            BasisMismatchError: If the basis of the classifier was made for another model.
         """
         if self.basis is not None and self.basis.fingerprint != fingerprint:
             raise BasisMismatchError(
-                f"this classifier by {self.basis.criterion!r} was learned on model "
-                f"{self.basis.fingerprint[:12]}…, this bundle is {fingerprint[:12]}…: name the "
-                "bundle it was learned with, or fit it again"
+                f"this classifier for {self.basis.criterion!r} was fitted with model "
+                f"{self.basis.fingerprint[:12]}…, this bundle is {fingerprint[:12]}…: use the "
+                "bundle it was fitted with, or fit it again"
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the classifier, with its basis; the file is replaced whole or not at all.
+        """Write the classifier and its basis to a file. The file is replaced atomically.
+
+        Args:
+            path: Path of the file.
 
         Raises:
-            InvalidInputError: nothing was fitted, or the file cannot be written.
+            InvalidInputError: If the classifier is not fitted or the file cannot be written.
         """
         write_atomically(Path(path), self.to_bytes(), InvalidInputError)
 
     def to_bytes(self) -> bytes:
-        """Serialise the classifier as a safetensors file; equal ones give equal bytes.
+        """Return the bytes of the classifier file. Equal classifiers give equal bytes.
 
         Raises:
-            InvalidInputError: nothing was fitted.
+            InvalidInputError: If the classifier is not fitted.
         """
-        return encode(self._known())
+        return encode_classifier(self._fitted())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, fingerprint: str = "") -> FewShotClassifier:
-        """Read a classifier's file and check it.
+        """Read a classifier file and check it.
 
         Args:
-            path: of the file.
-            fingerprint: of the model whose pictures are to be classified; empty to leave that to
-                `require_fingerprint`.
+            path: Path of the file.
+            fingerprint: Fingerprint of the model whose embeddings are to be classified. Empty to
+                skip this check; call `require_fingerprint` later.
 
         Raises:
-            InvalidInputError: the file cannot be read.
-            IntegrityError: it is not a classifier, was changed, or its parts contradict each other.
-            UnsupportedSchemaError: written in a schema this SDK does not read.
-            BasisMismatchError: it was learned on another model.
+            InvalidInputError: If the file cannot be read.
+            IntegrityError: If it is not a classifier, was changed, or its parts contradict each
+                other.
+            UnsupportedSchemaError: If it was written in a schema that this SDK does not read.
+            BasisMismatchError: If it was fitted with another model.
         """
         try:
             data = Path(path).read_bytes()
@@ -243,17 +274,20 @@ class FewShotClassifier:
 
     @classmethod
     def from_bytes(cls, data: bytes, *, where: str = "classifier") -> FewShotClassifier:
-        """Read a classifier from the bytes of its file; `where` names it in errors.
+        """Read a classifier from the bytes of its file.
+
+        Args:
+            data: Content of the file.
+            where: Name of the file in errors.
 
         Raises:
-            IntegrityError: it is not a classifier, was changed, or its parts contradict each other.
-            UnsupportedSchemaError: written in a schema this SDK does not read.
+            IntegrityError: If it is not a classifier, was changed, or its parts contradict each
+                other.
+            UnsupportedSchemaError: If it was written in a schema that this SDK does not read.
         """
-        learned = decode(data, where)
-        found = cls(
-            learned.basis, standardise=learned.standardise, regularisation=learned.regularisation
-        )
-        found._learned = learned
+        state = decode_classifier(data, where)
+        found = cls(state.basis, standardise=state.standardise, regularisation=state.regularisation)
+        found._state = state
         return found
 
     def _learn(
@@ -262,8 +296,8 @@ class FewShotClassifier:
         names: tuple[str, ...],
         codes: NDArray[np.int64],
         others: NDArray[np.float32],
-    ) -> Learned:
-        """Learn from checked rows (n, m), each one's place (n,) among the names, and others."""
+    ) -> ClassifierState:
+        """Fit to checked rows (n, m) with codes (n,): positions in `names`."""
         try:
             from sklearn.linear_model import LogisticRegression
         except ImportError as error:
@@ -273,9 +307,9 @@ class FewShotClassifier:
         model = LogisticRegression(C=self.regularisation, max_iter=1000)
         model.fit(standardise_rows(rows, mean) if self.standardise else rows, codes)
         weight, bias = model.coef_, model.intercept_
-        if len(names) == 2:  # one row of it, for the second class against the first
+        if len(names) == 2:  # scikit-learn has one row: the second class against the first
             weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
-        return Learned(
+        return ClassifierState(
             classes=names,
             counts=tuple(int(count) for count in np.bincount(codes)),
             standardise=self.standardise,
@@ -287,36 +321,36 @@ class FewShotClassifier:
             basis=self.basis,
         )
 
-    def _known(self) -> Learned:
-        if self._learned is None:
+    def _fitted(self) -> ClassifierState:
+        if self._state is None:
             raise InvalidInputError("expected a fitted classifier: call fit(rows, labels) first")
-        return self._learned
+        return self._state
 
     def _check(self, rows: NDArray[Any]) -> NDArray[np.float32]:
         checked = check_rows(rows)
         if self.basis is not None and checked.shape[1] != self.basis.projection.output_dim:
             raise InvalidInputError(
                 f"expected rows of basis {self.basis.criterion!r}, "
-                f"{self.basis.projection.output_dim} columns, got {checked.shape[1]}: make them "
-                "with project(universal)"
+                f"{self.basis.projection.output_dim} columns, got {checked.shape[1]}: make the "
+                "rows with project(universal)"
             )
         if self.standardise and checked.shape[1] < 2:
             raise InvalidInputError(
-                "expected rows of two columns or more, since a single one has no standard "
+                "expected rows with two columns or more, because one value has no standard "
                 "deviation: add texts to the basis, or pass standardise=False"
             )
         return checked
 
 
 def standardise_rows(rows: NDArray[np.float32], mean: float) -> NDArray[np.float32]:
-    """Subtract one number from all rows; divide each by its own unbiased standard deviation.
+    """Return (row - mean) / unbiased standard deviation of the row, for each row.
 
     Args:
-        rows: (n, m) float32.
-        mean: of all values of the rows to learn from.
+        rows: Rows, shape (n, m), float32.
+        mean: Mean of all values of the rows to learn from.
 
     Returns:
-        (n, m) float32; a row whose values are all the same becomes zeros.
+        Standardised rows, shape (n, m), float32. Rows whose values are all equal become zeros.
     """
     wide = rows.astype(np.float64)
     centred = wide - wide.mean(axis=1, keepdims=True)
@@ -328,7 +362,7 @@ def standardise_rows(rows: NDArray[np.float32], mean: float) -> NDArray[np.float
 def _check_labels(
     labels: Sequence[str], n: int, classes: Sequence[str] | None
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Give the sorted names of the classes and each label's place among them."""
+    """Return the sorted names of the classes and the position of each label among them."""
     if isinstance(labels, str):
         raise InvalidInputError(f"expected a list of labels, got one string {labels[:40]!r}")
     given = list(labels)
@@ -345,7 +379,7 @@ def _check_labels(
     without = [name for name in names if not counts[name]]
     if without:
         raise InvalidInputError(
-            f"expected at least one picture of each class, there is none of {', '.join(without)}: "
+            f"expected at least one image of each class, there is none of {', '.join(without)}: "
             "label one, or leave the class out"
         )
     strange = sorted(set(counts) - set(names))
@@ -353,8 +387,8 @@ def _check_labels(
         raise InvalidInputError(f"expected labels of {', '.join(names)}, got {strange[0]!r}")
     if len(names) < 2:
         raise InvalidInputError(
-            f"expected labels of two classes or more, got {names[0]!r} only: label some pictures "
-            "that are something else"
+            f"expected labels of two classes or more, got only {names[0]!r}: label some images "
+            "of another class"
         )
     place = {name: i for i, name in enumerate(names)}
     return names, np.array([place[str(label)] for label in given], np.int64)

@@ -1,7 +1,8 @@
-"""How good clusters, rankings and retrieved items are, on plain arrays.
+"""Measures of clusterings and rankings, on plain arrays.
 
-Where scores are equal, the wrong item counts as the better one: an embedding that says nothing must
-not be rewarded for the order in which its items came.
+Among equal scores, wrong items are ranked first. An embedding that carries no information must not
+profit from the order of its items. scikit-learn's ranking measures do not offer this, so they are
+computed here.
 """
 
 from __future__ import annotations
@@ -15,24 +16,29 @@ from numpy.typing import NDArray
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 
 _BLOCK = 1 << 22
-"""Similarities ranked at a time: 16 MiB of them, and about ten times that while they are sorted."""
+"""Number of similarities that are ranked at once: 16 MiB, and ten times as much while sorting."""
 
 
 def clustering_accuracy(labels: NDArray[Any], clusters: NDArray[Any]) -> float:
-    """Give the share of items in the right cluster under the best one-to-one assignment.
+    """Return the share of items in the right cluster under the best one-to-one assignment.
 
-    Each cluster stands for one label at most, and each label for one cluster.
+    Each cluster is assigned at most one label, and each label at most one cluster.
 
     Args:
-        labels: (n,), of any type that can be sorted.
-        clusters: (n,), likewise.
+        labels: True label of each item, shape (n,), of any type that can be sorted.
+        clusters: Cluster of each item, shape (n,), of any type that can be sorted.
 
     Returns:
-        Between 0 and 1.
+        Accuracy, 0 to 1.
 
     Raises:
-        InvalidInputError: the shapes differ, or there are no items.
-        MissingDependencyError: SciPy is not installed.
+        InvalidInputError: If the shapes differ or there are no items.
+        MissingDependencyError: If SciPy is not installed.
+
+    Example:
+        >>> from crl_sdk.tasks._metrics import clustering_accuracy
+        >>> clustering_accuracy(["red", "red", "blue", "blue"], [1, 1, 0, 1])
+        0.75
     """
     try:
         from scipy.optimize import linear_sum_assignment
@@ -53,17 +59,18 @@ def clustering_accuracy(labels: NDArray[Any], clusters: NDArray[Any]) -> float:
 
 
 def ranks(scores: NDArray[np.floating], targets: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Give the place of each query's target among its items, from 0 for the best.
+    """Return the rank of each query's target among its items; 0 is the best.
 
     Args:
-        scores: (q, n) float, higher is better.
-        targets: (q,) integers, the column of each query's target.
+        scores: Score of each item for each query, shape (q, n), of a float dtype. Higher is
+            better.
+        targets: Column of each query's target, shape (q,), integers.
 
     Returns:
-        (q,) int64. Items that score as the target does are placed before it.
+        Ranks, shape (q,), int64. Items with the same score as the target rank before it.
 
     Raises:
-        InvalidInputError: shapes do not fit, a target is out of range, or a score is NaN.
+        InvalidInputError: If the shapes do not match, a target is out of range, or a score is NaN.
     """
     checked = _check_scores(scores)
     if np.shape(targets) != checked.shape[:1] or np.asarray(targets).dtype.kind not in "iu":
@@ -83,18 +90,19 @@ def ranks(scores: NDArray[np.floating], targets: NDArray[np.integer]) -> NDArray
 def recall_at(
     scores: NDArray[np.floating], targets: NDArray[np.integer], ks: Sequence[int] = (1, 2, 3)
 ) -> dict[int, float]:
-    """Give the share of queries whose target is among the k best items.
+    """Return the share of queries whose target is among the k best items.
 
     Args:
-        scores: (q, n) float, higher is better; q >= 1.
-        targets: (q,) integers, the column of each query's target.
-        ks: numbers of items, each >= 1.
+        scores: Score of each item for each query, shape (q, n) with q >= 1, of a float dtype.
+            Higher is better.
+        targets: Column of each query's target, shape (q,), integers.
+        ks: Values of k, each at least 1.
 
     Returns:
-        k → share, between 0 and 1.
+        Share for each k, 0 to 1.
 
     Raises:
-        InvalidInputError: as `ranks`; or no query; or a k below 1.
+        InvalidInputError: If `ranks` refuses the arguments, there is no query, or a k is below 1.
     """
     if not ks or min(ks) < 1:
         raise InvalidInputError(f"expected k >= 1, got {list(ks)}")
@@ -107,20 +115,21 @@ def recall_at(
 def average_precision(
     scores: NDArray[np.floating], relevant: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
-    """Give each query's average precision over all items.
+    """Return the average precision of each query over all its items.
 
-    The mean, over the relevant items, of the share of relevant ones among those ranked as high.
-    A query without a relevant item has 0, as in the code of ASEN (github.com/Maryeon/asenpp).
+    It is the mean over the relevant items of the precision at the rank of that item. A query
+    without a relevant item has 0, as in the code of ASEN (github.com/Maryeon/asenpp).
 
     Args:
-        scores: (q, n) float, higher is better.
-        relevant: (q, n) bool.
+        scores: Score of each item for each query, shape (q, n), of a float dtype. Higher is
+            better.
+        relevant: Whether each item is relevant to each query, shape (q, n), bool.
 
     Returns:
-        (q,) float64, between 0 and 1.
+        Average precision of each query, shape (q,), float64, 0 to 1.
 
     Raises:
-        InvalidInputError: the shapes differ, or a score is NaN.
+        InvalidInputError: If the shapes differ or a score is NaN.
     """
     checked = _check_scores(scores)
     if np.shape(relevant) != checked.shape or np.asarray(relevant).dtype != np.bool_:
@@ -128,7 +137,7 @@ def average_precision(
             f"expected relevant {checked.shape} bool, got {np.shape(relevant)} "
             f"{np.asarray(relevant).dtype}"
         )
-    order = np.lexsort((relevant, -checked), axis=1)  # among equal scores the irrelevant first
+    order = np.lexsort((relevant, -checked), axis=1)  # irrelevant items first among equal scores
     hits = np.take_along_axis(np.asarray(relevant), order, axis=1)
     precision = np.cumsum(hits, axis=1) / np.arange(1, checked.shape[1] + 1)
     return np.asarray((precision * hits).sum(axis=1) / np.maximum(hits.sum(axis=1), 1), np.float64)
@@ -140,19 +149,22 @@ def mean_average_precision(
     query_values: NDArray[np.integer],
     candidate_values: NDArray[np.integer],
 ) -> float:
-    """Rank all candidates for each query by inner product; a candidate of its value is relevant.
+    """Return the mean average precision of searches by inner product.
+
+    All candidates are ranked for each query. A candidate is relevant if its value equals that of
+    the query.
 
     Args:
-        queries: (q, m) float32; unit rows for cosines. q >= 1.
-        candidates: (c, m) float32, c >= 1.
-        query_values: (q,) integers.
-        candidate_values: (c,) integers.
+        queries: Query rows, shape (q, m) with q >= 1, float32. Unit rows rank by cosine.
+        candidates: Candidate rows, shape (c, m) with c >= 1, float32.
+        query_values: Value of each query, shape (q,), integers.
+        candidate_values: Value of each candidate, shape (c,), integers.
 
     Returns:
-        The mean of `average_precision` over the queries.
+        Mean of `average_precision` over the queries, 0 to 1.
 
     Raises:
-        InvalidInputError: shapes do not fit, there are no rows, or one holds NaN.
+        InvalidInputError: If the shapes do not match, there are no rows, or a row holds NaN.
     """
     q, c = len(queries), len(candidates)
     if (

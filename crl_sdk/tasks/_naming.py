@@ -1,4 +1,4 @@
-"""Names for clusters: the texts of a basis that set each of them apart from the other pictures."""
+"""Name clusters by the texts of a basis that tell each cluster from the other images."""
 
 from __future__ import annotations
 
@@ -15,25 +15,28 @@ from crl_sdk.basis._methods import TEXT_COLUMNS
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._projection import check_embeddings
 
-LEAST_STRENGTH = 1.0
-"""Standard deviations by which a text has to set a cluster apart, or it does not name it."""
+MIN_STRENGTH = 1.0
+"""Smallest strength, in standard deviations, of a text that may name a cluster."""
 
-_FLAT = 1e-6  # standard deviation of a score that is the same for all pictures but for rounding
+NO_TEXT = "no matching text"
+"""Name of a cluster that no text of the basis describes."""
+
+_FLAT = 1e-6  # standard deviation of a score that differs between images by rounding only
 
 
 @dataclass(frozen=True, slots=True)
-class Name:
-    """What a cluster is called.
+class ClusterName:
+    """Name of a cluster.
 
     Attributes:
-        text: its texts, separated by commas, or `none fits` if `fits` is false; with a number if
-            another cluster has the same.
-        texts: those that set it apart, the strongest first; more than one only where a cluster
-            before needs as many to be told from it.
-        strengths: of each text, how many standard deviations the mean of its score is higher in
-            the cluster than outside; 0 where there is no outside.
-        fits: whether the first sets it apart by `LEAST_STRENGTH` or more; true where there is no
-            outside. If not, the texts may lack the word for what its pictures share.
+        text: Texts of the cluster, separated by commas, or `no matching text` if `fits` is false.
+            A number is added if another cluster has the same name.
+        texts: Texts that describe the cluster, strongest first. Usually one; more are added until
+            the clusters have different names.
+        strengths: Strength of each text: its mean score inside the cluster minus its mean score
+            outside, in standard deviations. 0 if the cluster holds all images.
+        fits: Whether the first text has a strength of at least 1. True if the cluster holds all
+            images. If false, the basis may lack a text for what the images have in common.
     """
 
     text: str
@@ -48,19 +51,20 @@ def text_scores(
     universal: NDArray[Any] | None = None,
     rows: NDArray[Any] | None = None,
 ) -> NDArray[np.float32]:
-    """Score pictures by the texts of a basis, however its projection was made.
+    """Return the score of each image for each text of a basis.
 
     Args:
-        basis: of k texts.
-        universal: (n, d) float, unit rows; their cosines with the texts are the scores.
-        rows: conditional embeddings (n, m) float, used if `universal` is None and they have one
-            column for each text.
+        basis: Basis with k texts, made by any method.
+        universal: Universal embeddings, shape (n, d), of a float dtype, unit rows. Their cosines
+            with the text embeddings are the scores.
+        rows: Conditional embeddings, shape (n, m), of a float dtype. They are used if `universal`
+            is None and the method of the basis has one column per text.
 
     Returns:
-        (n, k) float32.
+        Scores, shape (n, k), float32.
 
     Raises:
-        InvalidInputError: shapes do not fit; or only rows are given whose columns are not texts.
+        InvalidInputError: If the shapes do not match, or if `universal` is needed.
     """
     if universal is not None:
         checked = check_embeddings(universal, basis.projection.input_dim)
@@ -75,32 +79,33 @@ def text_scores(
 
 def name_clusters(
     labels: NDArray[np.int64], scores: NDArray[np.float32], texts: Sequence[str]
-) -> list[Name]:
-    """Name each cluster by the text whose standardised score is highest in it against outside.
+) -> list[ClusterName]:
+    """Name each cluster by the text that tells it best from the other images.
 
-    Each text's scores are centred over the pictures and divided by their standard deviation, so
-    that what all pictures share (the modality gap, a text that is near everything) does not count.
-    Clusters that would be called the same get the next text of each, until they differ; if they
-    have all texts in the same order, a number. So do those that no text fits.
+    The scores of each text are centred over all images and divided by their standard deviation.
+    What all images have in common (the modality gap, a text that is near every image) therefore
+    does not count. If several clusters have the same name, the next text of each is added until
+    the names differ. If that is not possible, a number is added. Clusters without a matching text
+    get a number too.
 
     Args:
-        labels: each picture's cluster (n,) int64, 0 to c - 1, none of them empty.
-        scores: (n, k) float32, from `text_scores`.
-        texts: the k texts.
+        labels: Cluster of each image, shape (n,), int64, 0 to c - 1. No cluster is empty.
+        scores: Scores from `text_scores`, shape (n, k), float32.
+        texts: The k texts.
 
     Returns:
-        c names.
+        The c names.
     """
-    apart = set_apart(labels, scores)
-    ranked = np.argsort(-apart, axis=1, kind="stable")
-    if len(apart) == 1:  # no outside: the texts nearest to the pictures, as far as that goes
+    strengths = text_strengths(labels, scores)
+    ranked = np.argsort(-strengths, axis=1, kind="stable")
+    if len(strengths) == 1:  # no other images to compare with: take the nearest texts
         ranked = np.argsort(-scores.mean(axis=0, dtype=np.float64), kind="stable")[None]
-    fits = (apart.max(axis=1) >= LEAST_STRENGTH) | (len(apart) == 1)
-    lengths = np.ones(len(apart), np.int64)
+    fits = (strengths.max(axis=1) >= MIN_STRENGTH) | (len(strengths) == 1)
+    lengths = np.ones(len(strengths), np.int64)
     while True:
         chosen = [row[:length] for row, length in zip(ranked, lengths, strict=True)]
         names = [
-            ", ".join(texts[i] for i in row) if fit else "none fits"
+            ", ".join(texts[i] for i in row) if fit else NO_TEXT
             for row, fit in zip(chosen, fits, strict=True)
         ]
         times = Counter(names)
@@ -113,29 +118,32 @@ def name_clusters(
     for cluster, (name, row) in enumerate(zip(names, chosen, strict=True)):
         seen[name] += 1
         found.append(
-            Name(
+            ClusterName(
                 text=f"{name} ({seen[name]})" if times[name] > 1 else name,
                 texts=tuple(texts[i] for i in row),
-                strengths=tuple(float(apart[cluster, i]) for i in row),
+                strengths=tuple(float(strengths[cluster, i]) for i in row),
                 fits=bool(fits[cluster]),
             )
         )
     return found
 
 
-def set_apart(labels: NDArray[np.int64], scores: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Tell how far each text's score is higher in each cluster than outside.
+def text_strengths(labels: NDArray[np.int64], scores: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the strength of each text in each cluster.
+
+    strength = (mean score inside the cluster - mean score outside) / standard deviation of the
+    score over all images.
 
     Args:
-        labels: each picture's cluster (n,) int64, 0 to c - 1, none of them empty.
-        scores: (n, k) float32.
+        labels: Cluster of each image, shape (n,), int64, 0 to c - 1. No cluster is empty.
+        scores: Score of each image for each text, shape (n, k), float32.
 
     Returns:
-        (c, k) float64, in standard deviations of the text's score over all pictures; 0 for a text
-        whose score is the same everywhere, and for a cluster of all pictures.
+        Strengths, shape (c, k), float64. 0 for a text whose score is the same for all images, and
+        for a cluster that holds all images.
     """
     n, sizes = len(labels), np.bincount(labels)
-    apart = np.zeros((len(sizes), scores.shape[1]))
+    strengths = np.zeros((len(sizes), scores.shape[1]))
     for text, column in enumerate(scores.T):
         centred = column - column.mean(dtype=np.float64)
         spread = float(np.sqrt(np.square(centred).mean()))
@@ -143,5 +151,5 @@ def set_apart(labels: NDArray[np.int64], scores: NDArray[np.float32]) -> NDArray
             continue
         sums = np.bincount(labels, weights=centred)
         inside, outside = sums / sizes, (sums.sum() - sums) / np.maximum(n - sizes, 1)
-        apart[:, text] = np.where(sizes < n, inside - outside, 0.0) / spread
-    return apart
+        strengths[:, text] = np.where(sizes < n, inside - outside, 0.0) / spread
+    return strengths

@@ -1,4 +1,4 @@
-"""The nearest pictures under one criterion or several, and "like this picture, but with …"."""
+"""Search images by one or several criteria, or for "this image, but with …"."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from crl_sdk.projection._projection import EPSILON, check_embeddings
 from crl_sdk.tasks._kmeans import check_rows
 
 PLACES = ("left", "right", "top", "lower", "mid")
-"""Where the captions of a condition put it: arXiv 2510.04564."""
+"""Places that the captions of a condition name, after arXiv 2510.04564."""
 
 PAPER_WEIGHT = 10.0
-"""Of the scene against the condition in arXiv 2510.04564, whose scene rows are raw cosines."""
+"""Weight of the scene relative to the condition in arXiv 2510.04564, for bases made by `cosine`."""
 
 _BLOCK_BYTES = 8 << 20
-_DECIMALS = 6  # of a score: float32 holds no more, and copies of a picture tie
+_DECIMALS = 6  # of a score: float32 holds no more, and copies of an image must have equal scores
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Hits:
-    """What was found, the best first; equal scores in the order of the index.
+class SearchResults:
+    """Images that a search found, best first. Equal scores are in the order of the index.
 
     Attributes:
-        positions: (n,) int64, into the index.
-        scores: (n,) float32, what they are ranked by.
-        parts: each part of the score → (n,) float32, before its weight: a criterion's cosine, or
-            `condition` for the similarity with the condition.
-        weights: each part's weight.
+        positions: Positions in the index, shape (n,), int64.
+        scores: Scores that the images are ranked by, shape (n,), float32.
+        parts: Unweighted parts of the scores, each of shape (n,), float32. The keys are criteria,
+            whose part is a cosine, and `condition`, whose part is the similarity with the
+            condition.
+        weights: Weight of each part.
     """
 
     positions: NDArray[np.int64]
@@ -45,26 +46,36 @@ class Hits:
 
 
 class Index:
-    """Pictures to search, as conditional rows of one criterion or several.
+    """Images to search by one or several criteria.
 
-    Nothing is trained: every search compares the query with all rows, in blocks, so that rows may
-    be mapped files larger than memory. It reads them once when it is made and once a search.
+    Every search compares the query with all rows, block by block. The rows may therefore be
+    memory-mapped files larger than memory. They are read once when the index is made and once in
+    every search.
+
+    Example:
+        >>> import numpy as np
+        >>> from crl_sdk.tasks import Index
+        >>> index = Index({"color": np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])})
+        >>> index.nearest(0, n=1).positions.tolist()
+        [1]
     """
 
     def __init__(
         self, rows: Mapping[str, NDArray[Any]], *, universal: NDArray[Any] | None = None
     ) -> None:
-        """Check the rows and take their lengths.
+        """Check the rows and compute their lengths.
 
         Args:
-            rows: criterion → conditional embeddings (n, m) float of the same n pictures, as
-                `Embeddings.conditional` or mapped files of `crl project` have them. May be empty
-                if there are universal embeddings.
-            universal: (n, d) float, unit rows; `but_with` needs them.
+            rows: Conditional embeddings of the same n images for each criterion, shape (n, m), of
+                a float dtype. `Embeddings.conditional` and memory-mapped files of `crl project`
+                have this form. May be empty if `universal` is given.
+            universal: Universal embeddings of the same images, shape (n, d), of a float dtype,
+                unit rows. Only `but_with` needs them.
 
         Raises:
-            CriterionError: a criterion's name is malformed.
-            InvalidInputError: nothing is given, the numbers of pictures differ, or a row holds NaN.
+            CriterionError: If the name of a criterion is malformed.
+            InvalidInputError: If nothing is given, the numbers of images differ, or a row holds
+                NaN.
         """
         self._rows = {normalise_criterion(name): np.asarray(each) for name, each in rows.items()}
         if len(self._rows) != len(rows):
@@ -75,7 +86,7 @@ class Index:
         if len(sizes) != 1 or any(each is None or each.ndim != 2 for each in given):
             shapes = [np.shape(each) for each in given]
             raise InvalidInputError(
-                f"expected rows (n, m) of the same n pictures for each criterion, got {shapes}"
+                f"expected rows (n, m) of the same n images for each criterion, got {shapes}"
             )
         self._size = sizes[0]
         self._scales = {name: _scales(each) for name, each in self._rows.items()}
@@ -84,15 +95,19 @@ class Index:
 
     @classmethod
     def project(cls, universal: NDArray[Any], bases: Sequence[Basis]) -> Index:
-        """Make an index of universal embeddings.
+        """Make an index from universal embeddings.
 
         Args:
-            universal: (n, d) float, unit rows; may be mapped.
-            bases: at least one, of distinct criteria and one model.
+            universal: Universal embeddings, shape (n, d), of a float dtype, unit rows. May be
+                memory-mapped.
+            bases: At least one basis. The criteria must differ, and the model must be the same.
+
+        Returns:
+            Index with the conditional embeddings of each basis.
 
         Raises:
-            BasisMismatchError: the bases are of different models.
-            InvalidInputError: shapes or values are wrong, or a criterion is there twice.
+            BasisMismatchError: If the bases were made for different models.
+            InvalidInputError: If a shape or a value is wrong, or two bases have one criterion.
         """
         if not bases:
             raise InvalidInputError("expected at least one basis, got none")
@@ -105,12 +120,12 @@ class Index:
         return cls(dict(zip(names, rows, strict=True)), universal=universal)
 
     def __len__(self) -> int:
-        """Tell how many pictures there are."""
+        """Return the number of images."""
         return self._size
 
     @property
     def criteria(self) -> tuple[str, ...]:
-        """Criteria that can be searched by."""
+        """Criteria of the index."""
         return tuple(self._rows)
 
     def nearest(
@@ -118,19 +133,25 @@ class Index:
         query: Mapping[str, NDArray[Any]] | int,
         weights: Mapping[str, float] | None = None,
         n: int = 10,
-    ) -> Hits:
-        """Find the pictures nearest to a query: the weighted sum of each criterion's cosine.
+    ) -> SearchResults:
+        """Find the images nearest to a query.
+
+        score = sum over the criteria of weight * cosine.
 
         Args:
-            query: criterion → its row (m,) or (1, m) float; or the position of a picture of the
-                index, which is then left out of what is found.
-            weights: criterion → its weight, not 0; a negative one looks for what is unlike. None
-                weighs all criteria of the query 1.
-            n: pictures at most.
+            query: Row of each criterion, shape (m,) or (1, m), of a float dtype; or the position
+                of an image of the index, which is then left out of the results.
+            weights: Weight of each criterion, not 0. A negative weight prefers dissimilar images.
+                None gives every criterion of the query the weight 1.
+            n: Largest number of results.
+
+        Returns:
+            The best n images.
 
         Raises:
-            CriterionError: a criterion is not in the index or not in the query.
-            InvalidInputError: a row of another length, NaN, a position out of range, n < 1.
+            CriterionError: If a criterion is missing in the index or in the query.
+            InvalidInputError: If a row has the wrong length or holds NaN, the position is out of
+                range, or `n` is below 1.
         """
         own = query if isinstance(query, int | np.integer) else None
         rows = self._own(int(own)) if own is not None else dict(_named(query))  # type: ignore[arg-type]
@@ -154,62 +175,67 @@ class Index:
         scene: str = "scene",
         weight: float | None = PAPER_WEIGHT,
         n: int = 10,
-    ) -> Hits:
-        """Find pictures like this one, but with something said in words.
+    ) -> SearchResults:
+        """Find images that show the scene of a query, but with something described in words.
 
-        score = weight · cos(scene rows) + similarity with the condition, which is the mean cosine
-        of the picture with the captions of `captions(condition)`: the retrieval of Conditional
-        Representation Learning (arXiv 2510.04564) on GeneCIS (arXiv 2306.07969).
+        score = weight * cosine of the scene rows + mean cosine of the image with the captions of
+        the condition. This is the retrieval of Conditional Representation Learning
+        (arXiv 2510.04564) on GeneCIS (arXiv 2306.07969).
 
         Args:
-            query: the picture's row (m,) or (1, m) float of the scene's criterion; or its position
-                in the index, which is then left out.
-            condition: (c, d) float, the embeddings of the captions.
-            scene: the criterion that says what a scene is.
-            weight: of the scene. The paper's 10 belongs to the method `cosine`, where cosines
-                hardly differ between pictures. None gives both parts the same standard deviation
-                over the index, whatever the method.
-            n: pictures at most.
+            query: Row of the query image for the criterion `scene`, shape (m,) or (1, m), of a
+                float dtype; or the position of an image of the index, which is then left out of
+                the results.
+            condition: Text embeddings of `condition_captions(condition)`, shape (c, d), of a float
+                dtype.
+            scene: Criterion that describes scenes.
+            weight: Weight of the scene. The paper's 10 is meant for the method `cosine`, whose
+                cosines hardly differ between images. None gives both parts the same standard
+                deviation over the index, for any method.
+            n: Largest number of results.
+
+        Returns:
+            The best n images.
 
         Raises:
-            CriterionError: the scene's criterion is not in the index.
-            InvalidInputError: the index has no universal embeddings; a wrong shape, NaN, n < 1.
+            CriterionError: If the criterion `scene` is not in the index.
+            InvalidInputError: If the index has no universal embeddings, a shape is wrong, a value
+                is NaN, or `n` is below 1.
         """
         if self._universal is None:
             raise InvalidInputError(
-                "the index has no universal embeddings, which a condition in words is compared "
-                "with: make it with Index(rows, universal=…) or Index.project"
+                "the index has no universal embeddings, and a condition in words is compared with "
+                "those: make the index with Index(rows, universal=…) or Index.project"
             )
         own = int(query) if isinstance(query, int | np.integer) else None
         name = normalise_criterion(scene)
         row = self._own(own)[name] if own is not None and name in self._rows else query
-        likeness = self.cosines(name, row)  # type: ignore[arg-type]
-        captions = check_rows(condition)
-        mean = check_embeddings(captions, self._universal.shape[1]).mean(axis=0)
+        scene_part = self.cosines(name, row)  # type: ignore[arg-type]
+        mean = check_embeddings(check_rows(condition), self._universal.shape[1]).mean(axis=0)
         condition_part = np.concatenate(
             [np.zeros(0, np.float32), *(block @ mean for block in _blocks(self._universal))]
         )
         if weight is None:
-            spread = float(likeness.std(dtype=np.float64))
+            spread = float(scene_part.std(dtype=np.float64))
             weight = float(condition_part.std(dtype=np.float64)) / max(spread, EPSILON)
         if not np.isfinite(weight):
             raise InvalidInputError(f"expected a weight that is a number, got {weight}")
-        parts = {name: likeness, "condition": condition_part}
+        parts = {name: scene_part, "condition": condition_part}
         return self._ranked(parts, {name: weight, "condition": 1.0}, n, own)
 
     def cosines(self, criterion: str, row: NDArray[Any]) -> NDArray[np.float32]:
-        """Give the cosine of all pictures with one row, under one criterion.
+        """Return the cosine of each image with one row, for one criterion.
 
         Args:
-            criterion: of the index.
-            row: (m,) or (1, m) float.
+            criterion: Criterion of the index.
+            row: Row to compare with, shape (m,) or (1, m), of a float dtype.
 
         Returns:
-            (n,) float32; 0 where a row is all zeros.
+            Cosines, shape (n,), float32. 0 for an image whose row is all zeros.
 
         Raises:
-            CriterionError: the criterion is not in the index.
-            InvalidInputError: the row is of another length or holds NaN.
+            CriterionError: If the criterion is not in the index.
+            InvalidInputError: If the row has the wrong length or holds NaN.
         """
         name = normalise_criterion(criterion)
         if name not in self._rows:
@@ -219,7 +245,9 @@ class Index:
         rows = self._rows[name]
         one = check_embeddings(np.atleast_2d(np.asarray(row)), rows.shape[1])
         if len(one) != 1:
-            raise InvalidInputError(f"expected one query row, got {len(one)}: search one by one")
+            raise InvalidInputError(
+                f"expected one query row, got {len(one)}: search for one query at a time"
+            )
         unit = one[0] / max(float(np.linalg.norm(one[0])), EPSILON)
         products = [np.zeros(0, np.float32), *(block @ unit for block in _blocks(rows))]
         return np.asarray(np.concatenate(products) * self._scales[name], np.float32)
@@ -237,15 +265,15 @@ class Index:
         weights: Mapping[str, float],
         n: int,
         own: int | None,
-    ) -> Hits:
+    ) -> SearchResults:
         if n < 1:
             raise InvalidInputError(f"expected n >= 1, got {n}")
         scores = np.zeros(self._size)
         for name, values in parts.items():
             scores += weights[name] * values.astype(np.float64)
-        best = top(np.round(scores, _DECIMALS), n + (own is not None))
+        best = top_positions(np.round(scores, _DECIMALS), n + (own is not None))
         best = best[best != own][:n] if own is not None else best
-        return Hits(
+        return SearchResults(
             positions=best,
             scores=scores[best].astype(np.float32),
             parts={name: values[best] for name, values in parts.items()},
@@ -253,26 +281,36 @@ class Index:
         )
 
 
-def captions(condition: str) -> list[str]:
-    """Give the captions whose mean embedding stands for a condition, such as `a dog`.
+def condition_captions(condition: str) -> list[str]:
+    """Return captions of a condition, such as `a dog`, for `Index.but_with`.
 
-    They are the paper's for GeneCIS: `a photo with a dog on the left`, right, top, lower, mid; `a`
-    is put before a condition without an article. Pass them to `embed_text` of an `Embedder` or a
-    `Client`.
+    The captions are those of arXiv 2510.04564 for GeneCIS. Pass them to `embed_text` of an
+    `Embedder` or a `Client`.
+
+    Args:
+        condition: Condition in words. `a` is put in front of it if it has no article.
+
+    Returns:
+        One caption for each place: left, right, top, lower and mid.
 
     Raises:
-        InvalidInputError: the condition is blank.
+        InvalidInputError: If the condition is blank.
+
+    Example:
+        >>> from crl_sdk.tasks import condition_captions
+        >>> condition_captions("dog")[0]
+        'a photo with a dog on the left'
     """
     words = " ".join(condition.split())
     if not words:
-        raise InvalidInputError("expected a condition in words, such as 'a dog', got none")
+        raise InvalidInputError("expected a condition in words, such as 'a dog', got an empty one")
     if words.split()[0].lower() not in ("a", "an", "the"):
         words = f"a {words}"
     return [f"a photo with {words} on the {place}" for place in PLACES]
 
 
-def top(scores: NDArray[np.floating], n: int) -> NDArray[np.int64]:
-    """Give the positions of the n highest of (s,) scores, highest first, ties by position."""
+def top_positions(scores: NDArray[np.floating], n: int) -> NDArray[np.int64]:
+    """Return the positions of the n highest scores, highest first, equal ones by position."""
     if n < len(scores):
         edge = np.partition(scores, len(scores) - n)[len(scores) - n]
         above = np.flatnonzero(scores > edge)
@@ -288,7 +326,7 @@ def _named(given: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _scales(rows: NDArray[Any]) -> NDArray[np.float32]:
-    """Give 1 / length of each row, 0 for a row of zeros; refuse what is not finite."""
+    """Return 1 / length of each row, and 0 for a row of zeros. Refuse NaN and infinity."""
     lengths = [np.zeros(0, np.float32)]
     for start, block in zip(_starts(rows), _blocks(rows), strict=True):
         values = np.linalg.norm(block, axis=1)
@@ -307,14 +345,14 @@ def _starts(rows: NDArray[Any]) -> range:
 
 
 def _blocks(rows: NDArray[Any]) -> Any:
-    """Give the rows block by block, as float32."""
+    """Yield the rows block by block, as float32."""
     starts = _starts(rows)
     for start in starts:
         yield _as_float32(rows[start : start + starts.step])
 
 
 def _as_float32(block: NDArray[Any]) -> NDArray[np.float32]:
-    """Give a block as float32; refuse what is not a float."""
+    """Return a block as float32. Refuse other than float dtypes."""
     if block.dtype.kind != "f":
         raise InvalidInputError(f"expected rows of a float dtype, got {block.dtype}")
     return block.astype(np.float32, copy=False)

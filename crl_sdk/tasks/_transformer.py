@@ -1,4 +1,4 @@
-"""A scikit-learn transformer: universal embeddings in, conditional embeddings out."""
+"""scikit-learn transformer from universal to conditional embeddings."""
 
 from __future__ import annotations
 
@@ -20,31 +20,33 @@ from crl_sdk.projection._projection import Post, Projection
 
 
 class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # untyped
-    """Conditional embeddings as a step of a pipeline: `post(x @ weight + bias)`.
+    """Pipeline step that returns conditional embeddings, `post(x @ weight + bias)`.
 
-    It learns nothing of X, unless `centre` is set. Criteria, methods and normalisations can be
-    searched like any parameter: `{"crl__criterion": ["color", "shape"], "crl__method": ["cosine",
-    "centred"]}`. Constructor and parameters follow scikit-learn: nothing is checked before `fit`.
+    It learns nothing from X unless `centre` is set. Criterion, method and row normalisation can be
+    searched like any parameter, for example `{"crl__criterion": ["color", "shape"]}` for a step
+    named `crl`. As in all of scikit-learn, parameters are checked in `fit`.
 
     Args:
-        basis: a Basis, the path of its file, or a directory of bases, as `crl basis create` fills
-            it; None to give `text_embeddings`.
-        criterion: which basis of the directory; a basis of another criterion is refused.
-        texts: k texts, the names of the columns; beside `text_embeddings` alone.
-        text_embeddings: (k, d) float, unit rows, as `embed_text` of an `Embedder` or a `Client`
-            gives them.
-        method: how to make the projection of the texts, see `crl_sdk.basis`; None takes that of
-            the basis as it is, and `centred` for texts. Made anew it knows no reference images,
-            and those that begin with `exclusive` cannot be made without a basis' against.
-        post: normalisation of each row; None for the basis' own, or `l2` for texts.
-        centre: take the mean of X in `fit` as that of typical images, which the method removes;
-            the projection is then made anew of the texts.
+        basis: A Basis, the path of its file, or a directory of bases made by `crl basis create`.
+            None if `text_embeddings` is given.
+        criterion: Criterion of the basis in the directory. A basis of another criterion is
+            refused.
+        texts: The k texts, which name the columns. Only together with `text_embeddings`.
+        text_embeddings: Text embeddings from `embed_text` of an `Embedder` or a `Client`, shape
+            (k, d), of a float dtype, unit rows.
+        method: Method that makes the projection from the texts, see `crl_sdk.basis`. None for the
+            projection of the basis as it is, or `centred` with `text_embeddings`. A projection
+            that is made again has no reference images. Methods that need other criteria cannot be
+            used, because `against` is not known here.
+        post: Row normalisation. None for that of the basis, or `l2` with `text_embeddings`.
+        centre: Whether `fit` takes the mean of X as the mean of typical images, which the method
+            removes. The projection is then made again from the texts.
 
     Attributes:
-        projection_: the map, a `Projection`.
-        texts_: the texts, a tuple; None if their names were not given.
-        method_: how it was made.
-        n_features_in_: d.
+        projection_: The projection, a `Projection`.
+        texts_: The texts, a tuple. None if they were not given.
+        method_: Method that made the projection.
+        n_features_in_: Number of columns of X, d.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[m
         post: Post | None = None,
         centre: bool = False,
     ) -> None:
-        """Store the parameters; see the class."""
+        """Store the parameters. See the class for their meaning."""
         self.basis = basis
         self.criterion = criterion
         self.texts = texts
@@ -71,18 +73,18 @@ class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[m
         """Make the projection.
 
         Args:
-            X: (n, d) float, universal embeddings, unit rows.
-            y: not used.
+            X: Universal embeddings, shape (n, d), of a float dtype, unit rows.
+            y: Ignored.
 
         Returns:
-            itself.
+            The transformer itself.
 
         Raises:
-            InvalidInputError: neither a basis nor text embeddings are given, or both; X is of
-                another dimension than they are; a parameter is malformed.
-            BasisError: a basis file cannot be read.
-            IntegrityError: it is not a basis file.
-            ValueError: X is not a finite (n, d) array, as scikit-learn says it.
+            InvalidInputError: If neither or both of `basis` and `text_embeddings` are given, X has
+                another dimension, or a parameter is malformed.
+            BasisError: If a basis file cannot be read.
+            IntegrityError: If a file is not a basis file.
+            ValueError: If X is not a finite (n, d) array (raised by scikit-learn).
         """
         del y
         checked = validate_data(self, X, dtype=[np.float32, np.float64])
@@ -101,26 +103,31 @@ class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[m
         return self
 
     def transform(self, X: Any) -> NDArray[np.float32]:
-        """Give the conditional embeddings of universal ones.
+        """Return the conditional embeddings of universal embeddings.
 
         Args:
-            X: (n, d) float, unit rows.
+            X: Universal embeddings, shape (n, d), of a float dtype, unit rows.
 
         Returns:
-            (n, m) float32.
+            Conditional embeddings, shape (n, m), float32.
 
         Raises:
-            ValueError: X is not a finite (n, d) array, as scikit-learn says it.
+            ValueError: If X is not a finite (n, d) array (raised by scikit-learn).
         """
         check_is_fitted(self)
         checked = validate_data(self, X, dtype=[np.float32, np.float64], reset=False)
         return self.projection_.apply(checked)
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
-        """Name the columns: the texts where each column is one, else `crl0`, `crl1` and on.
+        """Return the names of the columns.
+
+        They are the texts if each column belongs to one text, else `crl0`, `crl1` and so on.
 
         Args:
-            input_features: not used; checked as scikit-learn asks.
+            input_features: Ignored, but checked as scikit-learn requires.
+
+        Returns:
+            Names, shape (m,), object.
         """
         check_is_fitted(self)
         if input_features is not None:
@@ -138,7 +145,7 @@ class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[m
         return np.asarray([f"crl{i}" for i in range(columns)], dtype=object)
 
     def __sklearn_tags__(self) -> Any:
-        """Tell scikit-learn that the output is float32, whatever the input."""
+        """Declare to scikit-learn that the output is float32 for every input dtype."""
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float32"]
         return tags
@@ -146,16 +153,17 @@ class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[m
     def _source(
         self, dim: int
     ) -> tuple[NDArray[Any], tuple[str, ...] | None, Projection | None, Method, Post]:
-        """Give text embeddings, texts, the projection as it is if there is one, method and post."""
+        """Return text embeddings, texts, the projection of the basis if any, method and post."""
         if (self.basis is None) == (self.text_embeddings is None):
             raise InvalidInputError(
-                "expected either basis=, a Basis or its path, or text_embeddings= (k, d); got "
+                "expected either basis= (a Basis or its path) or text_embeddings= (k, d), got "
                 + ("neither" if self.basis is None else "both")
             )
         if self.basis is not None:
             if self.texts is not None:
                 raise InvalidInputError(
-                    "expected texts= beside text_embeddings= alone: a basis has its own"
+                    "expected texts= only together with text_embeddings=: leave it out, because a "
+                    "basis has its own texts"
                 )
             basis = self._basis(self.basis)
             return (
@@ -182,14 +190,14 @@ class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[m
         elif Path(given).is_dir():
             if self.criterion is None:
                 raise InvalidInputError(
-                    f"{given} is a directory of bases: name one of them with criterion="
+                    f"{given} is a directory of bases: choose one with criterion="
                 )
             return Basis.load(basis_path(Path(given), self.criterion))
         else:
             basis = Basis.load(given)
         if self.criterion is not None and normalise_criterion(self.criterion) != basis.criterion:
             raise InvalidInputError(
-                f"expected a basis of criterion {self.criterion!r}, got one of "
+                f"expected a basis of criterion {self.criterion!r}, got a basis of "
                 f"{basis.criterion!r}: leave criterion= out, or pass the directory of bases"
             )
         return basis

@@ -91,7 +91,7 @@ def test_a_missing_word_is_told_on_the_page_too(crl, folder, tmp_path):
     ask = ["cluster", folder, "--criterion", "color", "--texts", words, "-k", 3, "--json"]
     told = crl(*ask)
     fitting = {each["name"]: each["fits"] for each in told["clusters"]}
-    assert fitting == {"red": True, "green": True, "none fits": False}
+    assert fitting == {"red": True, "green": True, "no matching text": False}
     (doubt,) = told["trust"]["doubts"]
     assert doubt.startswith("1 of 3 groups is like none of the texts")
     assert doubt in Path(told["report"]).read_text(encoding="utf-8")
@@ -104,7 +104,7 @@ def test_doubts_are_told(crl, colours):
     ask = ["cluster", "x.npy", "--criterion", "color", "--texts", colours, "-k", 4]
     told = crl(*ask, "--json")
     assert told["trust"]["separation"] < 0.1 and "may not see" in told["trust"]["doubts"][0]
-    assert "color: groups are hardly further apart" in " ".join(CliRunner().invoke(
+    assert "color: the groups are hardly better separated" in " ".join(CliRunner().invoke(
         app, [str(each) for each in ask]).output.split())  # fmt: skip
 
 
@@ -291,7 +291,7 @@ def test_classify(crl, folder, colours, tmp_path):
         ("file,label\nred-0.jpg\n", "line 2: expected a file and a label"),
         ("file,label\nred-0.jpg,a,b\n", "line 2: expected a file and a label and 2 columns"),
         ("file,label\nred-0.jpg,a\nred-0.jpg,b\n", "line 3: 'red-0.jpg' is 'b' here and 'a'"),
-        ("file,label\nred-0.jpg,a\nred-1.jpg,a\n", "two classes or more, got 'a' only"),
+        ("file,label\nred-0.jpg,a\nred-1.jpg,a\n", "two classes or more, got only 'a'"),
         ("file,label\nred-0.jpg,a\nnone.jpg,b\n", "there is none of b"),
         ("file,label\nno.jpg,a\nnone.jpg,b\n", "none of 2 pictures can be read"),
         (b"file,label\ngr\xfcn.jpg,a\n", "expected CSV in UTF-8"),

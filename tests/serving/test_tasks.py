@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from crl_sdk.tasks import FewShotClassifier, Index, cluster
-from crl_sdk.tasks._retrieval import captions
+from crl_sdk.tasks._retrieval import condition_captions
 
 pytest.importorskip("sklearn")
 
@@ -27,7 +27,9 @@ def test_tasks_through_the_client(client, embedder, pictures):
     index = Index(result.conditional, universal=result.universal)
     nearest = index.nearest({"color": rows[:1]}, n=3).positions
     assert {truth[i] for i in nearest} == {truth[0]} and nearest[0] == 0
-    condition = client.embed_text(captions("a blue square"))
-    np.testing.assert_allclose(condition, embedder.embed_text(captions("a blue square")), atol=1e-5)
+    condition = client.embed_text(condition_captions("a blue square"))
+    np.testing.assert_allclose(
+        condition, embedder.embed_text(condition_captions("a blue square")), atol=1e-5
+    )
     hits = index.but_with(0, condition, scene="color", weight=0.0, n=3)
     assert truth[hits.positions[0]] == "blue"

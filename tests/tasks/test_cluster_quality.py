@@ -1,4 +1,4 @@
-"""Signals of whether a basis tells pictures apart: on planted data, and on the demo world."""
+"""Signals of whether a basis tells images apart: on planted data, and on the demo world."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from crl_export.demo.scenes import render_scene, sample_scene
 from crl_sdk import Embedder, demo_bundle
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._projection import normalise_rows
-from crl_sdk.tasks._cluster_quality import FEWEST, examine, separation_gain
+from crl_sdk.tasks._cluster_quality import MIN_IMAGES, assess_clusters, separation_gain
 from crl_sdk.tasks._kmeans import kmeans, silhouette
 
 sklearn_silhouette = pytest.importorskip("sklearn.metrics").silhouette_score
@@ -17,7 +17,7 @@ D = 32
 
 
 def planted(n=300, seed=0):
-    """Pictures in five groups along the first four axes, noise along all others."""
+    """Images in five groups along the first four axes, noise along all others."""
     rng = np.random.default_rng(seed)
     rows = 0.05 * rng.standard_normal((n, D))
     rows[:, :4] += np.concatenate([np.eye(4), -np.ones((1, 4))])[rng.integers(0, 5, n)]
@@ -30,22 +30,22 @@ def test_separation_is_the_silhouette_over_that_of_directions_that_say_nothing()
     drawn = normalise_rows(noise @ rng.standard_normal((D, 5)).astype(np.float32), "l2")
     labels, _ = kmeans(drawn, 5, starts=3)
     assert abs(separation_gain(noise, drawn, labels, 5)) < 0.05  # it says no more than they do
-    pictures = planted()
-    rows = normalise_rows(pictures[:, :4], "l2")
+    images = planted()
+    rows = normalise_rows(images[:, :4], "l2")
     labels, _ = kmeans(rows, 5, starts=3)
     own = sklearn_silhouette(rows, labels)
-    gain = separation_gain(pictures, rows, labels, 5)
-    assert 0.2 < gain < own and gain == separation_gain(pictures, rows, labels, 5)
+    gain = separation_gain(images, rows, labels, 5)
+    assert 0.2 < gain < own and gain == separation_gain(images, rows, labels, 5)
     assert silhouette(rows, labels) == pytest.approx(own, abs=1e-6)
     assert silhouette(rows, np.zeros(300, np.int64)) == 0.0
 
 
 def test_a_basis_along_what_differs_is_not_doubted_and_one_across_it_is():
-    pictures, axes = planted(), np.eye(D, dtype=np.float32)
-    good = examine(pictures, pictures @ axes[:, :4], axes[:4], k=5)
-    assert good.doubts == () and good.separation > 0.2 and good.stability > 0.95
-    bad = examine(pictures, pictures @ axes[:, 8:14], axes[8:14])
-    assert len(bad.doubts) == 2 and "may not see" in bad.doubts[0]
+    images, axes = planted(), np.eye(D, dtype=np.float32)
+    good = assess_clusters(images, images @ axes[:, :4], axes[:4], k=5)
+    assert good.reasons == () and good.separation > 0.2 and good.stability > 0.95
+    bad = assess_clusters(images, images @ axes[:, 8:14], axes[8:14])
+    assert len(bad.reasons) == 2 and "may not see" in bad.reasons[0]
 
 
 def test_the_demo_world():
@@ -61,22 +61,22 @@ def test_the_demo_world():
             merge_threshold=1.0,  # it has nearly one embedding for all of them
         )
         trusted, doubted = (
-            examine(universal, embedder.project(universal, basis), basis.text_embeddings)
+            assess_clusters(universal, embedder.project(universal, basis), basis.text_embeddings)
             for basis in (shape, other)
         )
-    assert trusted.doubts == () and doubted.doubts
+    assert trusted.reasons == () and doubted.reasons
     assert trusted.separation > doubted.separation
 
 
-def test_few_pictures_and_bad_input():
-    pictures, axes = planted(FEWEST - 1), np.eye(D, dtype=np.float32)
-    assert examine(pictures, pictures[:, :4], axes[:4]).doubts == ()  # too few to say anything
-    pictures = planted(60)
-    with pytest.raises(InvalidInputError, match="one conditional row for each of 60 pictures"):
-        examine(pictures, pictures[:50, :4], axes[:4])
-    two = examine(pictures, pictures[:, :2], axes[:2])
-    assert two.separation is None and "2 texts cannot say more than yes or no" in two.doubts[0]
+def test_few_images_and_bad_input():
+    images, axes = planted(MIN_IMAGES - 1), np.eye(D, dtype=np.float32)
+    assert assess_clusters(images, images[:, :4], axes[:4]).reasons == ()  # too few
+    images = planted(60)
+    with pytest.raises(InvalidInputError, match="one conditional row for each of 60 images"):
+        assess_clusters(images, images[:50, :4], axes[:4])
+    two = assess_clusters(images, images[:, :2], axes[:2])
+    assert two.separation is None and "has only 2 texts" in two.reasons[0]
     with pytest.raises(InvalidInputError, match="NaN"):
-        examine(pictures, np.full((60, 4), np.nan, np.float32), axes[:4])
-    same = np.tile(pictures[:1], (60, 1))
-    assert examine(same, same[:, :4], axes[:4]).doubts
+        assess_clusters(images, np.full((60, 4), np.nan, np.float32), axes[:4])
+    same = np.tile(images[:1], (60, 1))
+    assert assess_clusters(same, same[:, :4], axes[:4]).reasons

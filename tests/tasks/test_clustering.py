@@ -13,7 +13,7 @@ from crl_sdk.tasks import _kmeans as kmeans_module
 from crl_sdk.tasks import choose_k, cluster
 from crl_sdk.tasks._clustering import cohesion
 from crl_sdk.tasks._kmeans import kmeans, mean_silhouette
-from crl_sdk.tasks._naming import LEAST_STRENGTH, name_clusters, set_apart, text_scores
+from crl_sdk.tasks._naming import MIN_STRENGTH, name_clusters, text_scores, text_strengths
 
 pytest.importorskip("sklearn")
 
@@ -41,7 +41,7 @@ def test_planted_clusters_are_counted_and_that_is_sure(k):
     assert choice.k == k and choice.agreement == 1.0
     assert choice.margin > 0.05 and choice.runner_up != k and not choice.weak
     assert set(choice.silhouettes) == set(range(2, 10))
-    found = cluster(rows, most=9)
+    found = cluster(rows, max_k=9)
     assert found.choice.k == found.k == len(found.clusters) == k
     assert found.stability > 0.99
     assert len(set(zip(found.labels.tolist(), truth.tolist(), strict=True))) == k
@@ -56,7 +56,7 @@ def test_without_clusters_it_says_so():
 
 def test_equal_seeds_give_equal_clusters():
     rows, _ = planted(5, 15, noise=0.4)
-    one, two = (cluster(rows, most=7, seed=3) for _ in range(2))
+    one, two = (cluster(rows, max_k=7, seed=3) for _ in range(2))
     np.testing.assert_array_equal(one.labels, two.labels)
     assert one.choice == two.choice
 
@@ -74,7 +74,7 @@ def test_the_silhouette_is_that_of_scikit_learn():
 
 def test_many_rows_are_clustered_from_the_best_start_of_a_sample(monkeypatch):
     rows, truth = planted(4, 50)
-    monkeypatch.setattr(kmeans_module, "_FIT_SAMPLE", 60)
+    monkeypatch.setattr(kmeans_module, "_MAX_START_ROWS", 60)
     labels, centres = kmeans(rows, 4)
     assert len(set(zip(labels.tolist(), truth.tolist(), strict=True))) == 4
     means = np.stack([rows[labels == i].mean(axis=0) for i in range(4)])
@@ -84,7 +84,7 @@ def test_many_rows_are_clustered_from_the_best_start_of_a_sample(monkeypatch):
 def test_clusters_are_numbered_by_size_and_described():
     rows, _ = planted(3, 12)
     rows = np.concatenate([rows[:4], rows[12:24], rows[24:32]])  # 4, 12 and 8
-    found = cluster(rows, 3, basis=basis_of(COLOURS), universal=rows, shown=6)
+    found = cluster(rows, 3, basis=basis_of(COLOURS), universal=rows, typical=6)
     assert [each.size for each in found.clusters] == [12, 8, 4]
     assert [each.name.text for each in found.clusters] == ["green", "blue", "red"]
     for number, each in enumerate(found.clusters):
@@ -108,9 +108,9 @@ def test_set_apart_is_the_standardised_difference_to_outside():
     labels, scores = rng.integers(0, 3, 40), rng.normal(size=(40, 5)).astype(np.float32)
     standard = (scores - scores.mean(0)) / scores.std(0)
     slow = [standard[labels == i].mean(0) - standard[labels != i].mean(0) for i in range(3)]
-    np.testing.assert_allclose(set_apart(labels, scores), slow, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(text_strengths(labels, scores), slow, rtol=1e-4, atol=1e-5)
     scores[:, 2] = 0.3
-    assert not set_apart(labels, scores)[:, 2].any()
+    assert not text_strengths(labels, scores)[:, 2].any()
 
 
 def test_what_all_pictures_share_is_no_name():
@@ -133,7 +133,7 @@ def test_clusters_of_one_name_get_the_next_text():
     names = [name.text for name in name_clusters(labels, scores, ["red", "dark", "light"])]
     assert names[0] != names[1] and len(set(names)) == 3
     same = name_clusters(np.repeat([0, 1], 10), np.zeros((20, 1), np.float32), ["red"])
-    assert [name.text for name in same] == ["none fits (1)", "none fits (2)"]
+    assert [name.text for name in same] == ["no matching text (1)", "no matching text (2)"]
 
 
 def test_a_cluster_that_no_text_sets_apart_is_called_so():
@@ -143,7 +143,7 @@ def test_a_cluster_that_no_text_sets_apart_is_called_so():
     scores += np.random.default_rng(0).normal(0, 0.01, scores.shape).astype(np.float32)
     names = name_clusters(labels, scores, ["cat", "dog"])
     assert [name.fits for name in names] == [True, True, False]
-    assert names[2].text == "none fits" and names[2].strengths[0] < LEAST_STRENGTH
+    assert names[2].text == "no matching text" and names[2].strengths[0] < MIN_STRENGTH
     (alone,) = name_clusters(np.zeros(30, np.int64), scores, ["cat", "dog"])
     assert alone.fits and alone.text in ("cat", "dog")  # there is nothing it could be apart from
 
@@ -206,8 +206,8 @@ def test_one_cluster_and_one_row():
         (np.full((3, 3), np.nan, np.float32), {}, "NaN"),
         (np.eye(3, dtype=np.float32), {"k": 4}, "from 1 to the 3 rows, got 4"),
         (np.eye(3, dtype=np.float32), {"k": 0}, "got 0"),
-        (np.eye(3, dtype=np.float32), {"most": 1}, "most >= 2"),
-        (np.eye(3, dtype=np.float32), {"universal": np.eye(2, dtype=np.float32)}, "same pictures"),
+        (np.eye(3, dtype=np.float32), {"max_k": 1}, "max_k >= 2"),
+        (np.eye(3, dtype=np.float32), {"universal": np.eye(2, dtype=np.float32)}, "same images"),
     ],
 )
 def test_what_cannot_be_clustered(rows, options, words):

@@ -19,7 +19,7 @@ from crl_sdk.errors import (
 )
 from crl_sdk.projection._projection import normalise_rows
 from crl_sdk.tasks import FewShotClassifier
-from crl_sdk.tasks._classifier_file import Learned, encode
+from crl_sdk.tasks._classifier_file import ClassifierState, encode_classifier
 from crl_sdk.tasks._few_shot import standardise_rows
 
 pytest.importorskip("sklearn")
@@ -92,7 +92,7 @@ def test_unlabelled_rows_take_part_in_the_mean_alone():
     others = rows + 0.5
     inductive = FewShotClassifier().fit(rows, labels)
     transductive = FewShotClassifier().fit(rows, labels, unlabelled=others)
-    means = [each._known().mean for each in (inductive, transductive)]
+    means = [each._fitted().mean for each in (inductive, transductive)]
     assert means[0] == pytest.approx(rows.mean(), abs=1e-6)
     assert means[1] == pytest.approx(np.concatenate([rows, others]).mean(), abs=1e-6)
     assert transductive.counts == inductive.counts
@@ -104,7 +104,7 @@ def test_unlabelled_rows_take_part_in_the_mean_alone():
 def test_one_picture_of_a_class_works_and_is_told(caplog):
     rows, labels = labelled()
     made = FewShotClassifier().fit(rows[:11], labels[:11])
-    assert made.singletons == ("red",) and "one picture only of: red" in caplog.text
+    assert made.singletons == ("red",) and "only one labelled image of: red" in caplog.text
     assert made.cross_validate(rows[:11], labels[:11]) is None
 
 
@@ -140,13 +140,13 @@ def test_the_file_has_it_all(fitted, basis, tmp_path):
 
 
 def test_the_format_is_that_of_the_golden_file():
-    made = Learned(
+    made = ClassifierState(
         classes=("blue", "red"), counts=(2, 1), standardise=True, mean=0.125, mean_of=3,
         regularisation=1.0, coefficients=np.array([[0, 0, 0], [1, -2, 0.5]], np.float32),
         intercepts=np.array([0, 0.25], np.float32), basis=Basis.load(GOLDEN_BASIS),
     )  # fmt: skip
     golden = GOLDEN / "classifier.safetensors"
-    assert encode(made) == golden.read_bytes()
+    assert encode_classifier(made) == golden.read_bytes()
     loaded = FewShotClassifier.load(golden)
     assert loaded.classes == ("blue", "red") and loaded.counts == {"blue": 2, "red": 1}
     rows = np.array([[0.5, 0.1, 0.2], [-0.3, 0.4, 0.1]], np.float32)
@@ -228,7 +228,7 @@ GOOD = np.eye(6, dtype=np.float32)
 @pytest.mark.parametrize(
     ("rows", "labels", "options", "words"),
     [
-        (GOOD, ["a"] * 6, {}, "two classes or more, got 'a' only"),
+        (GOOD, ["a"] * 6, {}, "two classes or more, got only 'a'"),
         (GOOD, list("ababa"), {}, "one label for each of 6 rows, got 5"),
         (GOOD, list("ababab"), {"classes": ["a", "b", "c"]}, "there is none of c"),
         (GOOD, list("ababac"), {"classes": ["a", "b"]}, "expected labels of a, b, got 'c'"),

@@ -10,7 +10,7 @@ from crl_sdk.errors import BasisMismatchError, CriterionError, InvalidInputError
 from crl_sdk.projection._projection import normalise_rows
 from crl_sdk.tasks import Index
 from crl_sdk.tasks import _retrieval as retrieval_module
-from crl_sdk.tasks._retrieval import captions, top
+from crl_sdk.tasks._retrieval import condition_captions, top_positions
 
 N = 300
 
@@ -72,8 +72,8 @@ def test_top_against_a_full_sort():
     scores = np.random.default_rng(0).integers(0, 9, 200).astype(np.float64)
     full = sorted(range(200), key=lambda i: (-scores[i], i))
     for n in (1, 2, 50, 199, 200, 201):
-        assert top(scores, n).tolist() == full[:n]
-    assert top(scores[:0], 3).tolist() == []
+        assert top_positions(scores, n).tolist() == full[:n]
+    assert top_positions(scores[:0], 3).tolist() == []
 
 
 def test_but_with_is_the_papers_score():
@@ -97,12 +97,12 @@ def test_but_with_is_the_papers_score():
 
 
 def test_captions_are_the_papers():
-    assert captions(" dog ") == [
+    assert condition_captions(" dog ") == [
         f"a photo with a dog on the {place}" for place in ("left", "right", "top", "lower", "mid")
     ]
-    assert captions("an old car")[0] == "a photo with an old car on the left"
+    assert condition_captions("an old car")[0] == "a photo with an old car on the left"
     with pytest.raises(InvalidInputError, match="condition in words"):
-        captions("  ")
+        condition_captions("  ")
 
 
 def test_an_index_of_universal_embeddings(tmp_path):
@@ -141,10 +141,10 @@ GOOD = {"color": rows_of(3, 0)}
 @pytest.mark.parametrize(
     ("rows", "universal", "words"),
     [
-        ({}, None, "same n pictures"),
-        ({"color": rows_of(3, 0), "shape": rows_of(3, 0, 4)}, None, "same n pictures"),
-        ({"color": rows_of(3, 0)}, rows_of(3, 0, 4), "same n pictures"),
-        ({"color": np.zeros(3, np.float32)}, None, "same n pictures"),
+        ({}, None, "same n images"),
+        ({"color": rows_of(3, 0), "shape": rows_of(3, 0, 4)}, None, "same n images"),
+        ({"color": rows_of(3, 0)}, rows_of(3, 0, 4), "same n images"),
+        ({"color": np.zeros(3, np.float32)}, None, "same n images"),
         ({"color": np.zeros((3, 3), np.int64)}, None, "float dtype"),
         ({"color": np.full((300, 3), np.nan, np.float32)}, None, "row 0 holds NaN"),
         ({"color": rows_of(3, 0), "Color ": rows_of(3, 0)}, None, "each criterion once"),

@@ -131,7 +131,7 @@ def test_criteria_methods_and_posts_are_searched_in_a_pipeline(tmp_path):
         ({}, "got neither"),
         ({"basis": "b", "text_embeddings": unit(2)}, "got both"),
         ({"basis": basis_of("color", ["a", "b"]), "texts": ["a", "b"]}, "a basis has its own"),
-        ({"basis": basis_of("color", ["a", "b"]), "criterion": "mood"}, "got one of 'color'"),
+        ({"basis": basis_of("color", ["a", "b"]), "criterion": "mood"}, "got a basis of 'color'"),
         ({"text_embeddings": unit(2, 8)}, "as wide as X"),
         ({"text_embeddings": unit(2), "texts": ["a"]}, "one distinct text"),
         ({"text_embeddings": unit(2), "texts": ["a", "a"]}, "one distinct text"),
