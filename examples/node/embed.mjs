@@ -1,5 +1,6 @@
-// Conditional embeddings from Node.js: node embed.mjs HOST:PORT CRITERION IMAGE...
-// Prints each image's nearest text of the criterion. Needs `npm install` and a running `crl serve`.
+// Embeds images from Node.js and prints the text of the criterion that fits each image best.
+//
+// Usage: npm install, start `crl serve`, then node embed.mjs HOST:PORT CRITERION IMAGE...
 import { readFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import grpc from "@grpc/grpc-js";
@@ -26,7 +27,7 @@ const call = (service, method, request) =>
     });
   });
 
-// raw little-endian float32, row by row
+// the tensor has little-endian float32 elements, row by row
 const rowsOf = ({ data, shape }) => {
   const floats = new Float32Array(new Uint8Array(data).buffer);
   const [n, m] = shape;
@@ -38,7 +39,7 @@ const reply = await call(EmbeddingService, "Embed", { images, criteria: [criteri
 const { info } = await call(BasisService, "GetBasis", { criterion });
 rowsOf(reply.conditional[0].rows).forEach((row, i) => {
   const status = reply.images[i];
-  // one column per text, so that the largest is the text that fits best
+  // each column belongs to one text; the largest value is the text that fits best
   const best = info.texts[row.indexOf(Math.max(...row))];
   console.log(`${files[i]}\t${status.code === "CODE_OK" ? best : status.message}`);
 });

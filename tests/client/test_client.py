@@ -1,4 +1,4 @@
-"""What the Python clients do beyond one call: resizing, one version in a result, generation."""
+"""Clients: resizing before sending, one version of a basis per result, results, generation."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_resizing_before_sending_changes_no_bit(server):
     with Client(server.address) as far, Client(server.address, ClientOptions(resize=True)) as near:
         there = far.embed(list(pictures.values()), ["color"])
         here = near.embed(list(pictures.values()), ["color"])
-    assert not here.cached.any()  # known by their pixels, so that the cache did not answer
+    assert not here.cached.any()  # the cache knows files, and these were pixels
     for i, name in enumerate(pictures):
         np.testing.assert_array_equal(here.universal[i], there.universal[i], err_msg=name)
     np.testing.assert_array_equal(here["color"], there["color"])

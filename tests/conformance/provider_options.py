@@ -1,7 +1,8 @@
-"""Which options ONNX Runtime's GPU providers know: read from their libraries, which need no GPU.
+"""List the options of ONNX Runtime's GPU providers, found in their libraries. Needs no GPU.
 
-Downloads the wheels (400 MB) and writes `tests/engines/provider_options.json`, against which
-the tests hold `crl_sdk.engines`. Run it when a newer ONNX Runtime is to be supported.
+The script downloads the wheels (400 MB) and writes `tests/engines/provider_options.json`. Tests
+compare the options that `crl_sdk.engines` sets with this file. Run the script to support a newer
+ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ CUDA = (
     "arena_extend_strategy", "cudnn_conv_algo_search", "cudnn_conv_use_max_workspace", "device_id",
     "do_copy_in_default_stream", "enable_cuda_graph", "gpu_mem_limit", "prefer_nhwc", "use_tf32",
 )  # fmt: skip
-"""Documented at onnxruntime.ai; those of them are written down that the library has too."""
+"""Options that are documented at onnxruntime.ai. The file lists those that the library has."""
 
 
 def main() -> None:

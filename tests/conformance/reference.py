@@ -1,4 +1,7 @@
-"""What our own client gets, for the Triton client to compare with: ADDRESS DIRECTORY."""
+"""Save what our own client gets, for the Triton client to compare with.
+
+Arguments: ADDRESS of the server, DIRECTORY for images and embeddings.
+"""
 
 from __future__ import annotations
 

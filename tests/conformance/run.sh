@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Calls a server of this tree with unmodified Triton clients: tritonclient[grpc] and perf_analyzer,
-# in unary, streaming, shared-memory and JPEG modes. They live in a virtual environment of their own,
-# since tritonclient's stubs and ours clash in one process.
+# Calls our server with unmodified Triton clients, tritonclient[grpc] and perf_analyzer, in unary,
+# streaming, shared-memory and JPEG modes. They are installed in a separate virtual environment,
+# because tritonclient's stubs and ours cannot be loaded in one process.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
@@ -10,14 +10,14 @@ window_ms=${WINDOW_MS:-1000}
 mkdir -p "$home"
 
 if [ ! -e "$home/.ready" ]; then
-  echo "installing tritonclient and what its perf_analyzer links to (once) …"
+  echo "installing tritonclient and the libraries of its perf_analyzer (once) …"
   rm -rf "$home/venv" && "$python" -m venv "$home/venv"
   "$home/venv/bin/pip" install --quiet 'tritonclient[grpc]==2.46.0' 'numpy<2'
   "$home/venv/bin/pip" install --quiet --no-deps nvidia-cuda-runtime-cu12
   touch "$home/.ready"
 fi
 if ! ldconfig -p | grep -q 'libb64\.so\.0d' && [ ! -e "$home/libb64" ]; then
-  # perf_analyzer links to Debian's libb64; unpacked here, it needs no root
+  # perf_analyzer needs Debian's libb64; unpacking it here needs no root
   (cd "$home" && { apt-get download -qq libb64-0d || { apt-get update -qq && apt-get download -qq libb64-0d; }; } &&
     dpkg -x libb64-0d_*.deb libb64)
 fi
@@ -41,7 +41,7 @@ address=$("$python" -c 'import json, sys; print(json.load(sys.stdin)["address"])
 "$python" tests/conformance/reference.py "$address" "$work"
 "$home/venv/bin/python" tests/conformance/triton_client.py "$address" "$work"
 
-perf() { # title, then options of perf_analyzer
+perf() { # arguments: a title, then options of perf_analyzer
   echo
   echo "== perf_analyzer, $1: ${*:2}"
   (cd "$work" && LD_LIBRARY_PATH="$libraries" timeout 120 "$OLDPWD/$home/venv/bin/perf_analyzer" \
@@ -56,15 +56,15 @@ perf "JPEG, streaming" -m crl.color --input-data jpeg.json --streaming
 perf "stored embeddings" -m crl-embedding.color
 echo
 if command -v npm >/dev/null; then
-  echo "== Node.js, from proto/ alone"
+  echo "== Node.js, with proto/ only"
   rm -rf "$home/node" && cp -r examples/node "$home/node" && sed -i "s#../../proto#../../../proto#" "$home/node/embed.mjs"
   (cd "$home/node" && npm install --silent --no-audit --no-fund >/dev/null &&
     node embed.mjs "$address" color "$work"/0.jpg "$work"/log) | tee "$work/node"
   grep -q '0.jpg.*\(red\|green\|blue\|yellow\)$' "$work/node" && grep -q 'not a readable image' "$work/node"
 else
-  echo "== Node.js: skipped, there is no npm"
+  echo "== Node.js: skipped, because npm is not installed"
 fi
-echo "== the real bindings of enterprise TensorRT, over empty libraries"
+echo "== bindings of enterprise TensorRT, over empty libraries"
 "$python" tests/conformance/tensorrt_bindings.py
 "$python" tests/conformance/tensorrt_plugin.py
 echo

@@ -1,9 +1,9 @@
-"""Does the code that is written for TensorRT fit its bindings: every name, and every call's arity.
+"""Check that our code for TensorRT matches its bindings: each name, and the arity of each call.
 
-Enterprise TensorRT's libraries are not on PyPI, but its bindings are. They load over empty
-libraries made here with a C compiler, as long as nothing is called. Run as a script, this does so
-for the oldest and the newest version that crl is written for; the unit tests do the same with
-TensorRT-RTX, whose libraries are there.
+The libraries of enterprise TensorRT are not on PyPI, but its bindings are. The bindings load over
+empty libraries, made here with a C compiler, as long as nothing is called. As a script, this checks
+the oldest and the newest version that crl supports. The unit tests check TensorRT-RTX, whose
+libraries are on PyPI.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 VERSIONS = ("10.3.0", "11.4.0.106")
 """JetPack 6 has 10.3, JetPack 7.2.2 and later 11.4."""
 
-HOLDS = {
+CLASSES = {
     "export/tensorrt.py": {
         "trt": "", "builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser",
         "config": "IBuilderConfig", "profile": "IOptimizationProfile", "layer": "ILayer",
@@ -37,14 +37,14 @@ HOLDS = {
         "_cache": "IRuntimeCache",
     },
 }  # fmt: skip
-"""Variables and attributes that hold something of TensorRT's, and its class; empty: the module."""
+"""TensorRT class of our variables and attributes, by file. Empty for the TensorRT module."""
 
 RTX_ONLY = {
     "ComputeCapability", "num_compute_capabilities", "set_compute_capability",
     "REQUIRE_USER_ALLOCATION", "DynamicShapesKernelSpecializationStrategy", "CudaGraphStrategy",
     "create_runtime_config", "IRuntimeConfig", "IRuntimeCache",
 }  # fmt: skip
-"""What the code asks TensorRT-RTX for alone."""
+"""Names that the code uses with TensorRT-RTX only."""
 
 ENTRIES = (
     "getNvOnnxParserVersion", "getPluginRegistry", "getBuilderPluginRegistry",
@@ -52,29 +52,33 @@ ENTRIES = (
     "createInferRuntime_INTERNAL", "createNvOnnxParserRefitter_INTERNAL",
     "createNvOnnxParser_INTERNAL",
 )  # fmt: skip
-"""What the bindings look up when they load."""
+"""Functions that the bindings look up when they load."""
 
 
-def misfits(module: Any, *, rtx: bool) -> tuple[int, list[str]]:
-    """Look up what the code uses.
+def find_mismatches(module: Any, *, rtx: bool) -> tuple[int, list[str]]:
+    """Look up each use of TensorRT in our code.
+
+    Args:
+        module: TensorRT module with the bindings.
+        rtx: Whether this is TensorRT-RTX.
 
     Returns:
-        how many uses were looked up, and what is not there or takes other arguments.
+        Number of uses, and a message for each name that is missing or takes other arguments.
     """
     seen, wrong = 0, []
-    for file, holders in HOLDS.items():
+    for file, holders in CLASSES.items():
         for path, arguments, line in _uses((ROOT / file).read_text(), holders):
             if not rtx and RTX_ONLY & set(path):
                 continue
             seen += 1
-            told = _misfit(module, path, arguments)
+            told = _mismatch(module, path, arguments)
             if told:
                 wrong.append(f"{file}:{line}: {told}")
     return seen, wrong
 
 
 def _uses(code: str, holders: dict[str, str]) -> Iterator[tuple[list[str], int | None, int]]:
-    """Give each use: class and members, how many arguments if it is a call, and its line."""
+    """Yield the class and members of each use, the argument count of a call, and the line."""
     tree = ast.parse(code)
     calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -94,11 +98,11 @@ def _uses(code: str, holders: dict[str, str]) -> Iterator[tuple[list[str], int |
         yield path, len(call.args) if fixed else None, node.lineno
 
 
-def _misfit(module: Any, path: Sequence[str], arguments: int | None) -> str:
+def _mismatch(module: Any, path: Sequence[str], arguments: int | None) -> str:
     found = module
     for i, name in enumerate(path):
         if name == "__init__" or isinstance(found, property):
-            return ""  # of Python, or of an instance
+            return ""  # defined by Python, or known for instances only
         if not hasattr(found, name):
             return f"no {'.'.join(path[: i + 1])}"
         found = getattr(found, name)
@@ -109,12 +113,12 @@ def _misfit(module: Any, path: Sequence[str], arguments: int | None) -> str:
     )
     takes = [_arity(each) for each in signatures if each != "*args, **kwargs"]
     if takes and not any(low <= arguments <= high for low, high in takes):
-        return f"{'.'.join(path)} takes {takes} arguments, is given {arguments}"
+        return f"{'.'.join(path)} takes {takes} arguments, our code passes {arguments}"
     return ""
 
 
 def _arity(signature: str) -> tuple[int, int]:
-    """Give the fewest and most arguments of a pybind11 signature, without self."""
+    """Return the minimum and maximum number of arguments of a pybind11 signature, without self."""
     flat = signature
     while (shorter := re.sub(r"\[[^\[\]]*\]|<[^<>]*>", "", flat)) != flat:
         flat = shorter
@@ -124,7 +128,7 @@ def _arity(signature: str) -> tuple[int, int]:
 
 
 def install_bindings(version: str, folder: Path) -> list[Path]:
-    """Put the bindings of a version of TensorRT into a folder, and make the empty libraries."""
+    """Install the bindings of a TensorRT version into a folder, and make the empty libraries."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
     subprocess.run([*pip, f"tensorrt-cu12-bindings=={version}"], check=True)
     code = "".join(f"void *{name}(void) {{ return 0; }}\n" for name in ENTRIES)
@@ -137,7 +141,7 @@ def install_bindings(version: str, folder: Path) -> list[Path]:
 
 
 def load_bindings(version: str, folder: Path) -> Any:
-    """Import the bindings of a version of TensorRT over empty libraries."""
+    """Import the bindings of a TensorRT version over empty libraries."""
     for library in install_bindings(version, folder):
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     sys.path.insert(0, str(folder / "tensorrt_bindings"))
@@ -145,15 +149,15 @@ def load_bindings(version: str, folder: Path) -> Any:
 
 
 def main() -> None:
-    """Check one version that is named, or each in a process of its own."""
+    """Check the version in the arguments, or each version in a separate process."""
     if not sys.argv[1:]:
         for version in VERSIONS:
             subprocess.run([sys.executable, __file__, version], check=True)
         return
     with tempfile.TemporaryDirectory() as folder:
         module = load_bindings(sys.argv[1], Path(folder))
-        seen, wrong = misfits(module, rtx=False)
-        print("\n".join(wrong) or f"TensorRT {sys.argv[1]}: {seen} uses of its bindings fit")
+        seen, wrong = find_mismatches(module, rtx=False)
+        print("\n".join(wrong) or f"TensorRT {sys.argv[1]}: {seen} uses match its bindings")
         sys.exit(bool(wrong) or seen < 40)
 
 

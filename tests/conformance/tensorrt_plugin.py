@@ -1,7 +1,7 @@
-"""Does enterprise TensorRT's own plugin API take the projection kernel: registered for real.
+"""Register the projection kernel with the plugin API of enterprise TensorRT.
 
-The package is that of the newest version whose bindings are on PyPI, over empty libraries; what a
-network would hand to the plugin is imitated, since no network can be made without them.
+The bindings are those of the newest version on PyPI, over empty libraries. No network can be made
+with empty libraries, so this script imitates what a network would pass to the plugin.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tensorrt_bindings import VERSIONS, install_bindings
 
 
 def main() -> None:
-    """Register the plugin, and ask it what it launches."""
+    """Register the plugin, and check what it launches."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for library in install_bindings(VERSIONS[-1], folder):

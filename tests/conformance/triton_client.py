@@ -1,6 +1,7 @@
-"""Every call that tritonclient[grpc] has for a server, against ours: ADDRESS DIRECTORY.
+"""Make every call that tritonclient[grpc] has against our server.
 
-Runs in an environment with tritonclient and without crl_sdk, whose stubs would clash.
+Arguments: ADDRESS of the server, DIRECTORY that `reference.py` wrote. Runs in an environment
+without crl_sdk, because its stubs and those of tritonclient cannot be loaded in one process.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def shares_memory(client: triton.InferenceServerClient, rows) -> None:
         other = triton.InferRequestedOutput("UNIVERSAL")
         reply = client.infer("crl-pixels.color", [tensor], outputs=[output, other])
         close(shm.get_contents_as_numpy(taken, np.float32, expected.shape), expected)
-        assert reply.as_numpy("UNIVERSAL").shape == (4, 128)  # one shared, one in the message
+        assert reply.as_numpy("UNIVERSAL").shape == (4, 128)  # one is shared, one is in the message
         tensor.set_shared_memory("nowhere", pixels.nbytes)
         fails(lambda: client.infer("crl-pixels.color", [tensor]), "nowhere", "given")
         tensor.set_shared_memory("given", pixels.nbytes, offset=64)

@@ -360,9 +360,9 @@ def test_a_baked_plan_runs_its_basis_alone(gpu, bundle, reference, monkeypatch):
 
 
 def test_every_use_of_tensorrt_fits_the_real_bindings():
-    from conformance.tensorrt_bindings import misfits
+    from conformance.tensorrt_bindings import find_mismatches
 
-    seen, wrong = misfits(toolkit.load_tensorrt("tensorrt-rtx").module, rtx=True)
+    seen, wrong = find_mismatches(toolkit.load_tensorrt("tensorrt-rtx").module, rtx=True)
     assert not wrong and seen > 60
 
 

@@ -1,4 +1,4 @@
-"""Tensors on the wire: every array comes back as it was, and malformed messages are refused."""
+"""Tensor messages: each array comes back unchanged, and malformed messages are refused."""
 
 from __future__ import annotations
 
