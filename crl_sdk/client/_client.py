@@ -20,9 +20,9 @@ from crl_sdk._embeddings import Embeddings
 from crl_sdk._progress import GenerationProgress
 from crl_sdk.client._connection import Connection, typed_error
 from crl_sdk.client._messages import (
-    all_failed,
     embed_request,
-    joined,
+    failed_batch,
+    join_batches,
     read_response,
     stale_parts,
     with_conditional,
@@ -131,7 +131,7 @@ class AsyncClient:
                 f"the bases of {list(criteria)} were replaced {_MAX_REPROJECTIONS} times during "
                 "the call: call again"
             )
-        result = joined(parts)
+        result = join_batches(parts)
         if result.errors and on_error == "raise":
             raise ImageBatchError(dict(result.errors), result)
         return result
@@ -346,7 +346,7 @@ class AsyncClient:
         else:  # reading files and decoding would block the event loop
             request, local = await asyncio.to_thread(embed_request, images, criteria, how)
         if not request.images:
-            return all_failed(local, len(images))
+            return failed_batch(local, len(images))
         response = await self._connection.call(self._embedding.Embed, request)
         if self._model is not None and response.fingerprint != self._model.fingerprint:
             self._model = None  # the server has another model now, which may need other pixels

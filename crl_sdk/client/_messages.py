@@ -152,13 +152,13 @@ def read_response(
     )
 
 
-def all_failed(errors: dict[int, ImageError], count: int) -> Embeddings:
+def failed_batch(errors: dict[int, ImageError], count: int) -> Embeddings:
     """Return the result of a batch of which no image could be sent."""
     none = np.full((count, 0), np.nan, np.float32)
     return Embeddings(none, {}, errors, cached=np.zeros(count, np.bool_))
 
 
-def joined(parts: Sequence[Embeddings]) -> Embeddings:
+def join_batches(parts: Sequence[Embeddings]) -> Embeddings:
     """Return the results of several batches as one.
 
     Args:

@@ -56,12 +56,12 @@ def awkward_images() -> dict[str, object]:
 
 
 def test_resizing_before_sending_changes_no_bit(server):
-    pictures = awkward_images()
+    images = awkward_images()
     with Client(server.address) as far, Client(server.address, ClientOptions(resize=True)) as near:
-        there = far.embed(list(pictures.values()), ["color"])
-        here = near.embed(list(pictures.values()), ["color"])
+        there = far.embed(list(images.values()), ["color"])
+        here = near.embed(list(images.values()), ["color"])
     assert not here.cached.any()  # the cache knows files, and these were pixels
-    for i, name in enumerate(pictures):
+    for i, name in enumerate(images):
         np.testing.assert_array_equal(here.universal[i], there.universal[i], err_msg=name)
     np.testing.assert_array_equal(here["color"], there["color"])
 
