@@ -1,8 +1,8 @@
-"""The server's bases: a directory it owns, read at the start, changed while it runs.
+"""The server's bases: a directory that it owns, reads at the start and changes while it runs.
 
-Readers take a snapshot: an immutable mapping that no later change touches. A change is on disk
-before it is seen, and a file is replaced whole, so that a kill at any moment leaves the old or the
-new basis.
+Readers take a snapshot, an immutable mapping that later changes do not affect. A change is written
+to disk before readers see it, and a file is replaced as a whole: if the process is killed at any
+moment, either the old or the new basis remains.
 """
 
 from __future__ import annotations
@@ -32,17 +32,22 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class StoredBasis:
-    """A basis with the digest of its file: its version."""
+    """A basis and its version.
+
+    Attributes:
+        basis: Basis.
+        sha256: SHA-256 of its file, in hexadecimal.
+    """
 
     basis: Basis
     sha256: str
 
 
 class BasisStore:
-    """Bases of one model in one directory. Changes come from any thread, one at a time."""
+    """Bases of one model in one directory. Any thread may change them; changes run one by one."""
 
     def __init__(self, directory: Path, fingerprint: str) -> None:
-        """Store where the bases are; `open` reads them."""
+        """Store the directory and the model's fingerprint. `open` reads the bases."""
         self.directory = directory
         self.fingerprint = fingerprint
         self._bases: Mapping[str, StoredBasis] = MappingProxyType({})
@@ -50,27 +55,30 @@ class BasisStore:
         self._lock_file: int | None = None
 
     def open(self) -> None:
-        """Take the directory and read its bases; files that are not of this model are left alone.
+        """Lock the directory and read its bases. Files of another model are skipped and kept.
 
         Raises:
-            BasisError: another server owns the directory, or it cannot be made or read.
+            BasisError: If another server owns the directory, or it cannot be created or read.
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock_file = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise BasisError(f"{self.directory}: cannot be used ({error.strerror})") from error
+            raise BasisError(
+                f"{self.directory}: cannot be used for bases ({error.strerror}); choose another "
+                "directory with --bases"
+            ) from error
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.close()
             raise BasisError(
-                f"{self.directory}: another server owns it; stop that one, or give this one a "
-                "directory of its own with --bases"
+                f"{self.directory}: another server owns it; stop that server, or choose another "
+                "directory with --bases"
             ) from error
-        for leftover in self.directory.glob(f".*{SUFFIX}.*.tmp"):  # of a write that was killed
+        for leftover in self.directory.glob(f".*{SUFFIX}.*.tmp"):  # left by a write that was killed
             leftover.unlink(missing_ok=True)
-        found = {}
+        bases = {}
         for path in sorted(self.directory.glob(f"*{SUFFIX}")):
             try:
                 basis = Basis.load(path)
@@ -80,26 +88,26 @@ class BasisStore:
             except CrlError as error:
                 _log.warning("basis skipped: %s", error)
                 continue
-            found[basis.criterion] = StoredBasis(basis, basis.sha256())
-        self._bases = MappingProxyType(found)
+            bases[basis.criterion] = StoredBasis(basis, basis.sha256())
+        self._bases = MappingProxyType(bases)
 
     def close(self) -> None:
-        """Give the directory back. Idempotent."""
+        """Unlock the directory. It may be called more than once."""
         if self._lock_file is not None:
             os.close(self._lock_file)
             self._lock_file = None
 
     @property
     def snapshot(self) -> Mapping[str, StoredBasis]:
-        """All bases as of now, by criterion; it never changes."""
+        """Immutable mapping from criterion to basis, as of now."""
         return self._bases
 
     def select(self, criteria: Sequence[str]) -> list[StoredBasis]:
-        """Give the bases of criteria, all of one moment.
+        """Return the bases of criteria, all from the same moment.
 
         Raises:
-            CriterionError: a name is malformed or given twice.
-            UnknownCriterionError: there is no basis of a name; lists those there are.
+            CriterionError: If a name is malformed or occurs twice.
+            UnknownCriterionError: If a criterion has no basis. The message lists the known ones.
         """
         bases = self._bases
         names = [normalise_criterion(criterion) for criterion in criteria]
@@ -114,32 +122,39 @@ class BasisStore:
         return [bases[name] for name in names]
 
     def put(self, basis: Basis, *, replace: bool = True) -> tuple[StoredBasis, bool]:
-        """Store a basis; it is on disk when this returns.
+        """Store a basis. It is on disk when this method returns.
+
+        Args:
+            basis: Basis to store.
+            replace: Whether an existing basis of the same criterion is replaced.
 
         Returns:
-            What is stored, and whether it replaced another.
+            The stored basis, and whether it replaced another one.
 
         Raises:
-            BasisMismatchError: it was made for another model.
-            BasisExistsError: there is one of its name already and `replace` is false.
-            BasisError: it cannot be written.
+            BasisMismatchError: If the basis was made for another model.
+            BasisExistsError: If the criterion has a basis already and `replace` is false.
+            BasisError: If the file cannot be written.
         """
         basis.require_fingerprint(self.fingerprint)
         stored = StoredBasis(basis, basis.sha256())
         with self._changing:
             existed = basis.criterion in self._bases
             if existed and not replace:
-                raise BasisExistsError(f"there is a basis {basis.criterion!r} already")
+                raise BasisExistsError(
+                    f"there is a basis {basis.criterion!r} already: delete it first, or allow it "
+                    "to be replaced"
+                )
             basis.save(basis_path(self.directory, basis.criterion))
             self._bases = MappingProxyType({**self._bases, basis.criterion: stored})
         return stored, existed
 
     def delete(self, criterion: str) -> None:
-        """Remove a basis.
+        """Delete a basis and its file.
 
         Raises:
-            UnknownCriterionError: there is none of this name.
-            BasisError: its file cannot be removed.
+            UnknownCriterionError: If the criterion has no basis.
+            BasisError: If the file cannot be deleted.
         """
         with self._changing:
             (stored,) = self.select([criterion])
@@ -148,5 +163,5 @@ class BasisStore:
             try:
                 path.unlink()
             except OSError as error:
-                raise BasisError(f"{path}: cannot be removed ({error.strerror})") from error
+                raise BasisError(f"{path}: cannot be deleted ({error.strerror})") from error
             self._bases = MappingProxyType({k: v for k, v in self._bases.items() if k != name})

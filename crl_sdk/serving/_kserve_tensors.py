@@ -1,4 +1,7 @@
-"""Tensors of KServe requests and replies: raw, typed or in shared memory ↔ images and rows."""
+"""Convert tensors of KServe messages to images, and embeddings to tensors.
+
+A tensor's data may be raw bytes, typed contents, or bytes in shared memory.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ IMAGE, PIXELS, EMBEDDING = "IMAGE", "PIXELS", "EMBEDDING"
 UNIVERSAL, CONDITIONAL = "UNIVERSAL", "CONDITIONAL"
 DATATYPES = {IMAGE: "BYTES", PIXELS: "UINT8", EMBEDDING: "FP32"}
 
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")
+_FILE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")
 
 Parameters = Mapping[str, kserve_pb2.InferParameter]
 
@@ -27,16 +30,17 @@ Parameters = Mapping[str, kserve_pb2.InferParameter]
 def read_images(
     request: kserve_pb2.ModelInferRequest, name: str, memory: SharedMemory
 ) -> list[ImageSource]:
-    """Read the images of a request out of its one input.
+    """Return the images in the only input of a request.
 
     Args:
-        request: of a model.
-        name: the model's input: `IMAGE` (BYTES, shape (n) or (n, 1)), `PIXELS` (UINT8, shape
-            (n, h, w, 3)) or `EMBEDDING` (FP32, shape (n, d)).
-        memory: where inputs in shared memory are.
+        request: Request for a model.
+        name: Name of the model's input: `IMAGE` (BYTES, shape (n) or (n, 1)), `PIXELS` (UINT8,
+            shape (n, h, w, 3)) or `EMBEDDING` (FP32, shape (n, d)).
+        memory: Registered shared memory.
 
     Raises:
-        InvalidInputError: anything else, or data that do not fit their shape.
+        InvalidInputError: If the input has another name, datatype or shape, or if its data do not
+            fit the shape.
     """
     if [part.name for part in request.inputs] != [name]:
         raise InvalidInputError(
@@ -68,16 +72,17 @@ def write_outputs(
     memory: SharedMemory,
     reply: kserve_pb2.ModelInferResponse,
 ) -> None:
-    """Put the outputs that were asked for into the reply, or where the request says.
+    """Write the requested outputs into the reply, or into shared memory if the request says so.
 
     Args:
-        request: none asked for means all.
-        rows: name → (n, columns) float32.
-        memory: where outputs in shared memory go.
-        reply: to fill; shared outputs leave an empty entry in `raw_output_contents`.
+        request: Request, which names outputs; without names all outputs are written.
+        rows: Embeddings by output name, shape (n, columns), float32.
+        memory: Registered shared memory.
+        reply: Reply to fill. An output in shared memory leaves an empty entry in
+            `raw_output_contents`.
 
     Raises:
-        InvalidInputError: shared memory has no room for an output.
+        InvalidInputError: If shared memory has no room for an output.
     """
     wanted: dict[str, Parameters] = {part.name: part.parameters for part in request.outputs}
     for name, parameters in (wanted or {name: {} for name in rows}).items():
@@ -95,10 +100,10 @@ def write_outputs(
 
 
 def check_outputs(request: kserve_pb2.ModelInferRequest, known: list[str]) -> None:
-    """See that the outputs asked for are there, before anything is computed.
+    """Check the names of the requested outputs, before anything is computed.
 
     Raises:
-        InvalidInputError: one is not, or is asked for as a classification.
+        InvalidInputError: If an output does not exist or is requested as a classification.
     """
     for output in request.outputs:
         if output.name not in known:
@@ -107,7 +112,10 @@ def check_outputs(request: kserve_pb2.ModelInferRequest, known: list[str]) -> No
                 + ("; name a criterion" if output.name == CONDITIONAL else "")
             )
         if "classification" in output.parameters:
-            raise InvalidInputError("outputs are embeddings; there is no classification of them")
+            raise InvalidInputError(
+                "expected no parameter `classification`: the outputs are embeddings, which this "
+                "server does not classify"
+            )
 
 
 def _read_encoded(
@@ -119,8 +127,8 @@ def _read_encoded(
     raw = _raw(request, tensor, memory)
     if raw is None:
         images = list(tensor.contents.bytes_contents)
-    elif count == 1 and raw.startswith(_SIGNATURES) and _first_length(raw) > len(raw) - 4:
-        images = [raw]  # perf_analyzer's b64 files come without a length before them
+    elif count == 1 and raw.startswith(_FILE_SIGNATURES) and _first_length(raw) > len(raw) - 4:
+        images = [raw]  # perf_analyzer sends b64 files without a length before them
     else:
         images = []
         at = 0
@@ -130,7 +138,7 @@ def _read_encoded(
             at += 4 + length
         if at != len(raw):
             raise InvalidInputError(
-                f"input {IMAGE}: expected elements of a little-endian uint32 length and as many "
+                f"input {IMAGE}: expected elements of a little-endian uint32 length and that many "
                 f"bytes, got {len(raw)} bytes that end within element {len(images)}"
             )
     if len(images) != count:
@@ -175,14 +183,13 @@ def _raw(
     tensor: kserve_pb2.ModelInferRequest.InferInputTensor,
     memory: SharedMemory,
 ) -> bytes | None:
-    """Give the raw bytes of the only input, or None where its contents are typed."""
+    """Return the raw bytes of the only input, or None if its contents are typed."""
     place = _place(tensor.parameters)
     sources = (place is not None, bool(request.raw_input_contents), tensor.HasField("contents"))
     if sum(sources) != 1 or len(request.raw_input_contents) > 1:
         raise InvalidInputError(
-            f"input {tensor.name}: expected its data in one place of shared memory, "
-            f"raw_input_contents and contents; got {sources[0]:d}, "
-            f"{len(request.raw_input_contents)} and {sources[2]:d}"
+            f"input {tensor.name}: expected its data once, in shared memory, raw_input_contents or "
+            f"contents; got {sources[0]:d}, {len(request.raw_input_contents)} and {sources[2]:d}"
         )
     if place is not None:
         return memory.read(*place)
@@ -190,7 +197,7 @@ def _raw(
 
 
 def _place(parameters: Parameters) -> tuple[str, int, int] | None:
-    """Give region, offset and size where a tensor is in shared memory."""
+    """Return region, offset and size of a tensor in shared memory, or None if it is not there."""
     if "shared_memory_region" not in parameters:
         return None
     return (

@@ -1,7 +1,8 @@
-"""System shared memory of KServe clients: regions by name, read and written without mapping them.
+"""System shared memory of KServe clients: named regions, read and written without mapping them.
 
-A mapped region kills the process that touches it once its owner has cut it short (SIGBUS). Read and
-written through the descriptor, bytes are copied once, and a short region is an error of the call.
+A client can shorten a shared memory object at any time. A process that touches a mapped page beyond
+the new end is killed (SIGBUS). Reading and writing through the file descriptor copies the bytes
+once, and a shortened object is an error of the one call.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ _KEY = re.compile(r"/?[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A part of a POSIX shared memory object, opened.
+    """A part of an open POSIX shared memory object.
 
     Attributes:
-        key: name of the object, as shm_open takes it.
-        offset: where the region starts in it, in bytes.
-        byte_size: of the region.
-        descriptor: of the open object.
+        key: Name of the object, as shm_open takes it.
+        offset: Start of the region in the object, in bytes.
+        byte_size: Size of the region, in bytes.
+        descriptor: File descriptor of the object.
     """
 
     key: str
@@ -36,25 +37,34 @@ class Region:
 
 
 class SharedMemory:
-    """The regions that clients have registered. For one thread: the event loop's."""
+    """The regions that clients have registered. Only the event loop's thread may use it."""
 
     def __init__(self, enabled: bool) -> None:
-        """Store whether clients may register any: whoever may can name any object of this user."""
+        """Store whether clients may register regions.
+
+        A client that may do so can name every shared memory object of this user.
+        """
         self.enabled = enabled
         self.regions: dict[str, Region] = {}
 
     def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
-        """Open an object under a name.
+        """Open a region and register it under a name.
+
+        Args:
+            name: Name of the region in later requests.
+            key: Name of the shared memory object, such as `/frames`.
+            offset: Start of the region in the object, in bytes.
+            byte_size: Size of the region, in bytes.
 
         Raises:
-            NotOfferedError: the operator has not enabled shared memory.
-            InvalidInputError: the name is taken, the key is malformed, there is no such object, or
-                it is too small.
+            NotOfferedError: If the operator has not enabled shared memory.
+            InvalidInputError: If the name is taken, the key is malformed, or the object does not
+                exist or is too small.
         """
         if not self.enabled:
             raise NotOfferedError(
-                "this server takes no shared memory; send the tensors in the message, or ask the "
-                "operator to start it with --shared-memory"
+                "this server does not use shared memory; send the tensors in the message, or ask "
+                "its operator to start it with --shared-memory"
             )
         known = self.regions.get(name)
         if known is not None:
@@ -66,7 +76,7 @@ class SharedMemory:
         if not name or len(self.regions) >= MAX_REGIONS:
             raise InvalidInputError(
                 f"expected a name and at most {MAX_REGIONS} regions, got {name!r} as number "
-                f"{len(self.regions) + 1}; unregister those that are done with"
+                f"{len(self.regions) + 1}; unregister those that are no longer used"
             )
         if not _KEY.fullmatch(key):
             raise InvalidInputError(
@@ -75,23 +85,23 @@ class SharedMemory:
         self.regions[name] = _open(key, offset, byte_size)
 
     def unregister(self, name: str) -> None:
-        """Forget a region, or all of them for an empty name; unknown names are no error."""
+        """Unregister a region, or all regions if `name` is empty. Unknown names are ignored."""
         for known in [name] if name else list(self.regions):
             region = self.regions.pop(known, None)
             if region is not None:
                 os.close(region.descriptor)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
-        """Copy bytes out of a region.
+        """Return a copy of `size` bytes that start at `offset` in a region.
 
         Raises:
-            InvalidInputError: no such region, or the bytes are not within it.
+            InvalidInputError: If the region does not exist or does not contain these bytes.
         """
         region = self._within(name, offset, size)
         data = os.pread(region.descriptor, size, region.offset + offset)
         if len(data) != size:
             raise InvalidInputError(
-                f"the shared memory object {region.key!r} was cut short: {len(data)} of {size} "
+                f"the shared memory object {region.key!r} was shortened: {len(data)} of {size} "
                 "bytes could be read; register it again"
             )
         return data
@@ -100,13 +110,13 @@ class SharedMemory:
         """Copy bytes into a region.
 
         Args:
-            name: of the region.
-            offset: within it.
-            room: bytes that the client has set aside there.
-            data: what to write.
+            name: Name of the region.
+            offset: Start of the output in the region, in bytes.
+            room: Number of bytes that the client has reserved for the output.
+            data: Bytes to write.
 
         Raises:
-            InvalidInputError: no such region, the place is not within it, or it is too small.
+            InvalidInputError: If the region does not exist or has no room for the data.
         """
         region = self._within(name, offset, room)
         if len(data) > room:
@@ -117,7 +127,7 @@ class SharedMemory:
         at = region.offset + offset
         if os.fstat(region.descriptor).st_size < at + len(data):
             raise InvalidInputError(
-                f"the shared memory object {region.key!r} was cut short; register it again"
+                f"the shared memory object {region.key!r} was shortened; register it again"
             )
         os.pwrite(region.descriptor, data, at)
 
@@ -125,12 +135,13 @@ class SharedMemory:
         region = self.regions.get(name)
         if region is None:
             raise InvalidInputError(
-                f"no shared memory region {name!r}; registered are {sorted(self.regions)}"
+                f"no shared memory region {name!r}, known are {sorted(self.regions)}: register it "
+                "first"
             )
         if offset < 0 or size < 0 or offset + size > region.byte_size:
             raise InvalidInputError(
-                f"expected bytes within the {region.byte_size} of the region {name!r}, got "
-                f"{size} from {offset}"
+                f"expected a range within the {region.byte_size} bytes of the region {name!r}, "
+                f"got {size} bytes from offset {offset}"
             )
         return region
 

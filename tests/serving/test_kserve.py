@@ -88,7 +88,7 @@ def test_typed_pixels_and_embeddings(server, stub):
     ("request_", "words"),
     [
         (pb.ModelInferRequest(model_name="crl.color"), ["takes one input, IMAGE", "[]"]),
-        (infer_request(shape=[1, 1]), ["IMAGE", "one place"]),
+        (infer_request(shape=[1, 1]), ["IMAGE", "its data once"]),
         (infer_request(shape=[], raw=b""), ["shape (n"]),
         (infer_request(shape=[-1, 1], raw=b""), ["shape (n"]),
         (infer_request(shape=[1, 2], raw=b""), ["shape (n, 1)"]),
@@ -208,9 +208,9 @@ def test_an_object_cut_short_is_an_error_and_kills_nothing(segment):
     memory = SharedMemory(enabled=True)
     memory.register("all", segment.name, 0, 100)
     os.truncate(segment, 20)
-    with pytest.raises(InvalidInputError, match="cut short"):
+    with pytest.raises(InvalidInputError, match="was shortened"):
         memory.read("all", 0, 100)
-    with pytest.raises(InvalidInputError, match="cut short"):
+    with pytest.raises(InvalidInputError, match="was shortened"):
         memory.write("all", 0, 100, bytes(100))
     memory.unregister("")
 
