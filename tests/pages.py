@@ -1,0 +1,82 @@
+"""Read the pages: their fenced blocks, code spans and shell commands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "benchmarks/LOG.md",
+    ROOT / "benchmarks/results/README.md",
+    ROOT / "crl_sdk/bundles/demo/README.md",
+]
+PAGES += [page for page in [ROOT / "CONTRIBUTING.md"] if page.exists()]
+FOR_USERS = [page for page in PAGES if page.name not in ("ARCHITECTURE.md", "CONTRIBUTING.md")]
+"""Pages that name public parts only."""
+
+FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+_INLINE = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks(page: Path, *languages: str) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(page, text.count("\n", 0, match.start()) + 1, match[2], match[3])
+        for match in FENCE.finditer(text)
+        if match[2] in languages
+    ]
+
+
+def inline(page: Path) -> list[str]:
+    """Return the code spans of the prose, with line breaks as spaces."""
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    return [" ".join(span.split()) for span in _INLINE.findall(prose)]
+
+
+def commands(page: Path) -> list[tuple[str, list[str]]]:
+    """Return the shell commands of a page, each as where it is and its words.
+
+    A pipeline or a list of commands gives one entry per command.
+    """
+    sources = [
+        (f"{block}", line)
+        for block in blocks(page, "", "sh", "bash", "console")
+        for line in block.text.replace("\\\n", " ").splitlines()
+    ]
+    sources += [(page.name, span) for span in inline(page)]
+    found = []
+    for where, line in sources:
+        if not re.search(r"\b(crl|pip|make)\b", line):
+            continue
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
+        lexer.whitespace_split = True
+        try:
+            words = list(lexer)
+        except ValueError:  # an apostrophe in printed output
+            continue
+        current: list[str] = []
+        for word in [*words, ";"]:
+            if set(word) <= set("|&;"):
+                if current:
+                    found.append((where, current))
+                current = []
+            else:
+                current.append(word)
+    return found
