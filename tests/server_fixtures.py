@@ -1,4 +1,4 @@
-"""A server in this process, on a free port of the loopback, and what it serves."""
+"""Fixtures: a server in this process on a free local port, and what it serves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLOR_TEXTS = ["red", "green", "blue", "yellow"]
 
 
 class Server:
-    """A server on an event loop of its own, in a thread of its own."""
+    """A server that runs in an event loop in another thread."""
 
     def __init__(self, embedder: Embedder, settings: ServerSettings) -> None:
         self._context = run_server(embedder, settings)
@@ -37,11 +37,11 @@ class Server:
         self.metrics_address: str = running_server.metrics_address
 
     def wait(self, work):
-        """Run a coroutine in the server's loop."""
+        """Run a coroutine in the server's event loop and return its result."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout=60)
 
     def stop(self) -> None:
-        """Drain and stop. Idempotent."""
+        """Drain and stop the server. It may be called more than once."""
         if self._thread.is_alive():
             self.wait(self._context.__aexit__(None, None, None))
             self._end()
@@ -54,7 +54,7 @@ class Server:
 
 @pytest.fixture
 def serve(tmp_path):
-    """Start servers: `serve(embedder, limits=…)`; all are stopped at the end of the test."""
+    """Start servers with `serve(embedder, limits=…)`; all stop at the end of the test."""
     with ExitStack() as stack:
 
         def start(embedder: Embedder, **settings: object) -> Server:
@@ -68,7 +68,7 @@ def serve(tmp_path):
 
 @pytest.fixture
 def server(serve, embedder) -> Server:
-    """The demo model with two bases."""
+    """A server of the demo model with two bases."""
     running_server = serve(embedder)
     with Client(running_server.address) as client:
         client.create_basis("color", COLOR_TEXTS)
@@ -83,9 +83,9 @@ def client(server) -> Iterator[Client]:
 
 
 class FakeEngine:
-    """An image engine that takes its time, fails when told to, and keeps what it saw."""
+    """An image engine with settable duration and failure, which records its batches."""
 
-    name = EngineName("fake", "gpu", "fp32")  # it leaves the cores to those who decode
+    name = EngineName("fake", "gpu", "fp32")  # on a GPU: decoding and the engine take no turns
 
     def __init__(self, dim: int, seconds: float = 0.0) -> None:
         self.dim, self.seconds, self.fails = dim, seconds, False
@@ -116,6 +116,6 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 def faked(engine) -> Iterator[Embedder]:
-    """The demo bundle on the fake engine."""
+    """The demo bundle with the fake engine."""
     with Embedder(ModelBundle.open(demo_bundle()), engine, lambda: None) as embedder:
         yield embedder

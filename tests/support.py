@@ -1,4 +1,4 @@
-"""What tests share: waiting for something, pictures that no cache has seen."""
+"""Helpers for tests of the server: wait for a condition, make images that no cache has seen."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 _numbers = count()
 
 
-def picture() -> NDArray[np.uint8]:
+def unseen_image() -> NDArray[np.uint8]:
+    """Return pixels, shape (96, 96, 3), uint8, that differ from those of every call before."""
     number = next(_numbers)
     pixels = np.full((96, 96, 3), 100, np.uint8)
     pixels[0, :2] = [[number % 256, number // 256 % 256, 0], [number // 65536, 1, 2]]
     return pixels
 
 
-def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    """Wait until the condition holds; fail if it does not within so many seconds."""
     ends = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < ends, "it did not happen in time"

@@ -1,4 +1,4 @@
-"""Decoding and the engine take turns: never both at once, and neither for ever."""
+"""Decoding and the engine take turns: never both at once, and neither waits for ever."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from crl_sdk.serving._cpu_turns import CpuTurns
 
 
 class Watched:
-    """Turns whose every use is checked and counted."""
+    """Wraps `CpuTurns`, and checks and logs each use."""
 
     def __init__(self, max_images: int) -> None:
         self.turns = CpuTurns(max_images, patience=60)
         self.decoding = 0
-        self.most_at_once = 0
+        self.most_decoding = 0
         self.running = False
         self.log: list[str] = []
         self.lock = threading.Lock()
@@ -27,7 +27,7 @@ class Watched:
             with self.lock:
                 assert not self.running, "decoding while the engine runs"
                 self.decoding += 1
-                self.most_at_once = max(self.most_at_once, self.decoding)
+                self.most_decoding = max(self.most_decoding, self.decoding)
             time.sleep(seconds)
             with self.lock:
                 self.decoding -= 1
@@ -60,7 +60,7 @@ def test_never_both_at_once(pool):
     assert watched.log.count("run") == 50 and watched.log.count("decode") == 200
 
 
-def test_pictures_are_decoded_side_by_side(pool):
+def test_images_are_decoded_in_parallel(pool):
     watched = Watched(max_images=8)
     meet = threading.Barrier(3)
 
@@ -89,7 +89,7 @@ def test_the_engine_gets_its_turn_however_much_is_expected(pool):
     watched = Watched(max_images=4)
     watched.turns.announce(1000)
     engine = pool.submit(watched.run)
-    time.sleep(0.05)  # it waits now
+    time.sleep(0.05)  # now the engine waits
     decodes = [pool.submit(watched.decode) for _ in range(6)]
     engine.result(timeout=30)
     for each in decodes:
@@ -97,7 +97,7 @@ def test_the_engine_gets_its_turn_however_much_is_expected(pool):
     assert watched.log == ["decode"] * 4 + ["run"] + ["decode"] * 2
 
 
-def test_what_fails_gives_its_turn_back(pool):
+def test_a_failure_ends_the_turn(pool):
     turns = CpuTurns(2)
     turns.announce(1)
     with pytest.raises(ValueError), turns.decoding():
@@ -111,7 +111,7 @@ def test_what_fails_gives_its_turn_back(pool):
         pass
 
 
-def test_an_engine_without_work_holds_nobody_up(pool):
+def test_an_idle_engine_delays_nobody(pool):
     watched = Watched(max_images=1)
     watched.turns.announce(20)
     for each in [pool.submit(watched.decode) for _ in range(20)]:
@@ -119,7 +119,7 @@ def test_an_engine_without_work_holds_nobody_up(pool):
     assert watched.log == ["decode"] * 20
 
 
-def test_one_slow_picture_does_not_hold_up_the_engine(pool):
+def test_one_slow_image_does_not_hold_up_the_engine(pool):
     turns = CpuTurns(8, patience=0.01)
     release = threading.Event()
     inside = threading.Event()
@@ -132,7 +132,7 @@ def test_one_slow_picture_does_not_hold_up_the_engine(pool):
     turns.announce(1)
     slow = pool.submit(decode)
     assert inside.wait(timeout=30)
-    with turns.engine():  # it runs all the same
+    with turns.engine():  # the engine runs nevertheless
         assert not slow.done()
     release.set()
     slow.result(timeout=30)

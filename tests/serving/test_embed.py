@@ -1,4 +1,4 @@
-"""Embed over the wire: the embedder's own rows, and bad input that costs nobody else anything."""
+"""Embed through the service: rows equal the embedder's; bad input affects no other image."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COLOR_TEXTS = ["red", "green", "blue", "yellow"]
 
 
 def local(embedder, images, criteria=("color",)):
-    """What the embedder gives for the same images, without a server."""
+    """Return what the embedder returns for the same images, without a server."""
     texts = {"color": COLOR_TEXTS, "shape": ["circle", "square", "star"]}
     from crl_sdk.basis._build import build_basis
 
@@ -40,7 +40,7 @@ def local(embedder, images, criteria=("color",)):
 
 
 def test_rows_equal_the_embedders(client, embedder, pictures):
-    """Every form of an image gives the rows that the embedder gives; 1e-6."""
+    """Every form of an image gives the embedder's rows, within 1e-6."""
     path = pictures[0]
     picture = Image.open(path)
     expected = local(embedder, [path, picture], ("color", "shape"))
@@ -130,7 +130,7 @@ def test_long_iterables_keep_their_order_in_bounded_memory(server, pictures):
     with Client(server.address, options) as client:
         batches = client.embed_batches(stream(), ["color"])
         first = next(batches)
-        assert taken <= 20  # it reads only as far ahead as calls may be under way
+        assert taken <= 20  # it reads ahead only for the calls that may run at once
         rest = list(batches)
         assert taken == 100 and len(rest) == 19
         rows = np.concatenate([first["color"], *(part["color"] for part in rest)])
@@ -226,7 +226,7 @@ def test_bytes_that_are_no_message_and_messages_too_large(server, pictures):
         with pytest.raises(grpc.RpcError) as caught:
             call(bytes(65 * 2**20))
         assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    with Client(server.address) as client:  # and the server lives
+    with Client(server.address) as client:  # the server still works
         assert client.embed(pictures[:1]).universal.shape == (1, 128)
 
 

@@ -1,6 +1,6 @@
-"""KServe v2 by our own stubs: what Triton's clients never send, and must not be able to do.
+"""KServe v2 with our own stubs: requests that Triton's clients never send, and malformed ones.
 
-What they do send is in tests/conformance, in a process of its own.
+tests/conformance tests Triton's own clients, in a separate process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Deadlines, overload, vanished clients, a failing engine: what is dead costs nothing."""
+"""Deadlines, overload, clients that go away, a failing engine: no work is done for nobody."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from crl_sdk.serving import _batcher as batcher_module
 from crl_sdk.serving._admission import Admission, Pace, ServerLimits
 from crl_sdk.serving._batcher import Batcher
 from crl_sdk.serving._cache import EmbeddingCache
-from support import picture, until
+from support import unseen_image, wait_until
 
 
 def health_of(address: str, service: str = "") -> int:
@@ -29,20 +29,20 @@ def health_of(address: str, service: str = "") -> int:
         return stub.Check(health_pb2.HealthCheckRequest(service=service)).status
 
 
-def test_what_is_past_its_deadline_is_never_computed(serve, faked, engine):
+def test_images_past_their_deadline_are_not_computed(serve, faked, engine):
     server = serve(faked)
     before = sum(engine.batches)
     engine.gate.clear()
     hopeless = ClientOptions(timeout=0.3, retries=0)
     with Client(server.address, hopeless) as client, Client(server.address) as patient:
         batcher, dropped = server.pipeline.batcher, server.pipeline.admission.dropped
-        for _ in range(2):  # the first is in the engine, the second waits behind it
+        for _ in range(2):  # the first is in the engine, the second waits
             with pytest.raises(DeadlineError):
-                client.embed([picture()])
+                client.embed([unseen_image()])
         engine.gate.set()
-        patient.embed([picture()])
-    until(lambda: batcher.depth == 0)
-    assert sum(engine.batches) - before == 2  # the one in the engine, and the patient one
+        patient.embed([unseen_image()])
+    wait_until(lambda: batcher.depth == 0)
+    assert sum(engine.batches) - before == 2  # the one in the engine and the patient one
     assert dropped.expired + dropped.cancelled == 1
 
 
@@ -50,14 +50,14 @@ def test_a_deadline_of_a_millisecond(serve, faked, engine):
     server = serve(faked)
     engine.seconds = 0.2
     with Client(server.address, ClientOptions(timeout=0.001, retries=0)) as client:
-        for _ in range(20):  # late, or, while others wait, refused because it would be
+        for _ in range(20):  # late, or refused because it would be late
             with pytest.raises((DeadlineError, OverloadedError)):
-                client.embed([picture()])
+                client.embed([unseen_image()])
     with Client(server.address) as client:
-        assert client.embed([picture()]).universal.shape == (1, 128)
+        assert client.embed([unseen_image()]).universal.shape == (1, 128)
 
 
-def test_over_the_queue_calls_are_refused_at_once(serve, faked, engine):
+def test_calls_over_the_queue_bound_are_refused_at_once(serve, faked, engine):
     server = serve(faked, limits=ServerLimits(max_queue=8, max_images=8, max_batch=4))
     engine.seconds = 0.3
 
@@ -68,7 +68,7 @@ def test_over_the_queue_calls_are_refused_at_once(serve, faked, engine):
             async def call():
                 started = time.monotonic()
                 try:
-                    await client.embed([picture()])
+                    await client.embed([unseen_image()])
                 except OverloadedError as error:
                     assert error.retry_after > 0 and "the queue is full" in str(error)
                     return "refused", time.monotonic() - started
@@ -80,11 +80,11 @@ def test_over_the_queue_calls_are_refused_at_once(serve, faked, engine):
     refused = [seconds for kind, seconds in outcomes if kind == "refused"]
     served = [seconds for kind, seconds in outcomes if kind == "served"]
     assert 8 <= len(served) <= 20 and len(refused) == 100 - len(served)
-    assert np.median(refused) < min(served)  # long before anything was served
+    assert np.median(refused) < min(served)  # long before the first one was served
     assert server.pipeline.admission.dropped.rejected == len(refused)
     assert server.pipeline.batcher.depth == 0
-    with Client(server.address) as client:  # and retries come through once it is quiet
-        assert client.embed([picture()]).universal.shape == (1, 128)
+    with Client(server.address) as client:  # afterwards there is room again
+        assert client.embed([unseen_image()]).universal.shape == (1, 128)
 
 
 def test_a_client_retries_until_there_is_room(serve, faked, engine):
@@ -93,14 +93,14 @@ def test_a_client_retries_until_there_is_room(serve, faked, engine):
 
     async def all_at_once():
         async with AsyncClient(server.address, ClientOptions(retries=20)) as client:
-            return await asyncio.gather(*(client.embed([picture()]) for _ in range(12)))
+            return await asyncio.gather(*(client.embed([unseen_image()]) for _ in range(12)))
 
     assert len(asyncio.run(all_at_once())) == 12
     assert server.pipeline.admission.dropped.rejected > 0
 
 
 @pytest.mark.parametrize("device", ["gpu", "cpu"])
-def test_pictures_are_decoded_beside_an_engine_unless_it_runs_on_the_cpu(
+def test_images_are_decoded_beside_an_engine_unless_it_runs_on_the_cpu(
     serve, faked, engine, device, monkeypatch
 ):
     engine.name = EngineName("fake", device, "fp32")
@@ -117,12 +117,12 @@ def test_pictures_are_decoded_beside_an_engine_unless_it_runs_on_the_cpu(
     engine.gate.clear()
     runs = len(engine.entered)
     with ThreadPoolExecutor(2) as callers, Client(server.address) as client:
-        first = callers.submit(client.embed, [picture()])
-        until(lambda: len(engine.entered) == runs + 1)  # it runs now
-        second = callers.submit(client.embed, [picture()])
-        until(lambda: server.pipeline.admission.in_progress == 2)
+        first = callers.submit(client.embed, [unseen_image()])
+        wait_until(lambda: len(engine.entered) == runs + 1)  # now the engine runs
+        second = callers.submit(client.embed, [unseen_image()])
+        wait_until(lambda: server.pipeline.admission.in_progress == 2)
         if device == "gpu":
-            until(lambda: len(decoded) == 2)
+            wait_until(lambda: len(decoded) == 2)
         else:
             time.sleep(0.2)
             assert len(decoded) == 1
@@ -133,8 +133,8 @@ def test_pictures_are_decoded_beside_an_engine_unless_it_runs_on_the_cpu(
 
 
 @pytest.mark.parametrize("device", ["gpu", "cpu"])
-def test_calls_that_were_cancelled_cost_nothing(serve, faked, engine, device):
-    """Pictures wait decoded for a GPU's engine, and as they came for one on the CPU."""
+def test_cancelled_calls_are_not_computed(serve, faked, engine, device):
+    """Images wait decoded for an engine on a GPU, and encoded for one on the CPU."""
     engine.name = EngineName("fake", device, "fp32")
     server = serve(faked)
     engine.gate.clear()
@@ -146,44 +146,44 @@ def test_calls_that_were_cancelled_cost_nothing(serve, faked, engine, device):
         calls = [
             stub.Embed.future(
                 embedding_pb2.EmbedRequest(
-                    images=[embedding_pb2.Image(pixels=encode_tensor(picture()))]
+                    images=[embedding_pb2.Image(pixels=encode_tensor(unseen_image()))]
                 )
             )
             for _ in range(6)
         ]
         if device == "gpu":
-            until(lambda: sum(engine.entered) - entered + server.pipeline.batcher.depth == 6)
+            wait_until(lambda: sum(engine.entered) - entered + server.pipeline.batcher.depth == 6)
         else:
             admission = server.pipeline.admission
-            until(lambda: admission.in_progress == 6 and sum(engine.entered) > entered)
-        running = sum(engine.entered) - entered  # mostly one; two that came together are one batch
+            wait_until(lambda: admission.in_progress == 6 and sum(engine.entered) > entered)
+        running = sum(engine.entered) - entered  # usually one, or two that arrived together
         for call in calls:
             call.cancel()
         time.sleep(0.2)
     engine.gate.set()
-    until(lambda: server.pipeline.admission.dropped.cancelled == 6 - running)
+    wait_until(lambda: server.pipeline.admission.dropped.cancelled == 6 - running)
     assert server.pipeline.batcher.depth == 0
     assert sum(engine.batches) - before == running < 6
 
 
-def test_an_engine_that_fails_turns_health_until_it_runs_again(serve, faked, engine, monkeypatch):
+def test_health_is_not_serving_while_the_engine_fails(serve, faked, engine, monkeypatch):
     monkeypatch.setattr(batcher_module, "_PROBE_SECONDS", 0.1)
     server = serve(faked)
     assert health_of(server.address) == health_pb2.HealthCheckResponse.SERVING
     engine.fails = True
     with Client(server.address, ClientOptions(retries=0)) as client:
         with pytest.raises(EngineError, match="fell off the bus"):
-            client.embed([picture()])
+            client.embed([unseen_image()])
         not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
-        until(lambda: health_of(server.address) == not_serving)
+        wait_until(lambda: health_of(server.address) == not_serving)
         with pytest.raises(EngineError):
-            client.embed([picture()])
+            client.embed([unseen_image()])
         engine.fails = False
-        until(lambda: health_of(server.address, "crl.v1.EmbeddingService") != not_serving)
-        assert client.embed([picture()]).universal.shape == (1, 128)
+        wait_until(lambda: health_of(server.address, "crl.v1.EmbeddingService") != not_serving)
+        assert client.embed([unseen_image()]).universal.shape == (1, 128)
 
 
-def test_an_engine_that_hangs_turns_health(serve, faked, engine, monkeypatch):
+def test_health_is_not_serving_while_the_engine_hangs(serve, faked, engine, monkeypatch):
     from crl_sdk.serving import _server as server_module
 
     monkeypatch.setattr(server_module, "HANG_SECONDS", 0.3)
@@ -191,27 +191,27 @@ def test_an_engine_that_hangs_turns_health(serve, faked, engine, monkeypatch):
     engine.gate.clear()
     with Client(server.address, ClientOptions(timeout=0.2, retries=0)) as client:
         with pytest.raises(DeadlineError):
-            client.embed([picture()])
-        until(lambda: health_of(server.address) == health_pb2.HealthCheckResponse.NOT_SERVING)
+            client.embed([unseen_image()])
+        wait_until(lambda: health_of(server.address) == health_pb2.HealthCheckResponse.NOT_SERVING)
     engine.gate.set()
-    until(lambda: health_of(server.address) == health_pb2.HealthCheckResponse.SERVING)
+    wait_until(lambda: health_of(server.address) == health_pb2.HealthCheckResponse.SERVING)
 
 
 def test_images_that_wait_are_batched_without_a_timer(serve, faked, engine):
     server = serve(faked, limits=ServerLimits(max_batch=16))
     del engine.batches[:]
     with Client(server.address) as client:
-        client.embed([picture()])
+        client.embed([unseen_image()])
     assert engine.batches == [1]  # an idle engine starts at once
     engine.gate.clear()
     del engine.entered[:]
 
     async def many():
         async with AsyncClient(server.address) as client:
-            tasks = [asyncio.create_task(client.embed([picture()])) for _ in range(20)]
+            tasks = [asyncio.create_task(client.embed([unseen_image()])) for _ in range(20)]
             while sum(engine.entered) + server.pipeline.batcher.depth < 20:
                 await asyncio.sleep(0.01)
-            first = engine.entered[0]  # what had come when the engine started
+            first = engine.entered[0]  # what had arrived when the engine started
             engine.gate.set()
             await asyncio.gather(*tasks)
             return first
@@ -221,7 +221,7 @@ def test_images_that_wait_are_batched_without_a_timer(serve, faked, engine):
 
 
 def test_clients_take_turns():
-    """One that queues hundreds does not make the others wait for all of them."""
+    """A client that queues hundreds of images does not delay the others by all of them."""
     seen: list[np.ndarray] = []
 
     def run(pixels):
@@ -253,7 +253,7 @@ def test_stopping_finishes_what_waits_and_refuses_the_rest(serve, faked, engine)
 
     async def work():
         async with AsyncClient(server.address, ClientOptions(retries=0)) as client:
-            call = asyncio.create_task(client.embed([picture()]))
+            call = asyncio.create_task(client.embed([unseen_image()]))
             await asyncio.sleep(0.1)
             stopping = asyncio.create_task(asyncio.to_thread(server.stop))
             result = await call
@@ -269,20 +269,20 @@ def test_the_cache_is_bounded_and_forgets_the_least_used():
     for i in range(10):
         cache.put(bytes([i]), rows[i])
     assert len(cache) == 10 and cache.used_bytes <= cache.max_bytes
-    assert cache.get(bytes([0])) is not None  # used again: the second goes first
+    assert cache.get(bytes([0])) is not None  # used again, so the second is dropped first
     cache.put(b"new", rows[50])
     assert cache.get(bytes([1])) is None and cache.get(bytes([0])) is not None
     kept = cache.get(b"new")
     np.testing.assert_array_equal(kept, rows[50])
-    assert kept.base is None and not kept.flags.writeable  # no view that keeps a batch alive
+    assert kept.base is None and not kept.flags.writeable  # not a view of its batch
     assert (cache.hits, cache.misses) == (3, 1)
     nothing = EmbeddingCache(0)
     nothing.put(b"a", rows[0])
     assert nothing.get(b"a") is None and nothing.used_bytes == 0
 
 
-def test_what_would_be_late_is_refused_at_once_and_the_rest_is_in_time(serve, faked, engine):
-    """Ten times the load: nothing is computed for nobody, and what is let in keeps its deadline."""
+def test_requests_that_would_be_late_are_refused_and_the_others_are_in_time(serve, faked, engine):
+    """At ten times the load, accepted requests meet their deadlines and no result is wasted."""
     server = serve(faked, limits=ServerLimits(max_batch=4))
     engine.seconds = 0.1  # 40 images a second
     before = sum(engine.batches)
@@ -293,7 +293,7 @@ def test_what_would_be_late_is_refused_at_once_and_the_rest_is_in_time(serve, fa
 
             async def call():
                 try:
-                    await client.embed([picture()])
+                    await client.embed([unseen_image()])
                 except OverloadedError as error:
                     assert "deadline" in str(error) and error.retry_after > 0
                     outcomes["refused"] += 1
@@ -313,12 +313,12 @@ def test_what_would_be_late_is_refused_at_once_and_the_rest_is_in_time(serve, fa
     assert sum(engine.batches) - before == outcomes["served"]
 
 
-def test_the_pace_follows_what_went_through():
+def test_the_pace_follows_finished_requests():
     pace = Pace()
     assert pace.seconds_per_image == 0
     pace.learn(100, 1.0)
     assert pace.seconds_per_image == pytest.approx(0.01)
-    pace.learn_at_least(100, 0.5)  # given up early: says nothing
+    pace.learn_at_least(100, 0.5)  # given up early, so it shows nothing
     assert pace.seconds_per_image == pytest.approx(0.01)
     pace.learn_at_least(100, 9.0)
     assert pace.seconds_per_image > 0.04
@@ -327,6 +327,6 @@ def test_the_pace_follows_what_went_through():
     assert pace.seconds_per_image == pytest.approx(0.002, rel=0.01)
 
 
-def test_limits_that_let_nothing_through_are_refused():
+def test_inconsistent_limits_are_refused():
     with pytest.raises(InvalidInputError, match="max_queue 8 under max_batch 32"):
         ServerLimits(max_queue=8, max_images=8)

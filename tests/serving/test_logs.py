@@ -1,4 +1,4 @@
-"""Request ids, and what the log says of calls: one line each, nothing a client could forge."""
+"""Request ids and log lines of calls: one line each, which a client cannot forge."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from crl_sdk.serving._security import Token
 
 
 def call(server, *metadata, criterion="nothing"):
-    """Make a call that fails for an unknown criterion; give its error."""
+    """Make a call that fails because the criterion is unknown; return its error."""
     with grpc.insecure_channel(server.address) as channel:
         stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
         image = embedding_pb2.Image(encoded=b"x")
@@ -52,9 +52,7 @@ def test_ids_of_good_and_refused_calls(serve, embedder):
     assert dict(done.trailing_metadata())[REQUEST_ID_KEY] == "eight"
 
 
-def test_what_nobody_expected_is_logged_whole_and_told_without_its_text(
-    server, monkeypatch, caplog
-):
+def test_an_unexpected_exception_is_logged_and_its_text_is_not_sent(server, monkeypatch, caplog):
     def broken(*_args, **_kwargs):
         raise ZeroDivisionError("the secret of the house")
 
@@ -76,7 +74,7 @@ def test_the_access_log_has_a_line_per_call(serve, embedder, caplog):
     assert record.peer and record.seconds > 0
 
 
-def test_failures_of_the_server_are_logged_without_it_too(serve, faked, engine, caplog):
+def test_server_failures_are_logged_without_the_access_log(serve, faked, engine, caplog):
     server = serve(faked)
     engine.fails = True
     with grpc.insecure_channel(server.address) as channel:
@@ -94,7 +92,7 @@ def test_failures_of_the_server_are_logged_without_it_too(serve, faked, engine, 
 
 @pytest.fixture
 def handler():
-    """Make handlers; all are closed at the end."""
+    """Make log handlers; all are closed at the end of the test."""
     made = []
 
     def make(form):
@@ -116,14 +114,14 @@ def test_json_lines_hold_the_id_and_stay_one_line(handler):
     finally:
         request_id.reset(token)
     assert "\n" not in line
-    told = json.loads(line)
-    assert told["request_id"] == "seven" and told["method"] == "/a/b"
-    assert told["message"] == 'two\nlines and "quotes"' and told["time"].endswith("Z")
+    parsed = json.loads(line)
+    assert parsed["request_id"] == "seven" and parsed["method"] == "/a/b"
+    assert parsed["message"] == 'two\nlines and "quotes"' and parsed["time"].endswith("Z")
     assert "request_id" not in json.loads(handler.format(record))
     assert text.format(record).endswith('"quotes"')
 
 
-def test_what_is_logged_while_a_language_model_loads_is_not_lost(handler, capfd):
+def test_log_lines_are_not_lost_while_a_language_model_loads(handler, capfd):
     from llama_cpp._utils import suppress_stdout_stderr
 
     log = logging.Logger("crl")

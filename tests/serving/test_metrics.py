@@ -1,4 +1,4 @@
-"""What Prometheus is told: calls by their end, images, stages, the queue; labels that stay few."""
+"""Metrics for Prometheus: calls, images, stages and the queue, with few labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from crl_sdk.serving._security import Token
 
 
 def scrape(server) -> dict[tuple[str, ...], float]:
-    """Give sample name and label values, in the order of the labels' names → value."""
+    """Return the value of each sample, by its name and label values in order of label names."""
     with urlopen(f"http://{server.metrics_address}/metrics", timeout=10) as page:
         text = page.read().decode()
     return {
@@ -25,7 +25,7 @@ def scrape(server) -> dict[tuple[str, ...], float]:
     }
 
 
-def test_what_is_counted(serve, embedder, pictures, tmp_path):
+def test_calls_images_and_stages_are_counted(serve, embedder, pictures, tmp_path):
     server = serve(embedder, metrics_address="127.0.0.1:0")
     embed = "/crl.v1.EmbeddingService/Embed"
     with Client(server.address) as client:
@@ -39,21 +39,21 @@ def test_what_is_counted(serve, embedder, pictures, tmp_path):
         for i in range(50):
             with pytest.raises(grpc.RpcError):
                 channel.unary_unary(f"/invented.Service/Method{i}")(b"")
-    told = scrape(server)
-    assert told["crl_calls_total", "OK", embed] == 2
-    assert told["crl_calls_total", "NOT_FOUND", embed] == 50
-    assert told["crl_calls_total", "UNIMPLEMENTED", "other"] == 50
-    assert told["crl_call_seconds_count", embed] == 52
-    assert told["crl_images_total", "embedded"] == 4
-    assert told["crl_images_total", "cached"] == 3
-    assert told["crl_images_total", "failed"] == 1
-    assert told["crl_criterion_images_total", "color"] == 8
-    assert told["crl_stage_seconds_count", "infer"] == 1
-    assert told["crl_cache_lookups_total", "hit"] == 3
-    assert told["crl_cache_entries",] == 4 and told["crl_bases",] == 1
-    assert told["crl_queue_depth",] == 0 and told["crl_engine_up",] == 1
-    assert told["crl_batch_size_sum",] == 4 + 1  # one is the warm-up
-    assert len(told) < 250  # neither unknown criteria nor invented methods became labels
+    samples = scrape(server)
+    assert samples["crl_calls_total", "OK", embed] == 2
+    assert samples["crl_calls_total", "NOT_FOUND", embed] == 50
+    assert samples["crl_calls_total", "UNIMPLEMENTED", "other"] == 50
+    assert samples["crl_call_seconds_count", embed] == 52
+    assert samples["crl_images_total", "embedded"] == 4
+    assert samples["crl_images_total", "cached"] == 3
+    assert samples["crl_images_total", "failed"] == 1
+    assert samples["crl_criterion_images_total", "color"] == 8
+    assert samples["crl_stage_seconds_count", "infer"] == 1
+    assert samples["crl_cache_lookups_total", "hit"] == 3
+    assert samples["crl_cache_entries",] == 4 and samples["crl_bases",] == 1
+    assert samples["crl_queue_depth",] == 0 and samples["crl_engine_up",] == 1
+    assert samples["crl_batch_size_sum",] == 4 + 1  # one image is the warm-up
+    assert len(samples) < 250  # neither unknown criteria nor invented methods became labels
 
 
 def test_refused_calls_count(serve, embedder):
@@ -64,7 +64,7 @@ def test_refused_calls_count(serve, embedder):
             with pytest.raises(grpc.RpcError):
                 channel.unary_unary("/crl.v1.EmbeddingService/GetModel")(b"")
     key = ("crl_calls_total", "UNAUTHENTICATED", "/crl.v1.EmbeddingService/GetModel")
-    ends = time.monotonic() + 10  # a call is counted at its end, just after the client hears of it
+    ends = time.monotonic() + 10  # a call is counted just after its client receives the status
     while scrape(server)[key] < 3:
         assert time.monotonic() < ends
     assert scrape(server)[key] == 3

@@ -71,7 +71,7 @@ def test_it_serves_and_drains(crl_serve, tmp_path, pictures, address):
         (["--bundle", "nowhere"], "nowhere"),
     ],
 )
-def test_what_it_cannot_start_with(crl_serve, arguments, words):
+def test_it_ends_with_a_message_if_it_cannot_start(crl_serve, arguments, words):
     with pytest.raises(AssertionError, match=re.escape(words)) as caught:
         crl_serve("--address", "127.0.0.1:0", *arguments)
     assert "it ended with 1" in str(caught.value) and "Traceback" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Streams whose clients are slow, do not read, or go away; failures nobody foresaw."""
+"""Streams whose clients are slow, do not read or go away; unexpected failures."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.rpc import encode_tensor
 from crl_sdk.serving import _server as server_module
 from crl_sdk.serving._service import STREAM_WINDOW
-from support import picture, until
+from support import unseen_image, wait_until
 
 _numbers = count()
 
 
 @pytest.fixture
 def channel_of():
-    """Open channels; all are closed at the end."""
+    """Open channels; all are closed at the end of the test."""
     channels = []
 
     def connect(server) -> grpc.Channel:
@@ -36,13 +36,13 @@ def channel_of():
 
 
 def message(images: int = 1) -> embedding_pb2.EmbedStreamRequest:
-    """A request of pictures that no cache has seen."""
-    image = embedding_pb2.Image(pixels=encode_tensor(picture()))
+    """Return a request with images that no cache has seen."""
+    image = embedding_pb2.Image(pixels=encode_tensor(unseen_image()))
     request = embedding_pb2.EmbedRequest(images=[image] * images)
     return embedding_pb2.EmbedStreamRequest(id=str(next(_numbers)), request=request)
 
 
-def test_streams_that_say_little_keep_nobody_waiting(serve, faked, channel_of):
+def test_slow_streams_delay_nobody(serve, faked, channel_of):
     server = serve(faked, drain_seconds=1)
     stub = embedding_pb2_grpc.EmbeddingServiceStub(channel_of(server))
     leave = threading.Event()
@@ -57,7 +57,7 @@ def test_streams_that_say_little_keep_nobody_waiting(serve, faked, channel_of):
     with Client(server.address) as client:
         assert client.embed([np.full((96, 96, 3), 7, np.uint8)]).universal.shape == (1, 128)
     started = time.monotonic()
-    server.stop()  # they do not hold up its end for longer than it drains
+    server.stop()  # the streams delay it by the drain time at most
     assert time.monotonic() - started < 10
     leave.set()
     for stream in streams:
@@ -68,7 +68,7 @@ def test_streams_that_say_little_keep_nobody_waiting(serve, faked, channel_of):
 def test_a_client_that_does_not_read_is_not_read_either(serve, faked, channel_of):
     server = serve(faked)
     rows = encode_tensor(np.ones(128, np.float32) / np.float32(np.sqrt(128)))
-    known = [embedding_pb2.Image(embedding=rows)] * 256  # answered with 128 KiB
+    known = [embedding_pb2.Image(embedding=rows)] * 256  # each reply has 128 KiB
     results, sent, leave = [], [], threading.Event()
     server.pipeline.on_result.append(results.append)
 
@@ -81,36 +81,37 @@ def test_a_client_that_does_not_read_is_not_read_either(serve, faked, channel_of
             yield embedding_pb2.EmbedStreamRequest(id=str(i), request=request)
 
     stream = embedding_pb2_grpc.EmbeddingServiceStub(channel_of(server)).EmbedStream(flood())
-    until(lambda: len(results) >= STREAM_WINDOW)
+    wait_until(lambda: len(results) >= STREAM_WINDOW)
     before = -1
-    while before != len(results):  # until nothing moves any more
+    while before != len(results):  # until no more requests are answered
         before = len(results)
         time.sleep(0.5)
     assert len(results) < 500 and len(sent) < 1000
     with Client(server.address) as client:
         assert client.embed([np.full((96, 96, 3), 9, np.uint8)]).universal.shape == (1, 128)
-    assert sum(1 for _ in zip(stream, range(1000), strict=False)) == 1000  # it reads: all goes on
+    # Now the client reads, and the stream goes on.
+    assert sum(1 for _ in zip(stream, range(1000), strict=False)) == 1000
     leave.set()
 
 
-def test_the_work_of_a_stream_that_went_away_is_dropped(serve, faked, engine, channel_of):
+def test_the_work_of_a_cancelled_stream_is_dropped(serve, faked, engine, channel_of):
     server = serve(faked)
     batcher = server.pipeline.batcher
     engine.gate.clear()
     entered, computed = sum(engine.entered), sum(engine.batches)
     stub = embedding_pb2_grpc.EmbeddingServiceStub(channel_of(server))
     stream = stub.EmbedStream(iter([message() for _ in range(STREAM_WINDOW)]))
-    until(lambda: sum(engine.entered) - entered + batcher.depth == STREAM_WINDOW)
+    wait_until(lambda: sum(engine.entered) - entered + batcher.depth == STREAM_WINDOW)
     running = sum(engine.entered) - entered
     stream.cancel()
     time.sleep(0.2)
     engine.gate.set()
-    until(lambda: batcher.depth == 0)
+    wait_until(lambda: batcher.depth == 0)
     assert sum(engine.batches) - computed == running < STREAM_WINDOW
     assert server.pipeline.admission.dropped.cancelled == STREAM_WINDOW - running
 
 
-def test_a_request_that_fails_in_an_unforeseen_way_is_answered(
+def test_a_request_that_fails_unexpectedly_is_answered(
     serve, faked, channel_of, monkeypatch, caplog
 ):
     server = serve(faked)
@@ -133,7 +134,7 @@ def test_a_request_that_fails_in_an_unforeseen_way_is_answered(
 
 
 class Forwarder:
-    """A line to a server that can be cut without either end being told."""
+    """A TCP forwarder that can be cut while both connections stay open."""
 
     def __init__(self, address: str) -> None:
         self._to = ("127.0.0.1", int(address.rpartition(":")[2]))
@@ -166,7 +167,7 @@ class Forwarder:
             each.close()
 
 
-def test_a_machine_that_went_away_without_a_word_is_let_go(serve, faked, engine, monkeypatch):
+def test_a_client_machine_that_disappeared_is_disconnected(serve, faked, engine, monkeypatch):
     monkeypatch.setattr(server_module, "KEEPALIVE_SECONDS", 1.0)
     monkeypatch.setattr(server_module, "KEEPALIVE_TIMEOUT_SECONDS", 1.0)
     server = serve(faked)
@@ -177,19 +178,21 @@ def test_a_machine_that_went_away_without_a_word_is_let_go(serve, faked, engine,
         stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
         entered = sum(engine.entered)
         calls = [stub.Embed.future(message().request) for _ in range(4)]
-        until(lambda: sum(engine.entered) - entered + batcher.depth == 4)
+        wait_until(lambda: sum(engine.entered) - entered + batcher.depth == 4)
         waiting = batcher.depth
         line.cut.set()
-        time.sleep(4)  # a second of silence, and one without an answer
+        time.sleep(4)  # one second of silence and one without an answer to the ping
         engine.gate.set()
-        until(lambda: batcher.depth == 0)
+        wait_until(lambda: batcher.depth == 0)
         line.close()
         for call in calls:
             call.cancel()
     assert waiting and server.pipeline.admission.dropped.cancelled == waiting
 
 
-def test_a_connection_has_so_many_calls_at_once(serve, faked, engine, channel_of, monkeypatch):
+def test_the_concurrent_calls_of_a_connection_are_bounded(
+    serve, faked, engine, channel_of, monkeypatch
+):
     monkeypatch.setattr(server_module, "MAX_CONCURRENT_STREAMS", 4)
     server = serve(faked)
     batcher = server.pipeline.batcher
@@ -197,12 +200,11 @@ def test_a_connection_has_so_many_calls_at_once(serve, faked, engine, channel_of
     entered = sum(engine.entered)
     stub = embedding_pb2_grpc.EmbeddingServiceStub(channel_of(server))
     calls = [stub.Embed.future(message().request) for _ in range(50)]
-    until(lambda: sum(engine.entered) - entered + batcher.depth == 4)
+    wait_until(lambda: sum(engine.entered) - entered + batcher.depth == 4)
     time.sleep(0.3)
     assert sum(engine.entered) - entered + batcher.depth == 4
     engine.gate.set()
-    codes = {
-        call.code() for call in calls
-    }  # the rest waited on the client's side, or came too soon
+    # The other calls waited in the client, or were refused because they came too fast.
+    codes = {call.code() for call in calls}
     assert codes <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
     assert grpc.StatusCode.OK in codes

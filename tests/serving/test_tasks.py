@@ -1,4 +1,4 @@
-"""The tasks on rows that come through the client: the same functions, the same answers."""
+"""Tasks on embeddings from the client give the same results as in process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenTelemetry: what a collector gets, and that a server needs none."""
+"""OpenTelemetry: the spans that a collector receives, and a server without a collector."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from crl_sdk import Client
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.rpc import encode_tensor
-from support import picture, until
+from support import unseen_image, wait_until
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
@@ -53,7 +53,7 @@ def test_a_call_continues_its_callers_trace(serve, embedder, collector):
     server = serve(embedder, otlp=collector.endpoint)
     with Client(server.address) as client:
         client.create_basis("color", ["red", "green"])
-    image = embedding_pb2.Image(pixels=encode_tensor(picture()))
+    image = embedding_pb2.Image(pixels=encode_tensor(unseen_image()))
     request = embedding_pb2.EmbedRequest(images=[image], criteria=["color"])
     unknown = embedding_pb2.EmbedRequest(images=[image], criteria=["colour"])
     with grpc.insecure_channel(server.address) as channel:
@@ -64,7 +64,7 @@ def test_a_call_continues_its_callers_trace(serve, embedder, collector):
             stub.Embed(unknown, metadata=metadata)
         assert refused.value.code() == grpc.StatusCode.NOT_FOUND
     assert reply.images[0].code == embedding_pb2.ImageStatus.CODE_OK
-    server.stop()  # sends what is left
+    server.stop()  # sends the remaining spans
     good, bad = collector.spans("/crl.v1.EmbeddingService/Embed")
     for span in (good, bad):
         assert span.trace_id.hex() == TRACE and span.parent_span_id.hex() == PARENT
@@ -73,18 +73,20 @@ def test_a_call_continues_its_callers_trace(serve, embedder, collector):
     (inside,) = collector.spans("crl.embed")
     assert inside.parent_span_id == good.span_id
     assert good.start_time_unix_nano <= inside.start_time_unix_nano + 1_000_000
-    told = {item.key: item.value for item in inside.attributes}
-    assert told["crl.request_id"].string_value == "seven"
-    assert told["crl.images"].int_value == 1
-    assert [item.string_value for item in told["crl.criteria"].array_value.values] == ["color"]
-    spent = sum(told[f"crl.{stage}_seconds"].double_value for stage in ("queue", "infer"))
+    request_facts = {item.key: item.value for item in inside.attributes}
+    assert request_facts["crl.request_id"].string_value == "seven"
+    assert request_facts["crl.images"].int_value == 1
+    assert [item.string_value for item in request_facts["crl.criteria"].array_value.values] == [
+        "color"
+    ]
+    spent = sum(request_facts[f"crl.{stage}_seconds"].double_value for stage in ("queue", "infer"))
     seconds = (inside.end_time_unix_nano - inside.start_time_unix_nano) / 1e9
     assert 0 < spent <= seconds
 
 
-def test_requests_of_a_stream_have_spans_of_their_own(serve, embedder, collector):
+def test_each_request_of_a_stream_has_a_span(serve, embedder, collector):
     server = serve(embedder, otlp=collector.endpoint)
-    image = embedding_pb2.Image(pixels=encode_tensor(picture()))
+    image = embedding_pb2.Image(pixels=encode_tensor(unseen_image()))
     with grpc.insecure_channel(server.address) as channel:
         stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
         messages = [
@@ -100,17 +102,17 @@ def test_requests_of_a_stream_have_spans_of_their_own(serve, embedder, collector
     assert len(inside) == 5 and {span.parent_span_id for span in inside} == {call.span_id}
 
 
-def test_without_its_collector_a_server_serves_and_ends(serve, embedder, caplog):
+def test_a_server_without_its_collector_serves_and_ends(serve, embedder, caplog):
     server = serve(embedder, otlp="http://127.0.0.1:1")
     with Client(server.address) as client:
-        assert client.embed([picture()]).universal.shape == (1, 128)
+        assert client.embed([unseen_image()]).universal.shape == (1, 128)
     started = time.monotonic()
     server.stop()
     assert time.monotonic() - started < 20
-    until(lambda: any("opentelemetry" in record.name for record in caplog.records))
+    wait_until(lambda: any("opentelemetry" in record.name for record in caplog.records))
 
 
 @pytest.mark.parametrize("endpoint", ["collector:4317", "ftp://collector", "http://"])
-def test_endpoints_that_are_none(serve, embedder, endpoint):
+def test_malformed_endpoints(serve, embedder, endpoint):
     with pytest.raises(InvalidInputError, match="http://host:port"):
         serve(embedder, otlp=endpoint)
