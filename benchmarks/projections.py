@@ -28,7 +28,7 @@ from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.basis._methods import make_projection, takes_against
 from crl_sdk.errors import GenerationError
 from crl_sdk.evaluation._clustering import clustering
-from crl_sdk.evaluation._few_shot import few_shot, scaled_to
+from crl_sdk.evaluation._few_shot import few_shot, rescale
 from crl_sdk.projection._projection import normalise_rows
 from crl_sdk.tasks._cluster_quality import assess_clusters
 from crl_sdk.tasks._kmeans import kmeans
@@ -228,7 +228,7 @@ def runs_of(world: World, task: tuple[str, int]) -> list[Run]:
     runs = []
     for name, rows in (
         ("universal", world.universal),
-        ("universal, scale of a basis", scaled_to(world.universal, k**0.5)),
+        ("universal, scale of a basis", rescale(world.universal, k**0.5)),
     ):
         scores = measure(rows, labels, seed, standardise=False)
         runs.append(Run(factor, name, "", "", seed, 0, scores, {}))

@@ -32,17 +32,17 @@ from crl_sdk.cli._evaluation_bases import (
 from crl_sdk.cli._options import EngineOption, ThreadsOption, open_embedder
 from crl_sdk.cli._sources import require_tasks
 from crl_sdk.errors import InvalidInputError
-from crl_sdk.evaluation import _report as report
-from crl_sdk.evaluation import _run as run
-from crl_sdk.evaluation._benchmarks import BENCHMARKS, Benchmark, Name
+from crl_sdk.evaluation import _protocols as run
+from crl_sdk.evaluation import _results as report
+from crl_sdk.evaluation._benchmarks import BENCHMARKS, Benchmark, BenchmarkName
 from crl_sdk.evaluation._cards import read_cards
 from crl_sdk.evaluation._clevr4 import read_clevr4
+from crl_sdk.evaluation._criterion_texts import CriterionTexts
+from crl_sdk.evaluation._dataset import DataSetError, LabelledImages
 from crl_sdk.evaluation._deepfashion import DeepFashion, read_deepfashion
 from crl_sdk.evaluation._genecis import GeneCis, read_genecis
-from crl_sdk.evaluation._labelled import DataSetError, Labelled
-from crl_sdk.evaluation._published import read_published
-from crl_sdk.evaluation._table import read_table
-from crl_sdk.evaluation._texts import Texts
+from crl_sdk.evaluation._labels_csv import read_table
+from crl_sdk.evaluation._published_scores import read_published
 from crl_sdk.model._bundle import ModelBundle, demo_bundle
 
 _RENDERED = 1000
@@ -62,7 +62,7 @@ class _Asked:
 
 
 def evaluate(
-    name: Annotated[Name, typer.Argument(help="The benchmark.")],
+    name: Annotated[BenchmarkName, typer.Argument(help="The benchmark.")],
     data: Annotated[
         Path | None,
         typer.Option(help="Directory of the data set; the demo world is rendered without one."),
@@ -164,7 +164,7 @@ def evaluate(
     if benchmark.task == "labels":
         require_tasks("crl eval")
     with _data(name, wanted, data, split, limit) as read:
-        if isinstance(read, Labelled):
+        if isinstance(read, LabelledImages):
             _require_shots(read, wanted, numbers if "few-shot" in protocols else ())
         with open_embedder(bundle, engine, threads) as embedder:
             used = {c: texts_of(c, sources, prompts[c], embedder) for c in wanted}
@@ -178,15 +178,15 @@ def evaluate(
             asked = _Asked(method, protocols, seeds, numbers, splits, components)
             with spinner("measuring") as status:
                 rows, settings = _measure(read, universal, used, embedder, asked, status.update)
-            found = report.document(
+            found = report.make_document(
                 name, benchmark, rows=rows, texts=used, bundle=embedder.bundle,
-                engine=embedder.engine, pictures=len(read.files), settings=settings,
+                engine=embedder.engine, images=len(read.files), settings=settings,
                 notes=read.notes,
                 remarks=_remarks(name, benchmark, embedder.bundle), published=others,
             )  # fmt: skip
     found["seconds"] = round(time.perf_counter() - started, 1)
     if out_file is not None:
-        report.write(out_file, found)
+        report.write_document(out_file, found)
         note(f"wrote {out_file}")
     if as_json:
         print_json(found)
@@ -195,16 +195,16 @@ def evaluate(
 
 
 def _measure(
-    read: Labelled | GeneCis | DeepFashion,
+    read: LabelledImages | GeneCis | DeepFashion,
     universal: NDArray[np.float32],
-    texts: Mapping[str, Texts],
+    texts: Mapping[str, CriterionTexts],
     embedder: Embedder,
     asked: _Asked,
     step: run.Step,
-) -> tuple[list[run.Score], dict[str, Any]]:
+) -> tuple[list[run.ResultRow], dict[str, Any]]:
     """Run the protocols that the data set is for; give the rows, and the settings that count."""
     settings: dict[str, Any] = {"method": asked.method}
-    if isinstance(read, Labelled):
+    if isinstance(read, LabelledImages):
         settings |= {"protocols": list(asked.protocols)}
         if "clustering" in asked.protocols:
             settings |= {"seeds": asked.seeds}
@@ -220,12 +220,12 @@ def _measure(
             method=asked.method, step=step,
         )  # fmt: skip
     else:
-        settings |= {"components": run.components_of(texts, asked.components)}
+        settings |= {"components": run.reduced_size(texts, asked.components)}
         rows = run.run_deepfashion(read, universal, texts, components=asked.components, step=step)
     return rows, settings
 
 
-def _require_data(name: Name, benchmark: Benchmark, data: Path | None) -> None:
+def _require_data(name: BenchmarkName, benchmark: Benchmark, data: Path | None) -> None:
     if data is None and name != "demo":
         raise InvalidInputError(
             f"--data: expected a directory with {benchmark.layout}; {name} comes from "
@@ -235,12 +235,12 @@ def _require_data(name: Name, benchmark: Benchmark, data: Path | None) -> None:
 
 @contextmanager
 def _data(
-    name: Name, wanted: Sequence[str], data: Path | None, split: str, limit: int | None
-) -> Iterator[Labelled | GeneCis | DeepFashion]:
+    name: BenchmarkName, wanted: Sequence[str], data: Path | None, split: str, limit: int | None
+) -> Iterator[LabelledImages | GeneCis | DeepFashion]:
     """Give the data set; the demo world is rendered where there is none, and removed again."""
     if data is not None:
         read = _read(name, wanted, data, split)
-        yield read if limit is None else read.part(limit)
+        yield read if limit is None else read.sample(limit)
         return
     with tempfile.TemporaryDirectory(prefix="crl-eval-") as scratch:
         from crl_export.demo.dataset import TEST_SEED, write_dataset
@@ -252,8 +252,8 @@ def _data(
 
 
 def _read(
-    name: Name, wanted: Sequence[str], data: Path, split: str
-) -> Labelled | GeneCis | DeepFashion:
+    name: BenchmarkName, wanted: Sequence[str], data: Path, split: str
+) -> LabelledImages | GeneCis | DeepFashion:
     """Read a directory in the layout of the benchmark; of labels, those of some criteria."""
     benchmark = BENCHMARKS[name]
     try:
@@ -262,13 +262,13 @@ def _read(
         if benchmark.task == "deepfashion":
             return read_deepfashion(data, split)
         if benchmark.columns is not None:
-            return read_table(data, benchmark.columns).only(wanted)
-        return (read_clevr4(data) if name == "clevr4" else read_cards(data)).only(wanted)
+            return read_table(data, benchmark.columns).select(wanted)
+        return (read_clevr4(data) if name == "clevr4" else read_cards(data)).select(wanted)
     except OSError as error:
         raise DataSetError(f"{data}: {error.filename} cannot be read ({error.strerror})") from error
 
 
-def _require_shots(data: Labelled, wanted: Sequence[str], shots: Sequence[int]) -> None:
+def _require_shots(data: LabelledImages, wanted: Sequence[str], shots: Sequence[int]) -> None:
     """Refuse, before anything is embedded, more shots than the smallest class allows."""
     for criterion in wanted:
         labels = data.labels[criterion]
@@ -285,7 +285,7 @@ def _require_shots(data: Labelled, wanted: Sequence[str], shots: Sequence[int]) 
             )
 
 
-def _remarks(name: Name, benchmark: Benchmark, bundle: ModelBundle) -> list[str]:
+def _remarks(name: BenchmarkName, benchmark: Benchmark, bundle: ModelBundle) -> list[str]:
     """Say what the figures do not mean."""
     remarks = [benchmark.remark] if benchmark.remark else []
     if name != "demo" and bundle.fingerprint == ModelBundle.open(demo_bundle()).fingerprint:
@@ -323,9 +323,7 @@ def _shots(given: str) -> tuple[int, ...]:
 
 def _print(found: Mapping[str, Any]) -> None:
     model = found["model"]
-    title = (
-        f"{found['benchmark']}: {model['name']} ({model['engine']}), {found['pictures']} pictures"
-    )
+    title = f"{found['benchmark']}: {model['name']} ({model['engine']}), {found['images']} images"
     for header, cells in report.tables(found["rows"]):
         table = Table(*map(escape, header), title=escape(title), title_justify="left")
         before = None
@@ -340,7 +338,7 @@ def _print(found: Mapping[str, Any]) -> None:
         note(f"the paper's encoder here: {found['paper_encoder']}")
     if found["published"]:
         note(f"published figures, in brackets, are from {'; '.join(found['published'])}")
-    note(f"model {model['fingerprint'][:12]}…; {report.settings(found)}; figures in percent")
+    note(f"model {model['fingerprint'][:12]}…; {report.format_settings(found)}; figures in percent")
     for each in found["notes"]:
         note(each)
     for each in found["remarks"]:

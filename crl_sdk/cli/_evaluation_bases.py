@@ -13,7 +13,7 @@ from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._basis import read_texts
 from crl_sdk.cli._console import note
 from crl_sdk.errors import InvalidInputError
-from crl_sdk.evaluation._texts import Texts, embed_list, of_basis
+from crl_sdk.evaluation._criterion_texts import CriterionTexts, texts_from_basis, texts_from_list
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +37,18 @@ class Sources:
         return path if path is not None and path.is_file() else None
 
 
-def texts_of(criterion: str, sources: Sources, prompt: str, embedder: Embedder) -> Texts:
+def texts_of(criterion: str, sources: Sources, prompt: str, embedder: Embedder) -> CriterionTexts:
     """Find a criterion's texts: the source given for it alone comes first."""
     if criterion in sources.texts:
         path = sources.texts[criterion]
-        return embed_list(read_texts(path), prompt, embedder.embed_text, str(path))
+        return texts_from_list(read_texts(path), prompt, embedder.embed_text, str(path))
     basis = sources.basis_file(criterion)
     if basis is not None:
-        return of_basis(Basis.load(basis), embedder.bundle.fingerprint, str(basis))
+        return texts_from_basis(Basis.load(basis), embedder.bundle.fingerprint, str(basis))
     if sources.own_words:
         from crl_export.demo.evaluate import own_words
 
-        return embed_list(
+        return texts_from_list(
             own_words(criterion), prompt, embedder.embed_text, "the world's own words"
         )
     draft = generation.draft(
@@ -56,7 +56,7 @@ def texts_of(criterion: str, sources: Sources, prompt: str, embedder: Embedder) 
     )
     written = [candidate.text for candidate in draft.texts]
     note(f"  {criterion}: {', '.join(written)}")
-    return embed_list(written, prompt, embedder.embed_text, "the local language model")
+    return texts_from_list(written, prompt, embedder.embed_text, "the local language model")
 
 
 def require_texts(

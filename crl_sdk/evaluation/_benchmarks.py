@@ -1,4 +1,4 @@
-"""Which benchmarks there are: criteria, the paper's prompts and encoders, where the data is."""
+"""List of the benchmarks, with their criteria, prompts, encoders and data sources."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from crl_sdk.evaluation import _clevr4 as clevr4
 from crl_sdk.evaluation import _deepfashion as deepfashion
 from crl_sdk.evaluation import _genecis as genecis
 
-Name: TypeAlias = Literal[
+BenchmarkName: TypeAlias = Literal[
     "clevr4", "cards", "genecis-focus", "genecis-change", "deepfashion", "demo", "cards-photos"
 ]
-NAMES: tuple[Name, ...] = get_args(Name)
+BENCHMARK_NAMES: tuple[BenchmarkName, ...] = get_args(BenchmarkName)
 
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A benchmark.
+    """Description of a benchmark.
 
     Attributes:
-        task: `labels` for clustering and few-shot classification, or the retrieval of that name.
-        prompts: criterion → template with one `{}`; the paper's wherever it has one.
-        encoder: that the authors' code loads; empty where the paper has no such benchmark.
-        layout: of its directory, in words.
-        source: where its data comes from.
-        columns: criterion → column of `labels.csv`, where there is one.
-        remark: what its figures do not mean.
+        task: `labels` for clustering and few-shot classification, or the name of a retrieval task.
+        prompts: Prompt of each criterion, with one `{}`. Those of the paper where it has one.
+        encoder: Model that the authors' code loads. Empty if the benchmark is not in the paper.
+        layout: Description of the data set's directory.
+        source: Where to get the data set.
+        columns: Column of `labels.csv` for each criterion. None if there is no such file.
+        remark: Limit of what the results mean. May be empty.
     """
 
     task: Literal["labels", "genecis", "deepfashion"]
@@ -58,7 +58,7 @@ def _genecis(task: str) -> Benchmark:
     )
 
 
-BENCHMARKS: Mapping[Name, Benchmark] = MappingProxyType(
+BENCHMARKS: Mapping[BenchmarkName, Benchmark] = MappingProxyType(
     {
         "clevr4": Benchmark(
             "labels",
@@ -96,10 +96,10 @@ BENCHMARKS: Mapping[Name, Benchmark] = MappingProxyType(
             "labels",
             _CARDS,
             "",
-            "labels.csv (file, rank, suit) and the pictures",
+            "labels.csv (file, rank, suit) and the images",
             "208 photographs, four of each card",
             {"number": "rank", "suits": "suit"},
-            "a small set to try the plumbing with; the paper has none like it",
+            "a small set for trying the command; the paper has no such data set",
         ),
     }
 )

@@ -1,9 +1,9 @@
 """Cards: photographs of playing cards, by number and by suit.
 
-Two layouts are read. The authors' (`AugDMC_datasets.zip`, read with torchvision's ImageFolder)
-holds the pictures twice, sorted by number and by suit. The Kaggle set "Cards Image
+Two layouts are supported. The authors' archive (`AugDMC_datasets.zip`, made for torchvision's
+ImageFolder) holds the images twice, sorted by number and by suit. The Kaggle set "Cards Image
 Dataset-Classification" by gpiosenka holds them once, under `train`, `valid` and `test`, in folders
-named `ace of clubs`.
+such as `ace of clubs`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from crl_sdk.errors import ImageError
-from crl_sdk.evaluation._labelled import (
+from crl_sdk.evaluation._dataset import (
     DataSetError,
-    Labelled,
+    LabelledImages,
     Labels,
-    codes_of,
+    encode_labels,
     require_directory,
     wrong_layout,
 )
@@ -30,7 +30,7 @@ NUMBERS = (
 )  # fmt: skip
 SUITS = ("clubs", "diamonds", "hearts", "spades")
 VALUES = {"number": NUMBERS, "suits": SUITS}
-"""Criterion → its classes, in the order of folder names, which the splits follow."""
+"""Classes of each criterion, in the order of the folder names. The splits depend on this order."""
 
 SPLITS = ("train", "valid", "test")
 LAYOUT = (
@@ -39,18 +39,19 @@ LAYOUT = (
 )
 
 
-def read_cards(root: Path) -> Labelled:
+def read_cards(root: Path) -> LabelledImages:
     """Read Cards in either layout.
 
     Args:
-        root: the directory that holds `number` and `suits`, or `train`, `valid` and `test`; or that
-            holds it under `cards`.
+        root: Directory that holds `number` and `suits`, or `train`, `valid` and `test`, itself or
+            in its subdirectory `cards`.
 
     Returns:
-        All pictures but the jokers, which have neither number nor suit.
+        All images except the jokers, which have neither number nor suit.
 
     Raises:
-        DataSetError: another layout, a class without a folder or a picture, or an unknown class.
+        DataSetError: If the layout is another one, a class has no folder or no image, or a class
+            is unknown.
     """
     require_directory(root, LAYOUT)
     for home in (root, root / "cards"):
@@ -61,59 +62,60 @@ def read_cards(root: Path) -> Labelled:
     raise wrong_layout(root, LAYOUT)
 
 
-def _by_criterion(home: Path) -> Labelled:
+def _by_criterion(home: Path) -> LabelledImages:
     files: list[Path] = []
     labels = {}
     for criterion, values in VALUES.items():
         folders = _folders(home / criterion)
-        codes_of(home / criterion, criterion, [f.name.lower() for f in folders], values)
+        encode_labels(home / criterion, criterion, [f.name.lower() for f in folders], values)
         names: list[str] = []
         start = len(files)
         for folder in folders:
-            own = _pictures(folder)
+            own = _images(folder)
             files += own
             names += [folder.name.lower()] * len(own)
-        codes = codes_of(home / criterion, criterion, names, values)
+        codes = encode_labels(home / criterion, criterion, names, values)
         _require_all(home / criterion, codes, values)
         labels[criterion] = Labels(np.arange(start, len(files)), codes, values)
-    return Labelled(
-        tuple(files), labels, ("the authors' layout: each criterion has its own pictures",)
+    return LabelledImages(
+        tuple(files), labels, ("the authors' layout: each criterion has its own images",)
     )
 
 
-def _by_card(home: Path) -> Labelled:
+def _by_card(home: Path) -> LabelledImages:
     splits = [split for split in SPLITS if (home / split).is_dir()]
     files: list[Path] = []
     cells: dict[str, list[str]] = {criterion: [] for criterion in CRITERIA}
     jokers = 0
     for split in splits:
         for folder in _folders(home / split):
-            own = _pictures(folder)
+            own = _images(folder)
             number, of, suit = folder.name.lower().partition(" of ")
             if folder.name.lower() == "joker":
                 jokers += len(own)
                 continue
             if not of:
                 raise DataSetError(
-                    f"{folder}: expected a folder named as a card, 'ace of clubs' or 'joker'"
+                    f"{folder}: expected a folder named after a card, such as 'ace of clubs', or "
+                    "'joker'"
                 )
             files += own
             cells["number"] += [number] * len(own)
             cells["suits"] += [suit] * len(own)
     labels = {}
     for criterion, values in VALUES.items():
-        codes = codes_of(home, criterion, cells[criterion], values)
+        codes = encode_labels(home, criterion, cells[criterion], values)
         _require_all(home, codes, values)
         labels[criterion] = Labels(np.arange(len(files)), codes, values)
     lacking = sorted(set(SPLITS) - set(splits))
     notes = [
-        f"Kaggle's layout: the pictures of {', '.join(splits)} together"
-        + (f", without {', '.join(lacking)}, which are not there" if lacking else ""),
-        "not checked to be the same pictures as the authors'",
+        f"Kaggle's layout: the images of {', '.join(splits)} together"
+        + (f", without {', '.join(lacking)}, which do not exist" if lacking else ""),
+        "it was not checked that these are the same images as the authors'",
     ]
     if jokers:
         notes.append(f"{jokers} jokers left out: they have neither number nor suit")
-    return Labelled(tuple(files), labels, tuple(notes))
+    return LabelledImages(tuple(files), labels, tuple(notes))
 
 
 def _folders(parent: Path) -> list[Path]:
@@ -123,7 +125,7 @@ def _folders(parent: Path) -> list[Path]:
     return folders
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _images(folder: Path) -> list[Path]:
     try:
         return find_image_files([folder])
     except ImageError as error:
@@ -134,6 +136,6 @@ def _require_all(where: Path, codes: np.ndarray, values: tuple[str, ...]) -> Non
     lacking = [value for code, value in enumerate(values) if code not in codes]
     if lacking:
         raise DataSetError(
-            f"{where}: expected pictures of {len(values)} classes, none of {', '.join(lacking)}: "
-            "unpack it again"
+            f"{where}: expected images of {len(values)} classes, found none of "
+            f"{', '.join(lacking)}: unpack it again"
         )

@@ -1,7 +1,7 @@
 """Clevr4-10k: rendered scenes, each with a texture, a shape, a colour and a count.
 
-Layout: github.com/sgvaze/clevr4 and robots.ox.ac.uk/~vgg/data/clevr4. All pictures are used,
-whatever their `split`, as the authors of the paper do.
+Layout: github.com/sgvaze/clevr4 and robots.ox.ac.uk/~vgg/data/clevr4. All images are used,
+whatever their `split`, as in the paper.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from crl_sdk.evaluation._labelled import (
+from crl_sdk.evaluation._dataset import (
     DataSetError,
-    Labelled,
+    LabelledImages,
     Labels,
-    codes_of,
+    encode_labels,
     require_directory,
     require_files,
     wrong_layout,
@@ -37,20 +37,22 @@ VALUES = MappingProxyType({
     "count": ("1", "2", "3", "4", "5", "6", "7", "8", "9", "10"),
 })
 # fmt: on
-"""Criterion → its ten classes, in the order of the data set's own code; the splits follow it."""
+"""The ten classes of each criterion, in the order of the data set's own code. The splits depend on
+this order."""
 
 
-def read_clevr4(root: Path) -> Labelled:
+def read_clevr4(root: Path) -> LabelledImages:
     """Read Clevr4.
 
     Args:
-        root: the unpacked archive, or the directory it was unpacked in.
+        root: The unpacked archive, or the directory that contains it.
 
     Returns:
-        All annotated pictures in the order of their names.
+        All annotated images, sorted by name.
 
     Raises:
-        DataSetError: another layout, a name twice, a missing picture or an unknown class.
+        DataSetError: If the layout is another one, a name occurs twice, an image is missing, or a
+            class is unknown.
     """
     require_directory(root, LAYOUT)
     home = next(
@@ -67,9 +69,9 @@ def read_clevr4(root: Path) -> Labelled:
     labels = {}
     for criterion, values in VALUES.items():
         cells = [str(annotations[name][criterion]) for name in names]
-        codes = codes_of(home / FILE, criterion, cells, values)
+        codes = encode_labels(home / FILE, criterion, cells, values)
         labels[criterion] = Labels(np.arange(len(files)), codes, values)
-    return Labelled(files, labels)
+    return LabelledImages(files, labels)
 
 
 def _annotations(path: Path) -> dict[str, dict[str, Any]]:
@@ -77,11 +79,11 @@ def _annotations(path: Path) -> dict[str, dict[str, Any]]:
         raw: Any = json.loads(path.read_bytes(), object_pairs_hook=_once)
     except (OSError, ValueError, RecursionError) as error:
         raise DataSetError(
-            f"{path}: expected JSON, one entry for each picture ({error})"
+            f"{path}: expected JSON with one entry for each image ({error})"
         ) from error
     if not isinstance(raw, dict) or not raw:
         raise DataSetError(
-            f"{path}: expected a JSON object of picture name → {{{', '.join(VALUES)}}}, found "
+            f"{path}: expected a JSON object of image name → {{{', '.join(VALUES)}}}, found "
             f"{type(raw).__name__} of {len(raw) if isinstance(raw, list | dict) else 1}"
         )
     for name, entry in raw.items():
@@ -90,15 +92,15 @@ def _annotations(path: Path) -> dict[str, dict[str, Any]]:
                 f"{path}: expected {', '.join(VALUES)} for {name!r}, found {str(entry)[:80]}"
             )
         if Path(name).name != name:
-            raise DataSetError(f"{path}: {name[:80]!r} is not the name of a picture")
+            raise DataSetError(f"{path}: {name[:80]!r} is not the name of an image")
     return raw
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object, but refuse a name that occurs twice."""
+    """Return a JSON object as a dictionary. Refuse a name that occurs twice."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice")
+        raise ValueError(f"{twice!r} occurs twice")
     return made

@@ -1,6 +1,6 @@
-"""DeepFashion's attribute pictures with the retrieval lists of ASEN: queries, candidates, values.
+"""DeepFashion's attribute images with the retrieval lists of ASEN: queries, candidates, values.
 
-Layout: github.com/Maryeon/asenpp (`data.zip`), with DeepFashion's `img/` beside the lists.
+Layout: github.com/Maryeon/asenpp (`data.zip`), with DeepFashion's `img/` next to the lists.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from crl_sdk.evaluation._labelled import (
+from crl_sdk.evaluation._dataset import (
     DataSetError,
     require_directory,
     require_files,
@@ -20,17 +20,22 @@ from crl_sdk.evaluation._labelled import (
 )
 
 ATTRIBUTES = ("texture", "fabric", "shape", "part", "style")
-"""In the order of the lists' numbers; the lists call them `texture-related` and so on."""
+"""Attributes, in the order of their numbers in the lists. ASEN calls them `texture-related` etc."""
 
 VALUES = (156, 218, 180, 216, 230)
-"""How many values each attribute has, as `config/DeepFashion/DeepFashion.yaml` of ASEN++ says."""
+"""Number of values of each attribute, from `config/DeepFashion/DeepFashion.yaml` of ASEN++."""
 
 SPLITS = ("test", "valid")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Side:
-    """Queries or candidates of an attribute: positions of pictures and their values, (n,) int64."""
+class AttributeImages:
+    """Queries or candidates of an attribute.
+
+    Attributes:
+        files: Positions of the images in `DeepFashion.files`, shape (n,), int64.
+        values: Value of the attribute for each image, shape (n,), int64.
+    """
 
     files: NDArray[np.int64]
     values: NDArray[np.int64]
@@ -38,25 +43,29 @@ class Side:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeepFashion:
-    """The retrieval task.
+    """Retrieval task of DeepFashion.
 
     Attributes:
-        files: the pictures that occur in a list.
-        queries: attribute → its queries.
-        candidates: attribute → what they are searched in.
-        notes: what the user should know of how it was read.
+        files: Images that occur in a list.
+        queries: Queries of each attribute.
+        candidates: Candidates of each attribute.
+        notes: Remarks on how the data set was read.
     """
 
     files: tuple[Path, ...]
-    queries: Mapping[str, Side]
-    candidates: Mapping[str, Side]
+    queries: Mapping[str, AttributeImages]
+    candidates: Mapping[str, AttributeImages]
     notes: tuple[str, ...] = ()
 
-    def part(self, count: int, seed: int = 0) -> DeepFashion:
-        """Keep some of all pictures at random: not the benchmark's figures.
+    def sample(self, count: int, seed: int = 0) -> DeepFashion:
+        """Return a random sample of the images. Its results are not those of the benchmark.
+
+        Args:
+            count: Number of images to keep.
+            seed: Seed of the choice. Equal seeds give equal samples.
 
         Raises:
-            DataSetError: an attribute would be left without queries or candidates.
+            DataSetError: If an attribute would have no query or no candidate.
         """
         if count >= len(self.files):
             return self
@@ -64,9 +73,9 @@ class DeepFashion:
         place = np.full(len(self.files), -1, np.int64)
         place[chosen] = np.arange(count)
 
-        def kept(sides: Mapping[str, Side]) -> dict[str, Side]:
+        def kept(sides: Mapping[str, AttributeImages]) -> dict[str, AttributeImages]:
             return {
-                name: Side(place[side.files][place[side.files] >= 0],
+                name: AttributeImages(place[side.files][place[side.files] >= 0],
                            side.values[place[side.files] >= 0])
                 for name, side in sides.items()
             }  # fmt: skip
@@ -75,32 +84,32 @@ class DeepFashion:
         for name in ATTRIBUTES:
             if not len(queries[name].files) or not len(candidates[name].files):
                 raise DataSetError(
-                    f"of {count} pictures none is a query or a candidate for {name}: take more"
+                    f"a sample of {count} images has no query or no candidate for {name}: take more"
                 )
-        note = f"a random part: {count} of {len(self.files)} pictures, not the benchmark"
+        note = f"a random sample of {count} of {len(self.files)} images, not the whole benchmark"
         files = tuple(self.files[i] for i in chosen)
         return DeepFashion(files, queries, candidates, (*self.notes, note))
 
 
 def layout(split: str) -> str:
-    """Say what the directory of a split (`test` or `valid`) looks like."""
-    return f"DeepFashion: {', '.join(_lists(split))} of ASEN, and img/ with the pictures they name"
+    """Return a description of the directory of a split, `test` or `valid`."""
+    return f"DeepFashion: {', '.join(_lists(split))} of ASEN, and img/ with the images they name"
 
 
 def read_deepfashion(root: Path, split: str = "test") -> DeepFashion:
     """Read the lists of a split.
 
-    Each line of `query_SPLIT.txt` and `candidate_SPLIT.txt` is a picture's number in
-    `filenames_SPLIT.txt` (from 0), an attribute's number and a value's. A line that is there twice
+    Each line of `query_SPLIT.txt` and `candidate_SPLIT.txt` has three numbers: the position of an
+    image in `filenames_SPLIT.txt` (from 0), an attribute and a value. A line that occurs twice
     counts twice, as in the authors' code; a note says how many do.
 
     Args:
-        root: the directory `DeepFashion` of ASEN's `data.zip`, or the one that holds it.
+        root: The directory `DeepFashion` of ASEN's `data.zip`, or the directory that contains it.
         split: `test` or `valid`.
 
     Raises:
-        DataSetError: another layout, a malformed line, a number out of range, a missing picture, or
-            an attribute without queries or candidates.
+        DataSetError: If the layout is another one, a line is malformed, a number is out of range,
+            an image is missing, or an attribute has no query or no candidate.
     """
     lists, expected = _lists(split), layout(split)
     require_directory(root, expected)
@@ -124,8 +133,8 @@ def read_deepfashion(root: Path, split: str = "test") -> DeepFashion:
         notes.append(f"{repeated_q + repeated_c} lines occur twice and count twice")
     return DeepFashion(
         files,
-        {name: Side(place[s.files], s.values) for name, s in queries.items()},
-        {name: Side(place[s.files], s.values) for name, s in candidates.items()},
+        {name: AttributeImages(place[s.files], s.values) for name, s in queries.items()},
+        {name: AttributeImages(place[s.files], s.values) for name, s in candidates.items()},
         tuple(notes),
     )
 
@@ -142,29 +151,29 @@ def _lines(path: Path) -> list[str]:
     while lines and not lines[-1]:
         lines.pop()
     if not lines or not all(lines):
-        raise DataSetError(f"{path}: expected one entry a line and no blank lines between them")
+        raise DataSetError(f"{path}: expected one entry per line and no blank lines")
     return lines
 
 
-def _side(path: Path, pictures: int) -> tuple[dict[str, Side], int]:
-    """Read a list: attribute → pictures and values; and how many lines repeat another."""
+def _side(path: Path, images: int) -> tuple[dict[str, AttributeImages], int]:
+    """Read a list. Return its entries by attribute, and the number of repeated lines."""
     rows = []
-    limits = (pictures, len(ATTRIBUTES))
+    limits = (images, len(ATTRIBUTES))
     for number, line in enumerate(_lines(path), start=1):
         try:
-            picture, attribute, value = map(int, line.split())
+            image, attribute, value = map(int, line.split())
         except ValueError as error:
             raise DataSetError(
-                f"{path}, line {number}: expected three whole numbers (picture, attribute, value), "
+                f"{path}, line {number}: expected three whole numbers (image, attribute, value), "
                 f"found {line[:60]!r}"
             ) from error
-        fine = 0 <= picture < limits[0] and 0 <= attribute < limits[1]
+        fine = 0 <= image < limits[0] and 0 <= attribute < limits[1]
         if not fine or not 0 <= value < VALUES[attribute]:
             raise DataSetError(
-                f"{path}, line {number}: expected a picture below {pictures}, an attribute below "
+                f"{path}, line {number}: expected an image below {images}, an attribute below "
                 f"{limits[1]} and a value below {VALUES}, found {line[:60]!r}"
             )
-        rows.append((picture, attribute, value))
+        rows.append((image, attribute, value))
     table = np.array(rows, np.int64)
     sides = {}
     for code, name in enumerate(ATTRIBUTES):
@@ -172,5 +181,5 @@ def _side(path: Path, pictures: int) -> tuple[dict[str, Side], int]:
         if len(own) == 0:
             raise DataSetError(f"{path}: expected lines of all {len(ATTRIBUTES)} attributes, found "
                                f"none of {name} (number {code})")  # fmt: skip
-        sides[name] = Side(own[:, 0], own[:, 2])
+        sides[name] = AttributeImages(own[:, 0], own[:, 2])
     return sides, len(rows) - len(set(rows))

@@ -1,9 +1,9 @@
-"""The paper's few-shot protocol: logistic regression on a few pictures of each class.
+"""Few-shot protocol of the paper: logistic regression on a few images of each class.
 
-Two choices of the authors are offered both ways. Their conditional rows are centred on the mean of
-all rows, those that are tested included (`transductive`). And their rows have a norm of about √k,
-where the universal ones they are compared with have 1: under the same penalty C = 1, that alone
-changes how far a regression fits (`scale_of`, `scaled_to`).
+Two choices of the authors can be switched off. First, they centre the conditional rows on the mean
+of all rows, including the test rows (`transductive`). Second, their conditional rows have a norm of
+about √k, while the universal rows have norm 1. With the same penalty C = 1, the larger norm alone
+lets the regression fit more closely (`rms_norm`, `rescale`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
-from crl_sdk.evaluation._figures import Figure, check_labelled
+from crl_sdk.evaluation._check_labels import check_labels
+from crl_sdk.evaluation._mean_std import MeanStd
 from crl_sdk.projection._projection import EPSILON
 from crl_sdk.tasks._few_shot import standardise_rows
 
@@ -26,25 +27,28 @@ SPLITS = 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Split:
-    """Which rows are trained on and which are tested, (t,) and (n − t,) int64."""
+    """Positions of the training rows, shape (t,), and of the test rows, shape (n - t,), int64."""
 
     train: NDArray[np.int64]
     test: NDArray[np.int64]
 
 
 def splits(labels: NDArray[np.integer], shots: int, count: int = SPLITS) -> Iterator[Split]:
-    """Draw the authors' splits: of each class, in the order of the labels, `shots` are trained on.
+    """Draw the splits of the paper: `shots` training rows of each class, all others for testing.
 
-    Split i shuffles with NumPy's legacy generator of seed i, so that equal labels give the very
-    splits of their `linear_probe.py`.
+    Split i shuffles each class, in the order of the labels, with NumPy's legacy generator of seed
+    i. Equal labels therefore give the same splits as the authors' `linear_probe.py`.
 
     Args:
-        labels: (n,) integers.
-        shots: pictures of each class.
-        count: of splits.
+        labels: Label of each row, shape (n,), integers.
+        shots: Number of training rows of each class.
+        count: Number of splits.
+
+    Yields:
+        The splits.
 
     Raises:
-        InvalidInputError: shots or count is below 1, or a class has no picture left to test.
+        InvalidInputError: If `shots` or `count` is below 1, or a class has no row left to test.
     """
     if shots < 1 or count < 1:
         raise InvalidInputError(f"expected shots >= 1 and splits >= 1, got {shots} and {count}")
@@ -52,7 +56,7 @@ def splits(labels: NDArray[np.integer], shots: int, count: int = SPLITS) -> Iter
     classes, sizes = np.unique(codes, return_counts=True)
     if sizes.min() <= shots:
         raise InvalidInputError(
-            f"{shots} shots need {shots + 1} pictures of each class or more, class "
+            f"{shots} shots need at least {shots + 1} images of each class, class "
             f"{classes[sizes.argmin()]} has {sizes.min()}: take fewer shots"
         )
     for seed in range(count):
@@ -66,38 +70,38 @@ def splits(labels: NDArray[np.integer], shots: int, count: int = SPLITS) -> Iter
         yield Split(np.concatenate(train), np.concatenate(test))
 
 
-def standardised(
+def standardise_all(
     rows: NDArray[np.float32], reference: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
-    """Subtract one number from all rows and divide each by its own standard deviation.
+    """Return (row - mean of the reference) / standard deviation of the row, for each row.
 
     Args:
-        rows: (n, m) float32, R = I·Tᵀ; m >= 2.
-        reference: rows whose overall mean is subtracted, (r, m) float32; None for `rows` itself,
-            as the authors do, which looks at the rows to be tested too.
+        rows: Conditional rows R = I·Tᵀ, shape (n, m) with m >= 2, float32.
+        reference: Rows whose overall mean is subtracted, shape (r, m), float32. None for `rows`,
+            as in the paper; the mean then includes the test rows.
 
     Returns:
-        (n, m) float32, see `crl_sdk.tasks.standardise_rows`.
+        Standardised rows, shape (n, m), float32.
 
     Raises:
-        InvalidInputError: fewer than two columns.
+        InvalidInputError: If there are fewer than two columns.
     """
     if rows.shape[1] < 2:
         raise InvalidInputError(
-            f"expected rows of two columns or more, got {rows.shape}: add texts to the basis"
+            f"expected rows with two columns or more, got {rows.shape}: add texts to the basis"
         )
     mean = np.mean(rows if reference is None else reference, dtype=np.float64)
     return standardise_rows(rows, float(mean))
 
 
-def scale_of(rows: NDArray[np.float32]) -> float:
-    """Give the root mean square of the norms of rows (n, m)."""
+def rms_norm(rows: NDArray[np.float32]) -> float:
+    """Return the root mean square of the norms of rows, shape (n, m)."""
     return float(np.sqrt(np.square(rows, dtype=np.float64).sum(axis=1).mean()))
 
 
-def scaled_to(rows: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
-    """Multiply rows (n, m) by the one number that brings their `scale_of` to `scale`."""
-    return np.asarray(rows * (scale / max(scale_of(rows), EPSILON)), np.float32)
+def rescale(rows: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
+    """Multiply rows, shape (n, m), by the number that makes their `rms_norm` equal `scale`."""
+    return np.asarray(rows * (scale / max(rms_norm(rows), EPSILON)), np.float32)
 
 
 def few_shot(
@@ -108,28 +112,28 @@ def few_shot(
     standardise: bool,
     transductive: bool = True,
     count: int = SPLITS,
-) -> Figure:
-    """Classify from a few pictures of each class and test on all others.
+) -> MeanStd:
+    """Train a classifier on a few images of each class and test it on all others.
 
-    As the authors' `linear_probe.py`: `LogisticRegression(max_iter=1000)`, which has C = 1; the
-    mean over twenty splits is what the paper prints.
+    The protocol is that of the authors' `linear_probe.py`: `LogisticRegression(max_iter=1000)`,
+    whose C is 1. The paper reports the mean over twenty splits.
 
     Args:
-        rows: (n, m) float: R = I·Tᵀ, or universal embeddings.
-        labels: (n,) integers.
-        shots: pictures of each class to train on.
-        standardise: whether to bring rows through `standardised`: the paper's conditional rows are,
-            its universal ones are not.
-        transductive: with `standardise`, centre on all rows, as the paper does, or on the mean of
-            those trained on.
-        count: of splits.
+        rows: Conditional rows R = I·Tᵀ or universal embeddings, shape (n, m), of a float dtype.
+        labels: Label of each row, shape (n,), integers.
+        shots: Number of training images of each class.
+        standardise: Whether to standardise the rows. The paper does so for conditional rows only.
+        transductive: Whether `standardise` subtracts the mean of all rows, as in the paper, or
+            that of the training rows.
+        count: Number of splits.
 
     Returns:
         Accuracy over the splits.
 
     Raises:
-        InvalidInputError: shapes do not fit, NaN, one class only, or a class has too few pictures.
-        MissingDependencyError: scikit-learn is not installed.
+        InvalidInputError: If the shapes do not match, a value is NaN, there is only one class, or
+            a class has too few images.
+        MissingDependencyError: If scikit-learn is not installed.
     """
     try:
         from sklearn.exceptions import ConvergenceWarning
@@ -137,16 +141,16 @@ def few_shot(
     except ImportError as error:
         raise MissingDependencyError("scikit-learn", "tasks", "few-shot classification") from error
 
-    given, codes = check_labelled(rows, labels)
-    inputs = standardised(given) if standardise and transductive else given
+    given, codes = check_labels(rows, labels)
+    inputs = standardise_all(given) if standardise and transductive else given
     accuracies = []
     for split in splits(codes, shots, count):
         used = inputs
         if standardise and not transductive:
-            used = standardised(given, given[split.train])
+            used = standardise_all(given, given[split.train])
         model = LogisticRegression(C=1.0, max_iter=1000)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the paper stops there as well
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the paper stops at the same limit
             model.fit(used[split.train], codes[split.train])
         accuracies.append(float(model.score(used[split.test], codes[split.test])))
-    return Figure.of(accuracies)
+    return MeanStd.of(accuracies)

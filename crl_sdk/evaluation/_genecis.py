@@ -1,6 +1,6 @@
-"""GeneCIS, "focus on an object" and "change an object": the same scene with a given thing in it.
+"""GeneCIS, tasks "focus on an object" and "change an object": find a scene with a given object.
 
-Layout: github.com/facebookresearch/genecis (its templates) and COCO's 2017 validation pictures.
+Layout: github.com/facebookresearch/genecis (its templates) and COCO's 2017 validation images.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crl_sdk.evaluation._labelled import (
+from crl_sdk.evaluation._dataset import (
     DataSetError,
     require_directory,
     require_files,
@@ -21,17 +21,17 @@ from crl_sdk.evaluation._labelled import (
 )
 
 TASKS = ("focus", "change")
-PICTURES = "val2017"
+_COCO = "val2017"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Query:
-    """One search: which picture of the gallery shows the reference's scene with the condition.
+    """One query: which image of the gallery shows the scene of the reference and the condition.
 
     Attributes:
-        reference: position of the query picture in `GeneCis.files`.
-        gallery: positions of the pictures to choose from, (g,) int64; the target is the first.
-        condition: the thing, such as `table`.
+        reference: Position of the reference image in `GeneCis.files`.
+        gallery: Positions of the images to choose from, shape (g,), int64. The first is the target.
+        condition: The object that the target shows, such as `table`.
     """
 
     reference: int
@@ -41,20 +41,27 @@ class Query:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GeneCis:
-    """A task of GeneCIS.
+    """One task of GeneCIS.
 
     Attributes:
-        files: the pictures, each once.
-        queries: in the order of the file.
-        notes: what the user should know of how it was read.
+        files: Images, each once.
+        queries: Queries, in the order of the template file.
+        notes: Remarks on how the data set was read.
     """
 
     files: tuple[Path, ...]
     queries: tuple[Query, ...]
     notes: tuple[str, ...] = ()
 
-    def part(self, count: int, seed: int = 0) -> GeneCis:
-        """Give some of the queries at random, with their pictures: not the benchmark's figures."""
+    def sample(self, count: int, seed: int = 0) -> GeneCis:
+        """Return a random sample of the queries, with their images.
+
+        The results on a sample are not those of the benchmark.
+
+        Args:
+            count: Number of queries to keep.
+            seed: Seed of the choice. Equal seeds give equal samples.
+        """
         if count >= len(self.queries):
             return self
         chosen = np.sort(np.random.default_rng(seed).permutation(len(self.queries))[:count])
@@ -65,28 +72,26 @@ class GeneCis:
         return GeneCis(
             tuple(self.files[i] for i in used),
             tuple(Query(int(place[q.reference]), place[q.gallery], q.condition) for q in queries),
-            (*self.notes, f"a random part: {count} of {len(self.queries)} queries, "
-             "not the benchmark"),
+            (*self.notes, f"a random sample of {count} of {len(self.queries)} queries, "
+             "not the whole benchmark"),
         )  # fmt: skip
 
 
 def layout(task: str) -> str:
-    """Say what the directory of a task (`focus` or `change`) looks like."""
-    return (
-        f"GeneCIS: genecis/{task}_object.json and {PICTURES}/ with COCO's 2017 validation pictures"
-    )
+    """Return a description of the directory of a task, `focus` or `change`."""
+    return f"GeneCIS: genecis/{task}_object.json and {_COCO}/ with COCO's 2017 validation images"
 
 
 def read_genecis(root: Path, task: str) -> GeneCis:
     """Read one task of GeneCIS.
 
     Args:
-        root: holds `focus_object.json` and `change_object.json`, itself or under `genecis/`, and
-            COCO's pictures under `val2017/` or `coco/val2017/`.
+        root: Directory that holds `focus_object.json` and `change_object.json`, itself or under
+            `genecis/`, and COCO's images under `val2017/` or `coco/val2017/`.
         task: `focus` or `change`.
 
     Raises:
-        DataSetError: another layout, an entry without its fields, or a missing picture.
+        DataSetError: If the layout is another one, an entry lacks a field, or an image is missing.
     """
     name, expected = f"{task}_object.json", layout(task)
     require_directory(root, expected)
@@ -97,13 +102,13 @@ def read_genecis(root: Path, task: str) -> GeneCis:
         raise wrong_layout(
             root,
             expected,
-            f"{pickled} is an early version of the templates, a pickle, which is not read: get the "
-            "JSON of the repository's main branch"
+            f"{pickled} is an early version of the templates in pickle format, which is not read: "
+            "get the JSON file of the repository's main branch"
             if pickled
             else "",
         )
-    pictures = next((p for p in (root / PICTURES, root / "coco" / PICTURES) if p.is_dir()), None)
-    if pictures is None:
+    images = next((p for p in (root / _COCO, root / "coco" / _COCO) if p.is_dir()), None)
+    if images is None:
         raise wrong_layout(root, expected)
     entries = _entries(template)
     position: dict[int, int] = {}
@@ -123,10 +128,10 @@ def read_genecis(root: Path, task: str) -> GeneCis:
         reference = place(entry["reference"], where)
         gallery = [place(s, where) for s in (entry["target"], *entry["gallery"])]
         queries.append(Query(reference, np.array(gallery, np.int64), entry["condition"].strip()))
-    files = tuple(pictures / f"{number:012d}.jpg" for number in position)
+    files = tuple(images / f"{number:012d}.jpg" for number in position)
     require_files(root, files)
     sizes = sorted({len(query.gallery) for query in queries})
-    notes = (f"{len(queries)} queries, galleries of {' or '.join(map(str, sizes))} pictures",)
+    notes = (f"{len(queries)} queries, galleries of {' or '.join(map(str, sizes))} images",)
     return GeneCis(files, tuple(queries), notes)
 
 
@@ -148,7 +153,7 @@ def _entries(template: Path) -> list[dict[str, Any]]:
         )
         if not fine:
             raise DataSetError(
-                f"{template}, entry {i}: expected reference, target, a gallery of one picture or "
-                f"more and a condition in words, found {str(entry)[:120]}"
+                f"{template}, entry {i}: expected reference, target, a gallery of at least one "
+                f"image and a condition in words, found {str(entry)[:120]}"
             )
     return raw

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from crl_sdk import demo_bundle
 from crl_sdk.cli import app
 from crl_sdk.errors import BasisMismatchError, CrlError
-from crl_sdk.evaluation import _report as report
-from crl_sdk.evaluation._benchmarks import BENCHMARKS, NAMES
+from crl_sdk.evaluation import _results as report
+from crl_sdk.evaluation._benchmarks import BENCHMARK_NAMES, BENCHMARKS
 
 pytest.importorskip("sklearn")
 
@@ -34,7 +34,7 @@ def crl_eval(*arguments: object) -> dict:
 def figures(found: dict) -> dict:
     return {
         (row["criterion"], row["protocol"], row["representation"]): {
-            name: figure["mean"] for name, figure in row["figures"].items()
+            name: figure["mean"] for name, figure in row["scores"].items()
         }
         for row in found["rows"]
     }
@@ -78,7 +78,7 @@ def test_demo_world_from_a_shell(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["pictures"] == 90 and found["paper_encoder"] is None
+    assert found["images"] == 90 and found["paper_encoder"] is None
     assert found["texts"]["colour"]["texts"][:2] == ["red", "orange"]
     assert found["settings"]["method"] == "cosine"
     by = figures(found)
@@ -118,13 +118,13 @@ def test_published_figures_stand_beside(clevr4, words, tmp_path):
     given = ["clevr4", "--data", clevr4, "--texts", f"color={words}", "--criteria", "color"]
     short = ["--seeds", 1, "--splits", 1, "--shots", 1, "--model", demo_bundle()]
     found = crl_eval(*given, *short, "--published", others, "--out", out)
-    rows = {(row["protocol"], row["representation"]): row["figures"] for row in found["rows"]}
+    rows = {(row["protocol"], row["representation"]): row["scores"] for row in found["rows"]}
     assert rows["clustering", "conditional"]["ACC"]["published"] == 0.515
     assert rows["clustering", "universal"]["ACC"]["published"] is None
     text = out.read_text()
     assert "| 100.00 ± 0.00 (published 51.50) |" in text and "(published 12.25)" in text
     assert "are from Table 1, ViT-B/32; Table 2, ViT-B/32." in text
-    assert "published, but not measured here: shape, universal, NMI" in text
+    assert "published but not measured here: shape, universal, NMI" in text
     shown = CliRunner().invoke(
         app, ["eval", *map(str, (*given, *short)), "--published", str(others)]
     )
@@ -236,7 +236,7 @@ def test_cards_photos_say_that_the_model_never_saw_a_card(tmp_path, words):
         "cards-photos", "--data", tmp_path, "--texts", f"suits={words}", "--criteria", "suits",
         "--seeds", 1, "--splits", 1, "--shots", 1,
     )  # fmt: skip
-    assert any("plumbing" in remark for remark in found["remarks"])
+    assert any("for trying the command" in remark for remark in found["remarks"])
     assert any("never seen such pictures" in remark for remark in found["remarks"])
 
 
@@ -283,8 +283,10 @@ def test_too_few_texts_are_refused_before_pictures_are_embedded(clevr4, tmp_path
     one = tmp_path / "one.txt"
     one.write_text("red\n")
     given = ["clevr4", "--data", clevr4, "--texts", f"color={one}", "--criteria", "color"]
-    monkeypatch.delattr("crl_sdk.evaluation._run.embed_files")
-    with pytest.raises(CrlError, match="color: few-shot classification needs rows of two columns"):
+    monkeypatch.delattr("crl_sdk.evaluation._protocols.embed_files")
+    with pytest.raises(
+        CrlError, match="color: few-shot classification needs rows with two columns"
+    ):
         crl_eval(*given, "--shots", 1)
     with pytest.raises(CrlError, match="'centred' needs at least two distinct texts"):
         crl_eval(*given, "--method", "centred", "--protocol", "clustering")
@@ -294,7 +296,7 @@ def test_too_few_texts_are_refused_before_pictures_are_embedded(clevr4, tmp_path
 
 
 def test_every_benchmark_is_described():
-    assert tuple(BENCHMARKS) == NAMES
+    assert tuple(BENCHMARKS) == BENCHMARK_NAMES
     for name, benchmark in BENCHMARKS.items():
         assert benchmark.prompts and benchmark.layout and benchmark.source
         assert all(prompt.count("{}") == 1 for prompt in benchmark.prompts.values())
@@ -311,4 +313,6 @@ def test_results_are_tables_as_well(clevr4, words):
          "--criteria", "color", "--protocol", "clustering", "--seeds", "2"],
     )  # fmt: skip
     assert done.exit_code == 0 and "conditional" in done.output and "100.00 ± 0.00" in done.output
-    assert report.percent(report.Figure(0.12345)) == "12.35"  # a single run has no deviation
+    assert (
+        report.format_percent(report.MeanStd(0.12345)) == "12.35"
+    )  # a single run has no deviation

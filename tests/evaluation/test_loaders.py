@@ -13,10 +13,10 @@ from PIL import Image
 from crl_sdk.errors import CrlError
 from crl_sdk.evaluation._cards import NUMBERS, SUITS, read_cards
 from crl_sdk.evaluation._clevr4 import VALUES, read_clevr4
+from crl_sdk.evaluation._dataset import DataSetError
 from crl_sdk.evaluation._deepfashion import ATTRIBUTES, read_deepfashion
 from crl_sdk.evaluation._genecis import read_genecis
-from crl_sdk.evaluation._labelled import DataSetError
-from crl_sdk.evaluation._table import read_table
+from crl_sdk.evaluation._labels_csv import read_table
 
 
 def paint(path: Path, colour: str = "red") -> Path:
@@ -62,7 +62,7 @@ def test_clevr4_in_a_wrong_layout(tmp_path):
     root = tmp_path / "clevr"
     write_clevr4(root)
     (root / "images" / "CLEVR_new_000003.png").unlink()
-    with pytest.raises(DataSetError, match=r"1 of 20 pictures are missing.*000003\.png"):
+    with pytest.raises(DataSetError, match=r"1 of 20 images are missing.*000003\.png"):
         read_clevr4(root)
     shutil.rmtree(root / "images")
     with pytest.raises(DataSetError, match=r"found clevr_4_annots\.json"):
@@ -80,7 +80,7 @@ def test_clevr4_in_a_wrong_layout(tmp_path):
         ('{"../a": {"texture": "metal", "shape": "cube", "color": "red", "count": 1}}', "not the"),
         ('{"a": {"texture": "wool", "shape": "cube", "color": "red", "count": 1}}', "found wool"),
         ('{"a": {"texture": "metal", "shape": "cube", "color": "red", "count": 11}}', "found 11"),
-        ('{"a": {}, "a": {}}', "'a' is there twice"),
+        ('{"a": {}, "a": {}}', "'a' occurs twice"),
         ("\xff", "expected JSON"),
     ],
 )
@@ -150,7 +150,7 @@ def test_cards_in_a_wrong_layout(tmp_path):
     with pytest.raises(DataSetError, match="found stars"):
         read_cards(tmp_path / "odd")
     paint(tmp_path / "kaggle" / "train" / "ace" / "1.jpg")
-    with pytest.raises(DataSetError, match="named as a card"):
+    with pytest.raises(DataSetError, match="named after a card"):
         read_cards(tmp_path / "kaggle")
     (tmp_path / "bare" / "train").mkdir(parents=True)
     with pytest.raises(DataSetError, match="a folder for each class"):
@@ -161,7 +161,7 @@ def write_genecis(root: Path, task: str = "focus", queries: int = 3, gallery: in
     entries, number = [], 1
     for i in range(queries):
         ids = list(range(number, number + gallery + 1))
-        number += gallery  # the last picture is the next query's reference as well
+        number += gallery  # the last image is the next query's reference as well
         for each in ids:
             paint(root / "val2017" / f"{each:012d}.jpg")
         samples = [{"val_image_id": each, "instance_id": 5} for each in ids]
@@ -189,8 +189,12 @@ def test_genecis(tmp_path):
         "000000000003.jpg",
     ]
     assert second.reference == first.gallery[-1] and second.condition == "tree"
-    part = data.part(1)
-    assert len(part.queries) == 1 and len(part.files) == 5 and "not the benchmark" in part.notes[-1]
+    part = data.sample(1)
+    assert (
+        len(part.queries) == 1
+        and len(part.files) == 5
+        and "not the whole benchmark" in part.notes[-1]
+    )
     assert {part.files[i].name for i in part.queries[0].gallery} < {f.name for f in data.files}
 
 
@@ -198,11 +202,11 @@ def test_genecis_in_a_wrong_layout(tmp_path):
     with pytest.raises(DataSetError, match=r"expected GeneCIS.*change_object\.json"):
         read_genecis(tmp_path, "change")
     (tmp_path / "focus_object.pkl").write_bytes(b"cos\nsystem\n")  # never opened
-    with pytest.raises(DataSetError, match="a pickle, which is not read"):
+    with pytest.raises(DataSetError, match="in pickle format, which is not read"):
         read_genecis(tmp_path, "focus")
     write_genecis(tmp_path)
     (tmp_path / "val2017" / "000000000004.jpg").unlink()
-    with pytest.raises(DataSetError, match="1 of 13 pictures are missing"):
+    with pytest.raises(DataSetError, match="1 of 13 images are missing"):
         read_genecis(tmp_path, "focus")
     shutil.rmtree(tmp_path / "val2017")
     with pytest.raises(DataSetError, match="expected GeneCIS"):
@@ -237,13 +241,13 @@ def test_genecis_with_a_damaged_entry(tmp_path, change):
 
 
 def write_deepfashion(root: Path, split: str = "test") -> None:
-    """Ten pictures: five candidates, then five queries, each with a value of each attribute."""
+    """Ten images: five candidates, then five queries, each with a value of each attribute."""
     names = [f"img/Dress/img_{i:08d}.jpg" for i in range(10)]
     for name in names:
         paint(root / name)
     (root / f"filenames_{split}.txt").write_text("\n".join(names) + "\n")
-    for kind, pictures in (("candidate", range(5)), ("query", range(5, 10))):
-        lines = [f"{i} {a} {(i + a) % 2}" for i in pictures for a in range(len(ATTRIBUTES))]
+    for kind, images in (("candidate", range(5)), ("query", range(5, 10))):
+        lines = [f"{i} {a} {(i + a) % 2}" for i in images for a in range(len(ATTRIBUTES))]
         (root / f"{kind}_{split}.txt").write_text("\n".join(lines) + "\n")
 
 
@@ -271,17 +275,17 @@ def test_deepfashion_counts_repeated_lines_twice_and_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("file", "text", "what"),
     [
-        ("query_test.txt", "", "one entry a line"),
+        ("query_test.txt", "", "one entry per line"),
         ("query_test.txt", "5 0 1\n\n5 1 1\n", "no blank lines"),
         ("query_test.txt", "5 0\n", "line 1: expected three whole numbers"),
         ("query_test.txt", "5 0 red\n", "three whole numbers"),
-        ("query_test.txt", "10 0 1\n", "picture below 10"),
+        ("query_test.txt", "10 0 1\n", "image below 10"),
         ("query_test.txt", "5 5 1\n", "attribute below 5"),
-        ("query_test.txt", "-1 0 1\n", "picture below 10"),
+        ("query_test.txt", "-1 0 1\n", "image below 10"),
         ("query_test.txt", "5 0 156\n", "a value below"),
         ("candidate_test.txt", "1 0 1\n", "none of fabric"),
         ("filenames_test.txt", "../a.jpg\n" * 10, "outside the directory"),
-        ("filenames_test.txt", "img/a.jpg\n" * 10, "pictures are missing"),
+        ("filenames_test.txt", "img/a.jpg\n" * 10, "images are missing"),
         ("filenames_test.txt", "\xff", "UTF-8"),
     ],
 )
@@ -295,13 +299,13 @@ def test_deepfashion_with_damaged_lists(tmp_path, file, text, what):
 def test_deepfashion_in_part(tmp_path):
     write_deepfashion(tmp_path)
     data = read_deepfashion(tmp_path)
-    part = data.part(8)
+    part = data.sample(8)
     assert len(part.files) == 8 and "8 of 10" in part.notes[-1]
     for name in ATTRIBUTES:
         for side in (part.queries[name], part.candidates[name]):
             assert side.files.max() < 8
     with pytest.raises(DataSetError, match="take more"):
-        data.part(1)
+        data.sample(1)
 
 
 COLUMNS = {"number": "rank", "suits": "suit"}
@@ -331,10 +335,10 @@ def test_table(tmp_path):
         ("file,rank\na.jpg,ace\n", "found the columns file, rank and"),
         ("file,rank,suit\na.jpg,ace\n", "line 2: a cell is empty"),
         ("file,rank,suit\na.jpg,ace,\n", "line 2: a cell is empty"),
-        ("file,rank,suit\na.jpg,ace,clubs\na.jpg,two,clubs\n", "line 3: 'a.jpg' is there twice"),
+        ("file,rank,suit\na.jpg,ace,clubs\na.jpg,two,clubs\n", "line 3: 'a.jpg' occurs twice"),
         ("file,rank,suit\n../a.jpg,ace,clubs\n", "outside"),
         ("file,rank,suit\n/etc/passwd,ace,clubs\n", "outside"),
-        ("file,rank,suit\nc.jpg,ace,clubs\n", "1 of 1 pictures are missing"),
+        ("file,rank,suit\nc.jpg,ace,clubs\n", "1 of 1 images are missing"),
     ],
 )
 def test_table_that_is_damaged(tmp_path, text, what):
@@ -349,23 +353,23 @@ def test_a_directory_without_a_table(tmp_path):
 
 def test_some_criteria_keep_their_own_pictures(tmp_path):
     write_cards(tmp_path)
-    suits = read_cards(tmp_path).only(["suits"])
+    suits = read_cards(tmp_path).select(["suits"])
     assert set(suits.labels) == {"suits"} and len(suits.files) == 8
     own = suits.labels["suits"]
     assert [suits.files[i].parent.name for i in own.files] == [own.values[c] for c in own.codes]
     with pytest.raises(KeyError):
-        suits.only(["number"])
+        suits.select(["number"])
 
 
 def test_a_part_keeps_each_pictures_labels(tmp_path):
     write_cards(tmp_path)
     data = read_cards(tmp_path)
-    part = data.part(20, seed=1)
-    assert len(part.files) == 20 and data.part(34) is data
+    part = data.sample(20, seed=1)
+    assert len(part.files) == 20 and data.sample(34) is data
     for own in part.labels.values():
         assert [part.files[i].parent.name for i in own.files] == [own.values[c] for c in own.codes]
     assert sum(len(own.files) for own in part.labels.values()) == 20
-    assert part.files == data.part(20, seed=1).files != data.part(20, seed=2).files
-    with pytest.raises(CrlError, match="at least one picture"):
-        data.part(0)
+    assert part.files == data.sample(20, seed=1).files != data.sample(20, seed=2).files
+    with pytest.raises(CrlError, match="at least one image"):
+        data.sample(0)
     assert np.all(np.diff([data.files.index(file) for file in part.files]) > 0)

@@ -15,16 +15,20 @@ from crl_sdk.errors import (
     InvalidInputError,
     MissingDependencyError,
 )
-from crl_sdk.evaluation import _run as run
+from crl_sdk.evaluation import _protocols as run
+from crl_sdk.evaluation._attribute_retrieval import (
+    average_over_attributes,
+    reduce_texts,
+    search_attribute,
+)
 from crl_sdk.evaluation._clustering import clustering
-from crl_sdk.evaluation._deepfashion import ATTRIBUTES, DeepFashion, Side
-from crl_sdk.evaluation._fashion import attribute_map, overall, reduced
-from crl_sdk.evaluation._few_shot import few_shot, scale_of, scaled_to, splits, standardised
-from crl_sdk.evaluation._figures import Figure
+from crl_sdk.evaluation._criterion_texts import CriterionTexts, texts_from_basis, texts_from_list
+from crl_sdk.evaluation._dataset import LabelledImages, Labels
+from crl_sdk.evaluation._deepfashion import ATTRIBUTES, AttributeImages, DeepFashion
+from crl_sdk.evaluation._few_shot import few_shot, rescale, rms_norm, splits, standardise_all
+from crl_sdk.evaluation._gallery_retrieval import gallery_scores, recalls
 from crl_sdk.evaluation._genecis import GeneCis, Query
-from crl_sdk.evaluation._labelled import Labelled, Labels
-from crl_sdk.evaluation._similarity import gallery_scores, recalls
-from crl_sdk.evaluation._texts import Texts, embed_list, of_basis
+from crl_sdk.evaluation._mean_std import MeanStd
 from crl_sdk.projection._projection import normalise_rows
 from crl_sdk.tasks._metrics import clustering_accuracy
 
@@ -63,7 +67,7 @@ def test_clustering_is_scikit_learns_with_the_true_k_and_one_start():
         )
         for seed in (3, 4)
     ]
-    assert found["ACC"] == Figure(float(np.mean(accuracies)), float(np.std(accuracies)))
+    assert found["ACC"] == MeanStd(float(np.mean(accuracies)), float(np.std(accuracies)))
 
 
 def test_equal_rows_are_clustered_without_a_warning():
@@ -118,22 +122,22 @@ def test_splits_that_leave_nothing_to_test():
 def test_standardised_rows_against_numpy():
     rows = np.random.default_rng(0).normal(3, 2, (7, 5)).astype(np.float32)
     expected = (rows - rows.mean()) / rows.std(axis=1, ddof=1, keepdims=True)
-    assert standardised(rows) == pytest.approx(expected, abs=1e-5)
+    assert standardise_all(rows) == pytest.approx(expected, abs=1e-5)
     some = rows[:2]
     expected = (rows - some.mean()) / rows.std(axis=1, ddof=1, keepdims=True)
-    assert standardised(rows, some) == pytest.approx(expected, abs=1e-5)
-    assert not standardised(np.ones((2, 3), np.float32)).any()
+    assert standardise_all(rows, some) == pytest.approx(expected, abs=1e-5)
+    assert not standardise_all(np.ones((2, 3), np.float32)).any()
     with pytest.raises(InvalidInputError, match="two columns"):
-        standardised(np.ones((2, 1), np.float32))
+        standardise_all(np.ones((2, 1), np.float32))
 
 
 def test_scales():
     rows = np.array([[3, 4], [0, 1]], np.float32)
-    assert scale_of(rows) == pytest.approx(np.sqrt((25 + 1) / 2))
-    assert scale_of(scaled_to(rows, 7)) == pytest.approx(7)
-    assert scaled_to(rows, 7)[0] / scaled_to(rows, 7)[0, 0] == pytest.approx([1, 4 / 3])
+    assert rms_norm(rows) == pytest.approx(np.sqrt((25 + 1) / 2))
+    assert rms_norm(rescale(rows, 7)) == pytest.approx(7)
+    assert rescale(rows, 7)[0] / rescale(rows, 7)[0, 0] == pytest.approx([1, 4 / 3])
     wide = np.random.default_rng(0).standard_normal((50, 101)).astype(np.float32)
-    assert scale_of(standardised(wide)) == pytest.approx(10, rel=0.02)  # about √k
+    assert rms_norm(standardise_all(wide)) == pytest.approx(10, rel=0.02)  # about √k
 
 
 def test_few_shot_learns_what_is_apart_and_nothing_of_permuted_labels():
@@ -141,7 +145,7 @@ def test_few_shot_learns_what_is_apart_and_nothing_of_permuted_labels():
     shuffled = np.random.default_rng(0).permutation(labels)
     for transductive in (True, False):
         options = {"standardise": True, "transductive": transductive, "count": 4}
-        assert few_shot(rows, labels, 2, **options) == Figure(1.0, 0.0)
+        assert few_shot(rows, labels, 2, **options) == MeanStd(1.0, 0.0)
         assert few_shot(rows, shuffled, 5, **options).mean < 0.45
     assert few_shot(rows, labels, 1, standardise=False, count=4).mean == 1.0
 
@@ -151,7 +155,7 @@ def test_few_shot_is_scikit_learns_regression_on_the_same_split():
 
     rows, labels = planted(noise=0.5)
     split = next(splits(labels, 3, 1))
-    inputs = standardised(rows)
+    inputs = standardise_all(rows)
     model = LogisticRegression(max_iter=1000).fit(inputs[split.train], labels[split.train])
     expected = model.score(inputs[split.test], labels[split.test])
     assert few_shot(rows, labels, 3, standardise=True, count=1).mean == pytest.approx(expected)
@@ -183,14 +187,14 @@ def test_gallery_scores_by_hand():
     expected = 10 * scene / np.linalg.norm(scene) + condition / np.linalg.norm(condition)
     assert papers == pytest.approx(expected)
     assert recalls([papers, plain, papers[::-1]]) == {
-        "R@1": Figure(2 / 3), "R@2": Figure(1.0), "R@3": Figure(1.0),
+        "R@1": MeanStd(2 / 3), "R@2": MeanStd(1.0), "R@3": MeanStd(1.0),
     }  # fmt: skip
     assert recalls([np.zeros(3, np.float32)])["R@2"].mean == 0  # equal scores are no success
 
 
 def test_gallery_scores_refuse_what_does_not_fit():
     rows = np.ones((3, 2), np.float32)
-    with pytest.raises(InvalidInputError, match="each of 3 pictures"):
+    with pytest.raises(InvalidInputError, match="each of 3 images"):
         gallery_scores(rows[0], rows, np.ones(2, np.float32))
     with pytest.raises(InvalidInputError, match="finite"):
         gallery_scores(rows[0], rows, np.full(3, np.nan, np.float32))
@@ -207,26 +211,28 @@ def test_reduced_bases_are_scikit_learns_principal_components():
         np.random.default_rng(0).standard_normal((30, 12)).astype(np.float32) + 0.5, "l2"
     )
     theirs = PCA(5, svd_solver="full").fit_transform(texts.T.astype(np.float64)).T
-    ours = reduced(texts, 5)
+    ours = reduce_texts(texts, 5)
     assert ours.shape == (5, 12) and ours.dtype == np.float32
     signs = np.sign((ours * theirs).sum(axis=1, keepdims=True))
     assert ours == pytest.approx(signs * theirs, abs=1e-5)
-    assert reduced(texts[:5], 5) is not None and np.array_equal(reduced(texts[:5], 5), texts[:5])
+    assert reduce_texts(texts[:5], 5) is not None and np.array_equal(
+        reduce_texts(texts[:5], 5), texts[:5]
+    )
     for components in (0, 13):
         with pytest.raises(InvalidInputError, match="1 to 12 components"):
-            reduced(texts, components)
+            reduce_texts(texts, components)
 
 
 def test_attribute_map_uses_cosines_and_means_weigh_queries():
     queries = np.array([[5, 0.1], [0, 0.2]], np.float32)
     candidates = np.array([[1, 0], [9, 8], [0, 3]], np.float32)
-    figure = attribute_map(queries, candidates, np.array([0, 1]), np.array([0, 1, 1]))
+    figure = search_attribute(queries, candidates, np.array([0, 1]), np.array([0, 1, 1]))
     assert figure.mean == pytest.approx((1 + 1) / 2)
-    both = overall({"a": Figure(1.0), "b": Figure(0.5)}, {"a": 1, "b": 3})
+    both = average_over_attributes({"a": MeanStd(1.0), "b": MeanStd(0.5)}, {"a": 1, "b": 3})
     assert both["all queries"].mean == pytest.approx(0.625)
     assert both["mean of attributes"].mean == pytest.approx(0.75)
     with pytest.raises(InvalidInputError, match="NaN"):
-        attribute_map(queries * np.nan, candidates, np.array([0, 1]), np.array([0, 1, 1]))
+        search_attribute(queries * np.nan, candidates, np.array([0, 1]), np.array([0, 1, 1]))
 
 
 def world(pictures: int = 120, values: int = 3, seed: int = 0):
@@ -239,15 +245,15 @@ def world(pictures: int = 120, values: int = 3, seed: int = 0):
     rows[:, 7] += 1.0
     own = np.eye(8, dtype=np.float32)
     texts = {
-        "shape": Texts(("a", "b", "c"), own[0:3], ("{}",), "planted"),
-        "color": Texts(("d", "e", "f"), own[3:6], ("{}",), "planted"),
+        "shape": CriterionTexts(("a", "b", "c"), own[0:3], ("{}",), "planted"),
+        "color": CriterionTexts(("d", "e", "f"), own[3:6], ("{}",), "planted"),
     }
     every = np.arange(pictures)
     labels = {
         "shape": Labels(every, shape, ("a", "b", "c")),
         "color": Labels(every, colour, ("d", "e", "f")),
     }
-    data = Labelled(tuple(map(str, every)), labels)  # type: ignore[arg-type]
+    data = LabelledImages(tuple(map(str, every)), labels)  # type: ignore[arg-type]
     return data, normalise_rows(rows.astype(np.float32), "l2"), texts
 
 
@@ -257,7 +263,7 @@ def test_the_conditional_embedding_finds_what_the_universal_one_hides():
     rows = run.run_labelled(
         data, universal, texts, seeds=2, shots=(1, 3), splits=3, step=told.append
     )
-    found = {(row.criterion, row.protocol, row.representation): row.figures for row in rows}
+    found = {(row.criterion, row.protocol, row.representation): row.scores for row in rows}
     assert len(rows) == len(found) == 2 * (2 + 4)
     assert found["color", "clustering", "conditional"]["ACC"].mean == 1
     assert found["color", "clustering", "universal"]["ACC"].mean < 0.6
@@ -300,9 +306,9 @@ def test_genecis_needs_scene_and_condition():
     def embed_text(given):
         return np.array([things[0 if "table" in text else 1] for text in given], np.float32)
 
-    scene = Texts(tuple("uvwxyz"), scenes.astype(np.float32), ("{}",), "planted")
+    scene = CriterionTexts(tuple("uvwxyz"), scenes.astype(np.float32), ("{}",), "planted")
     found = {
-        row.representation: row.figures["R@1"].mean
+        row.representation: row.scores["R@1"].mean
         for row in run.run_genecis(data, universal, scene, embed_text)
     }
     assert found["conditional, scene and condition"] == 1
@@ -327,16 +333,16 @@ def test_deepfashion_searches_each_attribute_in_its_own_space():
     universal = normalise_rows(rows + 0.01, "l2")
     own = np.eye(12, dtype=np.float32)
     texts = {
-        name: Texts(("p", "q"), own[2 * i : 2 * i + 2], ("{}",), "planted")
+        name: CriterionTexts(("p", "q"), own[2 * i : 2 * i + 2], ("{}",), "planted")
         for i, name in enumerate(ATTRIBUTES)
     }
     sides = [
-        {name: Side(part, values[part, i]) for i, name in enumerate(ATTRIBUTES)}
+        {name: AttributeImages(part, values[part, i]) for i, name in enumerate(ATTRIBUTES)}
         for part in (np.arange(20), np.arange(20, 60))
     ]
     data = DeepFashion(tuple(map(str, range(60))), *sides)  # type: ignore[arg-type]
     found = {
-        (row.criterion, row.representation): row.figures["mAP"].mean
+        (row.criterion, row.representation): row.scores["mAP"].mean
         for row in run.run_deepfashion(data, universal, texts)
     }
     for name in ATTRIBUTES:
@@ -349,20 +355,20 @@ def test_deepfashion_searches_each_attribute_in_its_own_space():
 
 
 def test_lists_of_texts_keep_what_is_repeated(embedder):
-    texts = embed_list(["Red", "red ", " blue"], "a {}", embedder.embed_text, "here")
+    texts = texts_from_list(["Red", "red ", " blue"], "a {}", embedder.embed_text, "here")
     assert texts.texts == ("Red", "red", "blue") and texts.repeated == 1
     assert texts.embeddings[1] == pytest.approx(embedder.embed_text(["a red"])[0], abs=1e-6)
     for given, prompt in (([], "{}"), (["red", " "], "{}"), (["red"], "no place")):
         with pytest.raises(CrlError, match="expected"):
-            embed_list(given, prompt, embedder.embed_text, "here")
+            texts_from_list(given, prompt, embedder.embed_text, "here")
     basis = build_basis("color", ["red", "blue"], embedder.embed_text, fingerprint="other")
     with pytest.raises(BasisMismatchError):
-        of_basis(basis, embedder.bundle.fingerprint, "file")
+        texts_from_basis(basis, embedder.bundle.fingerprint, "file")
 
 
 def test_a_picture_that_cannot_be_read_stops_the_benchmark(embedder, pictures, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no picture")
-    with pytest.raises(CrlError, match=r"1 of 2 pictures cannot be read.*broken\.jpg"):
+    with pytest.raises(CrlError, match=r"1 of 2 images cannot be read.*broken\.jpg"):
         run.embed_files(embedder, [pictures[0], broken])
     assert run.embed_files(embedder, pictures[:2]).shape == (2, embedder.bundle.embedding_dim)

@@ -1,4 +1,4 @@
-"""Results as a document: what was measured, on what, with which texts; as JSON and as Markdown."""
+"""Write the results of `crl eval`, with all settings, as JSON or Markdown."""
 
 from __future__ import annotations
 
@@ -11,57 +11,57 @@ from typing import Any
 from crl_sdk._version import __version__
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.evaluation._benchmarks import Benchmark
-from crl_sdk.evaluation._figures import Figure
-from crl_sdk.evaluation._published import Published
-from crl_sdk.evaluation._run import Score
-from crl_sdk.evaluation._texts import Texts
+from crl_sdk.evaluation._criterion_texts import CriterionTexts
+from crl_sdk.evaluation._mean_std import MeanStd
+from crl_sdk.evaluation._protocols import ResultRow
+from crl_sdk.evaluation._published_scores import PublishedScores
 from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.storage._atomic_files import write_atomically
 
 SUFFIXES = (".md", ".json")
 
 
-def document(
+def make_document(
     name: str,
     benchmark: Benchmark,
     *,
-    rows: Sequence[Score],
-    texts: Mapping[str, Texts],
+    rows: Sequence[ResultRow],
+    texts: Mapping[str, CriterionTexts],
     bundle: ModelBundle,
     engine: str,
-    pictures: int,
+    images: int,
     settings: Mapping[str, Any],
     notes: Sequence[str],
     remarks: Sequence[str],
-    published: Published | None = None,
+    published: PublishedScores | None = None,
 ) -> dict[str, Any]:
-    """Gather everything that someone would need to run it again.
+    """Return a document with the results and everything that is needed to repeat them.
 
     Args:
-        name: of the benchmark.
-        benchmark: its description.
-        rows: the results.
-        texts: of each criterion.
-        bundle: the model.
-        engine: that ran it.
-        pictures: how many were embedded.
-        settings: method, seeds, splits and the like.
-        notes: how the data set was read.
-        remarks: what the figures do not mean.
-        published: figures of others, to stand beside these.
+        name: Name of the benchmark.
+        benchmark: Description of the benchmark.
+        rows: Rows of results.
+        texts: Texts of each criterion.
+        bundle: The model.
+        engine: Name of the engine that ran the model.
+        images: Number of images that were embedded.
+        settings: Method, number of seeds, number of splits and other settings.
+        notes: Remarks on how the data set was read.
+        remarks: Limits of what the results mean.
+        published: Published scores to show beside the measured ones.
 
     Returns:
-        JSON values.
+        Document of JSON values.
     """
     source = bundle.manifest.source
-    beside = {} if published is None else published.figures
+    beside = {} if published is None else published.scores
     remarks = list(remarks)
     if published is not None and (left := published.without_a_row(rows)):
-        remarks.append(f"published, but not measured here: {'; '.join(map(', '.join, left))}")
+        remarks.append(f"published but not measured here: {'; '.join(map(', '.join, left))}")
     return {
         "benchmark": name,
         "version": __version__,
-        "pictures": pictures,
+        "images": images,
         "model": {
             "name": bundle.manifest.name,
             "architecture": source.architecture,
@@ -90,13 +90,13 @@ def document(
                 "criterion": row.criterion,
                 "protocol": row.protocol,
                 "representation": row.representation,
-                "figures": {
+                "scores": {
                     measure: {
-                        "mean": figure.mean,
-                        "std": figure.std,
+                        "mean": score.mean,
+                        "std": score.std,
                         "published": beside.get((row.criterion, row.representation, measure)),
                     }
-                    for measure, figure in row.figures.items()
+                    for measure, score in row.scores.items()
                 },
             }
             for row in rows
@@ -105,55 +105,55 @@ def document(
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> list[tuple[list[str], list[list[str]]]]:
-    """Lay out a document's rows: one table for each protocol.
+    """Return the rows of a document as one table per protocol.
 
     Returns:
-        Header and cells of each table; figures in percent.
+        Header and cells of each table, with scores in percent.
     """
     made: dict[str, tuple[list[str], list[list[str]]]] = {}
     for row in rows:
-        measures = list(row["figures"])
+        measures = list(row["scores"])
         header = [row["protocol"], "embeddings", *measures]
         _, cells = made.setdefault(row["protocol"], (header, []))
         cells.append(
             [row["criterion"], row["representation"],
-             *(_cell(row["figures"][measure]) for measure in measures)]
+             *(_cell(row["scores"][measure]) for measure in measures)]
         )  # fmt: skip
     return list(made.values())
 
 
-def _cell(figure: Mapping[str, Any]) -> str:
-    told = percent(Figure(figure["mean"], figure["std"]))
-    other = figure["published"]
-    return told if other is None else f"{told} (published {100 * other:.2f})"
+def _cell(score: Mapping[str, Any]) -> str:
+    text = format_percent(MeanStd(score["mean"], score["std"]))
+    other = score["published"]
+    return text if other is None else f"{text} (published {100 * other:.2f})"
 
 
-def percent(figure: Figure) -> str:
-    """Write a figure in percent with its deviation."""
-    spread = "" if figure.std is None else f" ± {100 * figure.std:.2f}"
-    return f"{100 * figure.mean:.2f}{spread}"
+def format_percent(score: MeanStd) -> str:
+    """Format a score and its standard deviation in percent."""
+    spread = "" if score.std is None else f" ± {100 * score.std:.2f}"
+    return f"{100 * score.mean:.2f}{spread}"
 
 
-def markdown(found: Mapping[str, Any]) -> str:
-    """Write a document as Markdown."""
+def format_markdown(found: Mapping[str, Any]) -> str:
+    """Format a document as Markdown."""
     model = found["model"]
     lines = [
         f"# crl eval {found['benchmark']}",
         "",
         f"Model {model['name']} ({model['architecture']}, {model['pretrained']}), fingerprint "
-        f"{model['fingerprint'][:12]}…, engine {model['engine']}; {found['pictures']} pictures; "
+        f"{model['fingerprint'][:12]}…, engine {model['engine']}; {found['images']} images; "
         f"crl {found['version']}.",
         "",
     ]
     if found["paper_encoder"]:
-        lines += [f"The paper's encoder here is {found['paper_encoder']}.", ""]
+        lines += [f"The paper uses {found['paper_encoder']} for this benchmark.", ""]
     if found["published"]:
-        lines += [f"Published figures, in brackets, are from {'; '.join(found['published'])}.", ""]
-    lines += [f"Settings: {settings(found)}. Figures in percent.", ""]
+        lines += [f"Published scores, in brackets, are from {'; '.join(found['published'])}.", ""]
+    lines += [f"Settings: {format_settings(found)}. Scores in percent.", ""]
     for criterion, own in found["texts"].items():
         again = f", {own['repeated']} of them repeated" if own["repeated"] else ""
         lines.append(
-            f"- {criterion}: {own['count']} texts{again} from {own['source']}, under "
+            f"- {criterion}: {own['count']} texts{again} from {own['source']}, with the prompts "
             + ", ".join(f"`{prompt}`" for prompt in own["prompts"])
         )
     lines += [f"- {note}" for note in (*found["notes"], *found["remarks"])] + [""]
@@ -164,8 +164,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def settings(found: Mapping[str, Any]) -> str:
-    """Write a document's settings in a line: `method cosine, seeds 20, shots 1 5 10`."""
+def format_settings(found: Mapping[str, Any]) -> str:
+    """Format the settings of a document in a line: `method cosine, seeds 20, shots 1 5 10`."""
     return ", ".join(
         f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in found["settings"].items()
@@ -173,22 +173,31 @@ def settings(found: Mapping[str, Any]) -> str:
 
 
 def check_path(path: Path) -> None:
-    """Refuse, before anything is computed, a file that could not be written.
+    """Check that a results file can be written. Call it before the benchmark runs.
+
+    Args:
+        path: Path of the file.
 
     Raises:
-        InvalidInputError: another suffix, or its directory does not exist.
+        InvalidInputError: If the suffix is wrong or the directory does not exist.
     """
     if path.suffix not in SUFFIXES:
         raise InvalidInputError(f"--out: expected a .md or .json file, got {str(path)!r}")
     if not path.parent.is_dir():
-        raise InvalidInputError(f"--out: the directory {path.parent} does not exist; make it first")
+        raise InvalidInputError(
+            f"--out: the directory {path.parent} does not exist; create it first"
+        )
 
 
-def write(path: Path, found: Mapping[str, Any]) -> None:
-    """Write a document as its suffix says.
+def write_document(path: Path, found: Mapping[str, Any]) -> None:
+    """Write a document as JSON or Markdown, depending on the suffix of the file.
+
+    Args:
+        path: Path of the file.
+        found: The document.
 
     Raises:
-        InvalidInputError: the file cannot be written.
+        InvalidInputError: If the file cannot be written.
     """
-    text = markdown(found) if path.suffix == ".md" else json.dumps(found, indent=1) + "\n"
+    text = format_markdown(found) if path.suffix == ".md" else json.dumps(found, indent=1) + "\n"
     write_atomically(path, text.encode(), InvalidInputError)

@@ -1,4 +1,4 @@
-"""Pictures with a labels.csv beside them: the demo world's, and photographs of cards."""
+"""Data sets of images with a labels.csv: the demo world and the photographs of cards."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from crl_sdk.evaluation._labelled import (
+from crl_sdk.evaluation._dataset import (
     DataSetError,
-    Labelled,
+    LabelledImages,
     Labels,
     require_directory,
     require_files,
@@ -20,21 +20,22 @@ from crl_sdk.evaluation._labelled import (
 FILE = "labels.csv"
 
 
-def read_table(root: Path, columns: Mapping[str, str]) -> Labelled:
-    """Read a directory with a `labels.csv`: a column `file`, then one for each criterion.
+def read_table(root: Path, columns: Mapping[str, str]) -> LabelledImages:
+    """Read a directory with a `labels.csv`: a column `file` and one column per criterion.
 
     Args:
-        root: the directory; files are relative to it.
-        columns: criterion → its column; other columns are left alone.
+        root: The directory. The files in the table are relative to it.
+        columns: Column of each criterion. Other columns are ignored.
 
     Returns:
-        All pictures in the order of the table; classes are in the order of numbers, else of names.
+        All images, in the order of the table. Classes are sorted as numbers if possible, else as
+        names.
 
     Raises:
-        DataSetError: no table, a column or a picture is missing, a cell is empty, a file occurs
-            twice or lies outside the directory.
+        DataSetError: If the table, a column or an image is missing, a cell is empty, or a file
+            occurs twice or lies outside the directory.
     """
-    layout = f"{FILE} (columns file, {', '.join(columns.values())}) and the pictures it names"
+    layout = f"{FILE} (columns file, {', '.join(columns.values())}) and the images it names"
     require_directory(root, layout)
     table = root / FILE
     if not table.is_file():
@@ -50,7 +51,7 @@ def read_table(root: Path, columns: Mapping[str, str]) -> Labelled:
     if lacking or not rows:
         raise DataSetError(
             f"{table}: expected the columns file, {', '.join(columns.values())} and a line for "
-            f"each picture, found the columns {', '.join(header) or 'none'} and {len(rows)} lines"
+            f"each image, found the columns {', '.join(header) or 'none'} and {len(rows)} lines"
         )
     seen: dict[str, int] = {}
     for line, row in enumerate(rows, start=2):
@@ -61,7 +62,7 @@ def read_table(root: Path, columns: Mapping[str, str]) -> Labelled:
             raise DataSetError(f"{table}, line {line}: {name!r} lies outside the directory")
         if name in seen:
             raise DataSetError(
-                f"{table}, line {line}: {name!r} is there twice, first in line {seen[name]}: "
+                f"{table}, line {line}: {name!r} occurs twice, first in line {seen[name]}: "
                 "remove one of the lines"
             )
         seen[name] = line
@@ -76,7 +77,7 @@ def read_table(root: Path, columns: Mapping[str, str]) -> Labelled:
             np.arange(len(files)), np.array([codes[cell] for cell in cells], np.int64),
             tuple(values),
         )  # fmt: skip
-    return Labelled(files, labels)
+    return LabelledImages(files, labels)
 
 
 def _number(cell: str) -> float:

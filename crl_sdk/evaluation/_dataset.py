@@ -1,4 +1,4 @@
-"""Pictures with labels by several criteria, and the error of a data set in the wrong layout."""
+"""Data sets of labelled images, and checks of their layout."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ _SHOWN = 8
 
 
 class DataSetError(InvalidInputError):
-    """A directory is not the data set it was given as: the message says what was expected."""
+    """A directory does not hold the expected data set."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Labels:
-    """What a criterion says of pictures.
+    """Labels of images for one criterion.
 
     Attributes:
-        files: positions of the pictures in `Labelled.files`, (n,) int64, each once.
-        codes: each one's value, (n,) int64 into `values`.
-        values: the names of the classes.
+        files: Positions of the labelled images in `LabelledImages.files`, shape (n,), int64, each
+            once.
+        codes: Label of each image as a position in `values`, shape (n,), int64.
+        values: Names of the classes.
     """
 
     files: NDArray[np.int64]
@@ -34,42 +35,45 @@ class Labels:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Labelled:
-    """A data set for clustering and few-shot classification.
+class LabelledImages:
+    """Data set for clustering and few-shot classification.
 
     Attributes:
-        files: the pictures, each once.
-        labels: criterion → its labels.
-        notes: what the user should know of how it was read.
+        files: Images, each once.
+        labels: Labels of each criterion.
+        notes: Remarks on how the data set was read.
     """
 
     files: tuple[Path, ...]
     labels: Mapping[str, Labels]
     notes: tuple[str, ...] = ()
 
-    def part(self, count: int, seed: int = 0) -> Labelled:
-        """Give a random part: for trying things, since its figures are not the benchmark's.
+    def sample(self, count: int, seed: int = 0) -> LabelledImages:
+        """Return a random sample of the images. Its results are not those of the benchmark.
 
         Args:
-            count: pictures to keep; all if there are no more.
-            seed: equal seeds give equal parts.
+            count: Number of images to keep. All are kept if there are not more.
+            seed: Seed of the choice. Equal seeds give equal samples.
 
         Raises:
-            InvalidInputError: count is below 1.
+            InvalidInputError: If `count` is below 1.
         """
         if count < 1:
-            raise InvalidInputError(f"expected at least one picture, got {count}")
+            raise InvalidInputError(f"expected at least one image, got {count}")
         if count >= len(self.files):
             return self
         chosen = np.sort(np.random.default_rng(seed).permutation(len(self.files))[:count])
-        note = f"a random part: {count} of {len(self.files)} pictures, not the benchmark"
+        note = f"a random sample of {count} of {len(self.files)} images, not the whole benchmark"
         return self._kept(chosen, self.labels, (*self.notes, note))
 
-    def only(self, criteria: Sequence[str]) -> Labelled:
-        """Give the labels of some criteria, with no pictures but theirs.
+    def select(self, criteria: Sequence[str]) -> LabelledImages:
+        """Return the labels of some criteria, and the images that have such a label.
+
+        Args:
+            criteria: Names of the criteria.
 
         Raises:
-            KeyError: one is not among `labels`.
+            KeyError: If a criterion is not in `labels`.
         """
         labels = {criterion: self.labels[criterion] for criterion in criteria}
         used = np.unique(np.concatenate([own.files for own in labels.values()]))
@@ -77,26 +81,26 @@ class Labelled:
 
     def _kept(
         self, chosen: NDArray[np.int64], labels: Mapping[str, Labels], notes: tuple[str, ...]
-    ) -> Labelled:
-        """Keep the pictures at `chosen` (ascending), and what the labels say of them."""
+    ) -> LabelledImages:
+        """Keep the images at the ascending positions `chosen`, and their labels."""
         place = np.full(len(self.files), -1, np.int64)
         place[chosen] = np.arange(len(chosen))
         kept = {}
         for criterion, own in labels.items():
             there = place[own.files] >= 0
             kept[criterion] = Labels(place[own.files[there]], own.codes[there], own.values)
-        return Labelled(tuple(self.files[i] for i in chosen), kept, notes)
+        return LabelledImages(tuple(self.files[i] for i in chosen), kept, notes)
 
 
 def require_directory(root: Path, layout: str) -> None:
-    """Refuse what is not a directory.
+    """Check that a path is a directory.
 
     Args:
-        root: as the user gave it.
-        layout: what the data set looks like, for the message.
+        root: Path that the user gave.
+        layout: Description of the data set's layout, for the message.
 
     Raises:
-        DataSetError: it is missing or not a directory.
+        DataSetError: If the path does not exist or is not a directory.
     """
     if not root.is_dir():
         found = "a file" if root.exists() else "nothing"
@@ -104,7 +108,7 @@ def require_directory(root: Path, layout: str) -> None:
 
 
 def wrong_layout(root: Path, layout: str, more: str = "") -> DataSetError:
-    """Make the error that says what was expected and what lies there instead."""
+    """Return an error that says which layout was expected and what was found."""
     try:
         names = sorted(each.name + "/" * each.is_dir() for each in root.iterdir())
     except OSError as error:
@@ -112,36 +116,42 @@ def wrong_layout(root: Path, layout: str, more: str = "") -> DataSetError:
     shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" * (len(names) > _SHOWN))
     return DataSetError(
         f"{root}: expected {layout}; found {shown or 'an empty directory'}"
-        + (f". {more}" if more else "; docs/EVAL.md tells where to get it")
+        + (f". {more}" if more else "; docs/EVAL.md says where to get it")
     )
 
 
 def require_files(root: Path, files: Iterable[Path]) -> None:
-    """Refuse a data set that lacks pictures.
+    """Check that all images of a data set exist.
 
     Args:
-        root: of the data set, for the message.
-        files: that it names.
+        root: Directory of the data set, for the message.
+        files: Files that the data set names.
 
     Raises:
-        DataSetError: some do not exist; the message counts them and names the first.
+        DataSetError: If some do not exist. The message counts them and names the first.
     """
     wanted = list(files)
     missing = [path for path in wanted if not path.is_file()]
     if missing:
         raise DataSetError(
-            f"{root}: {len(missing)} of {len(wanted)} pictures are missing, the first is "
-            f"{missing[0]}: unpack the data set again, figures on a part of it would not be its own"
+            f"{root}: {len(missing)} of {len(wanted)} images are missing, the first is "
+            f"{missing[0]}: unpack the data set again, results need all of its images"
         )
 
 
-def codes_of(
+def encode_labels(
     root: Path, criterion: str, names: Sequence[str], values: Sequence[str]
 ) -> NDArray[np.int64]:
-    """Turn class names into positions in `values`.
+    """Return the position of each class name in `values`, shape (n,), int64.
+
+    Args:
+        root: File or directory that the names come from, for the message.
+        criterion: Criterion of the names, for the message.
+        names: Class names of n images.
+        values: All class names.
 
     Raises:
-        DataSetError: a name is not among them.
+        DataSetError: If a name is not in `values`.
     """
     codes = {value: code for code, value in enumerate(values)}
     unknown = sorted({name for name in names if name not in codes})
