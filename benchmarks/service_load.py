@@ -1,11 +1,12 @@
-"""What the service does for minutes at 80 % of what it can (soak), or at ten times that (overload).
+"""Behaviour of the server over minutes at 80 % of its capacity (soak) or ten times it (overload).
 
-`python -m crl_benchmarks.service_load overload` and `… soak` start `crl serve` as a process of its
-own, find its capacity with a closed loop, then send calls at random times (Poisson arrivals) that
-do not wait for answers. Latency counts from the moment a call was due, so that a generator that
-lags is seen in the figures, and its own lag is reported. The engine has one thread, so that the
-generator has a core on a machine of two. Served rows are compared with the embedder's. The server's
-memory is read from /proc, what it computed from its metrics. Ends in one JSON line.
+Run `python -m crl_benchmarks.service_load overload`, or the same with `soak`. The benchmark starts
+`crl serve` as a separate process and measures its capacity with a closed loop. Then it sends calls
+at random times (Poisson arrivals), whether or not earlier calls have been answered. Latency counts
+from the time at which a call was due. A generator that lags therefore shows in the figures, and its
+own lag is reported as well. The engine has one thread, so that on a machine with two cores the
+generator has one of them. Rows in replies are compared with the embedder's. The number of computed
+images comes from the server's metrics. The last line of output is JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import asyncio
 import json
 import platform
-import re
 import tempfile
 import time
 import urllib.request
@@ -24,9 +24,11 @@ from typing import Any
 
 import grpc
 import numpy as np
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from crl_benchmarks.load import Reply, Run, closed_loop, open_loop
-from crl_benchmarks.service_overhead import CRITERION, TEXTS, new_picture
+from crl_benchmarks.service_overhead import CRITERION, TEXTS, new_image
 from crl_benchmarks.targets import failed
 from crl_sdk import Client, Embedder, __version__, demo_bundle
 from crl_sdk.cli._local_server import local_server
@@ -35,14 +37,14 @@ from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.rpc import decode_tensor
 
 IMAGES = 16
-"""Images of one call: on two cores the generator must not be what is measured."""
+"""Images of one call; enough that the server, not the generator, is the bottleneck."""
 POOL = 32
-"""Different calls; the server's cache is off."""
+"""Number of different calls. The server's cache is off."""
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """Tell counts, rates and percentiles of what was served, rejected and failed."""
-    told: dict[str, Any] = {
+    """Return counts, rates and percentiles of served, rejected and failed calls."""
+    figures: dict[str, Any] = {
         "offered_calls": run.offered,
         "offered_per_second": round(run.offered / run.seconds, 1),
         "failures": run.failures,
@@ -50,17 +52,22 @@ def summary(run: Run) -> dict[str, Any]:
     }
     for outcome, times in sorted(run.latencies.items()):
         name = "served" if outcome == "ok" else outcome
-        told[f"{name}_calls"] = len(times)
-        told[f"{name}_p50_ms"] = _ms(times, 50)
-        told[f"{name}_p99_ms"] = _ms(times, 99)
-    return told
+        figures[f"{name}_calls"] = len(times)
+        figures[f"{name}_p50_ms"] = _ms(times, 50)
+        figures[f"{name}_p99_ms"] = _ms(times, 99)
+    return figures
 
 
 class Load:
-    """A server's calls, ready to be sent, with the rows that they must give."""
+    """Prepared calls of a server, with the rows that their replies must hold."""
 
     def __init__(self, address: str, deadline: float) -> None:
-        """Render and embed the pictures of all calls."""
+        """Render and embed the images of all calls.
+
+        Args:
+            address: Address of the server.
+            deadline: Deadline of a call, in seconds.
+        """
         self.address, self.deadline = address, deadline
         self.wrong = 0
         self.requests: list[embedding_pb2.EmbedRequest] = []
@@ -68,7 +75,7 @@ class Load:
         with Embedder.open(demo_bundle()) as embedder:
             spec = embedder.bundle.preprocess
             for call in range(POOL):
-                files = [new_picture(call * IMAGES + i, 96) for i in range(IMAGES)]
+                files = [new_image(call * IMAGES + i, 96) for i in range(IMAGES)]
                 images = [embedding_pb2.Image(encoded=data) for data in files]
                 self.requests.append(
                     embedding_pb2.EmbedRequest(images=images, criteria=[CRITERION])
@@ -77,7 +84,7 @@ class Load:
                 self.rows.append(embedder.embed_pixels(pixels))
 
     async def call(self, stub: Any, number: int) -> Reply:
-        """Send a call and compare what it gives."""
+        """Send a call, and count it in `wrong` if its rows are not as expected."""
         try:
             reply = await stub.Embed(self.requests[number % POOL], timeout=self.deadline)
         except grpc.aio.AioRpcError as error:
@@ -87,7 +94,7 @@ class Load:
         return Reply("ok")
 
     async def closed(self, callers: int, seconds: float) -> float:
-        """Let some callers call again and again; give calls per second."""
+        """Run a number of callers in a closed loop; return calls per second."""
         async with grpc.aio.insecure_channel(self.address) as channel:
             stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
             send = partial(self.call, stub)
@@ -96,32 +103,33 @@ class Load:
         return len(run.latencies.get("ok", [])) / seconds
 
     async def open(self, rate: float, seconds: float) -> Run:
-        """Send calls at random times, `rate` a second, whatever becomes of those before."""
+        """Send calls at random times, `rate` per second on average."""
         async with grpc.aio.insecure_channel(self.address) as channel:
             stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
             return await open_loop(partial(self.call, stub), rate=rate, warm_up=0, seconds=seconds)
 
 
 async def watch_memory(pid: int, samples: list[tuple[float, float]]) -> None:
-    """Note the server's resident memory twice a second, as (seconds, MB), until cancelled."""
+    """Append (seconds, resident memory of the server in MiB) ten times a second."""
     started = time.monotonic()
+    process = psutil.Process(pid)
     while True:
-        samples.append((time.monotonic() - started, _status_mb(pid, "VmRSS")))
-        await asyncio.sleep(0.5)
+        samples.append((time.monotonic() - started, process.memory_info().rss / 2**20))
+        await asyncio.sleep(0.1)
 
 
 async def measure(
     mode: str, load: Load, pid: int, page: str, *, seconds: float, probe_seconds: float
 ) -> dict[str, Any]:
-    """Find the capacity, put the load on, and see whether the server is what it was."""
+    """Measure the capacity, apply the load, and measure the capacity again."""
     capacity = await load.closed(callers=4, seconds=probe_seconds)
-    before = _embedded(page)
+    before = _computed_images(page)
     samples: list[tuple[float, float]] = []
     watcher = asyncio.create_task(watch_memory(pid, samples))
     rate = capacity * (0.8 if mode == "soak" else 10)
     run = await load.open(rate, seconds)
     watcher.cancel()
-    computed = _embedded(page) - before
+    computed = _computed_images(page) - before
     served = len(run.latencies.get("ok", [])) * IMAGES
     after = await load.closed(callers=4, seconds=probe_seconds)
     times, memory = np.array(samples).T
@@ -140,7 +148,7 @@ async def measure(
         "rss_start_mb": round(float(memory[0]), 1),
         "rss_middle_mb": round(float(memory[half]), 1),
         "rss_end_mb": round(float(memory[-1]), 1),
-        "rss_peak_mb": round(_status_mb(pid, "VmHWM"), 1),
+        "rss_peak_mb": round(float(memory.max()), 1),
         "rss_growth_second_half_mb_per_minute": round(float(grown), 3),
         "capacity_after_calls_per_second": round(after, 1),
     }
@@ -149,7 +157,7 @@ async def measure(
 def run(
     mode: str, seconds: float, deadline: float, max_queue: int, probe_seconds: float = 8.0
 ) -> dict[str, Any]:
-    """Start a server, put the load on and give the figures."""
+    """Start a server, apply the load and return the figures."""
     with (
         tempfile.TemporaryDirectory() as folder,
         local_server(
@@ -166,19 +174,17 @@ def run(
         )
 
 
-def _embedded(page: str) -> int:
-    """Read how many images have gone through the engine."""
-    with urllib.request.urlopen(page) as answer:
-        text = answer.read().decode()
-    found = re.search(r"^crl_batch_size_sum ([0-9.e+]+)", text, re.MULTILINE)
-    return round(float(found[1])) if found else 0
-
-
-def _status_mb(pid: int, name: str) -> float:
-    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    found = re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)
-    assert found, status
-    return int(found[1]) / 1024
+def _computed_images(page: str) -> int:
+    """Return the number of images that the engine has run on, from the metrics page."""
+    with urllib.request.urlopen(page) as response:
+        text = response.read().decode()
+    values = [
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == "crl_batch_size_sum"
+    ]
+    return round(values[0]) if values else 0
 
 
 def _ms(values: list[float], percentile: float) -> float:

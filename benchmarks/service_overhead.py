@@ -1,14 +1,14 @@
-"""What the service costs beside its pieces, all in one run on one machine.
+"""Cost of the service compared with the work inside it, measured in one run on one machine.
 
-`python -m crl_benchmarks.service_overhead` measures, taking turns:
+`python -m crl_benchmarks.service_overhead` measures two things, alternating between the variants:
 
-- latency: `Embed` of one new JPEG at concurrency 1, against decoding and running the same picture
-  in process. The difference is what the service adds: gRPC, digest, queue, threads, reply. Beside
-  it, what gRPC alone takes: a bare server of the same library that returns as many bytes.
-- throughput: `Embed` of a known JPEG from several concurrent callers, against a bare gRPC server on
-  the same library that returns as many bytes as it is asked to.
+- Latency: `Embed` of one new JPEG at concurrency 1, against decoding and running the same image in
+  process. The difference is the overhead of the service: gRPC, digest, queue, threads, reply. The
+  time of a bare gRPC call whose reply has as many bytes is reported as well.
+- Throughput: `Embed` of a cached JPEG from several concurrent callers, against a bare gRPC server
+  of the same library whose replies have as many bytes.
 
-Rows are compared with the embedder's in the same run. Ends in one JSON line.
+Rows are compared with the embedder's in the same run. The last line of output is JSON.
 """
 
 from __future__ import annotations
@@ -66,18 +66,18 @@ asyncio.run(main())
 
 @contextmanager
 def _echo_server(reply_bytes: int) -> Iterator[str]:
-    """Start a process that answers everything with so many bytes; give its address."""
+    """Start a process that answers every call with `reply_bytes` bytes; yield its address."""
     command = [sys.executable, "-c", _ECHO, str(reply_bytes)]
-    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as running:
-        assert running.stdout is not None
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
         try:
-            yield f"127.0.0.1:{int(running.stdout.readline())}"
+            yield f"127.0.0.1:{int(process.stdout.readline())}"
         finally:
-            running.terminate()
+            process.terminate()
 
 
-def new_picture(number: int, side: int) -> bytes:
-    """Encode a scene that no cache has seen, as a JPEG of the given side."""
+def new_image(number: int, side: int) -> bytes:
+    """Return a JPEG of a scene that no cache has seen, `side` × `side` pixels."""
     image = Image.open(io.BytesIO(encode_scene(sample_scene(10_000_000 + number))))
     buffer = io.BytesIO()
     image.resize((side, side)).save(buffer, "JPEG", quality=90)
@@ -85,7 +85,7 @@ def new_picture(number: int, side: int) -> bytes:
 
 
 def latency(address: str, embedder: Embedder, runs: int, side: int) -> dict[str, float]:
-    """Time single calls of new pictures, the same work in process, and bare calls, in turn."""
+    """Time single calls with new images, the same work in process, and bare calls, alternating."""
     spec = embedder.bundle.preprocess
     remote, local, bare = [], [], []
     with (
@@ -97,7 +97,7 @@ def latency(address: str, embedder: Embedder, runs: int, side: int) -> dict[str,
         echo = bare_channel.unary_unary("/bare.Echo/Echo")
         stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
         for i in range(runs + 20):
-            data = new_picture(i, side)
+            data = new_image(i, side)
             image = embedding_pb2.Image(encoded=data)
             request = embedding_pb2.EmbedRequest(images=[image], criteria=[CRITERION])
             started = time.perf_counter()
@@ -121,7 +121,7 @@ def latency(address: str, embedder: Embedder, runs: int, side: int) -> dict[str,
 
 
 async def _rate(address: str, method: str, request: bytes, seconds: float) -> float:
-    """Call again and again from several callers; give calls per second."""
+    """Call repeatedly from `CALLERS` callers; return calls per second."""
     async with grpc.aio.insecure_channel(address) as channel:
         call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(method)
         await call(request)
@@ -139,8 +139,8 @@ async def _rate(address: str, method: str, request: bytes, seconds: float) -> fl
 
 
 def throughput(address: str, rounds: int, seconds: float, side: int) -> dict[str, float]:
-    """Compare calls per second of a known image with those of a bare echo, in turn."""
-    image = embedding_pb2.Image(encoded=new_picture(-1, side))
+    """Compare calls per second of a cached image with those of a bare server, alternating."""
+    image = embedding_pb2.Image(encoded=new_image(-1, side))
     request = embedding_pb2.EmbedRequest(images=[image], criteria=[CRITERION])
     with grpc.insecure_channel(address) as channel:
         stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
@@ -165,7 +165,7 @@ def throughput(address: str, rounds: int, seconds: float, side: int) -> dict[str
 
 
 def measure(runs: int, rounds: int, seconds: float, side: int) -> dict[str, Any]:
-    """Measure both on the demo model; the server is a process of its own."""
+    """Measure both with the demo model and a server in a separate process."""
     with (
         tempfile.TemporaryDirectory() as folder,
         Embedder.open(demo_bundle()) as embedder,
@@ -174,7 +174,7 @@ def measure(runs: int, rounds: int, seconds: float, side: int) -> dict[str, Any]
         with Client(server.address) as client:
             client.create_basis(CRITERION, TEXTS)
         return {
-            "picture": f"JPEG {side}x{side}",
+            "image": f"JPEG {side}x{side}",
             "latency": latency(server.address, embedder, runs, side),
             "throughput": throughput(server.address, rounds, seconds, side),
         }
