@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 
-.PHONY: demo test test-slow test-gpu check types stubs format wheel-test conformance demo-model eval eval-demo eval-bases export-parity compile-table bench bench-project bench-peers load clean
+.PHONY: demo test test-slow test-gpu check types stubs format dist conformance demo-model eval eval-demo eval-bases export-parity compile-table bench bench-project bench-peers load clean
 
 demo: $(VENV)/.demo ## criteria in words, a language model, bases, the service, a report
 	$(BIN)/crl demo
@@ -26,6 +26,7 @@ check: $(VENV)/.dev ## lint, format, types, import directions, the contract and 
 	$(MAKE) --no-print-directory types
 	$(BIN)/lint-imports
 	PYTHON=$(BIN)/python proto/check.sh
+	$(BIN)/python tests/resolve_oldest.py
 
 # mypy does not follow the mapping of an editable install from crl_export to export/; links do.
 types: $(VENV)/.dev ## check types only
@@ -41,7 +42,7 @@ format: $(VENV)/.dev ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-wheel-test: $(VENV)/.dev ## build the wheel, install it alone, embed an image with torch absent
+dist: $(VENV)/.dev ## build sdist and wheel into dist/, check them, install the wheel alone and use it
 	PYTHON=$(BIN)/python bash tests/wheel_test.sh
 
 conformance: $(VENV)/.dev ## unmodified Triton clients against our server; perf_analyzer's tables

@@ -1,28 +1,42 @@
 #!/usr/bin/env bash
-# Builds the wheel, installs it with the `cpu` extra into an empty environment, and there opens the
-# shipped bundle and embeds an image, with torch absent; then the same with the oldest Python that
-# is supported, where there is one.
+# Build the sdist, and the wheel from it, into dist/. Check both. Install the wheel alone into empty
+# environments: without extras, where the client must import, and with the `cpu` extra, where the
+# shipped bundle must embed an image with torch absent. The second is repeated with the oldest
+# supported Python where that is installed.
 set -euo pipefail
-python=$(realpath --no-symlinks "${PYTHON:?name the interpreter that builds}")
+unset PYTHONPATH
+python=$(realpath --no-symlinks "${PYTHON:?set PYTHON to the interpreter that builds}")
 oldest=${OLDEST_PYTHON:-python3.10}
 repository=$(cd "$(dirname "$0")/.." && pwd)
+dist=${DIST:-$repository/dist}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
+# a copy without ignored files, so that nothing that a clone lacks gets into the sdist
+mkdir "$work/source"
 git -C "$repository" ls-files -z --cached --others --exclude-standard |
-  (cd "$repository" && xargs -0 cp --parents -t "$work") # build outside the tree
-"$python" -m build --wheel --outdir "$work/dist" "$work" >"$work/build.log" 2>&1 ||
+  (cd "$repository" && while IFS= read -r -d '' file; do
+    if [ -e "$file" ]; then printf '%s\0' "$file"; fi
+  done | xargs -0 cp --parents -t "$work/source")
+rm -rf "$dist"
+"$python" -m build --outdir "$dist" "$work/source" >"$work/build.log" 2>&1 ||
   { tail -20 "$work/build.log"; exit 1; }
-wheel=$(ls "$work"/dist/*.whl)
-echo "$(basename "$wheel"): $(stat -c %s "$wheel") bytes"
+sdist=$(ls "$dist"/*.tar.gz)
+wheel=$(ls "$dist"/*.whl)
+"$python" -m twine check --strict "$sdist" "$wheel"
+"$(dirname "$python")/check-wheel-contents" --config "$repository/pyproject.toml" "$wheel"
+"$python" "$repository/tests/check_dist.py" "$work/source" "$sdist" "$wheel"
 cd /
 
-try() { # interpreter, then options of pip
-rm -rf "$work/venv"
-"$1" -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet "${@:2}" "$wheel[cpu]"
-"$work/venv/bin/python" --version
-"$work/venv/bin/python" -W error - <<'PYTHON'
+install() { # interpreter, then arguments of pip
+  rm -rf "$work/venv"
+  "$1" -m venv "$work/venv"
+  "$work/venv/bin/pip" install --quiet -c "$repository/constraints.txt" "${@:2}"
+  "$work/venv/bin/python" --version
+}
+
+embed() {
+  "$work/venv/bin/python" -W error - <<'PYTHON'
 import importlib.util
 import sys
 
@@ -40,12 +54,23 @@ print("universal", result.universal.shape, "color", result["color"].shape)
 assert np.isfinite(result["color"]).all()
 assert "torch" not in sys.modules
 PYTHON
-"$work/venv/bin/crl" info "$("$work/venv/bin/python" -c 'import crl_sdk; print(crl_sdk.demo_bundle())')"
+  bundle=$("$work/venv/bin/python" -c 'import crl_sdk; print(crl_sdk.demo_bundle())')
+  "$work/venv/bin/crl" info "$bundle"
+  "$work/venv/bin/crl" bench --bundle "$bundle" --batches 1 --seconds 0.1 --warm-up 0
 }
 
-try "$python" -c "$repository/constraints.txt"
+install "$python" "$wheel"
+"$work/venv/bin/python" -W error -c 'from crl_sdk import AsyncClient, Client'
+if "$work/venv/bin/crl" --help >"$work/help.log" 2>&1; then
+  echo "crl without extras: expected an error that names the extra to install"; exit 1
+fi
+grep -F "pip install 'crl-embeddings[cpu]'" "$work/help.log"
+
+install "$python" "$wheel[cpu]"
+embed
 if "$oldest" --version >/dev/null 2>&1; then
-  try "$oldest" # its packages are older than those of constraints.txt
+  install "$oldest" "$wheel[cpu]"
+  embed
 else
-  echo "Python 3.10: skipped, $oldest is not there (name another with OLDEST_PYTHON)"
+  echo "Python 3.10: skipped, $oldest is not installed (set OLDEST_PYTHON to another path)"
 fi

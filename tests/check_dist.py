@@ -1,0 +1,58 @@
+"""Check what an sdist and a wheel contain: `python tests/check_dist.py SOURCE SDIST WHEEL`.
+
+The version must be the newest one of CHANGELOG.md. The sdist must hold every file of the source
+tree, so that it builds and tests as a clone does. The wheel must hold the packages that users
+import, every file of theirs, and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+NOT_IN_SDIST = {".gitignore"}
+PACKAGES = {"crl_sdk": "crl_sdk", "crl_export": "export", "crl_benchmarks": "benchmarks"}
+NOT_IN_WHEEL = ("benchmarks/peers/", "benchmarks/results/")
+SUFFIXES = {".gz", ".jinja", ".json", ".onnx", ".py", ".pyi", ".txt", ".typed"}
+
+
+def main(source: Path, sdist: Path, wheel: Path) -> list[str]:
+    """Return what is wrong, one line for each fault."""
+    newest = re.search(r"^## (\S+)", (source / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    version = newest[1] if newest else ""
+    faults = [
+        f"{path.name}: expected version {version!r}, the newest one of CHANGELOG.md"
+        for path, name in (
+            (sdist, f"crl_embeddings-{version}.tar.gz"),
+            (wheel, f"crl_embeddings-{version}-py3-none-any.whl"),
+        )
+        if path.name != name
+    ]
+    tree = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    tree = {name for name in tree if "__pycache__" not in name and ".egg-info" not in name}
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    faults += [f"sdist: {name} is missing" for name in sorted(tree - inside - NOT_IN_SDIST)]
+
+    wanted = set()
+    for package, folder in PACKAGES.items():
+        for name in tree:
+            if name.startswith(f"{folder}/") and not name.startswith(NOT_IN_WHEEL):
+                wanted.add(f"{package}/{name.removeprefix(f'{folder}/')}")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    missing = {name for name in wanted - held if Path(name).suffix in SUFFIXES}
+    faults += [f"wheel: {name} is missing" for name in sorted(missing)]
+    faults += [f"wheel: {name} does not belong there" for name in sorted(held - wanted)]
+    if not faults:
+        print(f"{sdist.name}: {len(inside)} files, {sdist.stat().st_size} bytes")
+        print(f"{wheel.name}: {len(held)} files, {wheel.stat().st_size} bytes")
+    return faults
+
+
+if __name__ == "__main__":
+    found = main(*(Path(argument) for argument in sys.argv[1:]))
+    sys.exit("\n".join(found) or None)
