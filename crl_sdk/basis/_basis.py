@@ -33,7 +33,10 @@ Method: TypeAlias = Literal[
     "cosine", "centred", "orthogonal", "pca", "tangent",
     "exclusive", "exclusive-orthogonal", "exclusive-weighted",
 ]  # fmt: skip
+"""Name of a projection method."""
+
 METHODS: tuple[Method, ...] = get_args(Method)
+"""All projection methods."""
 
 _METADATA_KEY = "crl_basis"
 

@@ -15,6 +15,8 @@ from crl_sdk.errors import BasisError, InvalidInputError
 from crl_sdk.projection._projection import EPSILON, Post
 
 DEFAULT_PROMPT = "{}"
+"""Prompt that leaves a text as it is."""
+
 DEFAULT_MERGE_THRESHOLD = 0.995
 
 EmbedText: TypeAlias = Callable[[Sequence[str]], NDArray[np.float32]]

@@ -103,3 +103,4 @@ BENCHMARKS: Mapping[BenchmarkName, Benchmark] = MappingProxyType(
         ),
     }
 )
+"""The known benchmarks of conditional embeddings, by name."""

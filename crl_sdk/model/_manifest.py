@@ -20,6 +20,8 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
+"""Precision of the weights of an image graph."""
+
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 

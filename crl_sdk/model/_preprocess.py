@@ -11,7 +11,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,8 @@ from PIL import Image, ImageOps
 
 from crl_sdk.errors import ImageError, ImageTooLargeError
 
-if TYPE_CHECKING:
-    ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
+ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
+"""An image: a path, the bytes of a file, a Pillow image, or an array of pixels; see `load_pixels`."""
 
 Decode: TypeAlias = Literal["exact", "fast"]
 """How JPEGs are decoded, see `load_pixels`."""

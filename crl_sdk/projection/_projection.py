@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from crl_sdk.errors import InvalidInputError
 
 Post: TypeAlias = Literal["l2", "standardise", "none"]
+"""Row normalisation: to unit length, to mean 0 and variance 1, or none."""
+
 POSTS: tuple[Post, ...] = get_args(Post)
 
 EPSILON = 1e-12

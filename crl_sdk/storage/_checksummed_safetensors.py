@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from crl_sdk.errors import InvalidInputError, UnsupportedSchemaError
 
 SUFFIX = ".safetensors"
+"""Suffix of the file names."""
 
 
 Header = TypeVar("Header", bound=msgspec.Struct)
