@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from crl_sdk.errors import ImageError, ImageTooLargeError
 
 ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
-"""An image: a path, the bytes of a file, a Pillow image, or an array of pixels; see `load_pixels`."""
+"""An image: a path, the bytes of a file, a Pillow image, or an array; see `load_pixels`."""
 
 Decode: TypeAlias = Literal["exact", "fast"]
 """How JPEGs are decoded, see `load_pixels`."""
