@@ -1,7 +1,7 @@
-"""Bundle → TensorRT plan: image tower and projection in one engine, compiled without a GPU.
+"""Compilation of a bundle's image tower and projection to one TensorRT plan.
 
-TensorRT-RTX compiles ahead of time for the architectures one names. Enterprise TensorRT compiles
-for the GPU it finds. Nothing here asks a driver for anything unless the latter is chosen.
+TensorRT-RTX needs no GPU: it compiles ahead of time for given architectures. Enterprise TensorRT
+compiles for the GPU that it finds, so only it needs a driver.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ from crl_sdk.model._manifest import Precision
 
 Progress = Callable[[str, int, int], None]
 
-MOST_IMAGES, MOST_COLUMNS = 1024, 65536
+MAX_IMAGES, MAX_COLUMNS = 1024, 65536
 
 _NO_FLOAT32 = ("sm75",)
-"""TensorRT-RTX 1.7 refuses float32 matrix products for Turing, and the projection is one."""
+"""Architectures (Turing) for which TensorRT-RTX 1.7 refuses float32 matrix products. The projection
+is one."""
 
 _DTYPES = {"UINT8": "uint8", "FLOAT": "float32", "HALF": "float16"}
 _INPUTS = {"image": ("uint8", 4), "weight": ("float32", 2), "bias": ("float32", 1)}
@@ -48,7 +49,13 @@ _OUTPUTS = {"embedding": ("float32", 2), "projected": ("float32", 2)}
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """What `compile_plan` gives: the plan's record, its file, and whether it was there before."""
+    """Result of `compile_plan`.
+
+    Attributes:
+        plan: Record of the plan.
+        path: Path of the plan file.
+        cached: Whether the plan existed already.
+    """
 
     plan: Plan
     path: Path
@@ -68,39 +75,42 @@ def compile_plan(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Compiled:
-    """Compile the image graph of a bundle, unless its plan is there already.
+    """Compile the image graph of a bundle, unless the same plan exists already.
 
     Args:
-        bundle: the model.
-        runtime: which TensorRT.
-        precision: fp16 (the tower in half; normalising and projecting in float32) or fp32.
-        architectures: for TensorRT-RTX, such as `sm89`; all it can compile for if empty.
-        batch: fewest, usual and most images of a run; the engine is tuned for the second.
-        max_columns: most columns K of packed bases.
-        baked: a basis whose projection becomes a constant; the engine then takes images alone.
-        directory: of the plan; `engines` in the bundle by default.
-        force: compile even if the plan is there.
-        progress: called with what is done now, how many steps of it are done, and how many there
-            are.
+        bundle: Model bundle.
+        runtime: TensorRT to compile with.
+        precision: Precision of the tower, fp16 or fp32. Normalisation and projection always use
+            float32.
+        architectures: Compute capabilities to compile for, such as `sm89`. If empty, all that
+            TensorRT-RTX can compile for.
+        batch: Minimum, usual and maximum number of images of a run. The plan is tuned for the
+            usual number.
+        max_columns: Maximum number of columns K of packed bases in a run.
+        baked: Basis that becomes a constant of the plan, which then needs only images.
+        directory: Directory for the plan; `engines` in the bundle by default.
+        force: Whether to compile even if the plan exists.
+        progress: Function that is called with the current stage, the number of its steps that are
+            done, and their total number.
 
     Raises:
-        InvalidInputError: an unknown architecture, or a profile that contradicts itself.
-        BundleError: the bundle has no graph in this precision.
-        BasisMismatchError: the baked basis is of another model.
-        ExportError: TensorRT cannot compile the graph, or gives it other inputs or outputs.
-        PlanError: the plan cannot be written.
-        MissingDependencyError: this TensorRT is not installed.
-        EngineError: enterprise TensorRT found no GPU.
+        InvalidInputError: If an architecture is unknown, or the batch sizes or columns are invalid.
+        BundleError: If the bundle has no graph in this precision.
+        BasisMismatchError: If the baked basis was made for another model.
+        ExportError: If TensorRT cannot compile the graph, or finds other inputs or outputs in it.
+        PlanError: If the plan cannot be written.
+        MissingDependencyError: If this TensorRT is not installed.
+        EngineError: If enterprise TensorRT finds no GPU.
     """
     _check_profile(precision, batch, max_columns)
     if baked is not None:
         baked.require_fingerprint(bundle.fingerprint)
     digest = graph_digest(bundle, precision)
-    toolkit = load_tensorrt(runtime)
+    tensorrt = load_tensorrt(runtime)
     spec = PlanSpec(
         runtime=runtime,
-        runtime_version=toolkit.version,
-        architectures=_architectures(toolkit, architectures),
+        runtime_version=tensorrt.version,
+        architectures=_architectures(tensorrt, architectures),
         precision=precision,
         batch=batch,
         max_columns=0 if baked is not None else max_columns,
@@ -111,25 +121,25 @@ def compile_plan(
     path = folder / f"{spec.stem}.plan"
     if not force and (known := find_plan(folder, spec)) is not None:
         return Compiled(known, path, cached=True)
-    plan, data = _build(toolkit, bundle, spec, baked, progress)
+    plan, data = _build(tensorrt, bundle, spec, baked, progress)
     return Compiled(plan, write_plan(folder, plan, data), cached=False)
 
 
 def _check_profile(precision: str, batch: tuple[int, int, int], max_columns: int) -> None:
     if precision not in ("fp16", "fp32"):
         raise InvalidInputError(f"expected precision fp16 or fp32, got {precision!r}")
-    fewest, usual, most = batch
-    if not 1 <= fewest <= usual <= most <= MOST_IMAGES:
+    minimum, usual, maximum = batch
+    if not 1 <= minimum <= usual <= maximum <= MAX_IMAGES:
         raise InvalidInputError(
-            f"expected batch min:opt:max with 1 <= min <= opt <= max <= {MOST_IMAGES}, got "
-            f"{fewest}:{usual}:{most}"
+            f"expected batch min:opt:max with 1 <= min <= opt <= max <= {MAX_IMAGES}, got "
+            f"{minimum}:{usual}:{maximum}"
         )
-    if not 1 <= max_columns <= MOST_COLUMNS:
-        raise InvalidInputError(f"expected 1 to {MOST_COLUMNS} columns, got {max_columns}")
+    if not 1 <= max_columns <= MAX_COLUMNS:
+        raise InvalidInputError(f"expected 1 to {MAX_COLUMNS} columns, got {max_columns}")
 
 
-def _architectures(toolkit: TensorRTRuntime, wanted: Sequence[str]) -> tuple[str, ...]:
-    if toolkit.runtime == "tensorrt":
+def _architectures(tensorrt: TensorRTRuntime, wanted: Sequence[str]) -> tuple[str, ...]:
+    if tensorrt.runtime == "tensorrt":
         here = cuda.architecture()
         if set(wanted) - {here}:
             raise InvalidInputError(
@@ -137,7 +147,7 @@ def _architectures(toolkit: TensorRTRuntime, wanted: Sequence[str]) -> tuple[str
                 f"{', '.join(wanted)}. --runtime tensorrt-rtx compiles for others"
             )
         return (here,)
-    known = tuple(name for name in toolkit.architectures if name not in _NO_FLOAT32)
+    known = tuple(name for name in tensorrt.architectures if name not in _NO_FLOAT32)
     if unknown := sorted(set(wanted) - set(known)):
         raise InvalidInputError(
             f"expected architectures of {', '.join(known)}, got {', '.join(unknown)}; for other "
@@ -148,22 +158,24 @@ def _architectures(toolkit: TensorRTRuntime, wanted: Sequence[str]) -> tuple[str
 
 
 def _build(
-    toolkit: TensorRTRuntime,
+    tensorrt: TensorRTRuntime,
     bundle: ModelBundle,
     spec: PlanSpec,
     baked: Basis | None,
     progress: Progress | None,
 ) -> tuple[Plan, bytes]:
-    trt, log = toolkit.module, toolkit.logger()
+    trt, log = tensorrt.module, tensorrt.logger()
     started = time.perf_counter()
     builder = trt.Builder(log)
-    network = builder.create_network(toolkit.network_flags)
+    network = builder.create_network(tensorrt.network_flags)
     parser = trt.OnnxParser(network, log)
     graph = bundle.image_graph(spec.precision)
     parsed = parser.parse(_bake(graph, baked)) if baked else parser.parse_from_file(str(graph))
     if not parsed:
-        told = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
-        raise ExportError(f"{graph}: {spec.runtime} cannot read it ({told})")
+        errors = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
+        raise ExportError(
+            f"{graph}: {spec.runtime} cannot read it ({errors}): export the model again"
+        )
     inputs = tuple(_tensor(network.get_input(i)) for i in range(network.num_inputs))
     outputs = tuple(_tensor(network.get_output(i)) for i in range(network.num_outputs))
     expected = {"image": _INPUTS["image"]} if baked else _INPUTS
@@ -171,12 +183,14 @@ def _build(
     _check_tensors(graph, outputs, _OUTPUTS)
     projection = _projection_layers(network)
     if not any("MATRIX_MULTIPLY" in layer for layer in projection):
-        raise ExportError(f"{graph}: no projection in {spec.runtime}'s network: export again")
+        raise ExportError(
+            f"{graph}: {spec.runtime} finds no projection in it: export the model again"
+        )
 
     config = builder.create_builder_config()
-    if toolkit.runtime == "tensorrt-rtx":  # without it a run cannot be recorded as a CUDA graph
+    if tensorrt.runtime == "tensorrt-rtx":  # CUDA graphs need it
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    if toolkit.architectures:
+    if tensorrt.architectures:
         config.num_compute_capabilities = len(spec.architectures)
         for i, name in enumerate(spec.architectures):
             config.set_compute_capability(trt.ComputeCapability.__members__[name.upper()], i)
@@ -187,8 +201,11 @@ def _build(
     if monitor.interrupted:
         raise KeyboardInterrupt
     if blob is None:
-        told = " ".join("; ".join(log.errors[-3:]).split()) or "it gave no reason"
-        raise ExportError(f"{graph}: {spec.runtime} {spec.runtime_version} failed ({told})")
+        reason = " ".join("; ".join(log.errors[-3:]).split()) or "it gave no reason"
+        raise ExportError(
+            f"{graph}: {spec.runtime} {spec.runtime_version} cannot compile it ({reason}); choose "
+            "another precision, or an engine onnx/cuda"
+        )
     data = bytes(blob)
     plan = Plan(
         schema=SCHEMA,
@@ -207,7 +224,7 @@ def _build(
 
 
 def _bake(graph: Path, basis: Basis) -> bytes:
-    """Give the graph with a basis' projection as constants in place of the inputs."""
+    """Return the graph with the projection of a basis as constants instead of inputs."""
     try:
         import onnx
     except ImportError as error:
@@ -233,13 +250,15 @@ def _tensor(tensor: Any) -> PlanTensor:
 def _check_tensors(
     graph: Path, found: Sequence[PlanTensor], expected: dict[str, tuple[str, int]]
 ) -> None:
-    told = {each.name: (each.dtype, len(each.shape)) for each in found}
-    if told != expected:
-        raise ExportError(f"{graph}: expected tensors {expected}, TensorRT has {told}")
+    actual = {each.name: (each.dtype, len(each.shape)) for each in found}
+    if actual != expected:
+        raise ExportError(
+            f"{graph}: expected tensors {expected}, TensorRT finds {actual}: export the model again"
+        )
 
 
 def _projection_layers(network: Any) -> tuple[str, ...]:
-    """Name the layers through which `projected` depends on `embedding`, in order."""
+    """Return the names of the layers from `embedding` to `projected`, in order."""
     reached = {"embedding"}
     layers = []
     for i in range(network.num_layers):  # in topological order
@@ -264,7 +283,7 @@ def _profile(builder: Any, bundle: ModelBundle, spec: PlanSpec) -> Any:
 
 
 def _monitor(trt: Any, progress: Progress | None) -> Any:
-    """Make the builder's monitor: it tells of the outer phases, and ends the build on Ctrl-C."""
+    """Return a monitor for the builder: it reports progress, and ends the build on Ctrl-C."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -279,7 +298,7 @@ def _monitor(trt: Any, progress: Progress | None) -> Any:
             try:
                 if progress is not None and self.steps.get(phase, 0) > 1:
                     progress(phase.lower(), step + 1, self.steps[phase])
-            except KeyboardInterrupt:  # it must not pass through TensorRT
+            except KeyboardInterrupt:  # an exception must not pass through TensorRT
                 self.interrupted = True
             return not self.interrupted
 
@@ -290,9 +309,10 @@ def _monitor(trt: Any, progress: Progress | None) -> Any:
 
 
 def _peak_memory() -> int:
-    """Return the largest resident memory of this process so far, in bytes.
-
-    On Linux this is at least the memory that the parent process had when it started this one.
-    """
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # psutil has no peak on Linux
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Return the largest resident memory of this process so far, in bytes."""
+    try:  # own code: psutil has no peak on Linux, and getrusage includes the parent's at the fork
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024

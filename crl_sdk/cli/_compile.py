@@ -1,4 +1,4 @@
-"""`crl compile`: a TensorRT plan of a bundle's image graph."""
+"""`crl compile`: compile a bundle's image graph to a TensorRT plan, or the projection kernel."""
 
 from __future__ import annotations
 
@@ -20,36 +20,43 @@ from crl_sdk.model._bundle import ModelBundle
 def compile_bundle(
     bundle: Annotated[Path, typer.Argument(help="Model bundle, from `crl export`.")],
     runtime: Annotated[
-        PlanRuntime, typer.Option(help="tensorrt compiles for the GPU of this machine only.")
+        PlanRuntime,
+        typer.Option(help="TensorRT to use; tensorrt compiles only for this machine's GPU."),
     ] = "tensorrt-rtx",
     precision: Annotated[
-        Literal["fp16", "fp32"], typer.Option(help="Of the tower; the bundle must have the graph.")
+        Literal["fp16", "fp32"],
+        typer.Option(help="Precision of the bundle's graph to compile."),
     ] = "fp16",
     arch: Annotated[
-        str, typer.Option(help="Comma-separated, such as sm86,sm89; all of TensorRT-RTX if empty.")
+        str,
+        typer.Option(help="GPU architectures, such as sm86,sm89; all supported ones if empty."),
     ] = "",
-    batch: Annotated[str, typer.Option(help="Images of a run, min:opt:max.")] = "1:8:32",
+    batch: Annotated[
+        str, typer.Option(help="Images per run, min:opt:max; tuned for opt.")
+    ] = "1:8:32",
     max_columns: Annotated[
-        int, typer.Option(help="Columns of all bases of a run together, at most.")
+        int, typer.Option(help="Maximum number of columns of all bases together.")
     ] = 4096,
     baked: Annotated[
-        Path | None, typer.Option(help="Basis file to fix in the plan; it then takes images alone.")
+        Path | None,
+        typer.Option(help="Basis file to compile into the plan as a constant."),
     ] = None,
     out_dir: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Directory; BUNDLE/engines by default.")
+        Path | None,
+        typer.Option("--out", "-o", help="Output directory; BUNDLE/engines by default."),
     ] = None,
-    force: Annotated[bool, typer.Option(help="Compile even if the plan is there.")] = False,
+    force: Annotated[bool, typer.Option(help="Compile even if the plan exists already.")] = False,
     kernel: Annotated[
         bool,
         typer.Option(
             "--kernel",
-            help="Compile the projection kernel for stored embeddings instead; only --arch and "
-            "--out count.",
+            help="Compile the projection kernel for stored embeddings instead. It uses only --arch "
+            "and --out.",
         ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compile image tower and projection into one TensorRT plan. TensorRT-RTX needs no GPU here."""
+    """Compile the image tower and projection to a TensorRT plan. TensorRT-RTX needs no GPU."""
     architectures = [part.strip() for part in arch.split(",") if part.strip()]
     if kernel:
         _compile_kernels(bundle, architectures, out_dir, as_json=as_json)
@@ -80,8 +87,8 @@ def compile_bundle(
     note(f"{'found' if compiled.cached else 'wrote'} {compiled.path}; not run on hardware")
     plan = compiled.plan
     if as_json:
-        told = {"path": str(compiled.path), "cached": compiled.cached}
-        print_json({**told, **msgspec.to_builtins(plan)})
+        file = {"path": str(compiled.path), "cached": compiled.cached}
+        print_json({**file, **msgspec.to_builtins(plan)})
     else:
         print_facts(str(compiled.path), _facts(plan))
 
@@ -123,8 +130,8 @@ def _batch(value: str) -> tuple[int, int, int]:
     parts = value.split(":")
     if len(parts) != 3 or not all(part.isascii() and part.isdigit() for part in parts):
         raise InvalidInputError(f"--batch: expected min:opt:max such as 1:8:32, got {value!r}")
-    fewest, usual, most = (int(part) for part in parts)
-    return fewest, usual, most
+    minimum, usual, maximum = (int(part) for part in parts)
+    return minimum, usual, maximum
 
 
 def _facts(plan: Plan) -> dict[str, object]:
@@ -133,10 +140,10 @@ def _facts(plan: Plan) -> dict[str, object]:
         "runtime": f"{spec.runtime} {spec.runtime_version}",
         "architectures": ", ".join(spec.architectures),
         "precision": spec.precision,
-        "images of a run": f"{spec.batch[0]} to {spec.batch[2]}, best at {spec.batch[1]}",
+        "images per run": f"{spec.batch[0]} to {spec.batch[2]}, fastest at {spec.batch[1]}",
         "basis": spec.baked.criterion if spec.baked else f"any, {spec.max_columns} columns",
         "size": f"{plan.bytes / 1e6:.1f} MB",
         "layers": plan.layers,
         "projection": ", ".join(plan.projection),
-        "compiled in": f"{plan.seconds:.1f} s, {plan.peak_memory / 1e6:.0f} MB at most",
+        "compiled in": f"{plan.seconds:.1f} s, {plan.peak_memory / 1e6:.0f} MB of memory",
     }

@@ -1,4 +1,4 @@
-"""`crl doctor`: what this machine has, and which engine runs a bundle on it."""
+"""`crl doctor`: what this machine has, and which engine it would use for a bundle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from crl_sdk.model._bundle import ModelBundle
 
 
 def doctor(bundle: BundleOption = None, as_json: JsonOption = False) -> None:
-    """Tell what this machine has, which engine is taken for a bundle, and why not the others."""
+    """Show what this machine has, which engine runs a bundle here, and why not the others."""
     opened = ModelBundle.open(bundle_or_demo(bundle))
     machine = inspect_machine()
     engines = list_candidates(opened)
@@ -39,11 +39,11 @@ def _facts(machine: Machine) -> dict[str, object]:
     return {
         "system": machine.system,
         "processor": f"{machine.processor}, {machine.cores} cores",
-        "instructions": ", ".join(machine.features) or "none that matter",
+        "instructions": ", ".join(machine.features) or "none that matter to inference",
         "memory": f"{machine.memory >> 20} MiB",
         "GPUs": "; ".join(gpus) or "none",
         "CUDA": machine.cuda,
-        **{str(runtime): told for runtime, told in machine.runtimes.items()},
+        **{str(runtime): version for runtime, version in machine.runtimes.items()},
         "ONNX Runtime": ", ".join(machine.providers) or "not installed",
         "packages": ", ".join(f"{name} {found}" for name, found in machine.packages.items()),
         "crl-sdk": f"{machine.crl_sdk}, Python {machine.python}",
@@ -63,7 +63,7 @@ def _table(bundle: ModelBundle, engines: list[EngineCandidate]) -> Table:
     table = Table("engine", "", "why", title=str(bundle.path), title_justify="left")
     chosen = _chosen(engines)
     for each in engines:
-        state = "taken" if each is chosen else "usable" if each.usable else "no"
+        state = "chosen" if each is chosen else "usable" if each.usable else "no"
         table.add_row(escape(str(each.name)), state, escape(each.reason))
     return table
 

@@ -1,4 +1,4 @@
-"""`crl verify`: does an engine agree with the fp32 reference here, and how fast is it."""
+"""`crl verify`: compare an engine with the fp32 reference on this machine, and time it."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from crl_sdk.storage._atomic_files import write_record
 def verify(
     bundle: Annotated[Path, typer.Argument(help="Model bundle, from `crl export`.")],
     engine: Annotated[
-        str | None, typer.Option(help="Such as onnx/cpu/int8; the default one of this machine.")
+        str | None,
+        typer.Option(help="Engine, such as onnx/cpu/int8; by default the one that auto chooses."),
     ] = None,
-    batches: Annotated[str, typer.Option(help="Batch sizes to time.")] = "1,8,32",
-    seconds: Annotated[float, typer.Option(help="To time each batch size.")] = 2.0,
+    batches: Annotated[str, typer.Option(help="Comma-separated batch sizes.")] = "1,8,32",
+    seconds: Annotated[float, typer.Option(help="Seconds to time each batch size for.")] = 2.0,
     baked: BakedOption = None,
     out_file: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write the record (JSON) there.")
+        Path | None, typer.Option("--out", "-o", help="File to write the record to, as JSON.")
     ] = None,
     kernel: Annotated[
         bool, typer.Option("--kernel", help="Verify the projection kernel against NumPy instead.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check an engine against the bundle's fp32 graph, and time it; status 1 if it disagrees."""
+    """Compare an engine with the bundle's fp32 graph, and time it. Status 1 if they disagree."""
     if kernel:
         with spinner("running the projection kernel"):
             checked = verify_kernel(ModelBundle.open(bundle))
@@ -74,7 +75,7 @@ def _finish(
 
 def _print_kernel(record: KernelVerification) -> None:
     verdict = "agrees with NumPy" if record.agrees else "disagrees with NumPy"
-    table = Table("embeddings", "max |Δ|", "rows", "p50 ms", "NumPy's p50 ms", title=verdict)
+    table = Table("embeddings", "max |Δ|", "rows", "p50 ms", "NumPy p50 ms", title=verdict)
     for each in record.checks:
         table.add_row(
             each.embeddings, f"{each.max_abs:.1e}", f"{each.rows:,}", f"{each.p50_ms:.1f}",
@@ -89,12 +90,12 @@ def _print(record: Verification) -> None:
         f"{record.engine} on {record.model['name']}",
         {
             "verdict": "agrees with fp32" if record.agrees else "; ".join(record.failures),
-            "cosine": f"{parity.cosine_mean:.7f} mean, {parity.cosine_min:.7f} at least",
+            "cosine": f"{parity.cosine_mean:.7f} mean, {parity.cosine_min:.7f} minimum",
             "max |Δ|": f"{parity.max_abs:.1e}, projected {record.projected_max_abs:.1e}",
-            "pictures": parity.samples,
+            "images": parity.samples,
         },
     )
-    table = Table("images of a run", "p50 ms", "p99 ms", "images/s", "runs")
+    table = Table("images per run", "p50 ms", "p99 ms", "images/s", "runs")
     for each in record.latencies:
         rate = each.batch / each.p50_ms * 1e3
         table.add_row(

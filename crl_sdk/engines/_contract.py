@@ -1,6 +1,6 @@
-"""The contract of an inference engine: arrays in, arrays out, no knowledge of requests or files.
+"""What every inference engine implements. Engines know arrays, but no requests or image files.
 
-One module per runtime implements it. Engines may be called from several threads.
+Several threads may call an engine at the same time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from crl_sdk.engines._engine_name import EngineName
 
 
 class ImageEngine(Protocol):
-    """Runs an image tower with the projection fused in."""
+    """Runs an image tower and the projection onto bases."""
 
     @property
     def name(self) -> EngineName:
@@ -26,22 +26,24 @@ class ImageEngine(Protocol):
         weight: NDArray[np.float32],
         bias: NDArray[np.float32],
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Embed a batch and project it onto packed bases, in one run.
+        """Embed a batch of images and project it onto packed bases, in one run.
 
         Args:
-            pixels: (b, H, W, 3) uint8, from `crl_sdk.model`.
-            weight: (d, K) float32, K >= 0, see `crl_sdk.projection.pack`.
-            bias: (K,) float32.
+            pixels: Preprocessed images from `crl_sdk.model`, shape (b, H, W, 3), uint8.
+            weight: Weights of all bases side by side, shape (d, K) with K >= 0, float32; see
+                `crl_sdk.projection.pack`.
+            bias: Biases of all bases, shape (K,), float32.
 
         Returns:
-            embeddings (b, d) float32 with unit rows, and `embeddings @ weight + bias` (b, K).
+            Universal embeddings, shape (b, d), float32, unit rows; and the projected columns
+            `embeddings @ weight + bias`, shape (b, K), float32, without row normalisation.
 
         Raises:
-            EngineError: the run failed.
+            EngineError: If the run failed.
         """
 
     def close(self) -> None:
-        """Free what it holds of a device. Idempotent; later runs may be refused."""
+        """Free device memory. Idempotent. A run after that may raise an error."""
 
 
 class TextEngine(Protocol):
@@ -51,11 +53,11 @@ class TextEngine(Protocol):
         """Embed a batch of texts.
 
         Args:
-            tokens: (b, context_length) int64, from `crl_sdk.model`.
+            tokens: Token ids from `crl_sdk.model`, shape (b, context_length), int64.
 
         Returns:
-            (b, d) float32, unit rows.
+            Text embeddings, shape (b, d), float32, unit rows.
 
         Raises:
-            EngineError: the run failed.
+            EngineError: If the run failed.
         """

@@ -1,4 +1,4 @@
-"""The GPU of this machine through NVIDIA's own bindings (`cuda-python`); no torch."""
+"""Access to an NVIDIA GPU through the CUDA driver's Python bindings, `cuda-python`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from crl_sdk.errors import EngineError, MissingDependencyError
 _log = logging.getLogger(__name__)
 
 _NON_BLOCKING = 1
-"""`CU_STREAM_NON_BLOCKING`: a stream that does not wait for the default one."""
+"""`CU_STREAM_NON_BLOCKING`: the stream does not wait for the default stream."""
 
 _OUT_OF_MEMORY = 2
 """`CUDA_ERROR_OUT_OF_MEMORY`."""
 
 
 def driver() -> Any:
-    """Give the CUDA driver's bindings, initialised.
+    """Return the bindings of the CUDA driver, initialised.
 
     Raises:
-        MissingDependencyError: cuda-python is not installed.
-        EngineError: there is no driver, or it finds no GPU.
+        MissingDependencyError: If cuda-python is not installed.
+        EngineError: If there is no driver, or the driver finds no GPU.
     """
     try:
         from cuda.bindings import driver as bindings
@@ -36,24 +36,28 @@ def driver() -> Any:
         raise MissingDependencyError("cuda-bindings", "tensorrt-rtx", "using a GPU") from error
     try:
         (status,) = bindings.cuInit(0)
-    except Exception as error:  # of cuda.pathfinder: the library is not there
+    except Exception as error:  # from cuda.pathfinder: the library is missing
         raise EngineError(
             "expected an NVIDIA driver (libcuda.so.1), found none: install the driver of your GPU, "
             "or choose --engine onnx/cpu"
         ) from error
     if status != bindings.CUresult.CUDA_SUCCESS:
         raise EngineError(
-            f"the NVIDIA driver is there but does not start ({status.name}): see whether "
+            f"the NVIDIA driver is installed but does not start ({status.name}): check whether "
             "`nvidia-smi` lists a GPU"
         )
     return bindings
 
 
 def check(result: tuple[Any, ...], what: str) -> Any:
-    """Give what a call of the driver returned, without its status.
+    """Return the values of a driver call without its status.
+
+    Args:
+        result: Result of the call: a status, then values.
+        what: Description of the call for the error message, such as `opening GPU 0`.
 
     Raises:
-        EngineError: it failed.
+        EngineError: If the call failed.
     """
     status, *values = result
     if int(status) != 0:
@@ -61,18 +65,18 @@ def check(result: tuple[Any, ...], what: str) -> Any:
             "the GPU's memory is full: close other programs on it, or compile with a smaller "
             "--batch and --max-columns"
             if int(status) == _OUT_OF_MEMORY
-            else "`crl doctor` tells what is there"
+            else "`crl doctor` shows what this machine has"
         )
         raise EngineError(f"{what} failed ({status.name}): {advice}")
     return values[0] if len(values) == 1 else tuple(values)
 
 
 def architecture(device: int = 0) -> str:
-    """Give the compute capability of a GPU, such as `sm89`.
+    """Return the compute capability of a GPU, such as `sm89`.
 
     Raises:
-        EngineError: there is no driver or no such GPU.
-        MissingDependencyError: cuda-python is not installed.
+        EngineError: If there is no driver or no such GPU.
+        MissingDependencyError: If cuda-python is not installed.
     """
     cu = driver()
     handle = check(cu.cuDeviceGet(device), f"opening GPU {device}")
@@ -89,18 +93,18 @@ def architecture(device: int = 0) -> str:
 
 
 class CudaDevice:
-    """A GPU with memory and one stream; all it gave is freed by `close` or with it.
+    """A GPU with one stream and the memory that was allocated on it.
 
-    It uses the primary context, which is the one TensorRT uses. Any thread may call it, one at a
-    time.
+    `close` frees all memory, and so does deleting the object. The object uses the primary context,
+    as TensorRT does. Any thread may call it, but only one at a time.
     """
 
     def __init__(self, cu: Any, device: int, context: Any, stream: Any) -> None:
-        """Store the handles; `CudaDevice.open` makes them."""
+        """Store the handles. Use `CudaDevice.open` to create a device."""
         self._cu = cu
         self._context = context
         self._stream = stream
-        releases: list[Callable[[], Any]] = [  # none may refer to self, or it is never freed
+        releases: list[Callable[[], Any]] = [  # a reference to self would keep it alive
             partial(cu.cuDevicePrimaryCtxRelease, device),
             partial(cu.cuStreamDestroy, stream),
         ]
@@ -111,11 +115,14 @@ class CudaDevice:
 
     @classmethod
     def open(cls, ordinal: int = 0) -> CudaDevice:
-        """Open a GPU, by its number among those of `CUDA_VISIBLE_DEVICES`.
+        """Open a GPU.
+
+        Args:
+            ordinal: Number of the GPU among those of `CUDA_VISIBLE_DEVICES`.
 
         Raises:
-            EngineError: there is no driver or no such GPU.
-            MissingDependencyError: cuda-python is not installed.
+            EngineError: If there is no driver or no such GPU.
+            MissingDependencyError: If cuda-python is not installed.
         """
         cu = driver()
         device = check(cu.cuDeviceGet(ordinal), f"opening GPU {ordinal}")
@@ -130,32 +137,32 @@ class CudaDevice:
 
     @property
     def stream(self) -> int:
-        """The stream's handle, as TensorRT takes it."""
+        """Handle of the stream, in the form that TensorRT accepts."""
         return int(self._stream)
 
     def enter(self) -> None:
-        """Make its context that of the calling thread, before anything else is asked of it.
+        """Make the GPU's context current in the calling thread. Call it before other methods.
 
         Raises:
-            EngineError: it is closed, or the driver refuses.
+            EngineError: If the GPU is closed, or the driver call fails.
         """
         if not self._finalizer.alive:
             raise EngineError("this engine is closed: open another")
         check(self._cu.cuCtxSetCurrent(self._context), "entering the CUDA context")
 
     def close(self) -> None:
-        """Free everything. Idempotent."""
+        """Free all memory and handles. Idempotent."""
         self._finalizer()
 
     def allocate(self, size: int, what: str) -> int:
-        """Give the address of device memory.
+        """Allocate device memory and return its address.
 
         Args:
-            size: bytes.
-            what: for the error message.
+            size: Number of bytes.
+            what: Purpose of the memory, for the error message.
 
         Raises:
-            EngineError: there is not enough.
+            EngineError: If there is not enough memory.
         """
         pointer = check(
             self._cu.cuMemAlloc(max(size, 1)), f"{what}: {size:,} bytes of the GPU's memory"
@@ -164,18 +171,18 @@ class CudaDevice:
         return int(pointer)
 
     def free(self, address: int) -> None:
-        """Free device memory before the rest is.
+        """Free the device memory at an address that `allocate` returned.
 
         Raises:
-            EngineError: the driver refuses.
+            EngineError: If the driver call fails.
         """
         check(self._cu.cuMemFree(self._memory.pop(address)), "freeing the GPU's memory")
 
     def pinned(self, shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
-        """Give a zeroed array in page-locked host memory, which the GPU copies from and to.
+        """Return a zeroed array in page-locked host memory, from and to which the GPU can copy.
 
         Raises:
-            EngineError: there is not enough.
+            EngineError: If there is not enough memory.
         """
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         address = check(
@@ -188,10 +195,10 @@ class CudaDevice:
         return array
 
     def upload(self, target: int, source: NDArray[Any]) -> None:
-        """Copy a contiguous array to device memory, in the stream's order.
+        """Queue a copy of a contiguous array to device memory.
 
         Raises:
-            EngineError: the driver refuses.
+            EngineError: If the driver call fails.
         """
         check(
             self._cu.cuMemcpyHtoDAsync(target, source.ctypes.data, source.nbytes, self._stream),
@@ -199,10 +206,10 @@ class CudaDevice:
         )
 
     def download(self, target: NDArray[Any], source: int) -> None:
-        """Copy device memory to a contiguous array, in the stream's order.
+        """Queue a copy of device memory to a contiguous array.
 
         Raises:
-            EngineError: the driver refuses.
+            EngineError: If the driver call fails.
         """
         check(
             self._cu.cuMemcpyDtoHAsync(target.ctypes.data, source, target.nbytes, self._stream),
@@ -210,21 +217,24 @@ class CudaDevice:
         )
 
     def wait(self) -> None:
-        """Wait for all that was put into the stream.
+        """Wait until the stream has done everything that was queued.
 
         Raises:
-            EngineError: something of it failed.
+            EngineError: If a queued operation failed.
         """
         check(self._cu.cuStreamSynchronize(self._stream), "running on the GPU")
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record what a function puts into the stream as a CUDA graph.
+        """Record the operations that a function queues, as a CUDA graph.
+
+        Args:
+            work: Function that queues operations. Its own errors are passed on.
 
         Returns:
-            A function that puts all of it into the stream at once.
+            Function that queues all recorded operations at once.
 
         Raises:
-            EngineError: the driver refuses, or what `work` raised.
+            EngineError: If a driver call fails.
         """
         cu = self._cu
         mode = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
@@ -245,10 +255,10 @@ class CudaDevice:
         return lambda: check(cu.cuGraphLaunch(runnable, self._stream), "launching a CUDA graph")
 
     def function(self, image: bytes, name: str) -> Any:
-        """Load machine code (cubin) or PTX, and give a function of it.
+        """Load machine code (cubin) or PTX, and return one of its functions.
 
         Raises:
-            EngineError: the driver cannot use the code.
+            EngineError: If the driver cannot use the code.
         """
         module = check(self._cu.cuModuleLoadData(image), "loading a kernel")
         self._releases.append(partial(self._cu.cuModuleUnload, module))
@@ -263,17 +273,17 @@ class CudaDevice:
         shared: int,
         arguments: Sequence[tuple[int, Any]],
     ) -> None:
-        """Put a kernel into the stream.
+        """Queue a kernel.
 
         Args:
-            function: from `function`.
-            grid: blocks in x and y.
-            threads: of a block.
-            shared: bytes of shared memory of a block.
-            arguments: values with their ctypes, in the kernel's order.
+            function: Kernel to launch, from `function`.
+            grid: Number of blocks in x and y.
+            threads: Number of threads in a block.
+            shared: Bytes of shared memory for each block.
+            arguments: Arguments of the kernel in its order, each a value and its ctypes type.
 
         Raises:
-            EngineError: the driver refuses.
+            EngineError: If the driver call fails.
         """
         values, types = zip(*arguments, strict=True)
         check(
@@ -287,10 +297,10 @@ class CudaDevice:
 def _release(
     cu: Any, context: Any, releases: list[Callable[[], Any]], memory: dict[int, Any]
 ) -> None:
-    """Free in reverse order; a failure is logged, since whoever closes can do nothing about it."""
+    """Free everything in reverse order. Failures are logged, since a caller cannot handle them."""
     cu.cuCtxSetCurrent(context)
     releases += [partial(cu.cuMemFree, pointer) for pointer in memory.values()]
     while releases:
         status, *_ = releases.pop()()
         if int(status) != 0:
-            _log.warning("freeing something of the GPU failed (%s)", status.name)
+            _log.warning("freeing GPU memory or a handle failed (%s)", status.name)

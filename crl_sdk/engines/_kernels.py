@@ -1,8 +1,8 @@
-"""The projection kernel on this machine's GPU: stored embeddings → conditional embeddings.
+"""The projection kernel: stored universal embeddings to conditional embeddings on a GPU.
 
-`crl compile BUNDLE --kernel` makes the code; the CUDA driver alone launches it, without Triton or
-torch. The specification is `crl_sdk.projection`. **Not run on hardware**: the tests launch it on a
-simulated driver; on a GPU, `crl verify BUNDLE --kernel` compares it with NumPy.
+`crl compile BUNDLE --kernel` compiles it. Launching it needs the CUDA driver only, neither Triton
+nor torch. `crl_sdk.projection` is its specification. **It has not been run on hardware**: the tests
+use a simulated driver. On a GPU, `crl verify BUNDLE --kernel` compares it with NumPy.
 """
 
 from __future__ import annotations
@@ -34,27 +34,28 @@ RECORD = "kernels.json"
 ENTRY = "project_segments"
 
 POST_NUMBERS: Mapping[Post, int] = {"none": 0, "l2": 1, "standardise": 2}
-"""Row normalisations as the kernel takes them."""
+"""Number of each row normalisation in the kernel's `posts` argument."""
 
 _ROWS_AT_ONCE = 65536
 
 
-class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One compiled kernel: for an architecture, a dtype and two switches.
+class KernelVariant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The kernel, compiled for one architecture, one dtype and two switches.
 
     Attributes:
-        file: machine code (cubin), beside the record.
-        ptx: what the driver can compile for GPUs that came later.
-        sha256: of the machine code and the PTX.
-        architecture: such as `sm89`.
-        embeddings: dtype of the input: fp32, fp16 or bf16.
-        unit: divides each row by its L2 norm first.
-        single: for bases of at most `columns` columns each, which it computes once.
-        registers: of a thread.
-        shared: bytes of shared memory of a block.
-        scratch: bytes of global scratch memory; always 0.
-        spilled: bytes of registers in local memory, of a thread.
-        bytes: of the machine code.
+        file: Name of the machine code file (cubin) in the record's directory.
+        ptx: Name of the PTX file, which a driver can compile for newer GPUs.
+        sha256: SHA-256 digests of the machine code and of the PTX.
+        architecture: Compute capability, such as `sm89`.
+        embeddings: Dtype of the input: fp32, fp16 or bf16.
+        unit: Whether it divides each row by its L2 norm first.
+        single: Whether it requires that no basis has more than `KernelSet.columns` columns. It is
+            then faster, since no column is computed twice.
+        registers: Number of registers of a thread.
+        shared: Bytes of shared memory of a block.
+        scratch: Bytes of global scratch memory; always 0.
+        spilled: Bytes of a thread's registers that are kept in local memory.
+        bytes: Size of the machine code in bytes.
     """
 
     file: str
@@ -71,16 +72,16 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     bytes: int
 
 
-class Kernels(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The record of all variants.
+class KernelSet(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The record of all compiled variants in a directory.
 
     Attributes:
-        schema: of this record.
-        triton: version that compiled them.
-        rows: of a block.
-        columns: of a block.
-        threads: of a block.
-        variants: what there is.
+        schema: Version of this record's format.
+        triton: Version of Triton that compiled them.
+        rows: Number of rows that a block computes.
+        columns: Number of columns that a block computes at a time.
+        threads: Number of threads of a block.
+        variants: Compiled variants.
     """
 
     schema: int
@@ -88,51 +89,56 @@ class Kernels(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     rows: int
     columns: int
     threads: int
-    variants: tuple[Variant, ...]
+    variants: tuple[KernelVariant, ...]
 
 
 def kernels_directory(bundle: ModelBundle) -> Path:
-    """Give where the kernels of a bundle are by default."""
+    """Return the default directory of a bundle's kernels."""
     return plans_directory(bundle) / "projection"
 
 
-def write_kernels(directory: Path, kernels: Kernels, files: Mapping[str, bytes]) -> None:
+def write_kernels(directory: Path, kernels: KernelSet, files: Mapping[str, bytes]) -> None:
     """Write the files, then the record that names them.
 
+    Args:
+        directory: Directory to write to; it is created if it does not exist.
+        kernels: Record of the variants.
+        files: Contents of the machine code and PTX files, by name.
+
     Raises:
-        PlanError: the disk is full, or the directory cannot be written.
+        PlanError: If the disk is full or the directory cannot be written.
     """
     make_directory(directory, PlanError)
     for name, data in files.items():
         write_atomically(directory / name, data, PlanError)
-    for path in directory.iterdir():  # what an earlier compilation left
+    for path in directory.iterdir():  # files of an earlier compilation
         if path.suffix in (".cubin", ".ptx") and path.name not in files:
             path.unlink()
     write_record(directory / RECORD, kernels, PlanError)
 
 
-def read_kernels(directory: Path) -> Kernels:
-    """Read the record.
+def read_kernels(directory: Path) -> KernelSet:
+    """Read the record of a directory.
 
     Raises:
-        PlanError: it is missing, damaged, or of another schema.
+        PlanError: If the record is missing, damaged, or in another format version.
     """
     path = directory / RECORD
     again = "compile them: crl compile BUNDLE --kernel"
-    kernels = read_record(path, Kernels, SCHEMA, PlanError, again)
+    kernels = read_record(path, KernelSet, SCHEMA, PlanError, again)
     for each in kernels.variants:
         if any(Path(name).name != name for name in (each.file, each.ptx)):
-            raise PlanError(f"{path}: {each.file!r} leaves the directory; {again}")
+            raise PlanError(f"{path}: the file name {each.file!r} leaves the directory; {again}")
     return kernels
 
 
 class ProjectionKernel:
-    """The kernel with one GPU. Any thread may call it; one launch is under way at a time."""
+    """The kernel on one GPU. Any thread may call it; launches run one after the other."""
 
     def __init__(
-        self, gpu: cuda.CudaDevice, architecture: str, directory: Path, kernels: Kernels
+        self, gpu: cuda.CudaDevice, architecture: str, directory: Path, kernels: KernelSet
     ) -> None:
-        """Store the parts; `ProjectionKernel.open` makes them."""
+        """Store the parts. Use `ProjectionKernel.open` to create a kernel."""
         self._gpu = gpu
         self._architecture = architecture
         self._directory = directory
@@ -143,15 +149,15 @@ class ProjectionKernel:
 
     @classmethod
     def open(cls, directory: Path) -> ProjectionKernel:
-        """Open the kernels that `crl compile BUNDLE --kernel` made.
+        """Open the kernels that `crl compile BUNDLE --kernel` compiled.
 
         Args:
-            directory: see `kernels_directory`.
+            directory: Directory of the kernels; see `kernels_directory`.
 
         Raises:
-            PlanError: there are none, their record is damaged, or none fits this GPU.
-            EngineError: there is no driver or GPU.
-            MissingDependencyError: cuda-python is not installed.
+            PlanError: If there are no kernels, their record is damaged, or none runs on this GPU.
+            EngineError: If there is no driver or GPU.
+            MissingDependencyError: If cuda-python is not installed.
         """
         kernels = read_kernels(directory)
         here = cuda.architecture()
@@ -164,7 +170,7 @@ class ProjectionKernel:
         return opened
 
     def close(self) -> None:
-        """Free the GPU's memory; later calls are refused. Idempotent."""
+        """Free the GPU's memory. Idempotent. A later call of `apply` raises an error."""
         with self._lock:
             self._gpu.close()
 
@@ -175,21 +181,23 @@ class ProjectionKernel:
         *,
         unit: bool = False,
     ) -> list[NDArray[np.float32]]:
-        """Project rows onto all projections.
+        """Project rows onto several bases at once.
 
         Args:
-            embeddings: (n, d) float32, float16 or bfloat16 (of ml_dtypes), unit rows, finite. A
-                memory-mapped array is read a part at a time.
-            projections: at least one, all from dimension d.
-            unit: divide the rows by their L2 norm first, as rows stored in half precision need.
+            embeddings: Universal embeddings, shape (n, d), float32, float16 or bfloat16 (of
+                ml_dtypes), finite, unit rows. A memory-mapped array is read in parts.
+            projections: One or more projections of dimension d.
+            unit: Whether to divide each row by its L2 norm first. Rows that were stored in half
+                precision need it.
 
         Returns:
-            for each projection (n, m) float32; views of one array (n, sum of all m).
+            Conditional embeddings for each projection, shape (n, m), float32. They are views of one
+            array with all columns.
 
         Raises:
-            InvalidInputError: a wrong shape or dtype, or no projection.
-            PlanError: the kernel for it was not compiled, or its file was changed.
-            EngineError: a launch failed.
+            InvalidInputError: If a shape or dtype is wrong, or there is no projection.
+            PlanError: If the variant for this input was not compiled, or its file was changed.
+            EngineError: If a launch failed.
         """
         dtype = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(
             embeddings.dtype.name
@@ -218,7 +226,7 @@ class ProjectionKernel:
     def _launch(
         self,
         function: Any,
-        variant: Variant,
+        variant: KernelVariant,
         rows: NDArray[Any],
         out: NDArray[np.float32],
         segments: int,
@@ -231,7 +239,7 @@ class ProjectionKernel:
         arguments: list[tuple[int, Any]] = [(each, ctypes.c_void_p) for each in pointers]
         arguments += [(each, ctypes.c_int) for each in (count, dim, columns)]
         arguments.append((target, ctypes.c_void_p))
-        arguments += [(0, ctypes.c_void_p)] * 2  # Triton's scratch memory, of which it needs none
+        arguments += [(0, ctypes.c_void_p)] * 2  # Triton's scratch memory; the kernel needs none
         self._gpu.launch(
             function,
             grid=(-(-count // self._kernels.rows), segments),
@@ -256,7 +264,7 @@ class ProjectionKernel:
         self._gpu.wait()  # the arrays are not page-locked
 
     def _buffer(self, name: str, size: int) -> int:
-        """Give device memory that is kept, and replaced when more is asked for."""
+        """Return the address of device memory that is kept, and replaced when it is too small."""
         address, has = self._buffers.get(name, (0, 0))
         if has < size:
             if has:
@@ -266,7 +274,7 @@ class ProjectionKernel:
             self._buffers[name] = address, size
         return address
 
-    def _function(self, dtype: str, *, unit: bool, single: bool) -> tuple[Any, Variant]:
+    def _function(self, dtype: str, *, unit: bool, single: bool) -> tuple[Any, KernelVariant]:
         wanted = (dtype, unit, single)
         for variant in _fitting(self._kernels, self._architecture):
             if (variant.embeddings, variant.unit, variant.single) == wanted:
@@ -301,8 +309,11 @@ class ProjectionKernel:
         return self._functions[variant.file], variant
 
 
-def _fitting(kernels: Kernels, architecture: str) -> list[Variant]:
-    """Give the variants that run on a GPU: of its architecture, or the newest before it as PTX."""
+def _fitting(kernels: KernelSet, architecture: str) -> list[KernelVariant]:
+    """Return the variants that run on a GPU.
+
+    They are those of its architecture, or of the newest older one, whose PTX the driver compiles.
+    """
     number = int(architecture[2:])
     before = {int(each.architecture[2:]) for each in kernels.variants}
     usable = [each for each in before if each <= number]

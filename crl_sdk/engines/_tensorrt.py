@@ -1,7 +1,7 @@
-"""TensorRT engine: a compiled plan on this machine's GPU, one CUDA graph per shape of a run.
+"""TensorRT engine: runs a compiled plan on a GPU, with one CUDA graph for each shape of a run.
 
-**Not run on hardware.** The tests run it against a simulated driver and TensorRT; on a GPU,
-`crl verify BUNDLE --engine tensorrt-rtx` compares it with the fp32 graph.
+**It has not been run on hardware.** The tests use a simulated driver and a simulated TensorRT. On a
+GPU, `crl verify BUNDLE --engine tensorrt-rtx` compares it with the fp32 graph.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from crl_sdk.storage._atomic_files import write_atomically
 
 _log = logging.getLogger(__name__)
 
-_FEWEST_COLUMNS = 64
-"""Runs with fewer columns use this many, so that few graphs serve all numbers of columns."""
+_MIN_COLUMNS = 64
+"""Minimum number of columns of a run, so that few graphs serve all numbers of columns."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """An engine of TensorRT's with what must live as long as it."""
+    """A deserialised engine, and the objects that must live as long as it."""
 
     engine: Any
     runtime: Any
@@ -49,7 +49,7 @@ class _Loaded:
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """All that a run of one bucket needs: its part of the page-locked memory, and what runs it."""
+    """What a run of one bucket needs: its part of the page-locked memory, and how to start it."""
 
     pixels: NDArray[np.uint8]
     embedding: NDArray[np.float32]
@@ -60,7 +60,13 @@ class _Shape:
 
 @dataclass(frozen=True, slots=True)
 class _Pinned:
-    """Page-locked memory for the largest run: (b, H, W, 3) uint8, (b, d) and (b * K,) float32."""
+    """Page-locked memory for the largest run.
+
+    Attributes:
+        pixels: Images, shape (b, H, W, 3), uint8.
+        embedding: Universal embeddings, shape (b, d), float32.
+        projected: Projected columns, shape (b * K,), float32.
+    """
 
     pixels: NDArray[np.uint8]
     embedding: NDArray[np.float32]
@@ -70,23 +76,25 @@ class _Pinned:
 class TensorRTImageEngine:
     """A plan on a GPU; see `crl_sdk.engines.ImageEngine`.
 
-    A run of b images uses the smallest bucket that holds them: 1, 2, 4, … up to the plan's most
-    images; more are run in turn. What the rows beyond b hold is computed and thrown away. The
-    columns K have buckets likewise. A bucket has a CUDA graph: copy the pixels from page-locked
-    memory, run, copy the results. Buckets share all memory, since one run is under way at a time.
+    A run of b images uses the smallest bucket that holds them: 1, 2, 4, … up to the plan's maximum.
+    More images are split into several runs. The rows beyond b are computed and ignored. The number
+    of columns K is rounded up to a bucket in the same way.
+
+    Each bucket has a CUDA graph: copy the pixels from page-locked memory, run the plan, copy the
+    results back. All buckets share the same memory, since only one run is active at a time.
     """
 
     def __init__(
         self,
-        toolkit: TensorRTRuntime,
+        tensorrt: TensorRTRuntime,
         gpu: cuda.CudaDevice,
         plan: Plan,
         loaded: _Loaded,
         baked: Basis | None,
     ) -> None:
-        """Store an engine that is loaded; `TensorRTImageEngine.open` loads one."""
+        """Store a loaded plan. Use `TensorRTImageEngine.open` to load one."""
         self.plan = plan
-        self._toolkit = toolkit
+        self._tensorrt = tensorrt
         self._gpu = gpu
         self._loaded: _Loaded | None = loaded
         self._baked = baked
@@ -109,29 +117,29 @@ class TensorRTImageEngine:
         baked: Basis | None = None,
         directory: Path | None = None,
     ) -> TensorRTImageEngine:
-        """Load the plan of a bundle that fits this machine, and record a graph for each batch.
+        """Load the plan that runs on this machine, and record a CUDA graph for each batch size.
 
         Args:
-            bundle: a verified bundle.
-            runtime: which TensorRT.
-            precision: `auto` takes fp16 before fp32.
-            baked: take the plan that has this basis fixed in it.
-            directory: of the plans; `engines` in the bundle by default.
+            bundle: Verified bundle.
+            runtime: TensorRT to use.
+            precision: Required precision; `auto` prefers fp16 to fp32.
+            baked: Basis that must be compiled into the plan; None for a plan that takes any bases.
+            directory: Directory of the plans; `engines` in the bundle by default.
 
         Raises:
-            EngineError: there is no driver or GPU, its memory is full, or TensorRT refuses.
-            PlanError: no plan fits, or it is damaged or stale; the message has the command that
-                compiles one.
-            MissingDependencyError: this TensorRT or cuda-python is not installed.
+            EngineError: If there is no driver or GPU, its memory is full, or TensorRT fails.
+            PlanError: If no plan runs here, or it is damaged or out of date. The message has the
+                command that compiles one.
+            MissingDependencyError: If this TensorRT or cuda-python is not installed.
         """
-        here = cuda.architecture()  # before TensorRT, which says less of what is missing
-        toolkit = load_tensorrt(runtime)
+        here = cuda.architecture()  # before TensorRT, whose error would say less
+        tensorrt = load_tensorrt(runtime)
         folder = directory or plans_directory(bundle)
         plan = choose_plan(
             bundle,
             folder,
             runtime=runtime,
-            runtime_version=toolkit.version,
+            runtime_version=tensorrt.version,
             architecture=here,
             precision=precision,
             baked=baked.sha256() if baked is not None else None,
@@ -139,7 +147,7 @@ class TensorRTImageEngine:
         data = load_plan(bundle, folder, plan)
         gpu = cuda.CudaDevice.open()
         try:
-            opened = cls(toolkit, gpu, plan, _deserialise(toolkit, plan, data), baked)
+            opened = cls(tensorrt, gpu, plan, _deserialise(tensorrt, plan, data), baked)
             opened._prepare(folder / f"{plan.spec.stem}.{here}.cache")
         except BaseException:
             gpu.close()
@@ -153,9 +161,9 @@ class TensorRTImageEngine:
         return EngineName(self.plan.spec.runtime, "cuda", self.plan.spec.precision)
 
     def close(self) -> None:
-        """Free the GPU's memory; later runs are refused. Idempotent."""
+        """Free the GPU's memory. Idempotent. A later run raises an error."""
         with self._lock:
-            self._shapes.clear()  # contexts go before the engine and the memory they use
+            self._shapes.clear()  # contexts must go before the engine and the memory they use
             self._config = self._cache = self._loaded = None
             self._gpu.close()
 
@@ -233,7 +241,7 @@ class TensorRTImageEngine:
         return next(bucket for bucket in self._buckets() if bucket >= images)
 
     def _buckets(self) -> Iterator[int]:
-        """Give the sizes of batches: the fewest, then powers of two, then the most."""
+        """Yield the batch sizes: the minimum, then powers of two, then the maximum."""
         fewest, _, most = self.plan.spec.batch
         bucket = fewest
         while bucket < most:
@@ -245,12 +253,12 @@ class TensorRTImageEngine:
         if self._baked is not None:
             return self._baked.projection.output_dim
         if not columns:
-            return 1  # the fewest a plan takes
-        wanted = max(_FEWEST_COLUMNS, 1 << (columns - 1).bit_length())
+            return 1  # the minimum of a plan
+        wanted = max(_MIN_COLUMNS, 1 << (columns - 1).bit_length())
         return min(wanted, self.plan.spec.max_columns)
 
     def _prepare(self, cache_file: Path) -> None:
-        """Allocate the GPU's memory and record the graphs of all batches without columns."""
+        """Allocate all memory, and record the graphs of all batch sizes without columns."""
         spec = self.plan.spec
         image, dim = self._tensor("image").shape[1:], self._tensor("embedding").shape[1]
         most, floats = spec.batch[2], np.dtype(np.float32).itemsize
@@ -277,15 +285,15 @@ class TensorRTImageEngine:
             self._keep(cache_file, known)
 
     def _runtime_config(self, cache_file: Path) -> bytes:
-        """Tell TensorRT-RTX how to run, with what it compiled for this GPU the last time."""
-        if self._toolkit.runtime != "tensorrt-rtx":
+        """Configure TensorRT-RTX, and return the kernels that it compiled for this GPU before."""
+        if self._tensorrt.runtime != "tensorrt-rtx":
             return b""
-        trt = self._toolkit.module
+        trt = self._tensorrt.module
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(
             trt.ExecutionContextAllocationStrategy.USER_MANAGED
         )
-        # kernels for exactly this shape, there before the graph is recorded; the graph is ours
+        # specialise kernels before our own CUDA graph is recorded
         config.dynamic_shapes_kernel_specialization_strategy = (
             trt.DynamicShapesKernelSpecializationStrategy.EAGER
         )
@@ -296,7 +304,7 @@ class TensorRTImageEngine:
         except OSError:
             known = b""
         if known and not cache.deserialize(known):
-            _log.info("%s: of another GPU, driver or TensorRT-RTX; made anew", cache_file)
+            _log.info("%s: from another GPU, driver or TensorRT-RTX; replaced", cache_file)
             known = b""
         config.set_runtime_cache(cache)
         self._config, self._cache = config, cache
@@ -312,7 +320,7 @@ class TensorRTImageEngine:
             _log.warning("%s; every start compiles the kernels for this GPU again", error)
 
     def _shape(self, bucket: int, columns: int) -> _Shape:
-        """Give the buffers and the graph of a bucket; the first use records it."""
+        """Return the buffers and the graph of a bucket; the first use records it."""
         key = (bucket, columns)
         if key not in self._shapes:
             self._shapes[key] = self._record(bucket, columns)
@@ -332,7 +340,7 @@ class TensorRTImageEngine:
             gpu.download(embedding, addresses["embedding"])
             gpu.download(projected, addresses["projected"])
 
-        enqueue()  # what TensorRT does once per shape must not be recorded
+        enqueue()  # TensorRT's first run of a shape does work that must not be recorded
         gpu.wait()
         launch: Callable[[], None] = enqueue
         try:
@@ -342,15 +350,15 @@ class TensorRTImageEngine:
         return _Shape(pixels, embedding, projected, launch, context)
 
     def _context(self, bucket: int, columns: int) -> Any:
-        """Make an execution context of its own, since a graph keeps the shapes of its context."""
-        trt = self._toolkit.module
+        """Return a new execution context. Each graph needs one, with the shapes of its bucket."""
+        trt = self._tensorrt.module
         context = self._engine.create_execution_context(
             self._config
             if self._config is not None
             else trt.ExecutionContextAllocationStrategy.USER_MANAGED
         )
         if context is None:
-            raise EngineError(f"{self.name}: TensorRT made no execution context")
+            raise EngineError(f"{self.name}: TensorRT could not create an execution context")
         context.set_device_memory(self._scratch, int(self._engine.device_memory_size_v2))
         image = self._tensor("image").shape[1:]
         shapes: dict[str, tuple[int, ...]] = {"image": (bucket, *image)}
@@ -368,7 +376,7 @@ class TensorRTImageEngine:
     def _upload(
         self, weight: NDArray[np.float32], bias: NDArray[np.float32], shape: _Shape
     ) -> None:
-        """Bring the packed bases to the GPU, unless they are there: they seldom change."""
+        """Copy the packed bases to the GPU if they have changed since the last run."""
         if self._baked is not None:
             return
         wanted = np.zeros((len(weight) + 1, shape.projected.shape[1]), np.float32)
@@ -376,23 +384,23 @@ class TensorRTImageEngine:
         wanted[-1, : weight.shape[1]] = bias
         if self._weights is not None and np.array_equal(self._weights, wanted):
             return
-        self._weights = None  # should a copy fail, the next run copies again
+        self._weights = None  # if a copy fails, the next run must copy again
         self._gpu.upload(self._addresses["weight"], wanted[:-1])
         self._gpu.upload(self._addresses["bias"], wanted[-1])
-        self._gpu.wait()  # `wanted` is not page-locked, and is gone when this returns
+        self._gpu.wait()  # `wanted` is not page-locked, so the copy must end before it is changed
         self._weights = wanted
 
 
-def _deserialise(toolkit: TensorRTRuntime, plan: Plan, data: bytes) -> _Loaded:
-    """Load a plan into TensorRT, and see that it has the inputs and outputs of its record."""
-    log = toolkit.logger()
-    runtime = toolkit.module.Runtime(log)
+def _deserialise(tensorrt: TensorRTRuntime, plan: Plan, data: bytes) -> _Loaded:
+    """Load a plan into TensorRT, and check its inputs and outputs against its record."""
+    log = tensorrt.logger()
+    runtime = tensorrt.module.Runtime(log)
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
-        told = " ".join("; ".join(log.errors[-3:]).split()) or "it gave no reason"
+        reason = " ".join("; ".join(log.errors[-3:]).split()) or "it gave no reason"
         raise PlanError(
-            f"{plan.spec.stem}: {plan.spec.runtime} {toolkit.version} does not load it "
-            f"({told}); compile it again with crl compile --force"
+            f"{plan.spec.stem}: {plan.spec.runtime} {tensorrt.version} does not load it "
+            f"({reason}); compile it again with crl compile --force"
         )
     names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
     expected = {each.name for each in (*plan.inputs, *plan.outputs)}

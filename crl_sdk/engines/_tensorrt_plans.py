@@ -1,7 +1,7 @@
-"""Plans: engines compiled from a bundle's image graph. Their records, and the checks before use.
+"""TensorRT plans: engines compiled from a bundle's image graph, their records, and checks.
 
-A plan is a file of TensorRT's in `engines/` of the bundle, with a record (JSON) of the same stem
-beside it. Nothing here imports TensorRT.
+A plan is a file in `engines/` of the bundle. A JSON record with the same stem describes it. Nothing
+here imports TensorRT.
 """
 
 from __future__ import annotations
@@ -28,30 +28,36 @@ SCHEMA = 2
 DIRECTORY = "engines"
 
 PLAN_PRECISIONS: tuple[Precision, ...] = ("fp16", "fp32")
-"""What plans are compiled in, best first."""
+"""Precisions that plans are compiled in, best first."""
 
 PlanRuntime: TypeAlias = Literal["tensorrt-rtx", "tensorrt"]
+"""Runtimes that run plans."""
 
 
 class Baked(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The basis whose projection is a constant of a plan: its criterion and its digest."""
+    """The basis that is compiled into a plan as a constant.
+
+    Attributes:
+        criterion: Name of its criterion.
+        sha256: SHA-256 of the basis.
+    """
 
     criterion: str
     sha256: str
 
 
 class PlanSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """All that decides what a plan is; equal specs need no second compilation.
+    """Everything that a plan is compiled from. Equal specs need no second compilation.
 
     Attributes:
-        runtime: whose plan it is.
-        runtime_version: a plan runs with the version that made it.
-        architectures: compute capabilities it has code for, such as `sm86`, sorted.
-        precision: of the tower; normalising and projecting are float32 always.
-        batch: fewest, usual and most images of a run.
-        max_columns: most columns K of packed bases in a run; 0 where a basis is baked in.
-        onnx_sha256: of the image graph.
-        baked: the basis that is fixed in it, if any.
+        runtime: Runtime that compiles and runs the plan.
+        runtime_version: Version of that runtime; a plan runs with no other.
+        architectures: Compute capabilities that the plan has code for, such as `sm86`, sorted.
+        precision: Precision of the tower. Normalisation and projection always use float32.
+        batch: Minimum, usual and maximum number of images of a run.
+        max_columns: Maximum number of columns K of packed bases in a run; 0 with a baked basis.
+        onnx_sha256: SHA-256 of the image graph.
+        baked: Basis that is compiled into the plan, or None.
     """
 
     runtime: PlanRuntime
@@ -65,14 +71,20 @@ class PlanSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     @property
     def stem(self) -> str:
-        """Name of its files without suffix: runtime, version, precision and a digest of all."""
+        """Name of the plan's files without suffix, with a digest of the whole spec."""
         identity = msgspec.json.encode((SCHEMA, self), order="deterministic")
         digest = hashlib.sha256(identity).hexdigest()[:12]
         return f"{self.runtime}-{self.runtime_version}-{self.precision}-{digest}"
 
 
 class PlanTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """An input or output: -1 stands for a dimension that differs from run to run."""
+    """An input or output of a plan.
+
+    Attributes:
+        name: Name of the tensor.
+        dtype: Type of its elements, such as `uint8`.
+        shape: Its dimensions; -1 for a dimension that may differ between runs.
+    """
 
     name: str
     dtype: str
@@ -80,22 +92,22 @@ class PlanTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The record of a compiled engine.
+    """The record of a compiled plan.
 
     Attributes:
-        schema: of this record.
-        spec: what it was made from.
-        fingerprint: of the bundle's embedding space.
-        sha256: of the plan file.
-        bytes: its size.
-        inputs: as TensorRT read them from the graph.
-        outputs: likewise.
-        layers: of the network, before TensorRT fuses them.
-        projection: names of the layers from the unit embedding to the projected columns.
-        seconds: the compilation took.
-        peak_memory: bytes resident in the process that compiled, at most.
-        verified: architectures of the GPUs on which `crl verify` found that it agrees with the
-            fp32 graph; a compiler alone cannot know.
+        schema: Version of this record's format.
+        spec: Everything that the plan was compiled from.
+        fingerprint: Fingerprint of the bundle's embedding space.
+        sha256: SHA-256 of the plan file.
+        bytes: Size of the plan file in bytes.
+        inputs: Inputs that TensorRT found in the graph.
+        outputs: Outputs that TensorRT found in the graph.
+        layers: Number of layers of the network before TensorRT fuses them.
+        projection: Names of the layers from the unit embedding to the projected columns.
+        seconds: Duration of the compilation in seconds.
+        peak_memory: Largest resident memory of the compiling process, in bytes.
+        verified: Architectures of the GPUs on which `crl verify` found that the plan agrees with
+            the fp32 graph.
     """
 
     schema: int
@@ -113,18 +125,23 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 def plans_directory(bundle: ModelBundle) -> Path:
-    """Give where the plans of a bundle are by default."""
+    """Return the default directory of a bundle's plans."""
     return bundle.path / DIRECTORY
 
 
 def write_plan(directory: Path, plan: Plan, data: bytes) -> Path:
-    """Write a plan, then its record: a plan without one is no plan.
+    """Write a plan and then its record. A plan without a record is ignored.
+
+    Args:
+        directory: Directory to write to; it is created if it does not exist.
+        plan: Record of the plan.
+        data: Contents of the plan file.
 
     Returns:
-        The plan file.
+        Path of the plan file.
 
     Raises:
-        PlanError: the disk is full, or the directory cannot be written.
+        PlanError: If the disk is full or the directory cannot be written.
     """
     path = directory / f"{plan.spec.stem}.plan"
     make_directory(directory, PlanError)
@@ -134,10 +151,10 @@ def write_plan(directory: Path, plan: Plan, data: bytes) -> Path:
 
 
 def record_verified(directory: Path, plan: Plan, architecture: str, *, agrees: bool) -> None:
-    """Record whether a plan agrees with the fp32 graph on GPUs of this architecture.
+    """Record whether a plan agrees with the fp32 graph on GPUs of an architecture.
 
     Raises:
-        PlanError: the record cannot be written.
+        PlanError: If the record cannot be written.
     """
     others = set(plan.verified) - {architecture}
     verified = tuple(sorted(others | ({architecture} if agrees else set())))
@@ -146,16 +163,16 @@ def record_verified(directory: Path, plan: Plan, architecture: str, *, agrees: b
 
 
 def read_plans(directory: Path) -> list[Plan]:
-    """Read the records of a directory, by name; one that is not there has none.
+    """Read the records of a directory, sorted by name. A missing directory has none.
 
     Raises:
-        PlanError: a record is damaged, of another schema, or under another's name.
+        PlanError: If a record is damaged, renamed, or in another format version.
     """
     return [_read(path) for path in sorted(directory.glob("tensorrt*.json"))]
 
 
 def find_plan(directory: Path, spec: PlanSpec) -> Plan | None:
-    """Give the record of exactly this spec if its plan is there and whole, else None."""
+    """Return the record of a spec if its plan file is there and intact, else None."""
     path = directory / f"{spec.stem}.json"
     try:
         plan = _read(path)
@@ -175,19 +192,20 @@ def choose_plan(
     precision: Precision | Literal["auto"] = "auto",
     baked: str | None = None,
 ) -> Plan:
-    """Choose the plan that fits a machine.
+    """Return the plan that runs on a machine.
 
     Args:
-        bundle: the model.
-        directory: of the plans.
-        runtime: what is installed.
-        runtime_version: of it.
-        architecture: of the GPU, such as `sm89`.
-        precision: `auto` takes fp16 before fp32.
-        baked: SHA-256 of the basis that must be fixed in it; None for a plan of any bases.
+        bundle: Model bundle.
+        directory: Directory of the plans.
+        runtime: Installed TensorRT.
+        runtime_version: Version of the installed TensorRT.
+        architecture: Compute capability of the GPU, such as `sm89`.
+        precision: Required precision; `auto` prefers fp16 to fp32.
+        baked: SHA-256 of the basis that must be compiled into the plan; None for a plan that takes
+            any bases.
 
     Raises:
-        PlanError: none fits; the message says why each does not and how to compile one.
+        PlanError: If no plan runs there. The message says why not, and how to compile one.
     """
     order: Sequence[str] = [each for each in PLAN_PRECISIONS if each in bundle.precisions]
     if precision != "auto":
@@ -203,19 +221,20 @@ def choose_plan(
             if reason is None:
                 return plan
             reasons.append(f"{spec.stem}: {reason}")
-    told = "; ".join(reasons) or f"no plan in {', '.join(order)} there"
+    details = "; ".join(reasons) or f"no plan in {', '.join(order)} there"
     command = compile_command(bundle, runtime, order[0], architecture)
     raise PlanError(
-        f"{directory}: no plan for {runtime} {runtime_version} on {architecture} ({told}); "
+        f"{directory}: no plan for {runtime} {runtime_version} on {architecture} ({details}); "
         f"compile one: {command}"
     )
 
 
 def load_plan(bundle: ModelBundle, directory: Path, plan: Plan) -> bytes:
-    """Read a plan file that is the one its record tells of and was made from this bundle.
+    """Read a plan file, and check it against its record and the bundle.
 
     Raises:
-        PlanError: it is missing, cut off or changed, or the bundle's graph changed since.
+        PlanError: If the file is missing, cut off or changed, or the bundle's graph has changed
+            since the compilation.
     """
     reason = _stale(bundle, plan)
     if reason is not None:
@@ -232,7 +251,7 @@ def load_plan(bundle: ModelBundle, directory: Path, plan: Plan) -> bytes:
 def compile_command(
     bundle: ModelBundle, runtime: PlanRuntime, precision: str, architectures: str
 ) -> str:
-    """Give the command that compiles a plan."""
+    """Return the command that compiles a plan."""
     return shlex.join(
         ["crl", "compile", str(bundle.path), "--runtime", runtime, "--precision", precision,
          *(["--arch", architectures] if runtime == "tensorrt-rtx" and architectures else [])]
@@ -240,10 +259,10 @@ def compile_command(
 
 
 def graph_digest(bundle: ModelBundle, precision: Precision) -> str:
-    """Give the SHA-256 of a bundle's image graph as its manifest has it.
+    """Return the SHA-256 of a bundle's image graph, from its manifest.
 
     Raises:
-        BundleError: the bundle has no graph in this precision.
+        BundleError: If the bundle has no graph in this precision.
     """
     return bundle.manifest.files[bundle.image_graph(precision).name].sha256
 
@@ -255,7 +274,7 @@ def _write_record(directory: Path, plan: Plan) -> None:
 def _stale(bundle: ModelBundle, plan: Plan) -> str | None:
     spec = plan.spec
     if plan.fingerprint != bundle.fingerprint:
-        return f"of another model ({plan.fingerprint[:12]}…, this is {bundle.fingerprint[:12]}…)"
+        return f"for another model ({plan.fingerprint[:12]}…, this is {bundle.fingerprint[:12]}…)"
     if spec.precision not in bundle.precisions:
         return f"the bundle has no {spec.precision} graph any more"
     now = graph_digest(bundle, spec.precision)
@@ -279,7 +298,7 @@ def _misfit(
     if architecture not in spec.architectures:
         return f"for {', '.join(spec.architectures)}"
     if spec.baked is None and baked is not None:
-        return "with no basis fixed in it"
+        return "without a baked basis"
     if spec.baked is not None and spec.baked.sha256 != baked:
         return f"only for the criterion {spec.baked.criterion!r}"
     return None
@@ -289,8 +308,8 @@ def _read(path: Path) -> Plan:
     plan = read_record(path, Plan, SCHEMA, PlanError, "remove it and compile again")
     if plan.spec.stem != path.stem:
         raise PlanError(
-            f"{path}: the record of {plan.spec.stem}, renamed or edited; remove it and compile "
-            "again"
+            f"{path}: expected the record of {plan.spec.stem}, it was renamed or edited; remove it "
+            "and compile again"
         )
     return plan
 

@@ -1,4 +1,4 @@
-"""Which TensorRT is installed: one shim over its flavours and their versions."""
+"""The installed TensorRT: one interface to enterprise TensorRT and TensorRT-RTX."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from crl_sdk.errors import MissingDependencyError, PlanError
 
 _log = logging.getLogger(__name__)
 
-_FIRST = {"tensorrt-rtx": (1, 4), "tensorrt": (10, 3)}
-"""The oldest version of each that this package writes for; 10.3 is JetPack 6's."""
+_OLDEST = {"tensorrt-rtx": (1, 4), "tensorrt": (10, 3)}
+"""Oldest supported versions. JetPack 6 has 10.3."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +25,9 @@ class TensorRTRuntime:
     """An installed TensorRT.
 
     Attributes:
-        runtime: its flavour.
-        version: as it tells, such as `1.7.1.116`.
-        module: its Python bindings; both flavours have one API.
+        runtime: Which TensorRT it is.
+        version: Version that it reports, such as `1.7.1.116`.
+        module: Its Python bindings. Both runtimes have the same API.
     """
 
     runtime: PlanRuntime
@@ -36,7 +36,7 @@ class TensorRTRuntime:
 
     @property
     def architectures(self) -> tuple[str, ...]:
-        """What it compiles for on any machine; empty where only for the GPU it finds."""
+        """Architectures that it compiles for on any machine; empty if it needs the GPU itself."""
         if self.runtime == "tensorrt":
             return ()
         names = self.module.ComputeCapability.__members__
@@ -45,16 +45,16 @@ class TensorRTRuntime:
 
     @property
     def network_flags(self) -> int:
-        """How networks are made: types come from the graph, and nothing is made fp16 unasked.
+        """Flags for a strongly typed network: every type comes from the graph.
 
-        Strong typing is a flag of TensorRT 10 and of TensorRT-RTX; TensorRT 11 knows nothing else.
+        Strong typing is a flag of TensorRT 10 and of TensorRT-RTX. TensorRT 11 always uses it.
         """
         if self.runtime == "tensorrt" and _numbers(self.version) >= (11,):
             return 0
         return 1 << int(self.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
     def logger(self) -> Any:
-        """Make a logger for it: errors are kept in its `errors`, the rest goes to `logging`."""
+        """Return a logger for TensorRT that keeps errors in `errors`; `logging` gets the rest."""
         trt = self.module
         base: Any = trt.ILogger
 
@@ -79,28 +79,28 @@ def load_tensorrt(runtime: PlanRuntime) -> TensorRTRuntime:
     """Import a TensorRT.
 
     Raises:
-        MissingDependencyError: it is not installed.
-        PlanError: it is older than what this package writes for.
+        MissingDependencyError: If it is not installed.
+        PlanError: If it is older than the oldest supported version.
     """
     module = _import_rtx() if runtime == "tensorrt-rtx" else _import("tensorrt")
     if module is None:
         extra = "tensorrt-rtx" if runtime == "tensorrt-rtx" else "tensorrt"
         raise MissingDependencyError(runtime, extra, f"--runtime {runtime}")
-    version, first = str(module.__version__), _FIRST[runtime]
-    if _numbers(version) < first:
+    version, oldest = str(module.__version__), _OLDEST[runtime]
+    if _numbers(version) < oldest:
         raise PlanError(
-            f"expected {runtime} {'.'.join(map(str, first))} or newer, found {version}: upgrade it"
+            f"expected {runtime} {'.'.join(map(str, oldest))} or newer, found {version}: upgrade it"
         )
     return TensorRTRuntime(runtime, version, module)
 
 
 def _import_rtx() -> Any:
-    """Import TensorRT-RTX; its wheel of bindings finds its libraries only once they are loaded."""
+    """Import TensorRT-RTX. The wheel of bindings needs its libraries to be loaded before."""
     if (module := _import("tensorrt_rtx")) is not None:
         return module
     libraries = importlib.util.find_spec("tensorrt_rtx_libs")
     for folder in (libraries.submodule_search_locations or ()) if libraries else ():
-        for library in sorted(Path(folder).glob("lib*.so*"), reverse=True):  # the parser needs it
+        for library in sorted(Path(folder).glob("lib*.so*"), reverse=True):  # the parser last
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     return _import("tensorrt_rtx_bindings")
 

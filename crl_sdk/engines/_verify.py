@@ -1,4 +1,4 @@
-"""Does an engine give on this machine what it must, and how fast: for `crl verify`."""
+"""Comparison of an engine, or the projection kernel, with its reference, and its speed."""
 
 from __future__ import annotations
 
@@ -30,14 +30,22 @@ SCHEMA = 1
 
 _COLUMNS = 7
 _PROJECTED = 1e-4
-"""How far projected columns of unit-norm weights may be from `embedding @ weight + bias`."""
+"""Largest allowed difference of projected columns from `embedding @ weight + bias`. The
+weights have unit columns."""
 
 _KERNEL = 1e-4
-"""How far the kernel's columns may be from NumPy's; their order of summing differs."""
+"""Largest allowed difference of the kernel from NumPy, which sums in another order."""
 
 
 class Latency(msgspec.Struct, frozen=True, kw_only=True):
-    """Runs of one batch size: how many, and their milliseconds at two percentiles."""
+    """Speed of runs of one batch size.
+
+    Attributes:
+        batch: Number of images of a run.
+        runs: Number of timed runs.
+        p50_ms: Median duration of a run in milliseconds.
+        p99_ms: 99th percentile of the duration in milliseconds.
+    """
 
     batch: int
     runs: int
@@ -46,20 +54,21 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Verification(msgspec.Struct, frozen=True, kw_only=True):
-    """The record of a verification, for keeping or sending.
+    """The record of a verified engine, as `crl verify --out` writes it.
 
     Attributes:
-        schema: of this record.
-        time: when it was made, UTC.
-        engine: what was verified.
-        model: name and fingerprint of the bundle.
-        agrees: whether all of it is within tolerance.
-        failures: what is not.
-        parity: of the universal embeddings with the fp32 graph's on the CPU, on fixed pictures.
-        projected_max_abs: largest difference of the projected columns from NumPy's, on the engine's
-            own embeddings.
-        latencies: of engine runs alone, without decoding.
-        machine: what it ran on.
+        schema: Version of this record's format.
+        time: Time of the verification, ISO 8601, UTC.
+        engine: Name of the engine.
+        model: Name and fingerprint of the bundle.
+        agrees: Whether everything is within tolerance.
+        failures: Each quantity that is not, with its value and its bound.
+        parity: Difference of the universal embeddings from those of the fp32 graph on the CPU, on
+            fixed synthetic images.
+        projected_max_abs: Largest difference of the projected columns from NumPy's projection of
+            the engine's own embeddings.
+        latencies: Speed of engine runs, without image decoding.
+        machine: Machine that it ran on.
     """
 
     schema: int
@@ -85,22 +94,25 @@ def verify(
 ) -> Verification:
     """Compare an engine with the bundle's fp32 graph on the CPU, and time it.
 
+    For a TensorRT plan, the result is also written to the plan's record, so that `auto` may choose
+    the plan on GPUs of this architecture.
+
     Args:
-        bundle: the model; it must have a graph in fp32.
-        engine: such as `onnx/cpu/int8`, or the beginning of a name; None for the one that is taken
-            by default here. Of a plan it is recorded whether it agrees on this GPU's architecture.
-        batches: sizes to time.
-        seconds: for each; at least five runs are timed.
-        baked: the basis that is fixed in the plan to verify.
-        progress: called with what is being done.
+        bundle: Model bundle with an fp32 graph.
+        engine: Name of the engine, such as `onnx/cpu/int8`, or its beginning; None for the default
+            engine of this machine.
+        batches: Batch sizes to time.
+        seconds: Seconds to time each batch size for; at least five runs are timed.
+        baked: Basis that is compiled into the plan to verify.
+        progress: Function that is called with a description of each step.
 
     Raises:
-        InvalidInputError: no such engine for this bundle.
-        BundleError: the bundle has no fp32 graph.
-        EngineError: the engine cannot run here, does not load, or a run failed.
-        PlanError: a compiled plan is damaged or stale, or its record cannot be written.
+        InvalidInputError: If the bundle has no such engine, or `batches` or `seconds` is invalid.
+        BundleError: If the bundle has no fp32 graph.
+        EngineError: If the engine cannot run here, does not load, or a run failed.
+        PlanError: If a compiled plan is damaged or out of date, or its record cannot be written.
     """
-    tell = progress or (lambda _: None)
+    report = progress or (lambda _: None)
     if not batches or min(batches) < 1 or seconds <= 0:
         raise InvalidInputError(
             f"expected batches >= 1 and seconds > 0, got {list(batches)}, {seconds}"
@@ -109,7 +121,7 @@ def verify(
     wanted = engine or "auto"
     if baked is None:
         wanted = str(choose_engine(list_candidates(bundle), wanted).name)
-    tell(f"running the fp32 reference of {bundle.manifest.name}")
+    report(f"running the fp32 reference of {bundle.manifest.name}")
     pixels = parity.images(bundle.preprocess)
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((bundle.embedding_dim, _COLUMNS)).astype(np.float32)
@@ -120,7 +132,7 @@ def verify(
     reference = OnnxImageEngine.open(bundle, precision="fp32", device="cpu")
     expected = parity.batched(lambda part: reference.run(part, weight, bias)[0], pixels)
 
-    tell(f"running {wanted} on the same pictures")
+    report(f"running {wanted} on the same images")
     opened = open_engine(bundle, wanted, baked=baked)
     tolerances = registry.family_of(opened.name).tolerances
     try:
@@ -140,7 +152,7 @@ def verify(
             )
         latencies = []
         for batch in batches:
-            tell(f"timing batches of {batch}")
+            report(f"timing batches of {batch}")
             repeated = np.resize(pixels, (batch, *pixels.shape[1:]))
             latencies.append(_time(opened, repeated, weight, bias, seconds))
     finally:
@@ -160,14 +172,14 @@ def verify(
 
 
 class KernelCheck(msgspec.Struct, frozen=True, kw_only=True):
-    """The projection kernel with one dtype of embeddings.
+    """Comparison of the projection kernel with NumPy for one dtype.
 
     Attributes:
-        embeddings: dtype.
-        max_abs: largest difference from NumPy's results.
-        rows: of the timed call.
-        p50_ms: of a call, copies to and from the GPU in it.
-        numpy_p50_ms: of the same in NumPy.
+        embeddings: Dtype of the embeddings.
+        max_abs: Largest difference from NumPy's results.
+        rows: Number of rows of the timed calls.
+        p50_ms: Median duration of a call in milliseconds, with the copies to and from the GPU.
+        numpy_p50_ms: Median duration of the same computation in NumPy, in milliseconds.
     """
 
     embeddings: str
@@ -178,14 +190,14 @@ class KernelCheck(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KernelVerification(msgspec.Struct, frozen=True, kw_only=True):
-    """The record of a verification of the projection kernel.
+    """The record of a verified projection kernel, as `crl verify --kernel --out` writes it.
 
     Attributes:
-        schema: of this record.
-        time: when it was made, UTC.
-        agrees: whether all differences are within tolerance.
-        checks: one per dtype.
-        machine: what it ran on.
+        schema: Version of this record's format.
+        time: Time of the verification, ISO 8601, UTC.
+        agrees: Whether all differences are within tolerance.
+        checks: Comparisons, one per dtype.
+        machine: Machine that it ran on.
     """
 
     schema: int
@@ -199,13 +211,13 @@ def verify_kernel(bundle: ModelBundle, *, rows: int = 100_000) -> KernelVerifica
     """Compare the compiled projection kernel with its specification in NumPy, and time both.
 
     Args:
-        bundle: the model; `crl compile BUNDLE --kernel` made its kernels.
-        rows: of the timed calls.
+        bundle: Model bundle whose kernels `crl compile BUNDLE --kernel` has compiled.
+        rows: Number of rows of the timed calls.
 
     Raises:
-        PlanError: the kernels are missing, damaged, or for other GPUs.
-        EngineError: there is no driver or GPU, or a launch failed.
-        MissingDependencyError: cuda-python is not installed.
+        PlanError: If the kernels are missing, damaged, or for other GPUs only.
+        EngineError: If there is no driver or GPU, or a launch failed.
+        MissingDependencyError: If cuda-python is not installed.
     """
     rng = np.random.default_rng(0)
     dim = bundle.embedding_dim
@@ -231,7 +243,7 @@ def verify_kernel(bundle: ModelBundle, *, rows: int = 100_000) -> KernelVerifica
     return KernelVerification(
         schema=SCHEMA,
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        agrees=all(check.max_abs <= _KERNEL for check in checks),  # NaN does not
+        agrees=all(check.max_abs <= _KERNEL for check in checks),  # false for NaN
         checks=checks,
         machine=inspect_machine(),
     )
@@ -260,7 +272,7 @@ def _median(work: Callable[[], object]) -> float:
 
 
 def _times(work: Callable[[], object], seconds: float) -> list[float]:
-    """Time something for so many seconds, five times at least."""
+    """Return the durations of calls in seconds; at least five, for at least `seconds`."""
     times: list[float] = []
     ends = time.perf_counter() + seconds
     while len(times) < 5 or time.perf_counter() < ends:
@@ -277,7 +289,7 @@ def _time(
     bias: NDArray[np.float32],
     seconds: float,
 ) -> Latency:
-    engine.run(pixels, weight, bias)  # what is done once per shape is not timed
+    engine.run(pixels, weight, bias)  # the first run of a shape does extra work, so it is not timed
     times = _times(lambda: engine.run(pixels, weight, bias), seconds)
     p50, p99 = np.percentile(times, (50, 99)) * 1e3
     return Latency(

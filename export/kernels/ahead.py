@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from crl_export.kernels.projection import project_segments
-from crl_sdk.engines._kernels import SCHEMA, Kernels, Variant, write_kernels
+from crl_sdk.engines._kernels import SCHEMA, KernelSet, KernelVariant, write_kernels
 from crl_sdk.errors import ExportError, InvalidInputError
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_120", "sm_121")
@@ -32,7 +32,7 @@ _PTX_VERSION = 82
 
 
 @dataclass(frozen=True, slots=True)
-class Kernel:
+class CompiledKernel:
     """The compiled kernel.
 
     Attributes:
@@ -62,7 +62,7 @@ def compile_kernel(
     out_dtype: str = "fp32",
     unit: bool = True,
     single: bool = False,
-) -> Kernel:
+) -> CompiledKernel:
     """Compile the kernel for one architecture and one set of types. Needs no GPU.
 
     Args:
@@ -105,7 +105,7 @@ def compile_kernel(
     if scratch:
         raise ExportError(f"the kernel for {architecture} needs {scratch} bytes of scratch memory")
     usage = _usage(cubin)
-    return Kernel(
+    return CompiledKernel(
         architecture=architecture,
         cubin=cubin,
         ptx=ptx,
@@ -121,7 +121,7 @@ def compile_kernels(
     architectures: Sequence[str] = (),
     *,
     progress: Callable[[str, int, int], None] | None = None,
-) -> Kernels:
+) -> KernelSet:
     """Compile all variants that the runtime launches, and write them with their record.
 
     Args:
@@ -141,7 +141,7 @@ def compile_kernels(
         )
     wanted = [name for name in known if name in architectures or not architectures]
     switches = list(product(wanted, DTYPES, (False, True), (False, True)))
-    variants: list[Variant] = []
+    variants: list[KernelVariant] = []
     files: dict[str, bytes] = {}
     for done, (architecture, dtype, unit, single) in enumerate(switches):
         if progress is not None:
@@ -151,7 +151,7 @@ def compile_kernels(
         code, ptx = kernel.cubin, kernel.ptx.encode()
         files |= {f"{stem}.cubin": code, f"{stem}.ptx": ptx}
         variants.append(
-            Variant(
+            KernelVariant(
                 file=f"{stem}.cubin",
                 ptx=f"{stem}.ptx",
                 sha256=(hashlib.sha256(code).hexdigest(), hashlib.sha256(ptx).hexdigest()),
@@ -166,7 +166,7 @@ def compile_kernels(
                 bytes=len(code),
             )
         )
-    kernels = Kernels(
+    kernels = KernelSet(
         schema=SCHEMA,
         triton=triton.__version__,
         rows=BLOCKS["BLOCK_N"],

@@ -37,7 +37,7 @@ def test_it_is_printed_and_is_json(no_gpu, capsys, monkeypatch):
     monkeypatch.setattr(processor, "_read", lambda: "")  # a system without /proc
     doctor(bundle=demo_bundle(), as_json=False)
     said = capsys.readouterr().out
-    assert "libcuda" in said and "taken" in said
+    assert "libcuda" in said and "chosen" in said
 
 
 def test_without_a_driver_the_error_says_what_was_looked_for():

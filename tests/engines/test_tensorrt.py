@@ -17,7 +17,7 @@ from crl_sdk import Embedder, ModelBundle
 from crl_sdk.engines import _cuda as cuda
 from crl_sdk.engines import _tensorrt as module
 from crl_sdk.engines import _tensorrt_family as family
-from crl_sdk.engines import _tensorrt_runtime as toolkit
+from crl_sdk.engines import _tensorrt_runtime as tensorrt_runtime
 from crl_sdk.engines._onnx import OnnxImageEngine
 from crl_sdk.engines._selection import choose_engine, list_candidates
 from crl_sdk.engines._tensorrt import TensorRTImageEngine
@@ -62,7 +62,7 @@ def reference(bundle):
 @pytest.fixture
 def gpu(bundle, reference, monkeypatch):
     """A machine with a simulated GPU and TensorRT-RTX; nothing may be left on it."""
-    real = toolkit.load_tensorrt("tensorrt-rtx")
+    real = tensorrt_runtime.load_tensorrt("tensorrt-rtx")
     folder = plans_directory(bundle)
     plan = (folder / f"{read_plans(folder)[0].spec.stem}.plan").read_bytes()
     driver = Driver()
@@ -362,7 +362,8 @@ def test_a_baked_plan_runs_its_basis_alone(gpu, bundle, reference, monkeypatch):
 def test_every_use_of_tensorrt_fits_the_real_bindings():
     from conformance.tensorrt_bindings import find_mismatches
 
-    seen, wrong = find_mismatches(toolkit.load_tensorrt("tensorrt-rtx").module, rtx=True)
+    real = tensorrt_runtime.load_tensorrt("tensorrt-rtx").module
+    seen, wrong = find_mismatches(real, rtx=True)
     assert not wrong and seen > 60
 
 
@@ -378,7 +379,7 @@ def test_the_simulation_has_the_names_of_the_real_bindings(gpu, bundle):
             assert int(getattr(getattr(real, group), name)) == number
     for result in CUresult:
         assert int(getattr(real.CUresult, result.name)) == result
-    trt = toolkit.load_tensorrt("tensorrt-rtx").module
+    trt = tensorrt_runtime.load_tensorrt("tensorrt-rtx").module
     for simulated in gpu.trt.classes:
         genuine = getattr(trt, simulated.__name__)
         for name in vars(simulated):

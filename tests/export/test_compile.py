@@ -11,7 +11,7 @@ from crl_export import tensorrt as compiler
 from crl_export.exporter import export_model
 from crl_export.tensorrt import compile_plan
 from crl_sdk import ModelBundle
-from crl_sdk.engines import _tensorrt_runtime as toolkit_module
+from crl_sdk.engines import _tensorrt_runtime as tensorrt_runtime
 from crl_sdk.engines._tensorrt_plans import choose_plan, load_plan, plans_directory, read_plans
 from crl_sdk.engines._tensorrt_runtime import TensorRTRuntime, load_tensorrt
 from crl_sdk.errors import (
@@ -131,7 +131,7 @@ def test_what_is_not_there(bundle, embedder, monkeypatch):
         compile_plan(bundle, precision="fp16")
     with pytest.raises(MissingDependencyError, match=r"crl-embeddings\[tensorrt\]"):
         compile_plan(bundle, precision="fp32", runtime="tensorrt")
-    monkeypatch.setattr(toolkit_module, "_import_rtx", lambda: None)
+    monkeypatch.setattr(tensorrt_runtime, "_import_rtx", lambda: None)
     load_tensorrt.cache_clear()
     with pytest.raises(MissingDependencyError, match=r"crl-embeddings\[tensorrt-rtx\]"):
         compile_plan(bundle, precision="fp32")

@@ -35,12 +35,12 @@ def test_a_plan_agrees_with_the_fp32_graph(architecture, bundle, runtime):
     from crl_export.tensorrt import compile_plan
 
     try:
-        toolkit = load_tensorrt(runtime)
+        tensorrt = load_tensorrt(runtime)
     except CrlError as error:
         pytest.skip(str(error))
-    if toolkit.architectures and architecture not in toolkit.architectures:
+    if tensorrt.architectures and architecture not in tensorrt.architectures:
         pytest.skip(f"{runtime} does not compile for {architecture}")
-    architectures = [architecture] if toolkit.architectures else []
+    architectures = [architecture] if tensorrt.architectures else []
     compile_plan(bundle, runtime=runtime, precision="fp32", architectures=architectures)
     record = verify(bundle, runtime, batches=(1, 32), seconds=0.5)
     assert record.agrees, record.failures
