@@ -14,10 +14,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from crl_sdk import AsyncClient, Client
 from crl_sdk.client import ClientOptions
 from crl_sdk.engines._engine_name import EngineName
-from crl_sdk.errors import DeadlineError, EngineError, InvalidInputError, OverloadedError
+from crl_sdk.errors import DeadlineError, EngineError, OverloadedError
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.serving import _batcher as batcher_module
-from crl_sdk.serving._admission import Admission, Pace, ServerLimits
+from crl_sdk.serving._admission import Admission, ServerLimits
 from crl_sdk.serving._batcher import Batcher
 from crl_sdk.serving._cache import EmbeddingCache
 from support import unseen_image, wait_until
@@ -311,22 +311,3 @@ def test_requests_that_would_be_late_are_refused_and_the_others_are_in_time(serv
     assert outcomes["served"] + outcomes["refused"] == 300  # no deadline was missed
     assert outcomes["served"] >= 30 and outcomes["refused"] >= 100
     assert sum(engine.batches) - before == outcomes["served"]
-
-
-def test_the_pace_follows_finished_requests():
-    pace = Pace()
-    assert pace.seconds_per_image == 0
-    pace.learn(100, 1.0)
-    assert pace.seconds_per_image == pytest.approx(0.01)
-    pace.learn_at_least(100, 0.5)  # given up early, so it shows nothing
-    assert pace.seconds_per_image == pytest.approx(0.01)
-    pace.learn_at_least(100, 9.0)
-    assert pace.seconds_per_image > 0.04
-    for _ in range(100):
-        pace.learn(10, 0.02)
-    assert pace.seconds_per_image == pytest.approx(0.002, rel=0.01)
-
-
-def test_inconsistent_limits_are_refused():
-    with pytest.raises(InvalidInputError, match="max_queue 8 under max_batch 32"):
-        ServerLimits(max_queue=8, max_images=8)
