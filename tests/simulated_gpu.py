@@ -1,9 +1,9 @@
-"""A CUDA driver and a TensorRT that are simulated on the CPU, as strict as the documents say.
+"""A CUDA driver and a TensorRT, simulated on the CPU, as strict as their documentation.
 
-Nothing runs when it is put into a stream, but when the stream is waited for, so that code which
-reads results too early reads garbage. Every address is looked up among what is allocated, every
-call must come from a thread that entered the context, and what is never freed is found. Whether
-calls have the real names and parameters is tested against the installed bindings.
+Queued operations run only when the stream is synchronised, so code that reads results too early
+reads garbage. Every address must lie in allocated memory, every call must come from a thread that
+has entered the context, and memory that is never freed is detected. A test compares the names and
+parameters of the calls with the installed bindings.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ INVALID = CUresult.CUDA_ERROR_INVALID_VALUE
 
 
 SILENT = ("cuStreamSynchronize", "cuGraphLaunch", "cuLaunchKernel", "cuMemcpyHtoDAsync")
-"""Calls that give nothing but their status."""
+"""Calls that return only a status."""
 
 
 class Driver:
-    """What `cuda.bindings.driver` is, for one GPU."""
+    """Stands in for `cuda.bindings.driver`, with one GPU."""
 
     CUresult = CUresult
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
@@ -61,7 +61,7 @@ class Driver:
         self._here = threading.local()
 
     def __getattribute__(self, name):
-        """Refuse calls from threads that are in no context, and those that a test wants to fail."""
+        """Fail calls from threads without a context, and calls that a test wants to fail."""
         member = object.__getattribute__(self, name)
         if not name.startswith("cu") or name in ("cuInit", "cuCtxSetCurrent") or (
             name.startswith(("cuDevice", "cuDriver"))
@@ -71,7 +71,7 @@ class Driver:
         def call(*arguments):
             nothing = (None,) * (name not in SILENT)
             if self.fail.get(name):
-                if name == "cuStreamEndCapture":  # a recording that fails is over all the same
+                if name == "cuStreamEndCapture":  # a failed recording has ended too
                     self.recording.clear()
                 return (self.fail[name], *nothing)
             if not getattr(self._here, "context", None):
@@ -216,13 +216,13 @@ class Driver:
         self.put(hStream, lambda: self.kernel(self, launch))
         return (OK,)
 
-    # --- what is behind it ---
+    # --- helpers ---
 
     def put(self, stream, work):
         self.recording.get(stream, self.streams[stream]).append(work)
 
     def device(self, address, size):
-        """Give where so many bytes of device memory are, which must be within one allocation."""
+        """Return an address of device memory; the bytes must lie within one allocation."""
         for start, buffer in self.buffers.items():
             if start <= address and address + size <= start + len(buffer):
                 assert self.kinds[start] == "device", "memory of the host, not of the GPU"
@@ -253,14 +253,14 @@ class Driver:
 
 
 def tensorrt(driver: Driver, reference, plan: bytes, batch, columns):
-    """Make a module as `tensorrt_rtx` is, whose engines compute with another engine.
+    """Return a stand-in for the module `tensorrt_rtx`, whose engines compute with another engine.
 
     Args:
-        driver: where the memory is.
-        reference: an image engine.
-        plan: the only bytes that it loads.
-        batch: fewest and most images, as the plan was compiled.
-        columns: likewise.
+        driver: Simulated driver that holds the memory.
+        reference: Image engine that computes the results.
+        plan: The only plan data that it loads.
+        batch: Minimum and maximum number of images of the plan.
+        columns: Minimum and maximum number of columns of the plan.
     """
     trt = SimpleNamespace(
         ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user"),

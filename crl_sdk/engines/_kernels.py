@@ -152,7 +152,7 @@ class ProjectionKernel:
         """Open the kernels that `crl compile BUNDLE --kernel` compiled.
 
         Args:
-            directory: Directory of the kernels; see `kernels_directory`.
+            directory: Directory of the kernels, `engines/projection` in a bundle by default.
 
         Raises:
             PlanError: If there are no kernels, their record is damaged, or none runs on this GPU.

@@ -1,1 +1,1 @@
-"""The fused projection kernel: its source in Triton, and its compilation ahead of time."""
+"""The projection kernel: its source in Triton, and its compilation ahead of time."""

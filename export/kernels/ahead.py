@@ -1,4 +1,4 @@
-"""The projection kernel as machine code for GPUs that are not here: cubin, PTX, what it needs."""
+"""Compilation of the projection kernel to machine code and PTX, for GPUs that need not be here."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ DTYPES = ("fp16", "bf16", "fp32")
 
 BLOCKS = {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_K": 64}
 WARPS = 8
-"""With these blocks nothing spills on any architecture; 64 rows or 4 warps did."""
+"""With these blocks no register spills on any architecture. With 64 rows or 4 warps some did."""
 
 _PTX_VERSION = 82
-"""Of the PTX where an architecture allows it: drivers from CUDA 12.2 on read it."""
+"""Version of the PTX where the architecture allows it. Drivers since CUDA 12.2 read it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +36,13 @@ class CompiledKernel:
     """The compiled kernel.
 
     Attributes:
-        architecture: such as `sm_89`.
-        cubin: machine code, ELF.
-        ptx: what a driver can compile for later GPUs of the family.
-        registers: of a thread.
-        shared: bytes of shared memory of a block.
-        scratch: bytes of global scratch memory; more than 0 could not be launched without Triton.
-        spilled: bytes of registers that went to local memory, of a thread.
+        architecture: Compute capability, such as `sm_89`.
+        cubin: Machine code, an ELF file.
+        ptx: PTX, which a driver can compile for newer GPUs.
+        registers: Number of registers of a thread.
+        shared: Bytes of shared memory of a block.
+        scratch: Bytes of global scratch memory. Only Triton could launch a kernel with more than 0.
+        spilled: Bytes of a thread's registers that are kept in local memory.
     """
 
     architecture: str
@@ -63,19 +63,19 @@ def compile_kernel(
     unit: bool = True,
     single: bool = False,
 ) -> CompiledKernel:
-    """Compile the kernel for one architecture and one set of types. Needs no GPU.
+    """Compile the kernel for one architecture and one set of dtypes. It needs no GPU.
 
     Args:
-        architecture: of `ARCHITECTURES`.
-        x_dtype: of the embeddings, of `DTYPES`.
-        weight_dtype: fp32, or fp16 for tensor cores.
-        out_dtype: fp32 or fp16.
-        unit: normalise the rows of the input.
-        single: for segments of at most `BLOCKS["BLOCK_K"]` columns.
+        architecture: Compute capability, one of `ARCHITECTURES`.
+        x_dtype: Dtype of the embeddings, one of `DTYPES`.
+        weight_dtype: Dtype of the weights: fp32, or fp16 for tensor cores.
+        out_dtype: Dtype of the output, fp32 or fp16.
+        unit: Whether to divide each row of the input by its L2 norm first.
+        single: Whether no segment has more than `BLOCKS["BLOCK_K"]` columns.
 
     Raises:
-        InvalidInputError: an unknown architecture or type.
-        ExportError: the code needs scratch memory.
+        InvalidInputError: If an architecture or dtype is unknown.
+        ExportError: If the code needs scratch memory.
     """
     if architecture not in ARCHITECTURES:
         raise InvalidInputError(
@@ -103,7 +103,10 @@ def compile_kernel(
     cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
     scratch = int(getattr(compiled.metadata, "global_scratch_size", 0) or 0)
     if scratch:
-        raise ExportError(f"the kernel for {architecture} needs {scratch} bytes of scratch memory")
+        raise ExportError(
+            f"expected a kernel without scratch memory, got {scratch} bytes for {architecture}: "
+            "change BLOCKS or WARPS in export/kernels/ahead.py"
+        )
     usage = _usage(cubin)
     return CompiledKernel(
         architecture=architecture,
@@ -122,17 +125,18 @@ def compile_kernels(
     *,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> KernelSet:
-    """Compile all variants that the runtime launches, and write them with their record.
+    """Compile all variants that `ProjectionKernel` may launch, and write them with their record.
 
     Args:
-        directory: see `crl_sdk.engines.kernels_directory`.
-        architectures: such as `sm89`; all of `ARCHITECTURES` if empty.
-        progress: called with what is done now, how many steps are done, and how many there are.
+        directory: Directory to write to, such as `engines/projection` in a bundle.
+        architectures: Compute capabilities, such as `sm89`; all of `ARCHITECTURES` if empty.
+        progress: Function that is called with the current variant, the number of variants that are
+            done, and their total number.
 
     Raises:
-        InvalidInputError: an unknown architecture.
-        ExportError: the code needs scratch memory.
-        PlanError: the directory cannot be written.
+        InvalidInputError: If an architecture is unknown.
+        ExportError: If the code needs scratch memory.
+        PlanError: If the directory cannot be written.
     """
     known = [name.replace("_", "") for name in ARCHITECTURES]
     if unknown := sorted(set(architectures) - set(known)):
@@ -179,12 +183,12 @@ def compile_kernels(
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
-    """Read what the machine code needs with Triton's own copy of NVIDIA's cuobjdump."""
+    """Return the registers and memory that machine code needs, from Triton's copy of cuobjdump."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run(
+        output = subprocess.run(
             [str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told)}
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", output)}

@@ -1,11 +1,11 @@
 """The projection kernel as an ahead-of-time plugin of enterprise TensorRT, 10.9 and later.
 
-With it a network of one's own can end in conditional embeddings, normalised per basis, without
-leaving the engine. TensorRT-RTX has no plugins. **Not run on hardware**: it is registered with the
-real bindings in `make conformance`, over empty libraries.
+With the plugin, a user's own network can compute conditional embeddings with row normalisation
+inside the engine. TensorRT-RTX has no plugins. **It has not been run on hardware**: `make
+conformance` registers it with the real bindings on top of empty libraries.
 """
 
-# TensorRT reads the types of these functions, so that they must not be strings
+# no `from __future__ import annotations`: TensorRT reads the types of these functions
 
 import re
 from typing import Any
@@ -18,23 +18,23 @@ PLUGIN = "crl::project_segments"
 
 
 def register_plugin(architecture: str, *, unit: bool = False, single: bool = False) -> str:
-    """Register the plugin; a process does so once, before it builds or loads an engine with it.
+    """Register the plugin. Call it once in a process, before building or loading an engine with it.
 
-    Its inputs are x (n, d) float32 or float16, weight (d, k) float32, bias (k,) float32, starts
-    (segments + 1,) int32 and posts (segments,) int32, as `crl_sdk.engines` has them; its
-    output is (n, k) float32.
+    The plugin's inputs are those of `crl_export.kernels.projection.project_segments`: x, weight,
+    bias, starts and posts. Here x may be float32 or float16 and weight is float32. The output is
+    the array `out`, float32.
 
     Args:
-        architecture: of the GPU, such as `sm_87`.
-        unit: divide each row of x by its L2 norm first.
-        single: no segment has more columns than a block.
+        architecture: Compute capability of the GPU, such as `sm_87`.
+        unit: Whether to divide each row of x by its L2 norm first.
+        single: Whether no segment has more columns than a block.
 
     Returns:
-        the plugin's name, for `trt.plugin.op`.
+        Name of the plugin, for `trt.plugin.op`.
 
     Raises:
-        InvalidInputError: an unknown architecture.
-        MissingDependencyError: enterprise TensorRT is not installed, or has no such plugins.
+        InvalidInputError: If the architecture is unknown.
+        MissingDependencyError: If enterprise TensorRT is not installed or has no such plugins.
     """
     try:
         import tensorrt as trt
@@ -85,10 +85,12 @@ def register_plugin(architecture: str, *, unit: bool = False, single: bool = Fal
 
 
 def plugin_ptx(ptx: str) -> str:
-    """Drop the two parameters that Triton appends for scratch memory, which TensorRT has not.
+    """Return PTX without the two parameters for scratch memory, which Triton adds.
+
+    TensorRT does not pass such parameters.
 
     Raises:
-        ExportError: the code uses them.
+        ExportError: If the code uses the parameters.
     """
     listed: Any = re.search(rf"(\.entry\s+{ENTRY}\()(.*?)\n\)", ptx, re.DOTALL)
     parameters = listed[2].split(",") if listed else []

@@ -1,9 +1,9 @@
-"""Stored embeddings → conditional embeddings of many bases, in one launch; specification: NumPy.
+"""The projection kernel: conditional embeddings of many bases from stored ones, in one launch.
 
-`crl_sdk.projection` says what comes out: for each basis a segment of columns, `x @ weight + bias`,
-then normalised over its own columns. A program takes a block of rows and one segment. Each result
-is written once: statistics are kept in registers, and a segment of more columns than one block is
-computed a second time rather than read back.
+`crl_sdk.projection` is its specification: for each basis a segment of columns, `x @ weight + bias`,
+with row normalisation over the columns of the segment. A program computes a block of rows of one
+segment. It keeps the statistics of the normalisation in registers and writes each result once. A
+segment with more columns than a block is computed twice instead of being read back.
 """
 
 import triton
@@ -15,7 +15,7 @@ def _columns(
     x, weight, bias, rows, row_mask, cols, col_mask, d, k,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Give a block of `x @ weight + bias` in float32, zero outside the segment."""
+    """Return a block of `x @ weight + bias`, float32, with zeros outside the segment."""
     product = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, d, BLOCK_D):
@@ -44,23 +44,26 @@ def project_segments(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     UNIT: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """Project rows onto all segments; grid (ceil(n / BLOCK_N), segments).
+    """Project rows onto all segments. The grid is (ceil(n / BLOCK_N), segments).
 
     Args:
-        x: (n, d) float16, bfloat16 or float32, rows contiguous.
-        weight: (d, k) float32, or float16 for tensor cores; products are summed in float32.
-        bias: (k,) float32.
-        starts: (segments + 1,) int32; segment s has the columns starts[s] to starts[s + 1].
-        posts: (segments,) int32, of `crl_sdk.engines.POST_NUMBERS`.
-        n: rows.
-        d: length of an embedding.
-        k: columns of all segments.
-        out: (n, k) float32 or float16; last, as plugins of TensorRT have their outputs.
-        BLOCK_N: rows of a program.
-        BLOCK_D: depth of a step.
-        BLOCK_K: columns of a step.
-        UNIT: divide each row of x by its L2 norm first.
-        SINGLE: no segment has more than BLOCK_K columns, so none is computed twice.
+        x: Universal embeddings, shape (n, d), float16, bfloat16 or float32, contiguous rows.
+        weight: Weights of all bases, shape (d, k), float32, or float16 for tensor cores. Products
+            are summed in float32.
+        bias: Biases of all bases, shape (k,), float32.
+        starts: First column of each segment, then k, shape (segments + 1,), int32.
+        posts: Row normalisation of each segment, shape (segments,), int32, by the numbers in
+            `POST_NUMBERS` of `crl_sdk/engines/_kernels.py`.
+        n: Number of rows.
+        d: Length of an embedding.
+        k: Number of columns of all segments.
+        out: Output, shape (n, k), float32 or float16. It is the last argument because TensorRT's
+            plugins pass their outputs last.
+        BLOCK_N: Number of rows of a program.
+        BLOCK_D: Number of terms of the products in a step.
+        BLOCK_K: Number of columns in a step.
+        UNIT: Whether to divide each row of x by its L2 norm first.
+        SINGLE: Whether no segment has more than BLOCK_K columns, so that none is computed twice.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < n
@@ -69,7 +72,7 @@ def project_segments(
     post = tl.load(posts + segment)
     seen = 0.0
     mean = tl.zeros((BLOCK_N,), tl.float32)
-    spread = tl.zeros((BLOCK_N,), tl.float32)  # squares about the mean
+    spread = tl.zeros((BLOCK_N,), tl.float32)  # sum of squared differences from the mean
     squares = tl.zeros((BLOCK_N,), tl.float32)
     last = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     if SINGLE or post != 0:
@@ -83,7 +86,7 @@ def project_segments(
             count = tl.minimum(end - first, BLOCK_K).to(tl.float32)
             here = tl.sum(last, axis=1) / count
             away = tl.where(col_mask[None, :], last - here[:, None], 0.0)
-            # Chan, Golub and LeVeque's merging of means and squares: nothing large is subtracted
+            # Chan, Golub and LeVeque's update of mean and spread, without cancellation
             step = here - mean
             spread += tl.sum(away * away, axis=1) + step * step * (seen * count / (seen + count))
             mean += step * (count / (seen + count))

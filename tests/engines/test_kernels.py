@@ -1,4 +1,4 @@
-"""The projection kernel as the runtime launches it: a simulated driver, real machine code."""
+"""The projection kernel as it is launched: real machine code on a simulated driver."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZES = {"u64": 8, "u32": 4}
 
 
 def numpy_kernel(driver, launch):
-    """What the kernel does, by its arguments, in NumPy; checks them against the PTX on the way."""
+    """Compute in NumPy what the kernel computes, and check the arguments against the PTX."""
     record = {each.sha256: each for each in driver.kernels.variants}
     variant = next(each for each in record.values() if launch.image in driver.images[each.file])
     parameters = re.findall(r"^\s*\.param \.(u\d+)", driver.ptx[variant.file], re.MULTILINE)
@@ -89,10 +89,10 @@ def some(n, d, sizes, dtype=np.float32, seed=0):
 
 @pytest.mark.parametrize("sizes", [[3], [5, 64, 2], [65, 7], [200, 1, 9, 30]])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_it_gives_what_the_specification_gives(driver, folder, sizes, dtype, monkeypatch):
+def test_it_agrees_with_its_specification(driver, folder, sizes, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "_ROWS_AT_ONCE", 50)
     kernel = ProjectionKernel.open(folder)
-    for n in (1, 49, 50, 121):  # within a part, a whole one, several
+    for n in (1, 49, 50, 121):  # less than a part, one part, several parts
         rows, projections = some(n, 64, sizes, dtype, seed=n)
         results = kernel.apply(rows, projections)
         exact = rows.astype(np.float32)
@@ -106,7 +106,7 @@ def test_it_gives_what_the_specification_gives(driver, folder, sizes, dtype, mon
     kernel.close()
 
 
-def test_memory_is_kept_and_grows(driver, folder):
+def test_memory_is_reused_and_grows(driver, folder):
     kernel = ProjectionKernel.open(folder)
     kernel.apply(*some(10, 64, [4]))
     count = len(driver.buffers)
@@ -119,7 +119,7 @@ def test_memory_is_kept_and_grows(driver, folder):
         kernel.apply(*some(1, 64, [4]))
 
 
-def test_a_later_gpu_compiles_the_ptx_of_the_newest_before_it(driver, folder):
+def test_a_newer_gpu_uses_the_ptx_of_the_newest_older_architecture(driver, folder):
     driver.capability = (9, 0)
     kernel = ProjectionKernel.open(folder)
     rows, projections = some(3, 64, [4])
@@ -147,7 +147,7 @@ def test_wrong_input_is_refused(driver, folder):
     kernel.close()
 
 
-def test_files_that_are_missing_or_were_changed(driver, folder, tmp_path):
+def test_missing_and_changed_files_are_errors(driver, folder, tmp_path):
     import shutil
 
     copy = tmp_path / "copy"
@@ -182,7 +182,7 @@ def test_files_that_are_missing_or_were_changed(driver, folder, tmp_path):
     kernel.close()
 
 
-def test_a_launch_that_fails_is_a_typed_error(driver, folder):
+def test_a_failed_launch_is_a_typed_error(driver, folder):
     kernel = ProjectionKernel.open(folder)
     driver.fail["cuLaunchKernel"] = CUresult.CUDA_ERROR_INVALID_VALUE
     with pytest.raises(EngineError, match=r"launching a kernel failed \(CUDA_ERROR_INVALID_VALUE"):
@@ -192,7 +192,7 @@ def test_a_launch_that_fails_is_a_typed_error(driver, folder):
     kernel.close()
 
 
-def test_no_space_is_a_typed_error(tmp_path):
+def test_errors_of_writing_and_compiling(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(PlanError, match="cannot be made"):
         kernels.write_kernels(tmp_path / "file" / "x", None, {})
@@ -200,7 +200,7 @@ def test_no_space_is_a_typed_error(tmp_path):
         compile_kernels(tmp_path, ["sm70"])
 
 
-def test_it_is_verified_and_a_wrong_one_is_found(driver, folder, bundle_copy, capsys, monkeypatch):
+def test_verification_finds_a_wrong_kernel(driver, folder, bundle_copy, capsys, monkeypatch):
     import json
     import shutil
 
@@ -228,12 +228,12 @@ def test_it_is_verified_and_a_wrong_one_is_found(driver, folder, bundle_copy, ca
     command(bundle_copy, **options, as_json=False)
     assert "agrees with NumPy" in capsys.readouterr().out
 
-    def crooked(driver, launch):
+    def wrong_kernel(driver, launch):
         numpy_kernel(driver, launch)
         n, k, out = (launch.arguments[i][0] for i in (5, 7, 8))
-        driver.view(out, (n, k), np.float32)[-1, -1] += added[0]  # of the last basis
+        driver.view(out, (n, k), np.float32)[-1, -1] += added[0]  # in the last basis
 
-    driver.kernel = crooked
+    driver.kernel = wrong_kernel
     added = [0.0]
     for added[0] in (1e-3, np.nan):
         with pytest.raises(typer.Exit):

@@ -1,4 +1,4 @@
-"""`crl doctor`: what is found, what is missing, and which engine is taken for which reason."""
+"""`crl doctor`: what this machine has, what is missing, and which engine is chosen."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_this_machine(no_gpu):
     assert "CPUExecutionProvider" in found.providers and "numpy" in found.packages
 
 
-def test_it_is_printed_and_is_json(no_gpu, capsys, monkeypatch):
+def test_the_command_prints_a_table_or_json(no_gpu, capsys, monkeypatch):
     doctor(bundle=demo_bundle(), as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert told["chosen"] == "onnx/cpu/fp32" and told["machine"]["gpus"] == []
@@ -40,7 +40,7 @@ def test_it_is_printed_and_is_json(no_gpu, capsys, monkeypatch):
     assert "libcuda" in said and "chosen" in said
 
 
-def test_without_a_driver_the_error_says_what_was_looked_for():
+def test_without_a_driver_the_error_says_what_was_expected():
     try:
         cuda.driver()
     except EngineError as error:

@@ -1,4 +1,4 @@
-"""What ONNX Runtime's providers are told, against the options that the real ones know."""
+"""The options of ONNX Runtime's providers, compared with those that the real providers know."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from crl_sdk.engines._onnx_sessions import open_session
 from crl_sdk.errors import EngineError
 
 KNOWN = json.loads((Path(__file__).parent / "provider_options.json").read_text())
-"""Options in the providers' own libraries; see `tests/conformance/provider_options.py`."""
+"""Options found in the providers' libraries by `tests/conformance/provider_options.py`."""
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def bundle():
 
 
 @pytest.mark.parametrize("device", ["cuda", "tensorrt", "tensorrt-rtx"])
-def test_the_providers_know_every_option_and_onnx_runtime_takes_the_dictionary(bundle, device):
+def test_the_providers_know_every_option_and_onnx_runtime_accepts_them(bundle, device):
     from onnxruntime.capi.onnxruntime_inference_collection import (
         check_and_normalize_provider_args,
     )
@@ -52,7 +52,7 @@ def test_fp32_is_not_tf32(bundle):
 
 
 @pytest.mark.parametrize(("device", "prefix"), [("tensorrt", "trt"), ("tensorrt-rtx", "nv")])
-def test_profiles_hold_the_graph_and_caches_are_named_by_it(bundle, device, prefix):
+def test_profiles_match_the_graph_and_cache_names_contain_its_digest(bundle, device, prefix):
     options = provider_options(bundle, device, "fp32")
     inputs = {
         each.name: each.shape for each in open_session(bundle.image_graph("fp32")).get_inputs()
@@ -86,8 +86,8 @@ def test_a_missing_provider_is_an_error_that_says_how_to_get_it(bundle):
             open_session(bundle.image_graph("fp32"), device=device)
 
 
-def test_a_provider_that_is_replaced_in_silence_is_an_error(bundle, monkeypatch):
-    """ONNX Runtime only warns when CUDA's libraries do not load."""
+def test_a_silently_replaced_provider_is_an_error(bundle, monkeypatch):
+    """ONNX Runtime only warns if CUDA's libraries do not load."""
     everything = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(ort, "get_available_providers", lambda: everything)
     real = ort.InferenceSession
@@ -98,15 +98,15 @@ def test_a_provider_that_is_replaced_in_silence_is_an_error(bundle, monkeypatch)
         open_session(bundle.image_graph("fp32"), device="cuda")
 
 
-def test_engines_that_cannot_be_kept_are_an_error(bundle_copy, monkeypatch):
+def test_a_cache_directory_that_cannot_be_created_is_an_error(bundle_copy, monkeypatch):
     bundle = ModelBundle.open(bundle_copy)
     (bundle_copy / "engines").write_text("a file")
     with pytest.raises(EngineError, match="keeps its engines there"):
         OnnxImageEngine.open(bundle, device="tensorrt", precision="fp32")
 
 
-def test_a_provider_from_a_library_is_registered_and_told(bundle, monkeypatch):
-    """With the CPU's device in place of the GPU's: the calls are ONNX Runtime's own."""
+def test_a_provider_from_a_library_is_registered(bundle, monkeypatch):
+    """ONNX Runtime's own calls, with the CPU device in place of the GPU."""
     library = SimpleNamespace(get_library_path=lambda: "/nowhere/libprovider.so")
     monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", library)
     monkeypatch.setattr(providers, "plugin_installed", lambda: True)
@@ -122,7 +122,7 @@ def test_a_provider_from_a_library_is_registered_and_told(bundle, monkeypatch):
 
 
 def test_bound_runs_agree_with_plain_ones(bundle):
-    """The path of the GPU providers, in the CPU's memory."""
+    """The code path of the GPU providers, in host memory."""
     session = open_session(bundle.image_graph("fp32"))
     plain = OnnxImageEngine(session, EngineName("onnx", "cpu", "fp32"))
     bound = OnnxImageEngine(session, EngineName("onnx", "cuda", "fp32"), memory="cpu")
@@ -135,7 +135,7 @@ def test_bound_runs_agree_with_plain_ones(bundle):
         pixels = rng.integers(0, 256, (images, spec.height, spec.width, 3), np.uint8)
         weight = rng.standard_normal((bundle.embedding_dim, columns)).astype(np.float32)
         bias = rng.standard_normal(columns).astype(np.float32)
-        for _ in range(2):  # kept weights, then changed in place
+        for _ in range(2):  # the same weights, then changed in place
             expected = plain.run(pixels, weight, bias)
             for engine in (bound, profiled):
                 for got, right in zip(engine.run(pixels, weight, bias), expected, strict=True):

@@ -1,4 +1,4 @@
-"""OpenVINO against ONNX Runtime's fp32 on the demo model: both precisions, threads, bad input."""
+"""OpenVINO compared with ONNX Runtime on the demo model: precisions, threads, bad input."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from crl_sdk.errors import BundleError, EngineError, InvalidInputError, MissingD
 from crl_sdk.model import _parity as parity
 
 FP32 = {"rtol": 0, "atol": 5e-6}
-"""Between two runtimes in fp32; 4e-7 was measured."""
+"""Tolerance between the two runtimes in fp32; the measured difference was 4e-7."""
 
-LACKING = missing_instructions("bf16", find_features())
-needs_bf16 = pytest.mark.skipif(LACKING is not None, reason=f"{LACKING}")
+MISSING = missing_instructions("bf16", find_features())
+needs_bf16 = pytest.mark.skipif(MISSING is not None, reason=f"{MISSING}")
 precisions = pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
 
 
@@ -58,7 +58,7 @@ def packed(bundle: ModelBundle, columns: int):
 
 @pytest.mark.parametrize("columns", [0, 1, 7])
 @pytest.mark.parametrize("batch", [1, 3, 17])
-def test_fp32_is_what_onnx_runtime_gives(bundle, engine, pixels, batch, columns):
+def test_fp32_agrees_with_onnx_runtime(bundle, engine, pixels, batch, columns):
     bases = packed(bundle, columns)
     expected = OnnxImageEngine.open(bundle).run(pixels[:batch], *bases)
     found = engine.run(pixels[:batch], *bases)
@@ -68,7 +68,7 @@ def test_fp32_is_what_onnx_runtime_gives(bundle, engine, pixels, batch, columns)
     assert str(engine.name) == "openvino/cpu/fp32"
 
 
-def test_no_images_are_no_rows(bundle, engine, pixels):
+def test_no_images_give_no_rows(bundle, engine, pixels):
     rows, columns = engine.run(pixels[:0], *packed(bundle, 7))
     assert rows.shape == (0, bundle.embedding_dim) and columns.shape == (0, 7)
     assert rows.dtype == columns.dtype == np.float32
@@ -76,7 +76,7 @@ def test_no_images_are_no_rows(bundle, engine, pixels):
 
 @needs_bf16
 @pytest.mark.parametrize("batch", [1, 3, 17])
-def test_bf16_is_near_fp32_and_projects_in_fp32(bundle, engine, pixels, batch):
+def test_bf16_is_close_to_fp32_and_projects_in_fp32(bundle, engine, pixels, batch):
     bases = packed(bundle, 7)
     half = OpenVinoImageEngine.open(bundle, precision="bf16")
     rows, columns = half.run(pixels[:batch], *bases)
@@ -89,7 +89,7 @@ def test_bf16_is_near_fp32_and_projects_in_fp32(bundle, engine, pixels, batch):
 
 
 @precisions
-def test_threads_and_views_get_what_is_theirs(bundle, pixels, precision):
+def test_threads_and_array_views_get_their_own_results(bundle, pixels, precision):
     opened = OpenVinoImageEngine.open(bundle, precision=precision, threads=1)
     parts = [pixels[i % 5 : i % 5 + 1 + i % 4] for i in range(24)] + [pixels[::-3], pixels[:, ::-1]]
     bases = packed(bundle, 3)
@@ -123,7 +123,7 @@ def test_bad_input_is_a_typed_error_and_the_next_run_works(bundle, engine, pixel
     assert engine.run(pixels[:1], weight, bias)[1].shape == (1, 2)
 
 
-def test_what_it_does_not_open(bundle, bundle_copy, monkeypatch):
+def test_errors_of_open(bundle, bundle_copy, monkeypatch):
     with pytest.raises(InvalidInputError, match="expected a precision"):
         OpenVinoImageEngine.open(bundle, precision="int8")  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="threads"):
@@ -133,7 +133,7 @@ def test_what_it_does_not_open(bundle, bundle_copy, monkeypatch):
     with pytest.raises(BundleError, match="image graph in fp32"):
         OpenVinoImageEngine.open(without, precision="fp32")
     copy = ModelBundle.open(bundle_copy)
-    copy.image_graph("fp32").write_bytes(copy.text_graph().read_bytes())  # no pixels in it
+    copy.image_graph("fp32").write_bytes(copy.text_graph().read_bytes())  # a graph without pixels
     with pytest.raises(EngineError, match="cannot compile it in fp32"):
         OpenVinoImageEngine.open(copy, precision="fp32")
     monkeypatch.setitem(sys.modules, "openvino", None)
@@ -141,7 +141,7 @@ def test_what_it_does_not_open(bundle, bundle_copy, monkeypatch):
         OpenVinoImageEngine.open(bundle, precision="fp32")
 
 
-def test_bf16_is_never_replaced_in_silence(bundle, monkeypatch):
+def test_bf16_is_never_silently_replaced(bundle, monkeypatch):
     monkeypatch.setattr(module, "find_features", lambda: ("avx2", "avx512f", "avx512_vnni"))
     with pytest.raises(EngineError, match="neither avx512_bf16 nor amx_bf16; choose openvino/cpu"):
         OpenVinoImageEngine.open(bundle, precision="bf16")
@@ -151,7 +151,7 @@ def test_bf16_is_never_replaced_in_silence(bundle, monkeypatch):
         Embedder.open(bundle, engine="openvino/cpu/bf16")
 
 
-def test_what_openvino_computes_in_is_asked(bundle, monkeypatch):
+def test_the_precision_that_openvino_would_use_is_checked(bundle, monkeypatch):
     runtime = module._load()
 
     class Core(runtime.Core):
@@ -167,8 +167,8 @@ def test_what_openvino_computes_in_is_asked(bundle, monkeypatch):
         OpenVinoImageEngine.open(bundle, precision="bf16")
 
 
-def test_importing_it_reports_nothing():
-    """The package sends an event when it is imported; its sender must not even be loaded."""
+def test_the_import_sends_no_telemetry():
+    """The package sends an event when it is imported. The module that sends it is not loaded."""
     code = (
         "import sys; from crl_sdk import Embedder, demo_bundle; "
         "Embedder.open(demo_bundle(), engine='openvino/cpu/fp32').close(); "
@@ -181,7 +181,7 @@ def test_importing_it_reports_nothing():
     assert told.stdout == "[]\n"
 
 
-def test_an_embedder_gives_what_the_default_engine_gives(embedder, pictures):
+def test_an_embedder_agrees_with_the_default_engine(embedder, pictures):
     with Embedder.open(demo_bundle(), engine="openvino/cpu/fp32") as other:
         assert other.engine == "openvino/cpu/fp32"
         basis = other.create_basis("color", ["red", "green", "blue"])

@@ -1,4 +1,4 @@
-"""Which engine is taken, why not the others, and asking for one by name."""
+"""The choice of an engine, its reasons, choice by name, and the registry of runtimes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def machine(
     monkeypatch.setattr(onnx, "find_providers", lambda: providers)
 
 
-def test_without_a_gpu_it_is_the_cpu_and_the_others_say_why(bundle, monkeypatch, caplog):
+def test_without_a_gpu_the_cpu_is_chosen_and_the_others_say_why(bundle, monkeypatch, caplog):
     machine(monkeypatch)
     engines = {str(each.name): each for each in list_candidates(bundle)}
     assert [name for name, each in engines.items() if each.usable] == ["onnx/cpu/fp32"]
@@ -49,7 +49,7 @@ def test_without_a_gpu_it_is_the_cpu_and_the_others_say_why(bundle, monkeypatch,
     assert "engine auto: onnx/cpu/fp32 (runs everywhere)" in caplog.text
 
 
-def test_providers_without_a_driver_are_out(bundle, monkeypatch):
+def test_providers_are_unusable_without_a_driver(bundle, monkeypatch):
     machine(monkeypatch, providers=("CUDAExecutionProvider", "CPUExecutionProvider"))
     engines = {str(each.name): each for each in list_candidates(bundle)}
     assert not engines["onnx/cuda/fp32"].usable and "libcuda" in engines["onnx/cuda/fp32"].reason
@@ -57,7 +57,7 @@ def test_providers_without_a_driver_are_out(bundle, monkeypatch):
         open_engine(bundle, "onnx/cuda")
 
 
-def test_with_a_gpu_cuda_is_taken_and_what_compiles_at_start_is_not(bundle, monkeypatch):
+def test_with_a_gpu_cuda_is_chosen_but_not_what_compiles_at_start(bundle, monkeypatch):
     providers = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
     machine(monkeypatch, gpus=(GPU, "13.0"), providers=providers)
     engines = list_candidates(bundle)
@@ -79,7 +79,7 @@ def test_names_are_matched_by_whole_parts():
             choose_engine(engines, wrong)
 
 
-def test_damaged_records_of_plans_are_told_and_the_rest_is_usable(bundle_copy, monkeypatch):
+def test_damaged_plan_records_are_reported_and_the_other_engines_work(bundle_copy, monkeypatch):
     machine(monkeypatch)
     folder = bundle_copy / "engines"
     folder.mkdir()
@@ -101,7 +101,7 @@ def test_a_baked_basis_needs_a_plan(bundle):
 
 
 def with_int8(bundle, **parity):
-    """The same bundle, as if it had an int8 graph of a recorded parity."""
+    """Return the bundle as if it had an int8 graph with this recorded parity."""
     fp32 = bundle.manifest.images[0]
     recorded = {"cosine_mean": 0.9998, "cosine_min": 0.999, "centred_cosine_min": 0.999, **parity}
     int8 = replace(fp32, precision="int8", parity=replace(fp32.parity, **recorded))
@@ -109,7 +109,7 @@ def with_int8(bundle, **parity):
 
 
 @pytest.mark.parametrize("feature", ["avx512_vnni", "avx_vnni", "amx_int8"])
-def test_int8_is_taken_where_bytes_multiply_fast(bundle, monkeypatch, feature):
+def test_int8_is_chosen_where_bytes_multiply_fast(bundle, monkeypatch, feature):
     machine(monkeypatch, features=("avx2", feature))
     engines = list_candidates(with_int8(bundle))
     for wanted in ("auto", "onnx", "onnx/cpu"):
@@ -128,7 +128,7 @@ def test_int8_is_taken_where_bytes_multiply_fast(bundle, monkeypatch, feature):
         (("avx512_vnni",), {"cosine_mean": float("nan")}, "cosine_mean nan"),
     ],
 )
-def test_int8_is_not_taken_where_it_is_slow_or_far_off(bundle, monkeypatch, features, parity, why):
+def test_int8_is_not_chosen_where_it_is_slow_or_inexact(bundle, monkeypatch, features, parity, why):
     machine(monkeypatch, features=features)
     engines = list_candidates(with_int8(bundle, **parity))
     for wanted in ("auto", "onnx/cpu"):
@@ -160,7 +160,7 @@ def test_openvino_without_its_package_or_the_instructions(bundle, monkeypatch):
         choose_engine(list_candidates(bundle), "openvino")
 
 
-def test_openvino_runs_the_fp32_graph_alone(bundle):
+def test_openvino_needs_the_fp32_graph(bundle):
     half = tuple(replace(each, precision="fp16") for each in bundle.manifest.images)
     without = ModelBundle(bundle.path, replace(bundle.manifest, images=half))
     assert not any(each.name.runtime == "openvino" for each in list_candidates(without))

@@ -1,4 +1,4 @@
-"""The TensorRT engine on a simulated GPU: buffers, buckets, graphs, refusals, nothing left."""
+"""The TensorRT engine on a simulated GPU: buffers, buckets, graphs, errors, and freed memory."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def reference(bundle):
 
 @pytest.fixture
 def gpu(bundle, reference, monkeypatch):
-    """A machine with a simulated GPU and TensorRT-RTX; nothing may be left on it."""
+    """A machine with a simulated GPU and TensorRT-RTX; all GPU memory must be freed at the end."""
     real = tensorrt_runtime.load_tensorrt("tensorrt-rtx")
     folder = plans_directory(bundle)
     plan = (folder / f"{read_plans(folder)[0].spec.stem}.plan").read_bytes()
@@ -89,7 +89,7 @@ def inputs(bundle, images, columns, seed=0):
     )
 
 
-def test_every_batch_and_number_of_columns_agrees_with_the_reference(gpu, bundle, reference):
+def test_every_batch_size_and_number_of_columns_agrees_with_the_reference(gpu, bundle, reference):
     engine = TensorRTImageEngine.open(bundle)
     assert str(engine.name) == "tensorrt-rtx/cuda/fp32"
     for images in (1, 3, 2, MOST, 4, 1, MOST + 3, 2 * MOST):
@@ -105,7 +105,7 @@ def test_every_batch_and_number_of_columns_agrees_with_the_reference(gpu, bundle
 
 def test_one_graph_for_each_bucket_and_none_recorded_twice(gpu, bundle):
     engine = TensorRTImageEngine.open(bundle)
-    assert len(gpu.driver.runnable) == 4  # 1, 2, 4 and 5 images, before the first request
+    assert len(gpu.driver.runnable) == 4  # for 1, 2, 4 and 5 images, before the first run
     for images in (1, 2, 3, 4, 5, 3, 1):
         engine.run(*inputs(bundle, images, 0))
     assert len(gpu.driver.runnable) == 4 and len(set(gpu.driver.launched)) == 4
@@ -113,13 +113,13 @@ def test_one_graph_for_each_bucket_and_none_recorded_twice(gpu, bundle):
     for columns in (1, 40, 64):  # one bucket of columns
         engine.run(*inputs(bundle, 1, columns))
     assert len(gpu.driver.runnable) == 5
-    assert len(gpu.driver.buffers) == before  # all share what was there from the start
+    assert len(gpu.driver.buffers) == before  # all buckets share the memory
     engine.run(*inputs(bundle, 1, 65))
     assert len(gpu.driver.runnable) == 6
     engine.close()
 
 
-def test_weights_are_copied_when_they_change_and_only_then(gpu, bundle, reference, monkeypatch):
+def test_weights_are_copied_only_when_they_change(gpu, bundle, reference, monkeypatch):
     engine = TensorRTImageEngine.open(bundle)
     copied = []
     upload = cuda.CudaDevice.upload
@@ -128,10 +128,10 @@ def test_weights_are_copied_when_they_change_and_only_then(gpu, bundle, referenc
     )
     pixels, weight, bias = inputs(bundle, 2, 7)
     engine.run(pixels, weight, bias)
-    assert len(copied) == 4  # weight, bias, and the pixels of a run before the recording and in it
+    assert len(copied) == 4  # weight, bias, and the pixels twice: before and while recording
     engine.run(pixels, weight.copy(), bias.copy())
     assert len(copied) == 4
-    weight[3, 2] += 1  # in place: the same array, other numbers
+    weight[3, 2] += 1  # changed in place
     got = engine.run(pixels, weight, bias)[1]
     assert len(copied) == 6
     np.testing.assert_allclose(got, reference.run(pixels, weight, bias)[1], atol=2e-5)
@@ -148,7 +148,7 @@ def test_threads_share_an_engine(gpu, bundle, reference):
             for got, expected in zip(engine.run(*arrays), reference.run(*arrays), strict=True)
         )
 
-    with ThreadPoolExecutor(4) as pool:  # threads that never entered the context before
+    with ThreadPoolExecutor(4) as pool:  # threads that have not entered the context
         assert max(pool.map(one, range(24))) < 2e-5
     engine.close()
 
@@ -173,7 +173,7 @@ def test_wrong_arrays_are_refused(gpu, bundle):
         engine.run(pixels, weight, bias)
 
 
-def test_what_the_compiled_kernels_are_is_kept_for_the_next_start(gpu, bundle):
+def test_compiled_kernels_are_kept_for_the_next_start(gpu, bundle):
     TensorRTImageEngine.open(bundle).close()
     (kept,) = plans_directory(bundle).glob("*.sm89.cache")
     assert kept.read_bytes() == b"kernels for this GPU" and gpu.trt.caches_read == []
@@ -194,8 +194,8 @@ def test_a_cache_that_cannot_be_written_is_a_warning(gpu, bundle, monkeypatch, c
     assert "no space left" in caplog.text and "every start" in caplog.text
 
 
-def test_enterprise_tensorrt_takes_the_same_path(gpu, bundle, reference, monkeypatch):
-    """The other flavour has no runtime configuration; its plan is this one under another name."""
+def test_enterprise_tensorrt_uses_the_same_code(gpu, bundle, reference, monkeypatch):
+    """Enterprise TensorRT has no runtime configuration. Its plan is the same under another name."""
     folder = plans_directory(bundle)
     (plan,) = read_plans(folder)
     data = (folder / f"{plan.spec.stem}.plan").read_bytes()
@@ -229,14 +229,14 @@ def test_a_driver_that_fails_is_a_typed_error(gpu, bundle, call):
             TensorRTImageEngine.open(bundle)
     gpu.driver.fail.clear()
     if call == "cuGraphLaunch":
-        engine.run(*inputs(bundle, 1, 0))  # it goes on when the driver does
+        engine.run(*inputs(bundle, 1, 0))  # it works again when the driver does
         engine.close()
 
 
 @pytest.mark.parametrize(
     "call", ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate"]
 )
-def test_what_cannot_be_recorded_runs_without_a_graph(gpu, bundle, reference, call, caplog):
+def test_a_run_that_cannot_be_recorded_works_without_a_graph(gpu, bundle, reference, call, caplog):
     refused = CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
     gpu.driver.fail[call] = refused
     engine = TensorRTImageEngine.open(bundle)
@@ -247,19 +247,19 @@ def test_what_cannot_be_recorded_runs_without_a_graph(gpu, bundle, reference, ca
     engine.close()
 
 
-def test_an_engine_that_is_dropped_frees_what_it_had(gpu, bundle):
+def test_a_deleted_engine_frees_its_memory(gpu, bundle):
     TensorRTImageEngine.open(bundle)
     gc.collect()
     assert gpu.driver.nothing_left()
 
 
-def test_too_little_memory_says_what_it_was_for(gpu, bundle):
+def test_an_out_of_memory_error_says_what_the_memory_was_for(gpu, bundle):
     gpu.driver.free = 1000
     with pytest.raises(EngineError, match=r"image: .* bytes of the GPU's memory"):
         TensorRTImageEngine.open(bundle)
 
 
-def test_plans_that_do_not_fit_are_refused_with_the_command(gpu, bundle):
+def test_a_plan_that_cannot_run_is_refused_with_the_command_that_compiles_one(gpu, bundle):
     folder = plans_directory(bundle)
     with pytest.raises(PlanError, match=r"no plan in fp16 .*crl compile"):
         TensorRTImageEngine.open(bundle, precision="fp16")
@@ -285,7 +285,7 @@ def test_plans_that_do_not_fit_are_refused_with_the_command(gpu, bundle):
         TensorRTImageEngine.open(bundle)
 
 
-def test_auto_takes_a_plan_only_once_it_is_verified_here(gpu, bundle, monkeypatch, caplog):
+def test_auto_chooses_a_plan_only_after_it_is_verified_here(gpu, bundle, monkeypatch, caplog):
     engines = list_candidates(bundle)
     first = choose_engine(engines, "tensorrt-rtx")
     assert first.usable and not first.automatic and "crl verify" in first.reason
@@ -315,12 +315,14 @@ def test_a_wrong_engine_is_not_recorded_as_verified(gpu, bundle, reference, monk
     reference.run = run
     assert verify(bundle, "tensorrt-rtx", batches=(1,), seconds=0.01).agrees
     assert read_plans(plans_directory(bundle))[0].verified == ("sm89",)
-    reference.run = lambda *arrays: tuple(each * 1.1 for each in run(*arrays))  # a new driver, say
+    reference.run = lambda *arrays: tuple(
+        each * 1.1 for each in run(*arrays)
+    )  # such as with a new driver
     assert not verify(bundle, "tensorrt-rtx", batches=(1,), seconds=0.01).agrees
     assert read_plans(plans_directory(bundle))[0].verified == ()
 
 
-def test_a_baked_plan_runs_its_basis_alone(gpu, bundle, reference, monkeypatch):
+def test_a_baked_plan_runs_only_its_basis(gpu, bundle, reference, monkeypatch):
     from crl_export.tensorrt import compile_plan
 
     with Embedder.open(bundle, engine="onnx/cpu") as embedder:
@@ -359,7 +361,7 @@ def test_a_baked_plan_runs_its_basis_alone(gpu, bundle, reference, monkeypatch):
     embedder.close()
 
 
-def test_every_use_of_tensorrt_fits_the_real_bindings():
+def test_every_use_of_tensorrt_matches_the_real_bindings():
     from conformance.tensorrt_bindings import find_mismatches
 
     real = tensorrt_runtime.load_tensorrt("tensorrt-rtx").module

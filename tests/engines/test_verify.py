@@ -1,4 +1,4 @@
-"""`crl verify`: engines that agree, one that does not, and what is written down."""
+"""`crl verify`: engines that agree, one that does not, and the record."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def bundle() -> ModelBundle:
     return ModelBundle.open(demo_bundle())
 
 
-class Crooked:
-    """The real engine, but for what `change` does to its outputs."""
+class ChangedEngine:
+    """The real engine, with outputs that `change` modifies."""
 
     name = EngineName("onnx", "cpu", "fp32")
 
@@ -53,7 +53,7 @@ def test_the_default_engine_agrees_and_is_timed(bundle):
     assert again == record
 
 
-def test_int8_is_held_to_its_own_tolerance(bundle_copy):
+def test_int8_has_its_own_tolerance(bundle_copy):
     from crl_export.precision import quantise
 
     bundle = ModelBundle.open(bundle_copy)
@@ -84,8 +84,8 @@ def test_int8_is_held_to_its_own_tolerance(bundle_copy):
         (lambda rows, columns: (rows, columns * np.nan), "projected_max_abs"),
     ],
 )
-def test_an_engine_that_gives_something_else_fails(bundle, monkeypatch, change, failure):
-    monkeypatch.setattr(module, "open_engine", lambda *_, **__: Crooked(bundle, change))
+def test_an_engine_with_wrong_results_fails(bundle, monkeypatch, change, failure):
+    monkeypatch.setattr(module, "open_engine", lambda *_, **__: ChangedEngine(bundle, change))
     record = verify(bundle, batches=(1,), seconds=0.01)
     assert not record.agrees and any(failure in told for told in record.failures)
 
@@ -99,7 +99,9 @@ def test_engines_that_cannot_run_here(bundle):
             verify(bundle, missing)
 
 
-def test_the_record_is_kept_and_the_status_tells(bundle, tmp_path, monkeypatch, capsys):
+def test_the_record_is_written_and_the_exit_status_is_1_on_failure(
+    bundle, tmp_path, monkeypatch, capsys
+):
     file = tmp_path / "record.json"
     options = {
         "engine": None,
@@ -114,7 +116,7 @@ def test_the_record_is_kept_and_the_status_tells(bundle, tmp_path, monkeypatch, 
     command(demo_bundle(), **options, as_json=False)
     assert "agrees with fp32" in capsys.readouterr().out
     monkeypatch.setattr(
-        module, "open_engine", lambda *_, **__: Crooked(bundle, lambda r, c: (r, c + 1))
+        module, "open_engine", lambda *_, **__: ChangedEngine(bundle, lambda r, c: (r, c + 1))
     )
     with pytest.raises(typer.Exit):
         command(demo_bundle(), **options, as_json=False)

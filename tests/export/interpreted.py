@@ -1,4 +1,4 @@
-"""The kernel against NumPy; a process of its own, with TRITON_INTERPRET=1."""
+"""Script that compares the kernel with NumPy in Triton's interpreter (TRITON_INTERPRET=1)."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def expected(x, weight, bias, sizes, posts, *, unit):
     unit=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def parity(*, n, d, segments, dtype, unit, seed):
-    """2e-5, absolute and relative, against float32 NumPy on the same (rounded) inputs."""
+def check_parity(*, n, d, segments, dtype, unit, seed):
+    """Compare with float32 NumPy on the same rounded inputs, to 2e-5 absolute and relative."""
     rng = np.random.default_rng(seed)
     sizes, posts = zip(*segments, strict=True)
     x = torch.from_numpy(rng.standard_normal((n, d)).astype(np.float32))
@@ -75,11 +75,11 @@ def parity(*, n, d, segments, dtype, unit, seed):
     for column, (size, post) in zip(np.cumsum((0, *sizes[:-1])), segments, strict=True):
         own = slice(column, column + size)
         if post == "standardise" and size <= 2:
-            continue  # one or two values: their difference is divided by itself
+            continue  # with two values or fewer, a rounding error is divided by itself
         np.testing.assert_allclose(measured[:, own], exact[:, own], atol=2e-5, rtol=2e-5)
 
 
-def bad_rows_stay_alone():
+def check_that_bad_rows_do_not_affect_others():
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.standard_normal((20, 32)).astype(np.float32))
     weight = torch.from_numpy(rng.standard_normal((32, 24)).astype(np.float32))
@@ -92,8 +92,8 @@ def bad_rows_stay_alone():
     np.testing.assert_array_equal(marred[others], clean[others])
 
 
-def halves():
-    """fp16 weights and results: 4e-3, of tensor cores' inputs and of the rounded output."""
+def check_half_precision():
+    """Compare with fp16 weights and output, to 4e-3: inputs and output are rounded."""
     rng = np.random.default_rng(1)
     x = torch.from_numpy(rng.standard_normal((33, 64)).astype(np.float32)).half()
     weight = torch.from_numpy(rng.standard_normal((64, 30)).astype(np.float32) / 8).half()
@@ -103,8 +103,8 @@ def halves():
     np.testing.assert_allclose(measured, exact, atol=4e-3)
 
 
-def every_method():
-    """Bases of all methods in one launch, against each projection's own `apply`: 2e-5."""
+def check_every_method():
+    """Compare bases of all methods in one launch with each projection's `apply`, to 2e-5."""
     rng = np.random.default_rng(2)
     texts, other, images = (
         normalise_rows(rng.standard_normal((count, 64)).astype(np.float32) + 0.5, "l2")
@@ -126,8 +126,8 @@ def every_method():
 
 
 if __name__ == "__main__":
-    parity()
-    every_method()
-    bad_rows_stay_alone()
-    halves()
+    check_parity()
+    check_every_method()
+    check_that_bad_rows_do_not_affect_others()
+    check_half_precision()
     print("agrees")

@@ -1,4 +1,4 @@
-"""TensorRT-RTX compiles: the demo model for every architecture, ViT-B/32 in half; bad requests."""
+"""Compilation with TensorRT-RTX: all architectures, ViT-B/32 in fp16, baked bases, errors."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ def test_a_plan_for_all_architectures_is_reused_until_something_changes(bundle, 
             with pytest.raises(AssertionError, match="compiled again"):
                 compile_plan(bundle, precision="fp32", **change)
     damaged = first.path.read_bytes()[:-1]
-    first.path.write_bytes(damaged)  # a plan that is not whole does not count
+    first.path.write_bytes(damaged)  # an incomplete plan is compiled again
     assert not compile_plan(bundle, precision="fp32").cached
     assert len(read_plans(plans_directory(bundle))) == 1
 
 
-def test_vit_b_32_compiles_in_half(tmp_path):
+def test_vit_b_32_compiles_in_fp16(tmp_path):
     bundle = export_model(
         "ViT-B-32", out=tmp_path / "b32", precisions=("fp32", "fp16"), text=False
     )  # fmt: skip
@@ -120,13 +120,13 @@ def test_a_basis_can_be_baked_in(bundle, embedder):
         ({"precision": "int8"}, "fp16 or fp32"),
     ],
 )
-def test_requests_that_contradict_themselves(bundle, options, message):
+def test_invalid_requests(bundle, options, message):
     with pytest.raises(InvalidInputError, match=message):
         compile_plan(bundle, **{"precision": "fp32", **options})
     assert not plans_directory(bundle).exists()
 
 
-def test_what_is_not_there(bundle, embedder, monkeypatch):
+def test_missing_graphs_and_packages(bundle, embedder, monkeypatch):
     with pytest.raises(BundleError, match="export again with --precision fp32,fp16"):
         compile_plan(bundle, precision="fp16")
     with pytest.raises(MissingDependencyError, match=r"crl-embeddings\[tensorrt\]"):
@@ -138,7 +138,7 @@ def test_what_is_not_there(bundle, embedder, monkeypatch):
     load_tensorrt.cache_clear()
 
 
-def test_a_basis_of_another_model_is_not_baked_in(bundle, embedder):
+def test_a_basis_of_another_model_cannot_be_baked(bundle, embedder):
     basis = embedder.create_basis("tone", ["red", "green"])
     embedder._bases.pop("tone")
     other = ModelBundle(bundle.path, bundle.manifest)
@@ -147,14 +147,14 @@ def test_a_basis_of_another_model_is_not_baked_in(bundle, embedder):
         compile_plan(monkey, precision="fp32", baked=basis)
 
 
-def test_a_graph_that_is_none(bundle):
+def test_a_file_that_is_not_a_graph(bundle):
     bundle.image_graph("fp32").write_bytes(b"junk")  # after it was verified
     with pytest.raises(ExportError, match="cannot read it"):
         compile_plan(bundle, precision="fp32")
 
 
 def test_enterprise_tensorrt_needs_the_gpu_it_compiles_for(bundle, monkeypatch):
-    """The shim's own logic for versions that cannot be installed here: flags and architectures."""
+    """The flags and architectures of versions that cannot be installed here."""
 
     class Flag:
         STRONGLY_TYPED = 1
@@ -179,7 +179,7 @@ def test_enterprise_tensorrt_needs_the_gpu_it_compiles_for(bundle, monkeypatch):
             compile_plan(bundle, precision="fp32", runtime="tensorrt")
 
 
-def test_plans_that_must_not_be_loaded(bundle, tmp_path):
+def test_wrong_and_damaged_plans_are_not_loaded(bundle, tmp_path):
     compiled = compile_plan(bundle, precision="fp32", architectures=["sm89"], max_columns=64)
     folder, plan = plans_directory(bundle), compiled.plan
     here = {"runtime": "tensorrt-rtx", "runtime_version": plan.spec.runtime_version}
@@ -220,7 +220,7 @@ def test_plans_that_must_not_be_loaded(bundle, tmp_path):
     record.write_text(text)
 
     manifest = json.loads((bundle.path / "manifest.json").read_text())
-    manifest["files"]["image.fp32.onnx"]["sha256"] = "0" * 64  # the graph was exported again
+    manifest["files"]["image.fp32.onnx"]["sha256"] = "0" * 64  # as if the graph was exported again
     (bundle.path / "manifest.json").write_text(json.dumps(manifest))
     from crl_sdk.model._manifest import parse_manifest
 
@@ -231,7 +231,7 @@ def test_plans_that_must_not_be_loaded(bundle, tmp_path):
         choose_plan(changed, folder, architecture="sm89", **here)
 
 
-def test_a_full_disk_leaves_no_part_of_a_plan(bundle, monkeypatch):
+def test_a_full_disk_leaves_no_incomplete_plan(bundle, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
@@ -241,7 +241,7 @@ def test_a_full_disk_leaves_no_part_of_a_plan(bundle, monkeypatch):
     assert list(plans_directory(bundle).iterdir()) == []
 
 
-def test_ctrl_c_ends_a_compilation(bundle):
+def test_ctrl_c_stops_a_compilation(bundle):
     def interrupt(*_):
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""The fused projection kernel: parity in Triton's interpreter, code for every architecture."""
+"""The projection kernel: parity in Triton's interpreter, and code for every architecture."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def test_it_compiles_without_a_gpu(architecture, types):
     kernel = compile_kernel(architecture, x_dtype=types[0], weight_dtype=types[1])
     assert kernel.cubin[:4] == b"\x7fELF" and f".target {architecture}" in kernel.ptx
     assert kernel.scratch == kernel.spilled == 0 and 0 < kernel.registers < 255
-    assert 0 < kernel.shared <= 48 * 1024  # without asking the driver for more
+    assert 0 < kernel.shared <= 48 * 1024  # what a driver allows by default
 
 
 @pytest.mark.parametrize(
     ("architecture", "options"), [("sm_70", {}), ("sm89", {}), ("sm_89", {"x_dtype": "int8"})]
 )
-def test_what_it_does_not_compile_for(architecture, options):
+def test_unknown_architectures_and_dtypes(architecture, options):
     with pytest.raises(InvalidInputError, match="expected"):
         compile_kernel(architecture, **options)
 
 
-def test_as_a_plugin_it_has_the_parameters_that_tensorrt_gives(tmp_path):
+def test_as_a_plugin_it_has_the_parameters_that_tensorrt_passes(tmp_path):
     import triton
 
     from crl_export.kernels.plugin import plugin_ptx

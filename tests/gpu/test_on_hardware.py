@@ -1,4 +1,4 @@
-"""What only a GPU can show: engines and the kernel on the real driver; skipped without one."""
+"""Engines and the projection kernel on a real GPU; skipped without one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_plan_agrees_with_the_fp32_graph(architecture, bundle, runtime):
     record = verify(bundle, runtime, batches=(1, 32), seconds=0.5)
     assert record.agrees, record.failures
     with Embedder.open(bundle) as automatic, Embedder.open(bundle, engine="onnx/cpu") as reference:
-        assert automatic.engine == f"{runtime}/cuda/fp32"  # now that it is verified
+        assert automatic.engine == f"{runtime}/cuda/fp32"  # since it is now verified
         pictures = list(parity.images(bundle.preprocess, 40))
         got, expected = automatic.embed(pictures), reference.embed(pictures)
         np.testing.assert_allclose(got.universal, expected.universal, atol=2e-3)
