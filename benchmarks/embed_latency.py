@@ -1,8 +1,8 @@
-"""What conditional embeddings cost over a plain CLIP pass: engine latency, side by side in one run.
+"""Measure the cost of conditional embeddings over universal embeddings: latency of the engine.
 
-`python -m crl_benchmarks.embed_latency [BUNDLE]` times one engine run per batch size, with no
-criterion, with one and with ten, interleaved, and asserts that the projected columns are right.
-Ends in one JSON line.
+`python -m crl_benchmarks.embed_latency [BUNDLE]` times engine runs with no, one and ten criteria
+for each batch size. The settings take turns, so that noise affects all alike. The conditional
+columns are compared with NumPy. The last line of the output is JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from crl_sdk.engines._contract import ImageEngine
 from crl_sdk.engines._selection import open_engine
 from crl_sdk.projection._projection import normalise_rows, pack
 
-COLUMNS = 40  # texts of a usual basis
+COLUMNS = 40  # texts of a typical basis
 CRITERIA = (0, 1, 10)
 
 
@@ -32,17 +32,17 @@ def measure(
     """Time engine runs with 0, 1 and 10 bases.
 
     Args:
-        bundle: the model.
-        batch_sizes: images per run.
-        repeats: runs per setting; settings take turns, so that noise meets all alike.
-        name: of the engine.
+        bundle: The model.
+        batch_sizes: Numbers of images per run.
+        repeats: Number of runs per setting.
+        name: Name of the engine.
 
     Returns:
-        One record per batch size: milliseconds p50 and p99 per number of criteria, and the median
-        over the runs of the ratio to the run without criteria.
+        One record per batch size. For each number of criteria it holds the p50 and p99 latency in
+        milliseconds, and the median ratio to the run without criteria.
 
     Raises:
-        AssertionError: a projected column differs from NumPy's by more than 1e-4.
+        AssertionError: If a projected column differs from NumPy's by more than 1e-4.
     """
     engine = open_engine(bundle, name)
     spec, rng = bundle.preprocess, np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""`make eval`: all projections compared, as tables of means, paired differences and controls.
+"""`make eval`: tables that compare all projection methods, with paired differences and controls.
 
 `python -m crl_benchmarks.projection_tables --out benchmarks/results/projections`
 """
@@ -45,8 +45,8 @@ from crl_sdk.tasks._cluster_quality import MIN_SEPARATION, MIN_STABILITY
 BASELINE = "cosine"
 
 USEFUL = 0.05
-"""What a basis has to add to the accuracy of the universal embedding, and to that of random words,
-or it was not worth it."""
+"""Smallest gain in accuracy over the universal embedding and over random words for which a basis is
+worth it."""
 
 _TITLES = {"accuracy": "ACC", "nmi": "NMI", "ari": "ARI", "few_shot": "5-shot", "map": "mAP"}
 _NOISE = {"": "clean", "off-topic": "half off-topic words", "other criteria's": "half words of "
@@ -55,28 +55,33 @@ _NOISE = {"": "clean", "off-topic": "half off-topic words", "other criteria's": 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A paired difference: its mean over the seeds, and half the width of its 95 % interval."""
+    """A paired difference.
+
+    Attributes:
+        mean: Mean over the seeds.
+        half: Half the width of the 95 % confidence interval.
+    """
 
     mean: float
     half: float
 
     def __str__(self) -> str:
-        """In points."""
+        """Return the difference in percentage points."""
         return f"{100 * self.mean:+.1f} ± {100 * self.half:.1f}"
 
 
 def difference(
     runs: Iterable[Run], variant: str, measure: str, baseline: str = BASELINE
 ) -> Difference:
-    """Compare a variant with another on the same texts, pictures and starts.
+    """Return the difference between two variants on the same texts, images and starts.
 
-    Differences are averaged within each seed; the interval is Student's, over the seeds.
+    Differences are averaged within each seed. The interval is Student's over the seeds.
 
     Args:
-        runs: those to compare over, all variants of them.
-        variant: name.
-        measure: of `MEASURES`.
-        baseline: name of the other.
+        runs: Runs of both variants.
+        variant: Name of the variant.
+        measure: One of `MEASURES`.
+        baseline: Name of the variant to compare with.
     """
     from scipy.stats import t
 
@@ -100,16 +105,15 @@ def markdown(runs: Sequence[Run], record: dict[str, Any]) -> str:
         [
             "# Projections on the demo world",
             f"`make eval`: {record['images']} held-out scenes, {record['seeds']} seeds, "
-            f"{record['seconds'] / 60:.0f} minutes. Each seed draws other texts, noise, starts of "
-            "k-means and examples (the language model's lists are "
-            f"{LISTS}); all methods get the same ones. Rows are as the paper's protocol "
-            "has them: unit rows for clustering and retrieval, standardised ones for 5-shot. "
-            "“References”: the mean of "
-            f"{record['references']} other scenes is removed. “Exclusive” methods are told the own "
-            "words of the five other criteria, which no other method is; words of other criteria "
-            "that are mixed in are synonyms of those, never the same. “Written against”: the "
-            "language model's texts of those criteria instead. Differences are against "
-            "`cosine`, the paper's, in points, with 95 % intervals over the seeds.",
+            f"{record['seconds'] / 60:.0f} minutes. Each seed draws texts, noise, starts of "
+            f"k-means and examples, and all methods get the same ones. The language model wrote "
+            f"{LISTS} lists. Rows have the form of the paper's protocol: unit rows for clustering "
+            "and retrieval, standardised rows for 5-shot. “References”: the mean of "
+            f"{record['references']} other scenes is removed. Only “exclusive” methods get the "
+            "words of the five other criteria; the words of other criteria that are mixed in as "
+            "noise are synonyms of those, never the same words. “Written against”: the other "
+            "criteria's texts come from the language model instead. Differences are to `cosine`, "
+            "the paper's method, in percentage points, with 95 % intervals over the seeds.",
             "## Methods",
             *(_methods(runs, noise) for noise in NOISES),
             "### Both kinds of noise together: difference from `cosine` over all noisy bases",
@@ -118,8 +122,8 @@ def markdown(runs: Sequence[Run], record: dict[str, Any]) -> str:
             _by_source(runs),
             "## Controls",
             _controls(runs),
-            "## What the default was chosen on",
-            "Factors that no table above reports; the encoder hardly sees backgrounds.",
+            "## Factors that the default was chosen on",
+            "No table above reports these factors. The encoder hardly sees backgrounds.",
             _chosen_on(runs),
             "## When conditioning hurts, and the warning",
             _warning(runs),
@@ -219,7 +223,7 @@ def _chosen_on(runs: Sequence[Run]) -> str:
 
 
 def _warning(runs: Sequence[Run]) -> str:
-    """Say how often the warning of `crl_sdk.tasks` is right, by what is wrong."""
+    """Return a table of how often `assess_clusters` is right, by kind of basis."""
     plain = {(run.factor, run.seed): run.scores for run in runs if run.source == "universal"}
     chance = {
         factor: np.mean([run.scores["accuracy"] for run in runs if run.factor == factor
@@ -242,14 +246,14 @@ def _warning(runs: Sequence[Run]) -> str:
     }
     head = [
         "basis", "bases", "5-shot below universal", "ACC below universal", "not worth it",
-        "of these warned of", "of the others warned of", "a group that no text fits",
+        "of these warned of", "of the others warned of", "a group that no text describes",
     ]  # fmt: skip
     kinds: list[tuple[str, Callable[[Run], bool]]] = [
         ("the criterion's words, or the model's", lambda r: r.source in SOURCES and not r.noise),
         ("… with half off-topic words", lambda r: r.noise == "off-topic"),
         ("… with half words of other criteria", lambda r: r.noise == "other criteria's"),
         *((source, lambda r, s=source: r.source == s) for source in (*PARTIAL, CONTROLS[0])),
-        ("all of more than two texts", lambda r: "separation" in r.signals),
+        ("all with more than two texts", lambda r: "separation" in r.signals),
     ]
     rows = []
     for kind, fits in kinds:
@@ -270,19 +274,18 @@ def _warning(runs: Sequence[Run]) -> str:
         for own in (whole, lacking)
     ]
     together = " and ".join(map(str, _best_thresholds(bases, bad)))
-    told = ", ".join(f"{_said(factor)} {a} and {b}" for factor, (a, b) in pairs.items())
+    told = ", ".join(f"{_said(factor)}: {a} and {b}" for factor, (a, b) in pairs.items())
     return (
-        f"A basis is not worth it if its accuracy is less than {100 * USEFUL:.0f} points above the "
-        "universal embedding's, or above that of random words. It is warned of if its separation "
-        f"is below {MIN_SEPARATION} or its stability below {MIN_STABILITY} "
-        "(`crl_sdk.tasks`, no labels). The shares below are of thresholds that each "
-        "criterion has no part in: the pair that separates best (Youden's J) on the five others, "
-        f"which is, without {told}. All six give {together}. "
-        "Bases of two texts are always warned of. The last column is another sign, see "
-        "`crl_sdk.tasks`: pictures grouped into as many groups as the criterion has values, "
-        "of which one or more is like none of the texts. On the four criteria above it is seen "
-        f"with {unlike[0]} bases that have all the words, and {unlike[1]} that have two or four of "
-        f"them.\n\n{_table(head, rows)}"
+        f"A basis is not worth it if its accuracy is less than {100 * USEFUL:.0f} points above "
+        "that of the universal embedding or that of random words. `crl_sdk.tasks.assess_clusters` "
+        f"warns, without labels, if the separation is below {MIN_SEPARATION} or the stability is "
+        f"below {MIN_STABILITY}, and always with two texts. For the shares below, each criterion "
+        "has its own thresholds: the pair with the best Youden's J on the five others. Left out "
+        f"and thresholds: {told}. All six together give {together}. The last column is another "
+        "sign: if the images are clustered into as many groups as the criterion has values, no "
+        "text describes at least one of the groups. On the four criteria above this happens with "
+        f"{unlike[0]} bases that have all the words, and with {unlike[1]} that have two or four "
+        f"of them.\n\n{_table(head, rows)}"
     )
 
 
@@ -334,7 +337,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=900)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
+    parser.add_argument(
+        "--out", type=Path, help="base name of the files to write: OUT.json and OUT.md"
+    )
     arguments = parser.parse_args()
     started = time.perf_counter()
     with LanguageModel.open() as model:

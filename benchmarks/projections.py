@@ -1,8 +1,8 @@
-"""Which projection? All of them on the demo world, on clean and noisy bases, beside controls.
+"""Compare all projection methods on the demo world, with clean bases, noisy bases and controls.
 
-Methods are compared on four criteria; the default was chosen on others (`CHOSEN_ON`). Every seed
-draws other texts, other noise, other starts of k-means and other examples, so that differences are
-paired. `crl_benchmarks.projection_tables` runs it and writes the tables.
+The methods are compared on four criteria. The default was chosen on two others (`CHOSEN_ON`). Each
+seed draws texts, noise, starts of k-means and examples, and all methods get the same ones, so that
+differences are paired. `crl_benchmarks.projection_tables` runs this and writes the tables.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from crl_sdk.tasks._metrics import mean_average_precision
 from crl_sdk.tasks._naming import name_clusters
 
 CHOSEN_ON = ("size", "background")
-"""Factors that no table of ours reports; the encoder sees the first, and hardly the second."""
+"""Factors that no table reports. The encoder sees the first well and the second hardly."""
 
 NAMING_PROMPT = "a photo with the {criterion} of {{}}"
 
 SHOTS = 5
 QUERIES = 0.3
-"""Share of the pictures that ask in the retrieval; the others are what they look among."""
+"""Share of the images that are queries in the retrieval. The others are the candidates."""
 
 REFERENCES = 400
 
 LISTS = 4
-"""Lists that the language model writes for a factor; seeds beyond it take them again."""
+"""Number of lists that the language model writes for a factor. Further seeds reuse them."""
 
 MEASURES = ("accuracy", "nmi", "ari", "few_shot", "map")
 
@@ -56,12 +56,13 @@ Texts = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A method as it is measured.
+    """A method with its options, as it is measured.
 
     Attributes:
-        method: that makes the projection.
-        referenced: whether the mean of reference images is removed.
-        written: whether against are the language model's lists; else their own words.
+        method: Method that makes the projection.
+        referenced: Whether the mean of reference images is removed.
+        written: Whether the texts of the other criteria come from the language model instead of
+            the demo world.
     """
 
     method: Method
@@ -70,7 +71,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """As in the tables."""
+        """Name in the tables."""
         more = ", references" if self.referenced else ", written against" if self.written else ""
         return self.method + more
 
@@ -93,21 +94,22 @@ SOURCES = ("own words", "synonyms", "language model")
 NOISES = ("", "off-topic", "other criteria's")
 CONTROLS = ("random words", "random words, naming prompt")
 PARTIAL = ("2 of the words", "4 of the words", "other criteria's words")
-"""Bases that go wrong in other ways, for the warning: measured with `WARNED` alone."""
+"""Bases with other defects, to test the warning. Only the method `WARNED` is measured on them."""
 
 WARNED = Variant("centred")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class World:
-    """What all runs share.
+    """Data that all runs share.
 
     Attributes:
-        universal: (n, d) float32 unit rows, held-out scenes.
-        reference: (r, d) likewise, of other scenes.
-        labels: factor → (n,) int64.
-        texts: unit embedding of each text under each prompt, by (prompt, text).
-        generated: factor → lists that the language model wrote; empty where it refused.
+        universal: Universal embeddings of held-out scenes, shape (n, d), float32, unit rows.
+        reference: Universal embeddings of other scenes, shape (r, d), float32, unit rows.
+        labels: Labels of the held-out scenes for each factor, shape (n,), int64.
+        texts: Text embeddings by (prompt, text), shape (d,), float32, unit length.
+        generated: Lists that the language model wrote for each factor. A list is empty if the
+            model could not write one.
     """
 
     universal: NDArray[np.float32]
@@ -117,25 +119,25 @@ class World:
     generated: Mapping[str, Sequence[Sequence[str]]]
 
     def embed(self, texts: Sequence[str], prompt: str = NEUTRAL_PROMPT) -> Texts:
-        """Give (k, d) embeddings of known texts."""
+        """Return the embeddings of known texts, shape (k, d), float32."""
         return np.stack([self.texts[prompt, text] for text in texts])
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One figure set: a criterion, where its texts come from, a method and a seed.
+    """Scores of one criterion, source of texts, method and seed.
 
     Attributes:
-        factor: of the demo world.
-        source: of `SOURCES` or `CONTROLS`, or `universal…`.
-        noise: of `NOISES`: half as many texts again that do not belong.
-        variant: name of a `Variant`; empty for the universal embedding.
-        seed: of everything that is drawn.
-        texts: how many.
-        scores: of `MEASURES`.
-        signals: of `WARNED` alone, and without a look at labels: separation and stability, see
-            `crl_sdk.tasks`, unless there are two texts only; and the share of as many groups
-            as the factor has values that no text fits, `unlike`.
+        factor: Factor of the demo world.
+        source: One of `SOURCES` or `CONTROLS`, or a name that starts with `universal`.
+        noise: One of `NOISES`. Noise adds half as many texts that do not belong to the criterion.
+        variant: Name of a `Variant`. Empty for the universal embedding.
+        seed: Seed of all random choices.
+        texts: Number of texts.
+        scores: Score for each of `MEASURES`.
+        signals: Measures that need no labels, for `WARNED` only: `separation` and `stability` of
+            `crl_sdk.tasks.assess_clusters` (not with two texts), and `unlike`, the share of
+            clusters that no text describes.
     """
 
     factor: str
@@ -149,7 +151,7 @@ class Run:
 
 
 def make_world(images: int, seeds: int, model: LanguageModel) -> World:
-    """Render, embed, and let a language model write."""
+    """Render and embed the scenes, and let the language model write texts."""
     with Embedder.open(demo_bundle(), engine="onnx/cpu/fp32") as embedder:
         universal, labels = _embedded(embedder, TEST_SEED, images)
         reference, _ = _embedded(embedder, MONITOR_SEED, REFERENCES)
@@ -166,7 +168,7 @@ def make_world(images: int, seeds: int, model: LanguageModel) -> World:
 
 
 def texts_of(world: World, factor: str, source: str, noise: str, seed: int) -> list[str]:
-    """Draw the texts of a basis; none where the language model refused."""
+    """Return the texts of a basis, drawn at random. Empty if the language model wrote none."""
     rng = np.random.default_rng([seed, *factor.encode()])
     values = SYNONYMS[factor].values()
     if source == "own words":
@@ -189,10 +191,15 @@ def texts_of(world: World, factor: str, source: str, noise: str, seed: int) -> l
     return list(dict.fromkeys(texts))
 
 
-def siblings_of(world: World, factor: str, seed: int, *, written: bool = False) -> list[Texts]:
-    """Give the texts of all other criteria that are reported or chosen on.
+def other_texts(world: World, factor: str, seed: int, *, written: bool = False) -> list[Texts]:
+    """Return the text embeddings of all other criteria.
 
-    Their own words; or the language model's, unless it wrote fewer than two.
+    Args:
+        world: Shared data.
+        factor: Factor to leave out.
+        seed: Seed of the random choices.
+        written: Whether to take the texts of the language model. The words of the demo world are
+            used where it wrote fewer than two.
     """
     against = []
     for other in (*CRITERIA, *CHOSEN_ON):
@@ -206,7 +213,7 @@ def siblings_of(world: World, factor: str, seed: int, *, written: bool = False) 
 
 def measure(rows: NDArray[np.float32], labels: NDArray[np.int64], seed: int,
             *, standardise: bool = True) -> dict[str, float]:  # fmt: skip
-    """Measure rows (n, m), whatever they are, on all tasks."""
+    """Measure rows, shape (n, m), on all tasks."""
     order = np.random.default_rng(seed).permutation(len(rows))
     shuffled, codes = rows[order], labels[order]
     found = clustering(shuffled, codes, seeds=(seed,))
@@ -222,7 +229,7 @@ def measure(rows: NDArray[np.float32], labels: NDArray[np.int64], seed: int,
 
 
 def runs_of(world: World, task: tuple[str, int]) -> list[Run]:
-    """Measure everything of one factor and one seed."""
+    """Measure all bases and methods for one factor and one seed."""
     factor, seed = task
     labels, k = world.labels[factor], len(FACTORS[factor])
     runs = []
@@ -235,7 +242,7 @@ def runs_of(world: World, task: tuple[str, int]) -> list[Run]:
     for source, noise, texts, embedded in _bases(world, factor, seed):
         for variant in (WARNED,) if source in PARTIAL else VARIANTS:
             against = (
-                siblings_of(world, factor, seed, written=variant.written)
+                other_texts(world, factor, seed, written=variant.written)
                 if takes_against(variant.method)
                 else ()
             )
@@ -255,18 +262,18 @@ def runs_of(world: World, task: tuple[str, int]) -> list[Run]:
 def _signals(
     world: World, rows: NDArray[np.float32], embedded: Texts, k: int, seed: int
 ) -> dict[str, float]:
-    trust = assess_clusters(world.universal, rows, embedded, seed=seed)
+    quality = assess_clusters(world.universal, rows, embedded, seed=seed)
     found, _ = kmeans(rows, k, seed=seed, starts=3)
     numbers = [str(number) for number in range(len(embedded))]
     names = name_clusters(found, world.universal @ embedded.T, numbers)
     signals = {"unlike": float(np.mean([not name.fits for name in names]))}
-    if trust.separation is not None and trust.stability is not None:
-        signals |= {"separation": trust.separation, "stability": trust.stability}
+    if quality.separation is not None and quality.stability is not None:
+        signals |= {"separation": quality.separation, "stability": quality.stability}
     return signals
 
 
 def measure_all(world: World, seeds: int, workers: int) -> list[Run]:
-    """Measure all factors under all seeds, in processes of one thread each."""
+    """Measure all factors with all seeds, in processes of one thread each."""
     tasks = [(factor, seed) for seed in range(seeds) for factor in (*CRITERIA, *CHOSEN_ON)]
     if workers < 2:
         return [run for task in tasks for run in runs_of(world, task)]
@@ -275,7 +282,7 @@ def measure_all(world: World, seeds: int, workers: int) -> list[Run]:
 
 
 def _bases(world: World, factor: str, seed: int) -> Iterator[tuple[str, str, list[str], Texts]]:
-    """Give source, noise, texts and their embeddings (k, d) of all bases of a factor."""
+    """Yield source, noise, texts and text embeddings (k, d) of all bases of a factor."""
     for source in SOURCES:
         for noise in NOISES:
             texts = texts_of(world, factor, source, noise, seed)
@@ -288,7 +295,7 @@ def _bases(world: World, factor: str, seed: int) -> Iterator[tuple[str, str, lis
 
 
 def _theirs(factor: str, rng: np.random.Generator) -> list[str]:
-    """Give words of the other factors in random order, none of which `siblings_of` has."""
+    """Return words of the other factors in random order, without those of `other_texts`."""
     others = [other for other in SYNONYMS if other != factor]
     words = [rng.choice(forms[1:]) for other in others for forms in SYNONYMS[other].values()]
     return [str(word) for word in rng.permutation(words)]

@@ -1,4 +1,4 @@
-"""The command line interface `crl`; the only place that reads the environment."""
+"""The command line interface `crl`, the only place that reads environment variables."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is chosen.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log the choices that crl makes.")
+    ] = False,
     _version: Annotated[
         bool,
         typer.Option(
@@ -76,7 +78,7 @@ def _options(
 
 
 def run() -> None:
-    """Run `crl` with the arguments of the process; errors become one message and exit status 1."""
+    """Run `crl` with the arguments of the process. Errors give one message and exit status 1."""
     try:
         app()
     except CrlError as error:

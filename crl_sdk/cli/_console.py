@@ -1,4 +1,4 @@
-"""How `crl` talks: results on stdout as tables or JSON, everything else on stderr."""
+"""Output of `crl`: results go to stdout as tables or JSON, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ JsonOption = Annotated[
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """Print one JSON document on stdout, and nothing else there."""
+    """Print one JSON document on stdout."""
     out.print_json(json.dumps(document), indent=2)
 
 
 def print_facts(title: str, facts: dict[str, object]) -> None:
-    """Print names and values, one a line, on stdout."""
+    """Print names and values on stdout, one pair per line."""
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in facts.items():
         table.add_row(f"[bold]{escape(name)}", escape(str(value)))
@@ -43,17 +43,17 @@ def print_facts(title: str, facts: dict[str, object]) -> None:
 
 
 def note(message: str) -> None:
-    """Tell something on stderr that is not the result."""
+    """Print a note on stderr."""
     err.print(escape(message), style="dim", soft_wrap=True)
 
 
 def warn(message: str) -> None:
-    """Tell on stderr what the user should look at."""
+    """Print a warning on stderr."""
     err.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
 
 
 def print_error(error: Exception, *, as_json: bool) -> None:
-    """Print an error: on stdout as JSON, or on stderr for people."""
+    """Print an error, either as JSON on stdout or as text on stderr."""
     if as_json:
         print_json({"error": {"type": type(error).__name__, "message": str(error)}})
     else:
@@ -62,7 +62,7 @@ def print_error(error: Exception, *, as_json: bool) -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Show progress on stderr while something long runs; it is gone when done."""
+    """Show a progress bar on stderr, and remove it at the end."""
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -77,6 +77,6 @@ def progress_bar() -> Iterator[Progress]:
 
 @contextmanager
 def spinner(message: str) -> Iterator[Status]:
-    """Show on stderr what is going on; `.update(message)` changes it."""
+    """Show a message on stderr while something runs. `.update(message)` changes it."""
     with err.status(message) as status:
         yield status

@@ -1,4 +1,4 @@
-"""`crl embed`: images in, an .npz or .parquet file of embeddings out."""
+"""`crl embed`: embed images and write an .npz or .parquet file."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ from crl_sdk.model._image_files import find_image_files
 
 def embed(
     images: Annotated[
-        list[Path], typer.Argument(help="Image files, or directories to search for them.")
+        list[Path], typer.Argument(help="Image files, or directories to search for image files.")
     ],
     out_file: Annotated[
         Path, typer.Option("--out", "-o", help="The .npz or .parquet file to write.")
     ],
-    criteria: Annotated[str, typer.Option(help="Comma-separated names of bases.")] = "",
+    criteria: Annotated[
+        str, typer.Option(help="Criteria whose bases to use, separated by commas.")
+    ] = "",
     bundle: BundleOption = None,
     bases: BasesOption = DEFAULT_BASES,
     engine: EngineOption = "auto",
@@ -44,7 +46,10 @@ def embed(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per engine run.")] = 32,
     as_json: JsonOption = False,
 ) -> None:
-    """Embed images; unreadable ones are named and left out, and the exit status is then 1."""
+    """Embed images and write their embeddings to a file.
+
+    Images that cannot be read are listed and left out, and the exit status is then 1.
+    """
     _check_out(out_file)
     paths = find_image_files(images)
     names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
@@ -93,13 +98,15 @@ def _check_out(path: Path) -> None:
     if path.suffix not in (".npz", ".parquet"):
         raise InvalidInputError(f"--out: expected a .npz or .parquet file, got {str(path)!r}")
     if not path.parent.is_dir():
-        raise InvalidInputError(f"--out: the directory {path.parent} does not exist; make it first")
+        raise InvalidInputError(
+            f"--out: the directory {path.parent} does not exist; create it first"
+        )
     if path.suffix == ".parquet":
         _pyarrow()
 
 
 def _write(path: Path, images: Sequence[Path], result: Embeddings, fingerprint: str) -> None:
-    """Write the good rows under their image's path, with the model's fingerprint."""
+    """Write the embeddings of readable images, with their paths and the model's fingerprint."""
     names = [str(image) for image in images]
     arrays: dict[str, Any] = {"universal": result.universal[result.ok]}
     arrays.update({name: rows[result.ok] for name, rows in result.conditional.items()})

@@ -1,4 +1,4 @@
-"""`crl export` and `crl info`: make a model bundle, and look into one."""
+"""`crl export` and `crl info`: make a model bundle and show what a bundle holds."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def export(
         ),
     ] = "none",
     precision: Annotated[
-        str, typer.Option(help=f"Comma-separated, of {', '.join(PRECISIONS)}.")
+        str, typer.Option(help=f"Precisions, separated by commas: {', '.join(PRECISIONS)}.")
     ] = "fp32",
-    name: Annotated[str | None, typer.Option(help="Name in the manifest.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model in the manifest.")] = None,
     license_name: Annotated[
-        str, typer.Option("--license", help="Of the weights, for the manifest.")
+        str, typer.Option("--license", help="Licence of the weights, for the manifest.")
     ] = "unknown",
     text: Annotated[bool, typer.Option(help="Export the text tower too.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn an open_clip model into a bundle, and check it against torch.
+    """Export an open_clip model to a bundle, and compare the graphs with torch.
 
-    Writes nothing if a graph does not agree with torch within its tolerance.
+    Nothing is written if a graph differs from torch by more than its tolerance.
     """
     try:
         from crl_export.exporter import export_model
@@ -69,7 +69,7 @@ def info(
     bundle: Annotated[Path, typer.Argument(help="Directory of a bundle.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Verify a bundle and print what it holds."""
+    """Verify a bundle and print its contents."""
     _print_bundle(ModelBundle.open(bundle), as_json)
 
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the defaults behind them."""
+"""Options that several commands share, and their defaults."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BundleOption = Annotated[
         "--bundle",
         "-b",
         envvar="CRL_BUNDLE",
-        help="Model bundle, from `crl export`. Without one the small demo model is used.",
+        help="Model bundle made by `crl export`. Default: the small demo model.",
     ),
 ]
 BasesOption = Annotated[
@@ -30,23 +30,23 @@ BasesOption = Annotated[
 EngineOption = Annotated[
     str,
     typer.Option(
-        help="auto, or a name that `crl doctor` lists or its beginning: onnx/cpu/int8, onnx/cuda, "
+        help="auto, or a name from `crl doctor` or the start of one: onnx/cpu/int8, onnx/cuda, "
         "tensorrt-rtx."
     ),
 ]
 BakedOption = Annotated[
     Path | None,
     typer.Option(
-        help="Basis file; take the TensorRT plan that has it fixed (`crl compile --baked`)."
+        help="Basis file. Use the TensorRT plan compiled with it (`crl compile --baked`)."
     ),
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="Threads of one engine run; one per core by default.")
+    int | None, typer.Option(min=1, help="Threads of one engine run. Default: one per core.")
 ]
 DecodeOption = Annotated[
     Decode,
     typer.Option(
-        help="fast: libjpeg shrinks large JPEGs while it decodes them; embeddings drift a little."
+        help="fast lets libjpeg shrink large JPEGs while decoding; embeddings change slightly."
     ),
 ]
 
@@ -54,20 +54,24 @@ DEFAULT_BASES = Path("bases")
 
 
 def bundle_or_demo(bundle: Path | None) -> Path:
-    """Give the bundle's path, or that of the demo model with a note that says so."""
+    """Return the path of the bundle, or that of the demo model after printing a note."""
     if bundle is None:
-        note("no --bundle: using the demo model, which knows rendered coloured shapes only")
+        note("no --bundle: using the demo model, which knows only rendered coloured shapes")
         return demo_bundle()
     return bundle
 
 
 def load_basis(directory: Path, criterion: str) -> Basis:
-    """Load a criterion's basis out of a directory of bases.
+    """Load the basis of a criterion from a directory of bases.
+
+    Args:
+        directory: Directory of basis files.
+        criterion: Name of the criterion.
 
     Raises:
-        CriterionError: there is none of that name; the message lists those there are.
-        BasisError: it cannot be read.
-        IntegrityError: it is not a basis file.
+        CriterionError: If the directory has no such basis. The message lists those it has.
+        BasisError: If the file cannot be read.
+        IntegrityError: If the file is not a basis file.
     """
     path = basis_path(directory, criterion)
     if not path.exists():
@@ -86,7 +90,7 @@ def open_embedder(
     baked: Path | None = None,
     decode: Decode = "exact",
 ) -> Embedder:
-    """Open the bundle named on the command line, or the demo model."""
+    """Open the bundle given on the command line, or the demo model."""
     return Embedder.open(
         bundle_or_demo(bundle),
         engine=engine,
