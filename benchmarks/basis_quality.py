@@ -1,9 +1,9 @@
-"""How good are generated bases? On the demo world, whose right answers are known.
+"""Quality of generated bases, measured on the demo world, whose right answers are known.
 
-`python -m crl_benchmarks.basis_quality [--model FILE.gguf …]` makes bases with the generator under
-several seeds and compares them with the world's own words, with random words and with the universal
-embedding, by clustering and by classification from ten examples per value. The generator was tuned
-on other criteria (season, mood, material, time of day, vehicle, weather).
+`python -m crl_benchmarks.basis_quality [--llm FILE.gguf …]` generates bases under several seeds. It
+compares them with the world's own words, with random words and with the universal embedding, by
+clustering and by classification from ten examples per value. The generator was tuned on other
+criteria (season, mood, material, time of day, vehicle, weather).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from crl_export.demo.evaluate import kmeans_accuracy, own_words
 from crl_export.demo.lexicon import OFF_TOPIC, SYNONYMS
 from crl_export.demo.world import CRITERIA
 from crl_sdk import Embedder, demo_bundle
-from crl_sdk.basis._build import DEFAULT_MERGE_THRESHOLD, build_basis
-from crl_sdk.basis._generate import GenerationOptions, generate_texts
+from crl_sdk.basis._basis import Basis
+from crl_sdk.basis._generate import GenerationOptions
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.basis._votes import text_key
 from crl_sdk.errors import GenerationError
@@ -53,18 +53,18 @@ HELPED: dict[str, dict[str, GenerationOptions]] = {
         ),
     },
 }
-"""What a user could add where the model alone does badly: a remark, or a line of their own."""
+"""What a user could add for a criterion that the model knows badly: a hint, or an example."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a set of texts gives.
+    """Figures of one basis, or of the universal embedding.
 
     Attributes:
-        clustering: accuracy of k-means, mean over seeds 0-4 of its own.
-        few_shot: accuracy of logistic regression on ten examples per value, mean over splits.
-        texts: how many; 0 for the universal embedding.
-        named: how many of the factor's values they name, in any of the world's words.
+        clustering: Accuracy of k-means, mean over its seeds 0-4.
+        few_shot: Accuracy of logistic regression on ten examples per value, mean over splits.
+        texts: Number of texts; 0 for the universal embedding.
+        named: Number of the factor's values that the texts name, by any of the world's words.
     """
 
     clustering: float
@@ -74,10 +74,16 @@ class Score:
 
 
 class World:
-    """Held-out scenes, embedded once, and the texts of the model that embedded them."""
+    """Held-out scenes, embedded once, and the model that embedded them."""
 
     def __init__(self, embedder: Embedder, images: int, splits: int) -> None:
-        """Render and embed the scenes."""
+        """Render and embed the scenes.
+
+        Args:
+            embedder: Embedder of the demo model.
+            images: Number of scenes.
+            splits: Number of random splits of the few-shot classification.
+        """
         self.splits = splits
         with tempfile.TemporaryDirectory() as scratch:
             files, codes = read_labels(write_dataset(Path(scratch), images, TEST_SEED))
@@ -85,32 +91,32 @@ class World:
         self.labels = labels_of(codes)
         self.embedder = embedder
 
-    def score(
-        self, factor: str, texts: Sequence[str], merge: float = DEFAULT_MERGE_THRESHOLD
-    ) -> Score:
-        """Measure the basis of some texts; none of them for the universal embedding itself.
-
-        The model gives words it does not know nearly one embedding: as a user would get them, they
-        are merged; random words are not, or hardly any would be left.
-        """
+    def score_universal(self, factor: str) -> Score:
+        """Measure the universal embedding."""
         labels = self.labels[factor]
-        if not texts:
-            return Score(
-                kmeans_accuracy(self.universal, labels),
-                few_shot_accuracy(self.universal, labels, self.splits),
-            )
-        basis = build_basis(
-            AS_SAID[factor], texts, self.embedder.embed_text,
-            fingerprint=self.embedder.bundle.fingerprint, prompts=(NEUTRAL_PROMPT,),
-            merge_threshold=merge,
-        )  # fmt: skip
+        return Score(
+            kmeans_accuracy(self.universal, labels),
+            few_shot_accuracy(self.universal, labels, self.splits),
+        )
+
+    def score_basis(self, factor: str, basis: Basis) -> Score:
+        """Measure the conditional embedding of a basis."""
+        labels = self.labels[factor]
         rows = basis.projection.apply(self.universal)
+        texts = [*basis.texts, *(merged.text for merged in basis.merged)]
         return Score(
             kmeans_accuracy(rows, labels),
             few_shot_accuracy(rows, labels, self.splits),
             len(basis.texts),
             values_named(factor, texts),
         )
+
+    def score_words(self, factor: str, words: Sequence[str], **options: Any) -> Score:
+        """Measure the basis of given words; the options are those of `Embedder.create_basis`."""
+        basis = self.embedder.create_basis(
+            AS_SAID[factor], words, prompts=(NEUTRAL_PROMPT,), load=False, **options
+        )
+        return self.score_basis(factor, basis)
 
 
 def few_shot_accuracy(
@@ -119,9 +125,9 @@ def few_shot_accuracy(
     """Classify from a few examples per value, as in the paper: standardised rows, C = 1.
 
     Args:
-        rows: (n, m) float32.
-        labels: (n,) int64.
-        splits: how many random choices of the examples.
+        rows: Embeddings, shape (n, m), float32.
+        labels: Value of each row, shape (n,), int64.
+        splits: Number of random choices of the examples.
 
     Returns:
         Mean accuracy on the other rows, over the splits.
@@ -140,7 +146,7 @@ def few_shot_accuracy(
 
 
 def values_named(factor: str, texts: Sequence[str]) -> int:
-    """Count the values of a factor that some of the texts name, by any of the world's words."""
+    """Return the number of a factor's values that the texts name, by any of the world's words."""
     keys = {text_key(text) for text in texts}
     return sum(any(text_key(form) in keys for form in forms) for forms in SYNONYMS[factor].values())
 
@@ -148,34 +154,32 @@ def values_named(factor: str, texts: Sequence[str]) -> int:
 def generated(
     world: World,
     factor: str,
-    model: LanguageModel,
+    llm: LanguageModel,
     options: GenerationOptions,
     seeds: Sequence[int],
 ) -> dict[str, Any]:
-    """Measure the generator on a factor, under several seeds; a refusal scores as universal."""
+    """Measure generated bases under several seeds. A refusal scores as the universal embedding."""
     scores, lists = [], []
     for seed in seeds:
         try:
-            draft = generate_texts(
-                AS_SAID[factor], model, replace(options, seed=1000 * seed),
-                embed_text=world.embedder.embed_text, prompts=(NEUTRAL_PROMPT,),
+            basis = world.embedder.generate_basis(
+                AS_SAID[factor], llm=llm, options=replace(options, seed=1000 * seed),
+                prompts=(NEUTRAL_PROMPT,), load=False,
             )  # fmt: skip
-            texts = [candidate.text for candidate in draft.texts]
         except GenerationError:
-            texts = []
-        lists.append(texts)
-        scores.append(world.score(factor, texts))
+            lists.append([])
+            scores.append(world.score_universal(factor))
+        else:
+            lists.append(list(basis.provenance["votes"]))
+            scores.append(world.score_basis(factor, basis))
     return {"scores": [asdict(score) for score in scores], "texts": lists}
 
 
 def scored(
-    world: World,
-    factor: str,
-    lists: Sequence[Sequence[str]],
-    merge: float = DEFAULT_MERGE_THRESHOLD,
+    world: World, factor: str, lists: Sequence[Sequence[str]], **options: Any
 ) -> dict[str, Any]:
     """Measure lists of texts that no language model wrote."""
-    return {"scores": [asdict(world.score(factor, texts, merge)) for texts in lists]}
+    return {"scores": [asdict(world.score_words(factor, texts, **options)) for texts in lists]}
 
 
 def evaluate(
@@ -189,14 +193,14 @@ def evaluate(
     """Measure all sources of texts on all factors.
 
     Args:
-        models: name → language model.
-        images: number of held-out scenes.
-        seeds: of the generator and of the random words.
-        splits: of the few-shot classification.
-        helped: measure hints and examples too.
+        models: Language models by name.
+        images: Number of held-out scenes.
+        seeds: Seeds of the generator and of the random words.
+        splits: Number of splits of the few-shot classification.
+        helped: Whether to measure hints and examples too.
 
     Returns:
-        factor → source → scores per seed (and the texts), as JSON values.
+        Scores per seed and texts, by factor and source, as JSON values.
     """
     results: dict[str, Any] = {}
     with Embedder.open(demo_bundle()) as embedder:
@@ -204,28 +208,29 @@ def evaluate(
         for factor in CRITERIA:
             own = own_words(factor)
             rows = results[factor] = {
-                "universal": scored(world, factor, [()]),
+                "universal": {"scores": [asdict(world.score_universal(factor))]},
                 "own words": scored(world, factor, [own]),
             }
             for name, model in models.items():
-                recipes = {"": GenerationOptions()} | (HELPED.get(factor, {}) if helped else {})
-                for help_, options in recipes.items():
+                variants = {"": GenerationOptions()} | (HELPED.get(factor, {}) if helped else {})
+                for help_, options in variants.items():
                     source = f"{name}, {help_}" if help_ else name
                     rows[source] = generated(world, factor, model, options, seeds)
             size = max(2, round(np.mean([s["texts"] for s in rows[next(iter(models))]["scores"]])))
             shuffled = [np.random.default_rng(seed).permutation(OFF_TOPIC) for seed in seeds]
             words = [[str(word) for word in order[:size]] for order in shuffled]
-            rows["random words"] = scored(world, factor, words, merge=1.0)
+            # not merged: the embeddings of words the model does not know are nearly equal
+            rows["random words"] = scored(world, factor, words, merge_threshold=1.0)
     return results
 
 
 def mean(row: dict[str, Any], name: str) -> float:
-    """Give a figure's mean over the seeds."""
+    """Return the mean of a figure over the seeds."""
     return float(np.mean([score[name] for score in row["scores"]]))
 
 
 def gain(rows: dict[str, Any], source: str) -> float:
-    """Give the share of the own words' gain over the universal embedding that a source recovers."""
+    """Return the gain of a source over the universal embedding, relative to that of own words."""
     low, high = mean(rows["universal"], "clustering"), mean(rows["own words"], "clustering")
     return (mean(rows[source], "clustering") - low) / (high - low)
 
@@ -251,12 +256,12 @@ def as_table(results: dict[str, Any]) -> str:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", action="append", default=[], help="another GGUF file")
+    parser.add_argument("--llm", action="append", default=[], help="another GGUF file")
     parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
     arguments = parser.parse_args()
-    opened = [LanguageModel.open(), *map(LanguageModel.open, arguments.model)]
+    opened = [LanguageModel.open(), *map(LanguageModel.open, arguments.llm)]
     models = {model.path.stem: model for model in opened}
     started = time.perf_counter()
     results = evaluate(models, images=arguments.images, seeds=range(arguments.seeds))

@@ -1,11 +1,11 @@
-"""What the default language model says on criteria that nothing was tuned on, unedited.
+"""Print the unedited texts of the default language model for criteria in words.
 
 `python -m crl_benchmarks.generated_texts > docs/GENERATED.md`
 """
 
 from __future__ import annotations
 
-from crl_sdk.basis._generate import GenerationOptions, generate_texts
+from crl_sdk.basis._generate import generate_texts
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.errors import GenerationError
 
@@ -17,11 +17,11 @@ TUNED_ON = ("mood", "season", "time of day", "material", "weather", "vehicle")
 
 
 def main() -> None:
-    """Print one section per criterion."""
-    with LanguageModel.open() as model:
+    """Print one section for each criterion."""
+    with LanguageModel.open() as llm:
         print(
             "# Generated texts\n\n"
-            f"What {model.path.name} lists for criteria in words, as `crl basis create NAME` takes "
+            f"What {llm.path.name} lists for criteria in words, as `crl basis create NAME` takes "
             "it, good or bad, with votes of at most 24 answers. Nothing is edited, and the filter "
             "in the space of a vision-language model is off, since the demo model knows none of "
             f"these words. The generator was tuned while looking at {', '.join(TUNED_ON)}.\n\n"
@@ -30,13 +30,13 @@ def main() -> None:
         for criterion in CRITERIA:
             print(f"\n## {criterion}\n", flush=True)
             try:
-                draft = generate_texts(criterion, model, GenerationOptions())
+                generated = generate_texts(criterion, llm)  # without embeddings: see above
             except GenerationError as error:
                 print(f"Refused: {error}")
                 continue
-            unsure = " The model is unsure, and `crl` says so." if draft.unsure else ""
-            texts = ", ".join(f"{text.text} {text.votes}" for text in draft.texts)
-            print(f"{texts}. ({draft.answers} answers.){unsure}")
+            unsure = " The model is unsure, and `crl` says so." if generated.unsure else ""
+            texts = ", ".join(f"{text.text} {text.votes}" for text in generated.texts)
+            print(f"{texts}. ({generated.answers} answers.){unsure}")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,9 @@ from crl_export.demo.lexicon import OFF_TOPIC, SYNONYMS
 from crl_export.demo.scenes import render_scene, sample_scene
 from crl_export.demo.world import CRITERIA, FACTORS
 from crl_sdk import Embedder, demo_bundle
-from crl_sdk.basis._basis import Method
-from crl_sdk.basis._generate import GenerationOptions, generate_texts
+from crl_sdk.basis._generate import GenerationOptions
 from crl_sdk.basis._language_model import LanguageModel
-from crl_sdk.basis._methods import make_projection, takes_against
+from crl_sdk.basis._methods import Method, find_method, make_projection
 from crl_sdk.errors import GenerationError
 from crl_sdk.evaluation._clustering import clustering
 from crl_sdk.evaluation._few_shot import few_shot, rescale
@@ -150,13 +149,13 @@ class Run:
     signals: dict[str, float]
 
 
-def make_world(images: int, seeds: int, model: LanguageModel) -> World:
+def make_world(images: int, seeds: int, llm: LanguageModel) -> World:
     """Render and embed the scenes, and let the language model write texts."""
     with Embedder.open(demo_bundle(), engine="onnx/cpu/fp32") as embedder:
         universal, labels = _embedded(embedder, TEST_SEED, images)
         reference, _ = _embedded(embedder, MONITOR_SEED, REFERENCES)
         generated = {
-            factor: [_written(model, factor, embedder, seed) for seed in range(min(LISTS, seeds))]
+            factor: [_written(llm, factor, embedder, seed) for seed in range(min(LISTS, seeds))]
             for factor in (*CRITERIA, *CHOSEN_ON)
         }
         words = {form for forms in SYNONYMS.values() for each in forms.values() for form in each}
@@ -243,7 +242,7 @@ def runs_of(world: World, task: tuple[str, int]) -> list[Run]:
         for variant in (WARNED,) if source in PARTIAL else VARIANTS:
             against = (
                 other_texts(world, factor, seed, written=variant.written)
-                if takes_against(variant.method)
+                if find_method(variant.method).needs_against
                 else ()
             )
             projection = make_projection(
@@ -314,15 +313,15 @@ def _embedded(
     return np.concatenate(rows), {name: codes[:, i] for i, name in enumerate(FACTORS)}
 
 
-def _written(model: LanguageModel, factor: str, embedder: Embedder, seed: int) -> list[str]:
+def _written(llm: LanguageModel, factor: str, embedder: Embedder, seed: int) -> list[str]:
     try:
-        draft = generate_texts(
-            AS_SAID.get(factor, factor), model, GenerationOptions(seed=1000 * seed),
-            embed_text=embedder.embed_text, prompts=(NEUTRAL_PROMPT,),
+        generated = embedder.generate_texts(
+            AS_SAID.get(factor, factor), llm=llm, options=GenerationOptions(seed=1000 * seed),
+            prompts=(NEUTRAL_PROMPT,),
         )  # fmt: skip
     except GenerationError:
         return []
-    return [candidate.text for candidate in draft.texts]
+    return [each.text for each in generated.texts]
 
 
 def _naming(factor: str) -> str:

@@ -1,4 +1,4 @@
-"""The in-process API: images and criteria in, universal and conditional embeddings out."""
+"""The in-process API: make bases, and embed images for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from PIL import Image
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embeddings import Embeddings
 from crl_sdk.basis._basis import Basis
-from crl_sdk.basis._build import build_basis
+from crl_sdk.basis._build import DEFAULT_MERGE_THRESHOLD, DEFAULT_PROMPT, build_basis
+from crl_sdk.basis._generate import (
+    DEFAULT_OPTIONS,
+    GeneratedTexts,
+    GenerationOptions,
+    ReportProgress,
+    generate_texts,
+)
+from crl_sdk.basis._language_model import LanguageModel
+from crl_sdk.basis._methods import Method
 from crl_sdk.engines._contract import ImageEngine, TextEngine
 from crl_sdk.errors import (
     ImageBatchError,
@@ -27,7 +36,7 @@ from crl_sdk.errors import (
 from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.model._preprocess import DEFAULT_LIMITS, Decode, ImageLimits, load_pixels
 from crl_sdk.projection._project_rows import project_rows
-from crl_sdk.projection._projection import normalise_rows, pack
+from crl_sdk.projection._projection import Post, normalise_rows, pack
 
 if TYPE_CHECKING:
     from crl_sdk.engines._engine_name import EngineName
@@ -37,7 +46,16 @@ _TEXT_BATCH = 64
 
 
 class Embedder:
-    """A bundle with its engines and bases. Safe to use from several threads."""
+    """A model bundle with its engines and bases. Several threads may use it at once.
+
+    Example:
+        >>> from crl_sdk import Embedder, demo_bundle
+        >>> with Embedder.open(demo_bundle()) as embedder:
+        ...     basis = embedder.create_basis("color", ["red", "green", "blue"])
+        ...     result = embedder.embed([np.full((96, 96, 3), 200, np.uint8)], ["color"])
+        >>> result.universal.shape, result["color"].shape
+        ((1, 64), (1, 3))
+    """
 
     def __init__(
         self,
@@ -48,17 +66,18 @@ class Embedder:
         limits: ImageLimits = DEFAULT_LIMITS,
         decode: Decode = "exact",
     ) -> None:
-        """Store the parts; `Embedder.open` makes them from a bundle's path.
+        """Store the parts. `Embedder.open` makes them from the path of a bundle.
 
         Args:
-            bundle: the model.
-            image_engine: runs its image tower.
-            open_text_engine: makes the text engine when texts are first embedded.
-            limits: which images to refuse.
-            decode: how JPEGs are decoded.
+            bundle: Model bundle.
+            image_engine: Engine that runs the image tower.
+            open_text_engine: Function that opens the text engine, called when a text is first
+                embedded.
+            limits: Limits above which images are refused.
+            decode: How JPEGs are decoded, see `crl_sdk.model.load_pixels`.
 
         Raises:
-            InvalidInputError: an unknown way of decoding.
+            InvalidInputError: If `decode` is unknown.
         """
         if decode not in get_args(Decode):
             raise InvalidInputError(f"expected decode of {get_args(Decode)}, got {decode!r}")
@@ -86,23 +105,24 @@ class Embedder:
         """Open a bundle with an engine of this machine.
 
         Args:
-            bundle: a directory that `crl export` wrote, or `crl_sdk.demo_bundle()`.
-            engine: `auto`, which logs what it chose; or a name that `crl doctor` lists, or its
-                beginning: `onnx/cpu/int8`, `onnx/cuda`, `tensorrt-rtx`. It is never replaced by
-                another in silence.
-            threads: of one engine run on a CPU; None for one per physical core.
-            baked: with a TensorRT engine, take the plan that has this basis fixed in it; the basis
-                is loaded too.
-            limits: which images to refuse.
-            decode: `exact`, or `fast` for JPEGs: see `crl_sdk.model.load_pixels`.
+            bundle: Directory that `crl export` wrote, or `crl_sdk.demo_bundle()`.
+            engine: `auto` chooses the engine and logs the choice. Any other value is a name that
+                `crl doctor` lists, or the beginning of one: `onnx/cpu/int8`, `onnx/cuda`,
+                `tensorrt-rtx`. No other engine is used in its place.
+            threads: Number of threads of one engine run on a CPU; None for one per physical core.
+            baked: Basis that is compiled into a TensorRT plan (`crl compile --baked`). That plan
+                is used, and the basis is loaded.
+            limits: Limits above which images are refused.
+            decode: `exact`, or `fast` for JPEGs, see `crl_sdk.model.load_pixels`.
 
         Raises:
-            InvalidInputError: no engine of this bundle is called so, or an unknown way of decoding.
-            BundleError: no such bundle.
-            IntegrityError: a file of the bundle was changed.
-            EngineError: the engine cannot run here or does not load.
-            PlanError: a compiled plan is missing, damaged or stale.
-            MissingDependencyError: a package that the engine needs is not installed.
+            InvalidInputError: If the bundle has no such engine, or `decode` is unknown.
+            BundleError: If there is no such bundle.
+            IntegrityError: If a file of the bundle was changed.
+            BasisMismatchError: If `baked` was made for another model.
+            EngineError: If the engine cannot run on this machine or cannot be loaded.
+            PlanError: If a compiled plan is missing, damaged or stale.
+            MissingDependencyError: If a package that the engine needs is not installed.
         """
         from crl_sdk.engines._selection import open_engine, open_text_engine
 
@@ -122,7 +142,7 @@ class Embedder:
         return embedder
 
     def __enter__(self) -> Embedder:
-        """Use as a context manager; leaving it closes the embedder."""
+        """Return the embedder; leaving the context closes it."""
         return self
 
     def __exit__(
@@ -131,17 +151,17 @@ class Embedder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close."""
+        """Close the embedder."""
         self.close()
 
     def close(self) -> None:
-        """Stop the decoding threads and free the engine's device memory. Idempotent."""
+        """Stop the decoding threads and free the engine's device memory. May be called twice."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._image_engine.close()
 
     @property
     def engine(self) -> str:
-        """Runtime, device and precision of the image tower, such as `onnx/cpu/fp32`."""
+        """Engine name of the image tower, such as `onnx/cpu/fp32`."""
         return str(self._image_engine.name)
 
     @property
@@ -156,38 +176,168 @@ class Embedder:
 
     @property
     def bases(self) -> Mapping[str, Basis]:
-        """The loaded bases by criterion, read-only."""
+        """Loaded bases by criterion, read-only."""
         return MappingProxyType(self._bases)
 
     def add_basis(self, basis: Basis | str | os.PathLike[str]) -> Basis:
-        """Load a basis, so that its criterion can be named in `embed`. Replaces one of its name.
+        """Load a basis, so that `embed` knows its criterion. Replaces a basis of the same name.
 
         Args:
-            basis: a basis or the path of its file.
+            basis: A basis, or the path of its file.
+
+        Returns:
+            The basis.
 
         Raises:
-            BasisMismatchError: it was made for another model.
-            BasisError: the file cannot be read.
-            IntegrityError: it is not a basis file.
+            BasisMismatchError: If the basis was made for another model.
+            BasisError: If the file cannot be read.
+            IntegrityError: If the file is not a basis.
         """
         loaded = basis if isinstance(basis, Basis) else Basis.load(basis)
         loaded.require_fingerprint(self.bundle.fingerprint)
         self._bases = {**self._bases, loaded.criterion: loaded}
         return loaded
 
-    def create_basis(self, criterion: str, texts: Sequence[str], **options: Any) -> Basis:
-        """Make a basis from texts with this model's text tower, and load it.
+    def generate_basis(
+        self,
+        criterion: str,
+        *,
+        llm: LanguageModel | str | os.PathLike[str] | None = None,
+        options: GenerationOptions = DEFAULT_OPTIONS,
+        prompts: Sequence[str] = (DEFAULT_PROMPT,),
+        method: Method | None = None,
+        post: Post = "l2",
+        merge_threshold: float = DEFAULT_MERGE_THRESHOLD,
+        against: Sequence[str | Basis] = (),
+        reference: NDArray[np.floating] | None = None,
+        progress: ReportProgress | None = None,
+        load: bool = True,
+    ) -> Basis:
+        """Make a basis from a criterion in words, with texts of a local language model.
+
+        This is `generate_texts` followed by `create_basis`. Call the two to see or edit the texts
+        first.
 
         Args:
-            criterion: what the texts describe, such as `color`.
-            texts: short descriptive texts, such as `red`, `green`.
-            **options: `prompts`, `method`, `post`, `merge_threshold`, `reference`, `provenance`
-                of `crl_sdk.basis.build_basis`, which also says what it raises.
+            criterion: What matters, in words, such as `animal habitat`.
+            llm: An open language model, a GGUF file, `hf:OWNER/REPO/FILE.gguf`, or None for the
+                default model.
+            options: How often and how the language model is asked.
+            prompts: Templates with one `{}` for the text. Embeddings are averaged over all of
+                them.
+            method: Projection method, one of `crl_sdk.basis.METHODS`. None chooses `centred`, or
+                `exclusive-weighted` if `against` is given.
+            post: Row normalisation of the conditional embedding.
+            merge_threshold: Cosine from which two texts are merged, in (0, 1].
+            against: Other criteria whose texts shall count less: names of loaded bases, or bases.
+            reference: Embeddings of typical images, shape (n, d). Their mean is subtracted from
+                every image.
+            progress: Called after each token of the language model.
+            load: Whether to load the basis, so that `embed` knows its criterion.
+
+        Returns:
+            The basis. Its provenance records the language model, the options and the votes.
+
+        Raises:
+            CriterionError: If the criterion is malformed.
+            UnknownCriterionError: If `against` names a basis that is not loaded.
+            GenerationError: If the language model cannot be loaded, fails, or does not know the
+                criterion.
+            InvalidInputError: If another argument is malformed, see `crl_sdk.basis.build_basis`.
+            MissingDependencyError: If llama-cpp-python is not installed.
         """
-        basis = build_basis(
-            criterion, texts, self.embed_text, fingerprint=self.bundle.fingerprint, **options
+        others = [self._basis(other) for other in against]
+        texts = self.generate_texts(
+            criterion, llm=llm, options=options, prompts=prompts, progress=progress
         )
-        return self.add_basis(basis)
+        return self.create_basis(
+            criterion, texts, prompts=prompts, method=method, post=post,
+            merge_threshold=merge_threshold, against=others, reference=reference, load=load,
+        )  # fmt: skip
+
+    def generate_texts(
+        self,
+        criterion: str,
+        *,
+        llm: LanguageModel | str | os.PathLike[str] | None = None,
+        options: GenerationOptions = DEFAULT_OPTIONS,
+        prompts: Sequence[str] = (DEFAULT_PROMPT,),
+        progress: ReportProgress | None = None,
+    ) -> GeneratedTexts:
+        """Let a local language model write the texts of a criterion, without making a basis.
+
+        Args:
+            criterion: What matters, in words, such as `animal habitat`.
+            llm: An open language model, a GGUF file, `hf:OWNER/REPO/FILE.gguf`, or None for the
+                default model.
+            options: How often and how the language model is asked.
+            prompts: Prompts that the texts will be embedded with. Texts far from the others in
+                this model's embedding space are dropped.
+            progress: Called after each token of the language model.
+
+        Returns:
+            The texts with their votes, for `create_basis`.
+
+        Raises:
+            CriterionError: If the criterion is malformed.
+            GenerationError: If the language model cannot be loaded, fails, or does not know the
+                criterion.
+            MissingDependencyError: If llama-cpp-python is not installed.
+        """
+        return generate_texts(
+            criterion, llm, options,
+            embed_text=self.embed_text, prompts=prompts, progress=progress,
+        )  # fmt: skip
+
+    def create_basis(
+        self,
+        criterion: str,
+        texts: Sequence[str] | GeneratedTexts,
+        *,
+        prompts: Sequence[str] = (DEFAULT_PROMPT,),
+        method: Method | None = None,
+        post: Post = "l2",
+        merge_threshold: float = DEFAULT_MERGE_THRESHOLD,
+        against: Sequence[str | Basis] = (),
+        reference: NDArray[np.floating] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        load: bool = True,
+    ) -> Basis:
+        """Make a basis from texts with the text tower of this model.
+
+        Args:
+            criterion: What the texts describe, such as `color`.
+            texts: Short descriptive texts, such as `red` and `green`; or generated texts.
+            prompts: Templates with one `{}` for the text. Embeddings are averaged over all of
+                them.
+            method: Projection method, one of `crl_sdk.basis.METHODS`. None chooses `centred`, or
+                `exclusive-weighted` if `against` is given.
+            post: Row normalisation of the conditional embedding.
+            merge_threshold: Cosine from which two texts are merged, in (0, 1].
+            against: Other criteria whose texts shall count less: names of loaded bases, or bases.
+            reference: Embeddings of typical images, shape (n, d). Their mean is subtracted from
+                every image.
+            provenance: JSON values to store with the basis, beside those of generated texts.
+            load: Whether to load the basis, so that `embed` knows its criterion.
+
+        Returns:
+            The basis.
+
+        Raises:
+            CriterionError: If the criterion is malformed.
+            UnknownCriterionError: If `against` names a basis that is not loaded.
+            InvalidInputError: If another argument is malformed, see `crl_sdk.basis.build_basis`.
+        """
+        if isinstance(texts, GeneratedTexts):
+            provenance = {**texts.provenance, **(provenance or {})}
+            texts = [each.text for each in texts.texts]
+        basis = build_basis(
+            criterion, texts, self.embed_text, fingerprint=self.bundle.fingerprint,
+            prompts=prompts, method=method, post=post, merge_threshold=merge_threshold,
+            reference=reference, against=[self._basis(other) for other in against],
+            provenance=provenance,
+        )  # fmt: skip
+        return self.add_basis(basis) if load else basis
 
     def embed(
         self,
@@ -198,24 +348,27 @@ class Embedder:
         on_error: Literal["raise", "collect"] = "raise",
         progress: Callable[[int], None] | None = None,
     ) -> Embeddings:
-        """Embed images, once each, for any number of criteria.
+        """Embed images, each once, for any number of criteria.
 
         Images are decoded in threads while the engine runs the batch before them.
 
         Args:
-            images: paths, encoded bytes, PIL images or uint8 arrays, see
-                `crl_sdk.model.load_pixels`. A long iterable is never held in memory whole.
-            criteria: names of loaded bases, or bases.
-            batch_size: images per engine run.
-            on_error: `raise` embeds all readable images, then raises if any was not; `collect`
-                leaves the failures in `Embeddings.errors`.
-            progress: called after each batch with the number of images done so far.
+            images: Paths, encoded bytes, PIL images or uint8 arrays, see
+                `crl_sdk.model.load_pixels`. Only two batches of them are in memory at a time.
+            criteria: Names of loaded bases, or bases.
+            batch_size: Number of images per engine run.
+            on_error: What to do with unreadable images. `raise` embeds all others and then raises
+                an error; `collect` lists the failures in `Embeddings.errors`.
+            progress: Called after each batch with the number of images done so far.
+
+        Returns:
+            Universal and conditional embeddings.
 
         Raises:
-            UnknownCriterionError: no basis of that name is loaded.
-            BasisMismatchError: a basis was made for another model.
-            ImageBatchError: some images failed; it carries the result of the others.
-            EngineError: an engine run failed.
+            UnknownCriterionError: If no basis of that name is loaded.
+            BasisMismatchError: If a basis was made for another model.
+            ImageBatchError: If some images failed. It carries the result of the others.
+            EngineError: If an engine run fails.
         """
         _check_images(images)
         if batch_size < 1:
@@ -262,30 +415,33 @@ class Embedder:
         return result
 
     def load_pixels(self, image: ImageInput, *, source: str | None = None) -> NDArray[np.uint8]:
-        """Decode one image for this model, under its limits and its way of decoding.
+        """Decode one image for this model, with the limits and decoder of this embedder.
 
         Args:
-            image: see `crl_sdk.model.load_pixels`, which also says what is raised.
-            source: the name used in errors.
+            image: Image of any form that `crl_sdk.model.load_pixels` accepts.
+            source: Name of the image in error messages.
 
         Returns:
-            (H, W, 3) uint8.
+            Pixels, shape (H, W, 3), uint8.
+
+        Raises:
+            ImageError: If the image cannot be read, see `crl_sdk.model.load_pixels`.
         """
         return load_pixels(
             image, self.bundle.preprocess, limits=self.limits, source=source, decode=self.decode
         )
 
     def embed_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Embed what `crl_sdk.model` made of images, in one engine run.
+        """Embed decoded images in one engine run.
 
         Args:
-            pixels: (n, H, W, 3) uint8, in the model's own size.
+            pixels: Images from `load_pixels`, shape (n, H, W, 3), uint8.
 
         Returns:
-            (n, d) float32, unit rows.
+            Universal embeddings, shape (n, d), float32, unit rows.
 
         Raises:
-            EngineError: the run failed.
+            EngineError: If the engine run fails.
         """
         return self._image_engine.run(pixels, *self._pack([])[:2])[0]
 
@@ -293,16 +449,17 @@ class Embedder:
         """Embed texts with the text tower.
 
         Args:
-            texts: n texts.
-            truncate: cut texts longer than the model's context instead of refusing them.
+            texts: The n texts.
+            truncate: Whether to cut texts that are longer than the model's context. Otherwise they
+                are refused.
 
         Returns:
-            (n, d) float32, unit rows.
+            Embeddings, shape (n, d), float32, unit rows.
 
         Raises:
-            BundleError: the bundle is image-only.
-            InvalidInputError: an empty list, a blank text, or one longer than the context.
-            EngineError: an engine run failed.
+            BundleError: If the bundle has no text tower.
+            InvalidInputError: If the list is empty, or a text is blank or too long.
+            EngineError: If an engine run fails.
         """
         tokenizer = self._tokenizer or self.bundle.tokenizer()
         tokens = tokenizer.encode(texts, truncate=truncate)
@@ -344,25 +501,27 @@ class Embedder:
         out: NDArray[Any] | Mapping[str, NDArray[Any]] | None = None,
         threads: int | None = None,
     ) -> NDArray[Any] | dict[str, NDArray[Any]]:
-        """Project stored universal embeddings onto one basis or several; no image is needed.
+        """Project stored universal embeddings onto one or several bases, without images.
 
         Args:
-            embeddings: (n, d) float16, float32 or float64, unit rows, of this model; may be
-                memory-mapped, and is read once, whatever the number of criteria.
-            criteria: the name of a loaded basis, or a basis; or a list of them.
-            out: where to write, such as memory maps: an array (n, m) of float32 or float16, or for
-                a list of criteria one for each name. None makes float32 arrays.
-            threads: see `crl_sdk.projection.project_rows`: with several, which many rows get by
-                default, BLAS is limited to one thread in the whole process meanwhile.
+            embeddings: Universal embeddings of this model, shape (n, d), float16, float32 or
+                float64, unit rows. They may be memory-mapped and are read once for all criteria.
+            criteria: Name of a loaded basis, or a basis; or a list of them.
+            out: Arrays to write to, such as memory maps, each of shape (n, m), float32 or float16:
+                one array, or for a list of criteria one by name. None creates float32 arrays.
+            threads: Number of threads, see `crl_sdk.projection.project_rows`. With several, which
+                is the default for many rows, BLAS is limited to one thread in the whole process
+                during the call.
 
         Returns:
-            (n, m) float32, or `out`; for a list of criteria a dictionary of them.
+            Conditional embeddings, shape (n, m), float32, or `out`; for a list of criteria a
+            dictionary of them by name.
 
         Raises:
-            UnknownCriterionError: no basis of that name is loaded.
-            BasisMismatchError: the basis was made for another model.
-            InvalidInputError: a wrong shape or dtype, NaN or infinity; a criterion twice; `out`
-                lacks one.
+            UnknownCriterionError: If no basis of that name is loaded.
+            BasisMismatchError: If a basis was made for another model.
+            InvalidInputError: If a shape or dtype is wrong, a value is not finite, a criterion is
+                given twice, or `out` lacks one.
         """
         if isinstance(criteria, str | Basis):
             one = self._basis(criteria).projection
@@ -385,8 +544,9 @@ class Embedder:
         name = normalise_criterion(criterion)
         if name not in self._bases:
             raise UnknownCriterionError(
-                f"no basis {name!r} is loaded, known are {sorted(self._bases)}: make one with "
-                f"create_basis({name!r}, texts) or load one with add_basis(path)"
+                f"no basis {name!r} is loaded, the loaded ones are {sorted(self._bases)}: make it "
+                f"with generate_basis({name!r}) or create_basis({name!r}, texts), or load it with "
+                "add_basis(path)"
             )
         return self._bases[name]
 
@@ -403,7 +563,7 @@ class Embedder:
     def _decoded_batches(
         self, images: Iterable[ImageInput], size: int
     ) -> Iterator[list[NDArray[np.uint8] | ImageError]]:
-        """Decode in threads, one batch ahead of the one that is out."""
+        """Yield decoded batches, while threads decode the batch after the yielded one."""
         numbered = enumerate(images)
 
         def submit() -> list[Future[NDArray[np.uint8] | ImageError]]:

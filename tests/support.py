@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
+
+from crl_sdk.basis import GeneratedTexts, RankedText
 
 _numbers = count()
 
@@ -26,3 +28,20 @@ def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < ends, "it did not happen in time"
         time.sleep(0.01)
+
+
+def generated_texts(criterion: str, texts: Sequence[str]) -> GeneratedTexts:
+    """What a language model gives that names the same texts in both of its answers."""
+    return GeneratedTexts(
+        criterion,
+        tuple(RankedText(text, 2) for text in texts),
+        (),
+        2,
+        {
+            "texts": "generated",
+            "model": {"name": "scripted"},
+            "seeds": [0, 1],
+            "votes": dict.fromkeys(texts, 2),
+            "dropped": [],
+        },
+    )

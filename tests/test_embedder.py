@@ -121,7 +121,9 @@ def test_one_bad_image_loses_nothing(embedder, bases, pictures, tmp_path):
 
 
 def test_criteria_that_are_not_there(embedder, bases, pictures):
-    with pytest.raises(CriterionError, match=r"no basis 'mood' is loaded, known are \[\]"):
+    with pytest.raises(
+        CriterionError, match=r"no basis 'mood' is loaded, the loaded ones are \[\]"
+    ):
         embedder.embed(pictures, ["mood"])
     with pytest.raises(CriterionError, match="expected a criterion"):
         embedder.embed(pictures, ["../mood"])

@@ -9,21 +9,23 @@ from crl_sdk._lazy import lazy_names
 from crl_sdk._progress import GenerationProgress
 
 if TYPE_CHECKING:
-    from crl_sdk.basis._basis import (
-        METHODS,
-        Basis,
-        MergedText,
-        Method,
-        basis_path,
-    )
+    from crl_sdk.basis._basis import Basis, MergedText, basis_path
     from crl_sdk.basis._build import DEFAULT_PROMPT, build_basis, edit_basis
     from crl_sdk.basis._generate import GeneratedTexts, GenerationOptions, generate_texts
     from crl_sdk.basis._language_model import LanguageModel
-    from crl_sdk.basis._methods import make_projection
+    from crl_sdk.basis._methods import (
+        METHODS,
+        PROJECTION_METHODS,
+        Method,
+        ProjectionMethod,
+        make_projection,
+    )
+    from crl_sdk.basis._votes import RankedText
 
 __all__ = [
     "DEFAULT_PROMPT",
     "METHODS",
+    "PROJECTION_METHODS",
     "Basis",
     "GeneratedTexts",
     "GenerationOptions",
@@ -31,6 +33,8 @@ __all__ = [
     "LanguageModel",
     "MergedText",
     "Method",
+    "ProjectionMethod",
+    "RankedText",
     "basis_path",
     "build_basis",
     "edit_basis",
@@ -42,25 +46,18 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "_basis": (
-            "METHODS",
-            "Basis",
-            "MergedText",
-            "Method",
-            "basis_path",
-        ),
-        "_build": (
-            "DEFAULT_PROMPT",
-            "build_basis",
-            "edit_basis",
-        ),
-        "_generate": (
-            "GeneratedTexts",
-            "GenerationOptions",
-            "generate_texts",
-        ),
+        "_basis": ("Basis", "MergedText", "basis_path"),
+        "_build": ("DEFAULT_PROMPT", "build_basis", "edit_basis"),
+        "_generate": ("GeneratedTexts", "GenerationOptions", "generate_texts"),
         "_language_model": ("LanguageModel",),
-        "_methods": ("make_projection",),
+        "_methods": (
+            "METHODS",
+            "PROJECTION_METHODS",
+            "Method",
+            "ProjectionMethod",
+            "make_projection",
+        ),
+        "_votes": ("RankedText",),
     },
     extra="cpu",
 )

@@ -1,53 +1,52 @@
 """The basis of a criterion: its texts, their embeddings and the projection made from them.
 
-A basis is one safetensors file, bound to the fingerprint of the model whose text tower made it.
+A basis is stored as one safetensors file. It holds the fingerprint of the model whose text tower
+made it, and is refused for any other model.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk._criterion import normalise_criterion
+from crl_sdk.basis._methods import Method
 from crl_sdk.errors import (
     BasisError,
-    BasisMismatchError,
     IntegrityError,
     InvalidInputError,
     UnsupportedSchemaError,
 )
+from crl_sdk.model._fingerprint import require_same_model
 from crl_sdk.projection._projection import Post, Projection
 from crl_sdk.storage._atomic_files import write_atomically
-from crl_sdk.storage._checksummed_safetensors import SUFFIX, digest, require_digest, seal, unseal
+from crl_sdk.storage._checksummed_safetensors import (
+    SUFFIX,
+    content_sha256,
+    decode_checksummed,
+    encode_checksummed,
+    require_checksum,
+)
 
 SCHEMA = 1
-
-Method: TypeAlias = Literal[
-    "cosine", "centred", "orthogonal", "pca", "tangent",
-    "exclusive", "exclusive-orthogonal", "exclusive-weighted",
-]  # fmt: skip
-"""Name of a projection method."""
-
-METHODS: tuple[Method, ...] = get_args(Method)
-"""All projection methods."""
 
 _METADATA_KEY = "crl_basis"
 
 
 class MergedText(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A text that was left out because another says the same.
+    """A text that was left out because another text says the same.
 
     Attributes:
-        text: the text left out.
-        into: the text of the basis that stands for it.
-        cosine: of their embeddings; 1.0 for exact duplicates.
+        text: The text that was left out.
+        into: The text of the basis that represents it.
+        cosine: Cosine of their embeddings; 1.0 for exact duplicates.
     """
 
     text: str
@@ -56,7 +55,7 @@ class MergedText(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The JSON in a basis file's metadata; `sha256` is of the rest of it and all tensors."""
+    """The JSON header of a basis file. `sha256` covers the other fields and all tensors."""
 
     schema: int
     criterion: str
@@ -74,21 +73,21 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Basis:
-    """What a criterion is made of, for one model.
+    """The texts and the projection of one criterion, for one model.
 
     Attributes:
-        criterion: its normalised name.
-        texts: k distinct texts, in the order given.
-        counts: how many given texts each of them stands for.
-        prompts: templates with one `{}`; a text's embedding is the mean over all of them.
-        text_embeddings: (k, d) float32, unit rows.
-        projection: the affine map, from (d,) to (m,); m is k where its columns are texts.
-        method: how the map was made of the texts, see `crl_sdk.basis`.
-        fingerprint: of the model bundle.
-        merge_threshold: cosine from which two texts were taken for one.
-        merged: the texts left out as duplicates.
-        provenance: JSON values that say where the texts came from, and under `references` and
-            `against` how many images and which criteria the map was made with.
+        criterion: Normalised name of the criterion.
+        texts: The k distinct texts, in the order given.
+        counts: Number of given texts that each of them represents.
+        prompts: Templates with one `{}`. The embedding of a text is its mean over all prompts.
+        text_embeddings: Embeddings of the texts, shape (k, d), float32, unit rows.
+        projection: Affine map from (d,) to (m,); m equals k if its columns are texts.
+        method: Name of the projection method, one of `crl_sdk.basis.METHODS`.
+        fingerprint: Fingerprint of the model bundle.
+        merge_threshold: Smallest cosine at which two texts were merged.
+        merged: Texts that were left out as duplicates.
+        provenance: JSON values that say where the texts came from. `references` is the number of
+            reference images and `against` the list of other criteria, if the projection used any.
     """
 
     criterion: str
@@ -103,30 +102,33 @@ class Basis:
     merged: tuple[MergedText, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
-    def require_fingerprint(self, fingerprint: str) -> None:
-        """Refuse to be used with another model.
+    def require_fingerprint(self, fingerprint: str, *, used_with: str = "this bundle") -> None:
+        """Raise an error if the basis was made for another model.
+
+        Args:
+            fingerprint: Fingerprint of the model that the basis is used with.
+            used_with: Name of what has this fingerprint, for the error message.
 
         Raises:
-            BasisMismatchError: `fingerprint` is not the one this basis was made for.
+            BasisMismatchError: If the basis was made for another model.
         """
-        if self.fingerprint != fingerprint:
-            raise BasisMismatchError(
-                f"basis {self.criterion!r} was made for model {self.fingerprint[:12]}…, this "
-                f"bundle is {fingerprint[:12]}…: make it again with "
-                f"crl basis create {self.criterion!r}"
-            )
+        require_same_model(
+            f"basis {self.criterion!r}", self.fingerprint, fingerprint, used_with=used_with,
+            remedy=f"name the bundle that the basis was made with, or make it again with crl basis "
+            f"create {self.criterion!r}",
+        )  # fmt: skip
 
     def sha256(self) -> str:
-        """Digest everything the basis says, in hex: equal for equal bases, wherever they lie."""
-        return digest(self._header(), self._tensors())
+        """Return the SHA-256 of the content in hex. Equal bases have equal digests."""
+        return content_sha256(self._header(), self._tensors())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the basis; the file is replaced whole or not at all.
+        """Write the basis to a file, which is replaced completely or not at all.
 
-        The same basis gives the same bytes.
+        Equal bases give equal bytes.
 
         Raises:
-            BasisError: the file cannot be written.
+            BasisError: If the file cannot be written.
         """
         write_atomically(Path(path), self.to_bytes(), BasisError)
 
@@ -134,18 +136,19 @@ class Basis:
         """Serialise the basis as a safetensors file.
 
         Returns:
-            Tensors `text_embeddings`, `weight`, `bias`, and the rest as JSON in the metadata.
+            File with the tensors `text_embeddings`, `weight` and `bias`; its metadata holds the
+            other fields as JSON.
         """
-        return seal(_METADATA_KEY, self._header(), self._tensors())
+        return encode_checksummed(_METADATA_KEY, self._header(), self._tensors())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Basis:
-        """Read a basis file and check it.
+        """Read a basis file and verify it.
 
         Raises:
-            BasisError: the file cannot be read.
-            IntegrityError: it is not a basis, or its parts contradict each other.
-            UnsupportedSchemaError: written in a schema this SDK does not read.
+            BasisError: If the file cannot be read.
+            IntegrityError: If the file is not a basis, or its parts contradict each other.
+            UnsupportedSchemaError: If this SDK does not read the file's schema.
         """
         try:
             data = Path(path).read_bytes()
@@ -157,19 +160,23 @@ class Basis:
 
     @classmethod
     def from_bytes(cls, data: bytes, *, where: str = "basis") -> Basis:
-        """Read a basis from the bytes of its file; `where` names it in errors.
+        """Read a basis from the bytes of its file and verify it.
+
+        Args:
+            data: Content of the file.
+            where: Name of the file, for error messages.
 
         Raises:
-            IntegrityError: it is not a basis, or its parts contradict each other.
-            UnsupportedSchemaError: written in a schema this SDK does not read.
+            IntegrityError: If the file is not a basis, or its parts contradict each other.
+            UnsupportedSchemaError: If this SDK does not read the file's schema.
         """
         from safetensors import SafetensorError
 
         remedy = "copy the file again or make it again with crl basis create"
         try:
-            header, tensors = unseal(
+            header, tensors = decode_checksummed(
                 data, _METADATA_KEY, _Header,
-                schema=SCHEMA, where=where, remake="make the basis again",
+                schema=SCHEMA, where=where, remedy="make the basis again",
             )  # fmt: skip
             projection = Projection(tensors["weight"], tensors["bias"], header.post)
             basis = cls(
@@ -186,7 +193,7 @@ class Basis:
                 provenance=header.provenance,
             )
             _check(basis)
-            require_digest(header.sha256, basis._header(), tensors)
+            require_checksum(header.sha256, basis._header(), tensors)
         except UnsupportedSchemaError:
             raise
         except (SafetensorError, msgspec.MsgspecError, KeyError, ValueError) as error:
@@ -216,13 +223,41 @@ class Basis:
         )
 
 
-def basis_path(directory: Path, criterion: str) -> Path:
-    """Give the place of a criterion's basis in a directory of bases.
+def require_one_model(
+    bases: Sequence[Basis], fingerprint: str | None = None, *, used_with: str = "the embeddings"
+) -> str:
+    """Return the model that bases and embeddings have in common.
 
-    Spaces become `+`, which no criterion holds, so that distinct names give distinct files.
+    Args:
+        bases: Bases, at least one.
+        fingerprint: Fingerprint of the embeddings' model; None if it is not known.
+        used_with: Name of what has this fingerprint, for the error message.
+
+    Returns:
+        Fingerprint of the model. If none is given, the embeddings are assumed to be of the model
+        of the bases.
 
     Raises:
-        CriterionError: the name is malformed; it never becomes a path then.
+        BasisMismatchError: If a basis was made for another model.
+    """
+    if fingerprint is None:
+        fingerprint, used_with = bases[0].fingerprint, f"basis {bases[0].criterion!r}"
+    for basis in bases:
+        basis.require_fingerprint(fingerprint, used_with=used_with)
+    return fingerprint
+
+
+def basis_path(directory: Path, criterion: str) -> Path:
+    """Return the path of a criterion's basis in a directory of bases.
+
+    Spaces become `+`, which no criterion contains, so different criteria have different files.
+
+    Raises:
+        CriterionError: If the criterion is malformed, so that it never becomes part of a path.
+
+    Example:
+        >>> basis_path(Path("bases"), "Animal habitat").name
+        'animal+habitat.safetensors'
     """
     return directory / f"{normalise_criterion(criterion).replace(' ', '+')}{SUFFIX}"
 

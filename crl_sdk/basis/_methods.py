@@ -1,45 +1,102 @@
-"""How texts become an affine map: each method in a few lines of NumPy, with its source.
+"""Projection methods: how the texts of a criterion become an affine map.
 
-Every one gives `embedding @ weight + bias`, and a row normalisation makes the rest: neither the
-server nor a kernel knows which it was.
+Each method is one function and one `ProjectionMethod` record in `PROJECTION_METHODS`. Everything
+else that depends on the method (defaults, checks, help texts) is read from its record. All methods
+give `embedding @ weight + bias`, so the server, the graphs and the kernels need not know which one
+made a basis.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from crl_sdk.basis._basis import METHODS, Method
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._projection import EPSILON, Post, Projection, check_embeddings
 
-TEXT_COLUMNS: tuple[Method, ...] = ("cosine", "centred", "exclusive", "exclusive-weighted")
-"""Methods whose maps have one column for each text, in their order."""
+Method: TypeAlias = Literal[
+    "cosine", "centred", "orthogonal", "pca", "tangent",
+    "exclusive", "exclusive-orthogonal", "exclusive-weighted",
+]  # fmt: skip
+"""Name of a projection method. A test compares it with `PROJECTION_METHODS`."""
 
 _ENERGY = 0.9
-"""Share of the texts' variance that is kept at least where directions are dropped."""
+"""Smallest share of the texts' variance that is kept where directions are dropped."""
 
 Rows: TypeAlias = NDArray[np.floating]
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class MethodInputs:
     """What a method may use.
 
     Attributes:
-        texts: (k, d) float32, unit rows: the criterion's texts.
-        against: of each other criterion, its texts likewise.
-        images: (d,) mean of typical images' embeddings; None if there are none.
+        texts: Text embeddings of the criterion, shape (k, d), float32, unit rows.
+        against: Text embeddings of each other criterion, shape (j, d), float32, unit rows.
+        image_mean: Mean embedding of typical images, shape (d,); None if no images were given.
     """
 
     texts: Rows
     against: tuple[Rows, ...] = ()
-    images: Rows | None = None
+    image_mean: Rows | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionMethod:
+    """One way to make the affine map of a criterion from its texts.
+
+    Attributes:
+        name: Name of the method, as in `method="centred"`.
+        function: Function that returns the weight, shape (d, m), and the origin, shape (d,). The
+            map is `(embedding - origin) @ weight`.
+        source: Where the method comes from.
+        min_texts: Smallest number of distinct texts.
+        needs_against: Whether the method needs the texts of other criteria.
+        takes_reference: Whether the method accepts embeddings of typical images.
+        columns_are_texts: Whether the map has one column for each text, in the order of the texts.
+        weights_texts: Whether the columns are texts of different weights, which users may want to
+            see.
+        default: Whether this is the default among the methods with the same `needs_against`.
+    """
+
+    name: Method
+    function: Callable[[MethodInputs], tuple[Rows, Rows]]
+    source: str
+    min_texts: int = 2
+    needs_against: bool = False
+    takes_reference: bool = True
+    columns_are_texts: bool = False
+    weights_texts: bool = False
+    default: bool = False
+
+
+def find_method(name: str) -> ProjectionMethod:
+    """Return the record of a method.
+
+    Raises:
+        InvalidInputError: If there is no method of this name.
+    """
+    for method in PROJECTION_METHODS:
+        if method.name == name:
+            return method
+    raise InvalidInputError(f"expected a method in {METHODS}, got {name!r}")
+
+
+def default_method(*, against: bool) -> Method:
+    """Return the method that is used if none is named.
+
+    Args:
+        against: Whether other criteria are given.
+    """
+    return next(
+        method.name
+        for method in PROJECTION_METHODS
+        if method.default and method.needs_against == against
+    )
 
 
 def make_projection(
@@ -50,177 +107,203 @@ def make_projection(
     reference: NDArray[np.floating] | None = None,
     against: Sequence[NDArray[np.floating]] = (),
 ) -> Projection:
-    """Make the affine map of a criterion from its texts T (k, d).
+    """Make the affine map of a criterion from its text embeddings.
 
     Args:
-        text_embeddings: (k, d), unit rows.
-        method: one of `METHODS`; the functions of this module say what each does.
-        post: normalisation of the conditional embedding.
-        reference: (n, d) unit embeddings of typical images. Their mean is removed from every
-            image; `tangent` turns it onto the mean of the texts first.
-        against: text embeddings (j, d) of other criteria, for the methods that begin with
-            `exclusive`.
+        text_embeddings: Text embeddings of the criterion, shape (k, d), unit rows.
+        method: Name of the projection method, one of `METHODS`.
+        post: Row normalisation of the conditional embedding.
+        reference: Embeddings of typical images, shape (n, d), unit rows. Their mean is subtracted
+            from every image; `tangent` rotates it onto the mean of the texts instead.
+        against: Text embeddings of other criteria, each of shape (j, d). Required by the methods
+            with `needs_against`, refused by the others.
+
+    Returns:
+        The projection from d to m dimensions.
 
     Raises:
-        InvalidInputError: an unknown method; too few texts; references or against that the method
-            does not take or lacks; a wrong shape.
+        InvalidInputError: If the method is unknown, there are too few texts, a shape is wrong, or
+            `reference` or `against` does not fit the method.
     """
-    if method not in METHODS:
-        raise InvalidInputError(f"expected a method in {METHODS}, got {method!r}")
+    record = find_method(method)
     k, d = np.shape(text_embeddings)
-    if k < 2 and method != "cosine":  # one text minus its mean is nothing
+    if k < record.min_texts:
+        enough = " or ".join(repr(m.name) for m in PROJECTION_METHODS if m.min_texts <= k)
         raise InvalidInputError(
-            f"the method {method!r} needs at least two distinct texts, got {k}; add texts, or use "
-            "the method 'cosine'"
+            f"the method {method!r} needs at least {record.min_texts} distinct texts, got "
+            f"{k}: add texts" + (f", or use the method {enough}" if enough else "")
         )
-    if takes_against(method) != bool(against):
+    if record.needs_against != bool(against):
+        with_against = ", ".join(repr(m.name) for m in PROJECTION_METHODS if m.needs_against)
         raise InvalidInputError(
-            "expected against, the text embeddings of other criteria, with the methods that "
-            f"begin with 'exclusive' and with no other; got {len(against)} for {method!r}"
+            f"expected against, the text embeddings of other criteria, with the methods "
+            f"{with_against} and with no other; got {len(against)} for {method!r}"
         )
-    given = Given(
+    inputs = MethodInputs(
         check_embeddings(text_embeddings, d),
         tuple(check_embeddings(each, d) for each in against),
-        _mean_of(reference, d, method),
+        _image_mean(reference, d, record),
     )
-    weight, origin = _METHODS[method](given)
+    weight, origin = record.function(inputs)
     bias = 0.0 - origin @ weight
     return Projection(
         np.ascontiguousarray(weight, np.float32), np.ascontiguousarray(bias, np.float32), post
     )
 
 
-def default_method(*, against: bool) -> Method:
-    """Give the method that is taken where none is asked for: by whether against are known."""
-    return "exclusive-weighted" if against else "centred"
+def cosine(inputs: MethodInputs) -> tuple[Rows, Rows]:
+    """Cosines with the texts T: weight = T'.
 
-
-def takes_against(method: Method) -> bool:
-    """Tell whether a method is made against other criteria."""
-    return method.startswith("exclusive")
-
-
-def cosine(given: Given) -> tuple[Rows, Rows]:
-    """Cosines with the texts: T'. Conditional Representation Learning, arXiv 2510.04564."""
-    return given.texts.T, np.zeros(given.texts.shape[1])
-
-
-def centred(given: Given) -> tuple[Rows, Rows]:
-    """Cosines with what sets each text apart from the mean of all: (T - mean T)'.
-
-    What all texts have in common, which is mostly how far texts lie from images, is gone. It gives
-    `cosine` minus each row's mean, so it orders an image's texts in the same way.
+    Source: Conditional Representation Learning, arXiv 2510.04564.
     """
-    return (given.texts - given.texts.mean(axis=0)).T, _origin(given)
+    return inputs.texts.T, np.zeros(inputs.texts.shape[1])
 
 
-def orthogonal(given: Given) -> tuple[Rows, Rows]:
-    """Coordinates in the leading directions of the centred texts, all of equal weight.
+def centred(inputs: MethodInputs) -> tuple[Rows, Rows]:
+    """Cosines with the texts T after their mean is subtracted: weight = (T - mean T)'.
 
-    The singular vectors up to the bend of the spectrum: `bend` says where that is. Adaptive
-    orthogonal basis of OD-CRL, arXiv 2602.05464.
+    This removes what all texts have in common, which is mostly the distance between texts and
+    images. The result is `cosine` minus the mean of each row, so the texts of an image keep their
+    order.
     """
-    directions, values = directions_of(given.texts)
-    return directions[: bend(values)].T, _origin(given)
+    return (inputs.texts - inputs.texts.mean(axis=0)).T, _origin(inputs)
 
 
-def pca(given: Given) -> tuple[Rows, Rows]:
-    """Principal components fitted on the texts and applied to images: (x - mean T) V'.
+def orthogonal(inputs: MethodInputs) -> tuple[Rows, Rows]:
+    """Coordinates along the leading singular vectors of the centred texts, equally weighted.
 
-    All of them up to 128, and the texts' own mean is what is subtracted. InDiReCT, arXiv
-    2211.12760.
+    `bend` chooses how many vectors are kept. Source: adaptive orthogonal basis of OD-CRL, arXiv
+    2602.05464.
     """
-    directions, _ = directions_of(given.texts)
-    origin = given.texts.mean(axis=0) if given.images is None else given.images
+    directions, values = principal_directions(inputs.texts)
+    return directions[: bend(values)].T, _origin(inputs)
+
+
+def pca(inputs: MethodInputs) -> tuple[Rows, Rows]:
+    """Principal components of the texts, applied to images: (x - mean T) V'.
+
+    At most 128 components are kept. Without reference images the mean of the texts is subtracted.
+    Source: InDiReCT, arXiv 2211.12760.
+    """
+    directions, _ = principal_directions(inputs.texts)
+    origin = inputs.texts.mean(axis=0) if inputs.image_mean is None else inputs.image_mean
     return directions[:128].T, origin
 
 
-def tangent(given: Given) -> tuple[Rows, Rows]:
+def tangent(inputs: MethodInputs) -> tuple[Rows, Rows]:
     """Principal directions of the texts in the tangent space of the sphere at their mean.
 
-    The logarithm takes what is orthogonal to the mean and scales it by the angle; row
-    normalisation undoes the scale of images, so that their logarithm is linear here. With
-    references the images' mean is the point their logarithm is taken at, and a Householder
-    reflection turns it onto the texts' mean. CLAY, arXiv 2604.11539.
+    The logarithm map of a unit vector x at the point p is (x - (x·p) p), scaled to the length of
+    the angle between x and p. For images this scale is left out because the row normalisation
+    removes it, so the map stays linear. With reference images, their mean is the point p of the
+    images, and a Householder reflection moves it onto the mean of the texts. Source: CLAY, arXiv
+    2604.11539.
     """
-    at = _unit(given.texts.mean(axis=0))
-    along = np.clip(given.texts @ at, -1.0, 1.0)
-    flat = given.texts - along[:, None] * at
+    at = _unit(inputs.texts.mean(axis=0))
+    along = np.clip(inputs.texts @ at, -1.0, 1.0)
+    flat = inputs.texts - along[:, None] * at
     angles = np.arccos(along) / np.maximum(np.linalg.norm(flat, axis=1), EPSILON)
-    directions, values = directions_of(flat * angles[:, None])
+    directions, values = principal_directions(flat * angles[:, None])
     weight = directions[: bend(values)].T
     weight = weight - np.outer(at, at @ weight)
-    if given.images is not None:
-        mirror = at - _unit(given.images)
+    if inputs.image_mean is not None:
+        mirror = at - _unit(inputs.image_mean)
         weight = weight - 2.0 * np.outer(mirror, mirror @ weight) / max(
             float(mirror @ mirror), EPSILON
         )
     return weight, np.zeros(len(at))
 
 
-def exclusive(given: Given) -> tuple[Rows, Rows]:
-    """`centred`, after what the other criteria's texts span is taken out of it.
+def exclusive(inputs: MethodInputs) -> tuple[Rows, Rows]:
+    """`centred`, without the directions that the other criteria's texts span.
 
-    Null-space denoising of OD-CRL, arXiv 2602.05464. A direction that against share with the
-    criterion is lost to it as well.
+    A direction that both criteria use is lost. Source: null-space denoising of OD-CRL, arXiv
+    2602.05464.
     """
-    weight, origin = centred(given)
-    return _without_others(weight, given), origin
+    weight, origin = centred(inputs)
+    return _remove_other_directions(weight, inputs), origin
 
 
-def exclusive_orthogonal(given: Given) -> tuple[Rows, Rows]:
-    """`orthogonal`, after what the other criteria's texts span is taken out: OD-CRL whole."""
-    weight, origin = orthogonal(given)
-    return _without_others(weight, given), origin
+def exclusive_orthogonal(inputs: MethodInputs) -> tuple[Rows, Rows]:
+    """`orthogonal`, without the directions that the other criteria's texts span.
 
-
-def exclusive_weighted(given: Given) -> tuple[Rows, Rows]:
-    """`cosine`, each text weighted by how little of it against' texts explain: (w T)'.
-
-    Ours. Where `exclusive` takes directions away, which a criterion may share, this makes texts
-    count less that are another criterion's, or that the model takes for one. Wiener's filter says
-    what part of a text, as it lies from the against' mean, is theirs: they vary by S, the mean of
-    their covariances at trace 1, and a text that could be any by I / d. Squares of what is left
-    are the weights, relative to the median text's, and 1 at most: against that hold some of the
-    criterion's own texts do less harm so.
+    This is the complete OD-CRL, arXiv 2602.05464.
     """
-    dim = given.texts.shape[1]
-    spread = np.mean([_scatter(texts) for texts in given.against], axis=0)
-    own = np.linalg.inv(np.eye(dim) + dim * spread)
-    moved = given.texts - np.mean([texts.mean(axis=0) for texts in given.against], axis=0)
+    weight, origin = orthogonal(inputs)
+    return _remove_other_directions(weight, inputs), origin
+
+
+def exclusive_weighted(inputs: MethodInputs) -> tuple[Rows, Rows]:
+    """`cosine`, with each text t weighted by how little the other criteria's texts explain of it.
+
+    Let m be the mean of the other criteria's mean texts, and S the mean of their covariances, each
+    scaled to trace 1. With noise of covariance I/d, the Wiener filter leaves this share of the
+    energy of t - m unexplained:
+
+        share(t) = (t - m)' (I + d S)^-1 (t - m) / |t - m|^2
+
+    The weight of a text is min(share / median share, 1)^2. `exclusive` removes directions, which
+    the criterion may need; this method lowers the weight of texts, so it does less harm if the
+    other criteria contain some of the criterion's own texts. Source: this project.
+    """
+    dim = inputs.texts.shape[1]
+    spread = np.mean([_scatter(texts) for texts in inputs.against], axis=0)
+    filtered = np.linalg.inv(np.eye(dim) + dim * spread)
+    moved = inputs.texts - np.mean([texts.mean(axis=0) for texts in inputs.against], axis=0)
     energy = np.maximum(np.square(moved).sum(axis=1), EPSILON)
-    share = np.einsum("kd,de,ke->k", moved, own, moved) / energy
+    share = np.einsum("kd,de,ke->k", moved, filtered, moved) / energy
     weights = np.minimum(share / max(float(np.median(share)), EPSILON), 1.0) ** 2
-    return (weights[:, None] * given.texts).T, _origin(given)
+    return (weights[:, None] * inputs.texts).T, _origin(inputs)
 
 
-_METHODS: MappingProxyType[Method, Callable[[Given], tuple[Rows, Rows]]] = MappingProxyType(
-    {
-        "cosine": cosine,
-        "centred": centred,
-        "orthogonal": orthogonal,
-        "pca": pca,
-        "tangent": tangent,
-        "exclusive": exclusive,
-        "exclusive-orthogonal": exclusive_orthogonal,
-        "exclusive-weighted": exclusive_weighted,
-    }
-)
+PROJECTION_METHODS: tuple[ProjectionMethod, ...] = (
+    ProjectionMethod(
+        "cosine", cosine, "Conditional Representation Learning, arXiv 2510.04564",
+        min_texts=1, takes_reference=False, columns_are_texts=True,
+    ),
+    ProjectionMethod("centred", centred, "this project", columns_are_texts=True, default=True),
+    ProjectionMethod("orthogonal", orthogonal, "OD-CRL, arXiv 2602.05464"),
+    ProjectionMethod("pca", pca, "InDiReCT, arXiv 2211.12760"),
+    ProjectionMethod("tangent", tangent, "CLAY, arXiv 2604.11539"),
+    ProjectionMethod(
+        "exclusive", exclusive, "OD-CRL, arXiv 2602.05464",
+        needs_against=True, columns_are_texts=True,
+    ),
+    ProjectionMethod(
+        "exclusive-orthogonal", exclusive_orthogonal, "OD-CRL, arXiv 2602.05464",
+        needs_against=True,
+    ),
+    ProjectionMethod(
+        "exclusive-weighted", exclusive_weighted, "this project",
+        needs_against=True, columns_are_texts=True, weights_texts=True, default=True,
+    ),
+)  # fmt: skip
+"""All projection methods."""
+
+METHODS: tuple[Method, ...] = tuple(method.name for method in PROJECTION_METHODS)
+"""Names of all projection methods."""
+
+PAPER_METHOD: Method = "cosine"
+"""The method of the paper on Conditional Representation Learning, used to reproduce its figures."""
 
 
 def bend(values: NDArray[np.floating]) -> int:
-    """Give how many singular values come before the sharpest bend of their curve.
+    """Return the number of singular values before the sharpest bend of their curve.
 
-    Both axes are scaled to [0, 1], and the bend is where the discrete curvature
-    y'' / (1 + y'^2)^1.5 is largest, among the places before which at least `_ENERGY` of the sum of
-    squares lies: a first direction that towers above the others is no reason to drop these. Two
-    stay at least, since row normalisation leaves nothing of a single column but its sign.
+    Both axes are scaled to [0, 1]. The bend is the place of the largest discrete curvature,
+    y'' / (1 + y'^2)^1.5, among the places with at least 90 % of the sum of squares before them.
+    That share keeps a single dominant direction from hiding the others. At least two values are
+    kept because a row normalisation reduces a single column to its sign.
 
     Args:
-        values: (r,) descending.
+        values: Singular values in descending order, shape (r,).
 
     Returns:
-        2 to r, or r if that is less; r where no place qualifies, as in a flat spectrum.
+        A number from 2 to r, or r if r < 2. It is r if no place qualifies, as in a flat spectrum.
+
+    Example:
+        >>> bend(np.array([10.0, 9.0, 8.0, 0.5, 0.4, 0.3]))
+        3
     """
     count = len(values)
     heights = np.asarray(values, np.float64) / max(float(values[0]), EPSILON)
@@ -235,15 +318,17 @@ def bend(values: NDArray[np.floating]) -> int:
     return places[int(np.argmax(curvature))]
 
 
-def _origin(given: Given) -> Rows:
-    return np.zeros(given.texts.shape[1]) if given.images is None else given.images
+def principal_directions(rows: Rows) -> tuple[Rows, Rows]:
+    """Return the right singular vectors of centred rows and their singular values.
 
+    Values below 1e-6 of the largest are rounding errors and are left out, but at least one pair is
+    returned.
 
-def directions_of(rows: Rows) -> tuple[Rows, Rows]:
-    """Give the right singular vectors (r, d) of centred rows (k, d), and their values.
+    Args:
+        rows: Rows of shape (k, d).
 
-    The strongest come first. What is zero but for rounding is left out, so that r < k, but never
-    all of it.
+    Returns:
+        Directions of shape (r, d) and values of shape (r,) in descending order, with r < k.
     """
     wide = np.asarray(rows, np.float64)
     _, values, directions = np.linalg.svd(wide - wide.mean(axis=0), full_matrices=False)
@@ -251,27 +336,36 @@ def directions_of(rows: Rows) -> tuple[Rows, Rows]:
     return directions[:kept], values[:kept]
 
 
-def _without_others(weight: Rows, given: Given) -> Rows:
-    """Project columns onto the null space of all against' leading directions."""
+def _remove_other_directions(weight: Rows, inputs: MethodInputs) -> Rows:
+    """Project columns onto the null space of the other criteria's leading directions."""
     spans = []
-    for texts in given.against:
-        directions, values = directions_of(texts)
+    for texts in inputs.against:
+        directions, values = principal_directions(texts)
         spans.append(directions[: bend(values)])
     together = np.linalg.qr(np.concatenate(spans).T)[0]
     return np.asarray(weight - together @ (together.T @ weight))
 
 
 def _scatter(rows: Rows) -> Rows:
-    """Give the covariance of rows (k, d), scaled to a trace of 1; 0 where all are the same."""
+    """Return the covariance (d, d) of rows (k, d), scaled to trace 1; zeros if all are equal."""
     moved = np.asarray(rows, np.float64) - rows.mean(axis=0, dtype=np.float64)
     return np.asarray(moved.T @ moved / max(float(np.square(moved).sum()), EPSILON))
 
 
-def _mean_of(reference: NDArray[np.floating] | None, dim: int, method: Method) -> Rows | None:
+def _origin(inputs: MethodInputs) -> Rows:
+    return np.zeros(inputs.texts.shape[1]) if inputs.image_mean is None else inputs.image_mean
+
+
+def _image_mean(
+    reference: NDArray[np.floating] | None, dim: int, method: ProjectionMethod
+) -> Rows | None:
     if reference is None:
         return None
-    if method == "cosine":
-        raise InvalidInputError("the method 'cosine' takes no reference embeddings; use 'centred'")
+    if not method.takes_reference:
+        raise InvalidInputError(
+            f"the method {method.name!r} takes no reference embeddings; use "
+            f"{default_method(against=method.needs_against)!r}"
+        )
     checked = check_embeddings(reference, dim)
     if len(checked) == 0:
         raise InvalidInputError("expected at least one reference embedding, got none")

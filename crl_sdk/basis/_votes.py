@@ -1,4 +1,4 @@
-"""Votes: in how many answers of a language model each text occurs, under all its spellings."""
+"""Count in how many answers of a language model each text occurs, in any spelling."""
 
 from __future__ import annotations
 
@@ -12,22 +12,32 @@ _ARTICLES = ("a ", "an ", "the ", "some ")
 
 @dataclass(frozen=True, slots=True)
 class RankedText:
-    """A text, and how many of the model's answers hold it."""
+    """A text and its votes.
+
+    Attributes:
+        text: The text, in its most frequent spelling.
+        votes: Number of answers that contain it.
+    """
 
     text: str
     votes: int
 
 
 def text_key(text: str) -> str:
-    """Give what two texts share that differ in case, article, hyphen or plural alone."""
+    """Return a key that ignores case, articles, hyphens and plurals.
+
+    Example:
+        >>> text_key("The Half-Moons") == text_key("half moon")
+        True
+    """
     plain = " ".join(text.casefold().replace("-", " ").split())
     for article in _ARTICLES:
         plain = plain.removeprefix(article)
-    return " ".join(_singular(word) for word in plain.split())
+    return " ".join(_strip_plural(word) for word in plain.split())
 
 
-def _singular(word: str) -> str:
-    """Cut a plural ending; a key need not be a word, only the same for both numbers."""
+def _strip_plural(word: str) -> str:
+    """Remove a plural ending. The result need not be a word, only equal for both numbers."""
     if len(word) > 4 and word.endswith("ies"):
         return word[:-3] + "y"
     if len(word) > 4 and word.endswith(("ses", "xes", "zes", "ches", "shes")):
@@ -37,11 +47,18 @@ def _singular(word: str) -> str:
     return word
 
 
-class Poll:
-    """Counts in how many answers each text occurs.
+class VoteCounter:
+    r"""Counts in how many answers each text occurs.
 
     Attributes:
-        votes: text key → number of answers.
+        votes: Number of answers by text key.
+
+    Example:
+        >>> counter = VoteCounter()
+        >>> counter.add(" red, blue, green\n")
+        >>> counter.add(" Reds, blue, pin")  # the last text is cut off
+        >>> [(each.text, each.votes) for each in counter.ranking()]
+        [('red', 2), ('blue', 2), ('green', 1)]
     """
 
     def __init__(self) -> None:
@@ -50,8 +67,8 @@ class Poll:
         self._spellings: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._positions: defaultdict[str, list[int]] = defaultdict(list)
 
-    def count(self, answer: str) -> None:
-        """Count the texts of an answer, each once; the last may be cut off and is left out."""
+    def add(self, answer: str) -> None:
+        """Count each text of an answer once. Without a line end the last text is ignored."""
         texts = answer.split(",") if answer.endswith("\n") else answer.split(",")[:-1]
         seen: set[str] = set()
         for position, raw in enumerate(texts):
@@ -66,7 +83,7 @@ class Poll:
                 self._positions[key].append(position)
 
     def ranking(self) -> list[RankedText]:
-        """Give the texts, most votes first, then earliest named; each in its commonest spelling."""
+        """Return the texts by descending votes, then by mean position in the answers."""
 
         def order(key: str) -> tuple[float, float, str]:
             return -self.votes[key], float(np.mean(self._positions[key])), key
@@ -77,6 +94,6 @@ class Poll:
         ]
 
     def _spelling(self, key: str) -> str:
-        """Give the commonest spelling; of several, the shortest."""
+        """Return the most frequent spelling, and the shortest of several."""
         spellings = self._spellings[key]
         return min(spellings, key=lambda text: (-spellings[text], len(text), text))

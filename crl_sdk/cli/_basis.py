@@ -1,8 +1,7 @@
-"""`crl basis`: make a criterion's basis, change its texts, and look into one."""
+"""`crl basis`: make the basis of a criterion, edit its texts, and show it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +9,9 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from crl_sdk.basis._basis import Basis, Method, basis_path
+from crl_sdk.basis._basis import Basis, basis_path
 from crl_sdk.basis._build import DEFAULT_MERGE_THRESHOLD, DEFAULT_PROMPT, edit_basis
+from crl_sdk.basis._methods import Method, default_method, find_method
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._console import JsonOption, note, out, print_facts, print_json, warn
 from crl_sdk.cli._options import DEFAULT_BASES, BasesOption, BundleOption, open_embedder
@@ -20,45 +20,50 @@ from crl_sdk.projection._projection import Post
 from crl_sdk.storage._atomic_files import make_directory
 from crl_sdk.storage._checksummed_safetensors import SUFFIX
 
-app = typer.Typer(help="Make, change and inspect bases.", no_args_is_help=True)
+app = typer.Typer(help="Make, edit and show bases.", no_args_is_help=True)
 
 
 TextOption = Annotated[
-    list[str] | None, typer.Option("--text", "-t", help="One text; repeat for more.")
+    list[str] | None, typer.Option("--text", "-t", help="A text; may be repeated.")
 ]
 
 
 @app.command("create")
 def create(
     criterion: Annotated[str, typer.Argument(help="What matters, in words, such as `color`.")],
-    texts: Annotated[
+    text_file: Annotated[
         Path | None,
-        typer.Option("--from-texts", "--texts", help="Your own texts: UTF-8, one a line."),
+        typer.Option(
+            "--from-texts", "--texts", help="Your own texts: a UTF-8 file with one text per line."
+        ),
     ] = None,
     text: TextOption = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="Template with one {} for the text; repeat to average several."),
+        typer.Option(help="Template with one {} for the text; several are averaged."),
     ] = None,
     method: Annotated[
         Method | None,
         typer.Option(
-            help="How the projection is made, see docs/PROJECTIONS.md. By default centred, or "
-            "exclusive-weighted with --against."
+            help="Projection method, see docs/PROJECTIONS.md. Default: "
+            f"{default_method(against=False)}, or {default_method(against=True)} with --against."
         ),
     ] = None,
     against: Annotated[
         list[str] | None,
         typer.Option(
-            help="Another criterion, whose texts are to count less: a basis' name or file; repeat "
-            "for more."
+            help="Another criterion whose texts shall count less: the name or file of its basis; "
+            "may be repeated."
         ),
     ] = None,
-    post: Annotated[Post, typer.Option(help="Normalisation of each conditional row.")] = "l2",
+    post: Annotated[
+        Post, typer.Option(help="Row normalisation of the conditional embedding.")
+    ] = "l2",
     merge: Annotated[
-        float, typer.Option(help="Cosine from which two texts count as one; 1 merges equals only.")
+        float,
+        typer.Option(help="Cosine from which two texts are merged; 1 merges equal texts only."),
     ] = DEFAULT_MERGE_THRESHOLD,
-    model: generation.ModelOption = None,
+    llm: generation.LlmOption = None,
     hint: generation.HintOption = "",
     example: generation.ExampleOption = None,
     include: generation.IncludeOption = None,
@@ -68,39 +73,46 @@ def create(
     seed: generation.SeedOption = 0,
     form: generation.FormOption = "auto",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the ranked texts; write nothing.")
+        bool, typer.Option("--dry-run", help="Print the texts; write nothing.")
     ] = False,
     bundle: BundleOption = None,
     bases: BasesOption = DEFAULT_BASES,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing basis.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a basis: a local language model gives its texts, or you do with --from-texts or --text.
+    """Make a basis. A local language model writes its texts, or you give them.
 
-    `crl embed --criteria` then knows its name.
+    Give your own texts with --from-texts or --text. `crl embed --criteria` then knows the basis.
     """
-    given = [*(text or []), *(read_texts(texts) if texts is not None else [])]
+    given = [*(text or []), *(read_texts(text_file) if text_file is not None else [])]
     path = basis_path(bases, criterion)
     if path.exists() and not (overwrite or dry_run):
         raise BasisError(f"{path}: exists already; pass --overwrite to replace it")
     prompts = tuple(prompt or (DEFAULT_PROMPT,))
     others = [Basis.load(_other_basis(name, bases)) for name in against or ()]
+    made_with: dict[str, Any] = {
+        "prompts": prompts, "method": method, "post": post, "merge_threshold": merge,
+        "against": others,
+    }  # fmt: skip
     with open_embedder(bundle) as embedder:
-        provenance: Mapping[str, Any] = {"texts": "given by the user"}
-        if not given:
-            options = generation.options(
+        if given:
+            basis = embedder.create_basis(
+                criterion, given, provenance={"texts": "given by the user"}, **made_with
+            )
+        else:
+            options = generation.read_options(
                 hint=hint, example=example, include=include, exclude=exclude, count=count,
                 answers=answers, seed=seed, form=form,
             )  # fmt: skip
-            draft = generation.draft(criterion, model, options, embedder.embed_text, prompts)
             if dry_run:
-                generation.print_draft(draft, as_json)
+                texts = generation.generate_texts(
+                    embedder, criterion, llm, prompts=prompts, options=options
+                )
+                generation.print_texts(texts, as_json)
                 return
-            given, provenance = [c.text for c in draft.texts], draft.provenance
-        basis = embedder.create_basis(
-            criterion, given, prompts=prompts, method=method, post=post, merge_threshold=merge,
-            against=others, provenance=provenance,
-        )  # fmt: skip
+            basis = generation.generate_basis(
+                embedder, criterion, llm, options=options, **made_with
+            )
     if not dry_run:
         save(basis, path)
     _print_basis(basis, path, as_json)
@@ -109,15 +121,15 @@ def create(
 @app.command("edit")
 def edit(
     criterion: Annotated[str, typer.Argument(help="Name of the basis.")],
-    add: Annotated[list[str] | None, typer.Option(help="A text to add; repeat for more.")] = None,
+    add: Annotated[list[str] | None, typer.Option(help="A text to add; may be repeated.")] = None,
     remove: Annotated[
-        list[str] | None, typer.Option(help="A text to remove; repeat for more.")
+        list[str] | None, typer.Option(help="A text to remove; may be repeated.")
     ] = None,
     bundle: BundleOption = None,
     bases: BasesOption = DEFAULT_BASES,
     as_json: JsonOption = False,
 ) -> None:
-    """Add texts to a basis, or remove some, and make it again with its own prompts and method."""
+    """Add texts to a basis or remove some, and make it again with the same prompts and method."""
     path = basis_path(bases, criterion)
     basis = Basis.load(path)
     if not add and not remove:
@@ -135,7 +147,7 @@ def edit(
 def show(
     file: Annotated[Path, typer.Argument(help="A basis file.")], as_json: JsonOption = False
 ) -> None:
-    """Check a basis file and print what it holds."""
+    """Verify a basis file and print its content."""
     _print_basis(Basis.load(file), file, as_json)
 
 
@@ -144,10 +156,10 @@ def _other_basis(name: str, bases: Path) -> Path:
 
 
 def save(basis: Basis, path: Path) -> None:
-    """Write a basis, make its directory, and tell of merged texts.
+    """Write a basis, create its directory if necessary, and report merged texts.
 
     Raises:
-        BasisError: one of them cannot be written.
+        BasisError: If the directory or the file cannot be written.
     """
     make_directory(path.parent, BasisError)
     basis.save(path)
@@ -158,10 +170,10 @@ def save(basis: Basis, path: Path) -> None:
 
 
 def read_texts(path: Path) -> list[str]:
-    """Read texts from a UTF-8 file, one a line.
+    """Read texts from a UTF-8 file with one text per line.
 
     Raises:
-        InvalidInputError: it cannot be read, is not UTF-8, or has none.
+        InvalidInputError: If the file cannot be read, is not UTF-8, or has no text.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -169,11 +181,11 @@ def read_texts(path: Path) -> list[str]:
         raise InvalidInputError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InvalidInputError(
-            f"{path}: expected UTF-8 text, one text a line ({error.reason} at byte {error.start})"
+            f"{path}: expected UTF-8 with one text per line ({error.reason} at byte {error.start})"
         ) from error
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
-        raise InvalidInputError(f"{path}: expected one text a line, the file has none")
+        raise InvalidInputError(f"{path}: expected one text per line, the file has none")
     return texts
 
 
@@ -194,7 +206,7 @@ def _print_basis(basis: Basis, path: Path, as_json: bool) -> None:
         },
     )
     weights = _weights(basis)
-    table = Table("text", "stands for", *(["weight"] if weights else []), "texts merged into it")
+    table = Table("text", "represents", *(["weight"] if weights else []), "texts merged into it")
     for i, (text, count) in enumerate(zip(basis.texts, basis.counts, strict=True)):
         merged = ", ".join(m.text for m in basis.merged if m.into == text)
         table.add_row(text, str(count), *(f"{each:.2f}" for each in weights[i : i + 1]), merged)
@@ -202,20 +214,20 @@ def _print_basis(basis: Basis, path: Path, as_json: bool) -> None:
 
 
 def _weights(basis: Basis) -> list[float]:
-    """Give what each text counts where that differs, by how little against explain of it."""
-    if basis.method != "exclusive-weighted":
+    """Return the weight of each text, or nothing if all texts have the same weight."""
+    if not find_method(basis.method).weights_texts:
         return []
     return [float(norm) for norm in np.linalg.norm(basis.projection.weight, axis=0)]
 
 
 def _made_with(basis: Basis) -> dict[str, str]:
-    """Tell of reference images and against, if there were any."""
-    told = {}
+    """Return the reference images and other criteria that the projection used."""
+    facts = {}
     if count := basis.provenance.get("references"):
-        told["references"] = f"{count} images"
+        facts["references"] = f"{count} images"
     if against := basis.provenance.get("against"):
-        told["against"] = ", ".join(against)
-    return told
+        facts["against"] = ", ".join(against)
+    return facts
 
 
 def _document(basis: Basis, path: Path) -> dict[str, Any]:

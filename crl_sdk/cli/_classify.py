@@ -62,7 +62,7 @@ def fit(
     basis_file: BasisOption = None,
     texts: TextsOption = None,
     prompt: PromptOption = DEFAULT_PROMPT,
-    model: generation.ModelOption = None,
+    llm: generation.LlmOption = None,
     bundle: BundleOption = None,
     bases: BasesOption = DEFAULT_BASES,
     engine: EngineOption = "auto",
@@ -79,9 +79,7 @@ def fit(
         raise InvalidInputError(f"--out: expected a {SUFFIX} file, got {str(out_file)!r}")
     given = _from_folders(directory) if labels is None else _from_table(directory, labels, column)
     with workbench(bundle, engine, threads, decode) as bench:
-        basis = bench.basis(
-            criterion, bases, file=basis_file, texts=texts, prompt=prompt, model=model
-        )
+        basis = bench.basis(criterion, bases, file=basis_file, texts=texts, prompt=prompt, llm=llm)
         material = bench.pictures(list(given))
     require_same_model(material, [basis])
     classifier = FewShotClassifier(basis, standardise=standardise, regularisation=regularisation)

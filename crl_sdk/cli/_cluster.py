@@ -70,7 +70,7 @@ def cluster(
     basis_file: BasisOption = None,
     texts: TextsOption = None,
     prompt: PromptOption = DEFAULT_PROMPT,
-    model: generation.ModelOption = None,
+    llm: generation.LlmOption = None,
     bundle: BundleOption = None,
     bases: BasesOption = DEFAULT_BASES,
     engine: EngineOption = "auto",
@@ -88,9 +88,7 @@ def cluster(
     require_tasks("crl cluster")
     with workbench(bundle, engine, threads, decode) as bench:
         material = bench.material([source])
-        basis = bench.basis(
-            criterion, bases, file=basis_file, texts=texts, prompt=prompt, model=model
-        )
+        basis = bench.basis(criterion, bases, file=basis_file, texts=texts, prompt=prompt, llm=llm)
     require_same_model(material, [basis])
     with spinner("grouping …"):
         universal = check_rows(material.universal)

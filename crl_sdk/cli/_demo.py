@@ -96,7 +96,7 @@ def demo(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Ask the language model again, instead of reusing.")
     ] = False,
-    model: generation.ModelOption = None,
+    llm: generation.LlmOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Criteria in words → a language model → bases → `crl serve` → pictures, grouped by each.
@@ -113,7 +113,7 @@ def demo(
         given = _scenes(directory, count) if images is None else _own(images, criteria, prompt)
         path = demo_bundle() if images is None else bundle_or_demo(bundle)
         step = _steps()
-        bases = _bases(step, path, given, model, directory, generate, fresh)
+        bases = _bases(step, path, given, llm, directory, generate, fresh)
         step(f"embedding {len(given.files)} pictures over gRPC")
         seconds, result = _embed(path, directory, given.files, bases)
         step("grouping")
@@ -178,7 +178,7 @@ def _own(folder: Path, criteria: str, prompt: str) -> _Pictures:
 
 
 def _bases(
-    step: Any, path: Path, given: _Pictures, model: str | None, directory: Path,
+    step: Any, path: Path, given: _Pictures, llm: str | None, directory: Path,
     generate: bool, fresh: bool,
 ) -> dict[str, Basis]:  # fmt: skip
     """Make the bases: the language model's by their criteria, and those of the true words."""
@@ -187,7 +187,7 @@ def _bases(
         if generate:
             step("asking the language model what matters")
             for name in given.criteria:
-                basis = _written(name, model, embedder, given.prompt, directory / "bases", fresh)
+                basis = _written(name, llm, embedder, given.prompt, directory / "bases", fresh)
                 if basis is not None:
                     bases[name] = basis
         for name, words in given.words.items():
@@ -199,20 +199,20 @@ def _bases(
 
 
 def _written(
-    name: str, model: str | None, embedder: Embedder, prompt: str, kept: Path, fresh: bool
+    name: str, llm: str | None, embedder: Embedder, prompt: str, kept: Path, fresh: bool
 ) -> Basis | None:
     """Give the basis the language model writes, or wrote before; None if it cannot."""
-    key = hashlib.sha256(f"{embedder.bundle.fingerprint} {model} {prompt}".encode()).hexdigest()
+    key = hashlib.sha256(f"{embedder.bundle.fingerprint} {llm} {prompt}".encode()).hexdigest()
     file = kept / f"{name}.{key[:12]}{SUFFIX}"
     if file.exists() and not fresh:
         try:
             basis = Basis.load(file)
             note(f"{name}: texts of an earlier run ({file}); --fresh asks again")
         except CrlError:
-            return _written(name, model, embedder, prompt, kept, fresh=True)
+            return _written(name, llm, embedder, prompt, kept, fresh=True)
     else:
         try:
-            basis = generation.written_basis(name, model, embedder, prompt)
+            basis = generation.generate_basis(embedder, name, llm, prompts=[prompt])
         except GenerationError as error:
             warn(str(error))
             return None

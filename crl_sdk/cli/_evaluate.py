@@ -19,7 +19,7 @@ from rich.table import Table
 
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embedder import Embedder
-from crl_sdk.basis._basis import Method
+from crl_sdk.basis._methods import PAPER_METHOD, Method
 from crl_sdk.cli._console import JsonOption, note, out, print_json, progress_bar, spinner, warn
 from crl_sdk.cli._evaluation_bases import (
     Sources,
@@ -29,6 +29,7 @@ from crl_sdk.cli._evaluation_bases import (
     require_texts,
     texts_of,
 )
+from crl_sdk.cli._generation import LlmOption
 from crl_sdk.cli._options import EngineOption, ThreadsOption, open_embedder
 from crl_sdk.cli._sources import require_tasks
 from crl_sdk.errors import InvalidInputError
@@ -70,7 +71,6 @@ def evaluate(
     bundle: Annotated[
         Path | None,
         typer.Option(
-            "--model",
             "--bundle",
             "-b",
             envvar="CRL_BUNDLE",
@@ -86,12 +86,7 @@ def evaluate(
     generate: Annotated[
         bool, typer.Option("--generate", help="Let the local language model write the texts.")
     ] = False,
-    llm: Annotated[
-        str | None,
-        typer.Option(
-            envvar="CRL_MODEL", help="With --generate: a GGUF file, or hf:OWNER/REPO/FILE."
-        ),
-    ] = None,
+    llm: LlmOption = None,
     own_words: Annotated[
         bool, typer.Option("--own-words", help="demo only: the words the scenes are made from.")
     ] = False,
@@ -102,7 +97,7 @@ def evaluate(
     criteria: Annotated[str, typer.Option(help="Some of the criteria, separated by commas.")] = "",
     method: Annotated[
         Method, typer.Option(help="How texts become a map; cosine is the paper's.")
-    ] = "cosine",
+    ] = PAPER_METHOD,
     protocol: Annotated[
         str, typer.Option(help="clustering, few-shot or both, separated by commas.")
     ] = ",".join(run.PROTOCOLS),
@@ -146,7 +141,7 @@ def evaluate(
     numbers = _shots(shots)
     if split not in ("test", "valid"):
         raise InvalidInputError(f"--split: expected test or valid, got {split!r}")
-    if benchmark.task == "deepfashion" and (method != "cosine" or len(wanted) < len(known)):
+    if benchmark.task == "deepfashion" and (method != PAPER_METHOD or len(wanted) < len(known)):
         raise InvalidInputError(
             "deepfashion is measured with the method cosine, reduced bases and all its attributes"
         )

@@ -1,4 +1,4 @@
-"""Where `crl eval` takes the texts of a criterion from: lists, bases, the language model."""
+"""Sources of texts for `crl eval`: text files, bases and the language model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 from crl_sdk._embedder import Embedder
 from crl_sdk.basis._basis import Basis, basis_path
-from crl_sdk.basis._generate import GenerationOptions
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._basis import read_texts
 from crl_sdk.cli._console import note
@@ -18,7 +17,16 @@ from crl_sdk.evaluation._criterion_texts import CriterionTexts, texts_from_basis
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where texts come from, as given on the command line: per criterion, or for all."""
+    """Sources of texts from the command line.
+
+    Attributes:
+        texts: Text file by criterion.
+        bases: Basis file by criterion.
+        directory: Directory of bases; None if none is given.
+        generate: Whether the language model writes missing texts.
+        llm: Language model, see `crl_sdk.basis.LanguageModel.open`.
+        own_words: Whether to use the words that the demo scenes are made from.
+    """
 
     texts: Mapping[str, Path]
     bases: Mapping[str, Path]
@@ -28,7 +36,7 @@ class Sources:
     own_words: bool
 
     def basis_file(self, criterion: str) -> Path | None:
-        """Give the basis file that a criterion's texts come from; None if they do not."""
+        """Return the basis file that a criterion's texts come from; None for another source."""
         if criterion in self.texts:
             return None
         if criterion in self.bases:
@@ -38,7 +46,7 @@ class Sources:
 
 
 def texts_of(criterion: str, sources: Sources, prompt: str, embedder: Embedder) -> CriterionTexts:
-    """Find a criterion's texts: the source given for it alone comes first."""
+    """Return the texts of a criterion. A source given for this criterion comes first."""
     if criterion in sources.texts:
         path = sources.texts[criterion]
         return texts_from_list(read_texts(path), prompt, embedder.embed_text, str(path))
@@ -51,12 +59,10 @@ def texts_of(criterion: str, sources: Sources, prompt: str, embedder: Embedder) 
         return texts_from_list(
             own_words(criterion), prompt, embedder.embed_text, "the world's own words"
         )
-    draft = generation.draft(
-        criterion, sources.llm, GenerationOptions(), embedder.embed_text, [prompt]
-    )
-    written = [candidate.text for candidate in draft.texts]
-    note(f"  {criterion}: {', '.join(written)}")
-    return texts_from_list(written, prompt, embedder.embed_text, "the local language model")
+    generated = generation.generate_texts(embedder, criterion, sources.llm, prompts=[prompt])
+    texts = [each.text for each in generated.texts]
+    note(f"  {criterion}: {', '.join(texts)}")
+    return texts_from_list(texts, prompt, embedder.embed_text, "the local language model")
 
 
 def require_texts(
@@ -66,17 +72,17 @@ def require_texts(
     bundle: Path | None,
     name: str,
 ) -> None:
-    """Refuse, before anything is embedded, criteria without texts: say how to make them.
+    """Raise an error before anything is embedded if a criterion has no texts.
 
     Args:
-        wanted: the criteria.
-        sources: what was given.
-        prompts: criterion → template, for the command that makes a basis.
-        bundle: the model, likewise.
-        name: of the benchmark.
+        wanted: Criteria that need texts.
+        sources: Sources from the command line.
+        prompts: Prompt by criterion, for the suggested command.
+        bundle: Model bundle, for the suggested command; None for the demo model.
+        name: Name of the benchmark.
 
     Raises:
-        InvalidInputError: a criterion has no texts, or a list does not exist.
+        InvalidInputError: If a criterion has no texts, or a text file does not exist.
     """
     missing = [path for path in sources.texts.values() if not path.is_file()]
     if missing:
@@ -89,26 +95,30 @@ def require_texts(
     first = lacking[0]
     model = f" --bundle {bundle}" if bundle is not None else ""
     where = sources.directory or Path("bases")
-    raise InvalidInputError(
-        f"no texts for {', '.join(lacking)}. Give --texts {first}=FILE with one a line; or make "
-        f"bases with: crl basis create {first}{model} --bases {where} --prompt '{prompts[first]}' "
-        f"and pass --bases {where}; or let the local language model write them now with --generate"
-        + ("; or take the words the scenes are made from with --own-words" * (name == "demo"))
-    )
+    ways = [
+        f"--texts {first}=FILE with one text per line",
+        f"bases made with: crl basis create {first}{model} --bases {where} --prompt "
+        f"'{prompts[first]}', and --bases {where}",
+        "--generate, to let the local language model write the texts",
+    ]
+    if name == "demo":
+        ways.append("--own-words, for the words that the scenes are made from")
+    raise InvalidInputError(f"no texts for {', '.join(lacking)}: pass {'; or '.join(ways)}")
 
 
 def check_prompts(given: Mapping[str, str], sources: Sources) -> None:
-    """Refuse prompts that would change nothing, and those without a place for the text.
+    """Raise an error for prompts without effect and for malformed ones.
 
     Raises:
-        InvalidInputError: the criterion's texts come from a basis; or not exactly one `{}`.
+        InvalidInputError: If the criterion's texts come from a basis, or a prompt does not have
+            exactly one `{}`.
     """
     for criterion, prompt in given.items():
         basis = sources.basis_file(criterion)
         if basis is not None:
             raise InvalidInputError(
-                f"--prompt: the texts of {criterion} come from {basis}, which has prompts of its "
-                f"own: pass --texts {criterion}=FILE instead, or make the basis again"
+                f"--prompt: the texts of {criterion} come from {basis}, which has its own "
+                f"prompts: pass --texts {criterion}=FILE instead, or make the basis again"
             )
         if prompt.count("{}") != 1:
             raise InvalidInputError(
@@ -117,7 +127,7 @@ def check_prompts(given: Mapping[str, str], sources: Sources) -> None:
 
 
 def pairs(option: str, given: Sequence[str] | None, known: Sequence[str]) -> dict[str, str]:
-    """Read `criterion=value`; a benchmark with one criterion may leave its name out."""
+    """Parse `criterion=value` options. If there is one criterion, its name may be left out."""
     found = {}
     for each in given or ():
         name, equals, value = each.partition("=")
@@ -136,7 +146,7 @@ def pairs(option: str, given: Sequence[str] | None, known: Sequence[str]) -> dic
 
 
 def basis_files(given: Sequence[str] | None, known: Sequence[str]) -> dict[str, Path]:
-    """Read `--basis`: the file itself tells its criterion, unless `criterion=` stands before it."""
+    """Parse `--basis FILE` and `--basis criterion=FILE`. A basis file names its criterion."""
     files = {}
     for each in given or ():
         name, equals, value = each.partition("=")
@@ -148,8 +158,8 @@ def basis_files(given: Sequence[str] | None, known: Sequence[str]) -> dict[str, 
             name = Basis.load(path).criterion
         if name not in known or name in files:
             raise InvalidInputError(
-                f"--basis: {path} is of the criterion {name!r}; expected {', '.join(known)}, each "
-                "once: pass CRITERION=FILE to use it as another"
+                f"--basis: {path} is for the criterion {name!r}; expected {', '.join(known)}, each "
+                "once: pass CRITERION=FILE to use it for another criterion"
             )
         files[name] = path
     return files

@@ -1,47 +1,61 @@
-"""Texts from a local language model, as `crl basis create` asks for and shows them."""
+"""Options and output of the commands that let a language model write texts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from crl_sdk._embedder import Embedder
+from crl_sdk._progress import GenerationProgress
 from crl_sdk.basis._basis import Basis
-from crl_sdk.basis._build import EmbedText
-from crl_sdk.basis._generate import Form, GeneratedTexts, GenerationOptions, generate_texts
-from crl_sdk.basis._language_model import LanguageModel
+from crl_sdk.basis._generate import (
+    DEFAULT_OPTIONS,
+    Form,
+    GeneratedTexts,
+    GenerationOptions,
+    ReportProgress,
+    model_is_unsure,
+)
 from crl_sdk.cli._console import note, out, print_json, spinner, warn
 from crl_sdk.errors import InvalidInputError
 
-ModelOption = Annotated[
+LlmOption = Annotated[
     str | None,
     typer.Option(
-        envvar="CRL_MODEL",
-        help="Language model: a GGUF file or hf:OWNER/REPO/FILE.gguf; a small one by default.",
+        "--llm",
+        envvar="CRL_LLM",
+        help="Language model: a GGUF file or hf:OWNER/REPO/FILE.gguf. Default: a small model.",
     ),
 ]
 HintOption = Annotated[
-    str, typer.Option(help="Said beside the criterion: `as a zoologist would say`.")
+    str, typer.Option(help="Words added to the criterion, such as `as a zoologist would say`.")
 ]
 ExampleOption = Annotated[
     list[str] | None,
-    typer.Option(help="A line that shows what you mean: `pattern: striped, dotted, plain`."),
+    typer.Option(help="Example line, such as `pattern: striped, dotted, plain`; may be repeated."),
 ]
-IncludeOption = Annotated[list[str] | None, typer.Option(help="A text to take in any case.")]
-ExcludeOption = Annotated[list[str] | None, typer.Option(help="A text to leave out.")]
-CountOption = Annotated[int, typer.Option(min=1, max=1000, help="Texts at most.")]
+IncludeOption = Annotated[
+    list[str] | None, typer.Option(help="Text that is always kept; may be repeated.")
+]
+ExcludeOption = Annotated[
+    list[str] | None, typer.Option(help="Text that is left out; may be repeated.")
+]
+CountOption = Annotated[int, typer.Option(min=1, max=1000, help="Largest number of texts.")]
 AnswersOption = Annotated[
-    int, typer.Option(min=1, max=1000, help="How often the model is asked at most.")
+    int, typer.Option(min=1, max=1000, help="Largest number of answers of the language model.")
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="Equal seeds give equal texts.")]
-FormOption = Annotated[Form, typer.Option(help="How the model is asked.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Random seed; equal seeds give equal texts.")]
+FormOption = Annotated[
+    Form, typer.Option(help="Whether the language model continues a list or answers in a chat.")
+]
 
 
-def options(
+def read_options(
     *,
     hint: str,
     example: Sequence[str] | None,
@@ -52,10 +66,10 @@ def options(
     seed: int,
     form: Form,
 ) -> GenerationOptions:
-    """Check the options and gather them.
+    """Return the options of the command line as `GenerationOptions`.
 
     Raises:
-        InvalidInputError: an option is out of range, or an example is not `name: text, text, …`.
+        InvalidInputError: If an option is out of range, or an example is not `name: text, text`.
     """
     return GenerationOptions(
         hint=hint, examples=dict(map(_example, example or ())), include=tuple(include or ()),
@@ -64,61 +78,92 @@ def options(
     )  # fmt: skip
 
 
-def draft(
+def generate_texts(
+    embedder: Embedder,
     criterion: str,
-    model: str | None,
-    options: GenerationOptions,
-    embed_text: EmbedText,
+    llm: str | None,
+    *,
     prompts: Sequence[str],
+    options: GenerationOptions = DEFAULT_OPTIONS,
 ) -> GeneratedTexts:
-    """Load the language model, ask it and show how it goes."""
-    with spinner("loading the language model …") as status, LanguageModel.open(model) as llm:
+    """Let the language model write texts, and show its progress and a summary on stderr.
 
-        def progress(answers: int, tokens: int, seconds: float) -> None:
-            status.update(
-                f"{llm.name}: answer {answers + 1} of at most {options.max_answers}, "
-                f"{tokens / max(seconds, 1e-9):.0f} tokens/s"
-            )
-
-        made = generate_texts(
-            criterion, llm, options, embed_text=embed_text, prompts=prompts, progress=progress
-        )
-        note(
-            f"{llm.name}: {made.answers} answers, {llm.tokens} tokens in {llm.seconds:.1f} s, "
-            f"{len(made.texts)} texts kept, {len(made.dropped)} dropped"
-        )
-    if made.unsure:
-        warn(
-            f"{llm.name} hardly knows {made.criterion!r}: no text is in a quarter of its answers. "
-            "Look at them with --dry-run; a hint, an example or a larger model may help"
-        )
-    return made
-
-
-def written_basis(criterion: str, model: str | None, embedder: Embedder, prompt: str) -> Basis:
-    """Let the language model write a criterion's texts, and make a basis of them.
-
-    Raises:
-        GenerationError: the model gives nothing usable.
+    The arguments are those of `Embedder.generate_texts`, which also lists the errors.
     """
-    made = draft(criterion, model, GenerationOptions(), embedder.embed_text, [prompt])
-    return embedder.create_basis(
-        criterion, [text.text for text in made.texts], prompts=[prompt], provenance=made.provenance
-    )
+    with _shown_progress() as progress:
+        texts = embedder.generate_texts(
+            criterion, llm=llm, options=options, prompts=prompts, progress=progress
+        )
+    _print_summary(criterion, texts.provenance)
+    return texts
 
 
-def print_draft(draft: GeneratedTexts, as_json: bool) -> None:
-    """Print the ranked texts and what was dropped."""
+def generate_basis(
+    embedder: Embedder,
+    criterion: str,
+    llm: str | None,
+    *,
+    prompts: Sequence[str],
+    options: GenerationOptions = DEFAULT_OPTIONS,
+    **basis_options: Any,
+) -> Basis:
+    """Make a basis with the language model, and show its progress and a summary on stderr.
+
+    The arguments are those of `Embedder.generate_basis`, which also lists the errors.
+    """
+    with _shown_progress() as progress:
+        basis = embedder.generate_basis(
+            criterion, llm=llm, options=options, prompts=prompts, progress=progress,
+            **basis_options,
+        )  # fmt: skip
+    _print_summary(criterion, basis.provenance)
+    return basis
+
+
+def print_texts(texts: GeneratedTexts, as_json: bool) -> None:
+    """Print the kept and the dropped texts."""
     if as_json:
-        document = asdict(draft)
-        print_json(document)
+        print_json(asdict(texts))
         return
-    table = Table("text", "votes", "", title=draft.criterion, title_justify="left")
-    for kept in draft.texts:
+    table = Table("text", "votes", "", title=texts.criterion, title_justify="left")
+    for kept in texts.texts:
         table.add_row(kept.text, str(kept.votes), "kept")
-    for dropped in draft.dropped:
+    for dropped in texts.dropped:
         table.add_row(dropped.text, str(dropped.votes), dropped.reason, style="dim")
     out.print(table)
+
+
+@contextmanager
+def _shown_progress() -> Iterator[ReportProgress]:
+    """Yield a function that shows the progress in a spinner."""
+    last: GenerationProgress | None = None
+    with spinner("loading the language model …") as status:
+
+        def report(progress: GenerationProgress) -> None:
+            nonlocal last
+            last = progress
+            status.update(
+                f"language model: answer {progress.answers + 1} of at most "
+                f"{progress.max_answers}, {progress.tokens_per_second:.0f} tokens/s"
+            )
+
+        yield report
+    if last is not None:
+        note(f"language model: {last.tokens} tokens in {last.seconds:.1f} s")
+
+
+def _print_summary(criterion: str, provenance: Mapping[str, Any]) -> None:
+    name = provenance["model"]["name"]
+    note(
+        f"{name}: {len(provenance['seeds'])} answers, {len(provenance['votes'])} texts kept, "
+        f"{len(provenance['dropped'])} dropped"
+    )
+    if model_is_unsure(provenance):
+        warn(
+            f"{name} hardly knows {criterion!r}: no text is in a quarter of its answers. Check "
+            "the texts with crl basis create --dry-run; a hint, an example or a larger model may "
+            "help"
+        )
 
 
 def _example(line: str) -> tuple[str, tuple[str, ...]]:

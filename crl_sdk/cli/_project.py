@@ -1,4 +1,4 @@
-"""`crl project`: stored universal embeddings in, conditional embeddings of each criterion out."""
+"""`crl project`: project stored universal embeddings onto bases."""
 
 from __future__ import annotations
 
@@ -16,49 +16,51 @@ from crl_sdk.errors import InvalidInputError
 from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.projection._project_rows import OUTPUT_DTYPES
 from crl_sdk.stored._project import RECORD, project_stored
-from crl_sdk.stored._reader import Stored
+from crl_sdk.stored._reader import StoredEmbeddings
 
 
 def project(
     stored: Annotated[
         Path,
         typer.Argument(
-            help="Universal embeddings: a .npz or .parquet from `crl embed`, or a .npy of (n, d)."
+            help="Universal embeddings: .npz or .parquet from `crl embed`, or .npy of shape (n, d)."
         ),
     ],
-    criteria: Annotated[str, typer.Option(help="Comma-separated names of bases.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write.")],
-    dtype: Annotated[str, typer.Option(help="float32, or float16 for half the bytes.")] = "float32",
+    criteria: Annotated[str, typer.Option(help="Names of bases, separated by commas.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write to.")],
+    dtype: Annotated[str, typer.Option(help="float32, or float16 for half the size.")] = "float32",
     bundle: Annotated[
         Path | None,
         typer.Option(
             "--bundle",
             "-b",
             envvar="CRL_BUNDLE",
-            help="The model that made the embeddings, to check that it did.",
+            help="Model bundle that made the embeddings, to verify that it did.",
         ),
     ] = None,
     bases: BasesOption = DEFAULT_BASES,
-    threads: Annotated[int | None, typer.Option(min=1, help="One per core by default.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Number of threads. Default: one per core.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Project stored embeddings onto criteria; no image and no model is needed."""
+    """Project stored embeddings onto criteria, without images and without the model."""
     if dtype not in OUTPUT_DTYPES:
         raise InvalidInputError(f"--dtype: expected one of {OUTPUT_DTYPES}, got {dtype!r}")
     names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
     if not names:
         raise InvalidInputError("--criteria: expected at least one, such as 'color, shape'")
     loaded = [load_basis(bases, name) for name in names]
-    opened = Stored.open(stored)
+    opened = StoredEmbeddings.open(stored)
     fingerprint = ModelBundle.open(bundle).fingerprint if bundle is not None else None
     if opened.fingerprint is None and fingerprint is None:
         warn(
-            f"{stored} does not tell which model made it; taken on trust to be that of the bases, "
+            f"{stored} does not say which model made it; assuming the model of the bases, "
             f"{loaded[0].fingerprint[:12]}…"
         )
     if not opened.mapped:
-        note(f"{stored}: compressed, so it is held in memory whole")
+        note(f"{stored}: compressed, so it is loaded into memory")
     started = time.perf_counter()
     with progress_bar() as progress:
         task = progress.add_task("projecting", total=len(opened.embeddings))

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk.basis._build import DEFAULT_PROMPT
+from crl_sdk.basis._methods import PAPER_METHOD
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._console import JsonOption, out, print_json
 from crl_sdk.cli._options import (
@@ -54,7 +55,7 @@ def retrieve(
     ] = None,
     count: Annotated[int, typer.Option("-n", min=1, help="Pictures at most.")] = 10,
     prompt: PromptOption = DEFAULT_PROMPT,
-    model: generation.ModelOption = None,
+    llm: generation.LlmOption = None,
     bundle: BundleOption = None,
     bases: BasesOption = DEFAULT_BASES,
     engine: EngineOption = "auto",
@@ -76,7 +77,7 @@ def retrieve(
     with workbench(bundle, engine, threads, decode) as bench:
         asked = bench.pictures([query])
         material = bench.material([source])
-        loaded = [bench.basis(name, bases, prompt=prompt, model=model) for name in weights]
+        loaded = [bench.basis(name, bases, prompt=prompt, llm=llm) for name in weights]
         require_same_model(asked, loaded)
         require_same_model(material, loaded)
         condition = (
@@ -89,7 +90,7 @@ def retrieve(
         hits = index.nearest(rows, weights, count + len(own))
     else:
         weight = scene_weight
-        if weight is None and loaded[0].method == "cosine":
+        if weight is None and loaded[0].method == PAPER_METHOD:
             weight = PAPER_WEIGHT
         name = loaded[0].criterion
         hits = index.but_with(rows[name], condition, scene=name, weight=weight, n=count + len(own))

@@ -71,7 +71,7 @@ def serve(
     generate: Annotated[
         bool, typer.Option("--generate", help="Offer GenerateBasis with a local language model.")
     ] = False,
-    model: generation.ModelOption = None,
+    llm: generation.LlmOption = None,
     log_format: Annotated[
         Literal["text", "json"], typer.Option(help="json: one JSON object per line.")
     ] = "text",
@@ -125,7 +125,7 @@ def serve(
         shared_memory=shared_memory,
         access_log=access_log,
         otlp=otlp,
-        open_model=partial(LanguageModel.open, model) if generate else None,
+        open_model=partial(LanguageModel.open, llm) if generate else None,
     )
     with open_embedder(bundle, engine, threads, baked, decode) as embedder:
         asyncio.run(run(embedder, settings, on_ready=_print_ready_line))

@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embedder import Embedder
-from crl_sdk.basis._basis import Basis, basis_path
+from crl_sdk.basis._basis import Basis, basis_path, require_one_model
 from crl_sdk.basis._build import DEFAULT_PROMPT
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._basis import read_texts, save
 from crl_sdk.cli._console import note, progress_bar, warn
 from crl_sdk.cli._options import open_embedder
-from crl_sdk.errors import BasisMismatchError, InvalidInputError, MissingDependencyError
+from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.model._image_files import find_image_files
 from crl_sdk.model._preprocess import Decode
 from crl_sdk.stored._reader import SUFFIXES as STORED
-from crl_sdk.stored._reader import Stored
+from crl_sdk.stored._reader import StoredEmbeddings
 
 CriterionOption = Annotated[
     str, typer.Option(help="What matters, in words, such as `animal habitat`.")
@@ -98,7 +98,7 @@ class Workbench:
                     "expected pictures, directories of them, or one file of embeddings; got "
                     f"{len(sources)} of them mixed"
                 )
-            opened = Stored.open(sources[0])
+            opened = StoredEmbeddings.open(sources[0])
             names = _stored_names(sources[0], len(opened.embeddings))
             return Material(names, None, opened.embeddings, [], opened.fingerprint)
         for source in sources:
@@ -142,7 +142,7 @@ class Workbench:
         file: Path | None = None,
         texts: Path | None = None,
         prompt: str = DEFAULT_PROMPT,
-        model: str | None = None,
+        llm: str | None = None,
     ) -> Basis:
         """Give a criterion's basis: of a file, of given texts, of the bases there are, or made.
 
@@ -154,7 +154,7 @@ class Workbench:
             file: a basis file.
             texts: a file of texts.
             prompt: template for texts.
-            model: the language model, see `generation.ModelOption`.
+            llm: Language model, see `crl_sdk.basis.LanguageModel.open`.
 
         Raises:
             InvalidInputError: file and texts at once, or a criterion is missing.
@@ -179,7 +179,7 @@ class Workbench:
         if path.exists():
             note(f"{name}: basis {path}")
             return Basis.load(path)
-        basis = generation.written_basis(name, model, self.embedder, prompt)
+        basis = generation.generate_basis(self.embedder, name, llm, prompts=[prompt])
         save(basis, path)
         note(f"{name}: {', '.join(basis.texts)}")
         return basis
@@ -219,14 +219,7 @@ def require_same_model(material: Material, bases: Sequence[Basis]) -> None:
             "the file of embeddings does not tell which model made it; taken on trust to be that "
             f"of the basis, {bases[0].fingerprint[:12]}…"
         )
-    known = material.fingerprint or bases[0].fingerprint
-    for basis in bases:
-        if basis.fingerprint != known:
-            raise BasisMismatchError(
-                f"basis {basis.criterion!r} was made for model {basis.fingerprint[:12]}…, the "
-                f"embeddings are of {known[:12]}…: name the --bundle that made them, or make the "
-                f"basis again with crl basis create {basis.criterion!r}"
-            )
+    require_one_model(bases, material.fingerprint)
 
 
 def _stored_names(path: Path, count: int) -> list[str]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from crl_sdk.basis._basis import Basis, Method
+from crl_sdk.basis._basis import Basis
 from crl_sdk.basis._build import EmbedText, embed_with_prompts
-from crl_sdk.basis._methods import make_projection, takes_against
+from crl_sdk.basis._methods import Method, find_method, make_projection
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._projection import Projection
 
@@ -95,6 +95,6 @@ def make_projections(texts: Mapping[str, CriterionTexts], method: Method) -> dic
         others = [each.embeddings for name, each in texts.items() if name != criterion]
         made[criterion] = make_projection(
             own.embeddings, method, post="none",
-            against=others if takes_against(method) else (),
+            against=others if find_method(method).needs_against else (),
         )  # fmt: skip
     return made

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk._embedder import Embedder
-from crl_sdk.basis._basis import Method
 from crl_sdk.basis._build import EmbedText
+from crl_sdk.basis._methods import PAPER_METHOD, Method
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.evaluation import _clustering as kmeans
 from crl_sdk.evaluation import _few_shot as shots_of
@@ -114,7 +114,7 @@ def run_labelled(
     universal: NDArray[np.float32],
     texts: Mapping[str, CriterionTexts],
     *,
-    method: Method = "cosine",
+    method: Method = PAPER_METHOD,
     protocols: Sequence[str] = PROTOCOLS,
     seeds: int = 20,
     shots: Sequence[int] = shots_of.SHOTS,
@@ -186,7 +186,7 @@ def run_genecis(
     scene: CriterionTexts,
     embed_text: EmbedText,
     *,
-    method: Method = "cosine",
+    method: Method = PAPER_METHOD,
     step: Step | None = None,
 ) -> list[ResultRow]:
     """Rank the gallery of each query.

@@ -12,11 +12,13 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from crl_sdk._progress import GenerationProgress
 from crl_sdk._version import __version__
-from crl_sdk.basis._basis import METHODS, Basis
-from crl_sdk.basis._build import DEFAULT_PROMPT, build_basis
-from crl_sdk.basis._generate import GenerationOptions, generate_texts
+from crl_sdk.basis._basis import Basis
+from crl_sdk.basis._build import DEFAULT_PROMPT
+from crl_sdk.basis._generate import DEFAULT_OPTIONS, GenerationOptions
 from crl_sdk.basis._language_model import LanguageModel
+from crl_sdk.basis._methods import METHODS
 from crl_sdk.errors import (
     CrlError,
     ImageTooLargeError,
@@ -276,38 +278,32 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
             include=tuple(request.include),
             exclude=tuple(request.exclude),
             seed=request.seed,
-            count=request.count or GenerationOptions().count,
+            count=request.count or DEFAULT_OPTIONS.count,
         )
-        embedder = self._pipeline.embedder
-        prompts = tuple(request.prompts) or (DEFAULT_PROMPT,)
-        against = self._others(request.against)
-        told = 0.0
+        sent = 0.0
 
-        def progress(answers: int, tokens: int, seconds: float) -> None:
-            nonlocal told
+        def report(progress: GenerationProgress) -> None:
+            nonlocal sent
             if gone.is_set():
                 raise ServiceError("the client went away")
-            if seconds - told < _PROGRESS_SECONDS:
+            if progress.seconds - sent < _PROGRESS_SECONDS:
                 return
-            told = seconds
-            state = basis_pb2.GenerationProgress(
-                answers=answers,
-                max_answers=options.max_answers,
-                tokens=tokens,
-                tokens_per_second=tokens / max(seconds, 1e-9),
+            sent = progress.seconds
+            message = basis_pb2.GenerationProgress(
+                answers=progress.answers,
+                max_answers=progress.max_answers,
+                tokens=progress.tokens,
+                tokens_per_second=progress.tokens_per_second,
             )
-            tell(basis_pb2.GenerateBasisResponse(progress=state))
+            tell(basis_pb2.GenerateBasisResponse(progress=message))
 
-        with self._open_model() as model:
-            draft = generate_texts(
-                request.criterion, model, options,
-                embed_text=embedder.embed_text, prompts=prompts, progress=progress,
+        against = self._others(request.against)
+        with self._open_model() as llm:
+            basis = self._pipeline.embedder.generate_basis(
+                request.criterion, llm=llm, options=options,
+                prompts=tuple(request.prompts) or (DEFAULT_PROMPT,), against=against,
+                progress=report, load=False,
             )  # fmt: skip
-        basis = build_basis(
-            draft.criterion, [text.text for text in draft.texts], embedder.embed_text,
-            fingerprint=embedder.bundle.fingerprint, prompts=prompts, against=against,
-            provenance=draft.provenance,
-        )  # fmt: skip
         stored, replaced = self._pipeline.bases.put(basis, replace=not request.no_replace)
         return basis_pb2.PutBasisResponse(info=_info(stored), replaced=replaced)
 
@@ -318,17 +314,15 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
             raise InvalidInputError(
                 f"expected a method of {METHODS} and a post of {POSTS}, got {method!r} and {post!r}"
             )
-        embedder = self._pipeline.embedder
-        return build_basis(
+        return self._pipeline.embedder.create_basis(
             given.criterion,
             list(given.texts),
-            embedder.embed_text,
-            fingerprint=embedder.bundle.fingerprint,
             prompts=tuple(given.prompts) or (DEFAULT_PROMPT,),
             method=method,
             post=post,
             against=against,
             provenance={"texts": "given by a client"},
+            load=False,
         )
 
     def _others(self, criteria: Sequence[str]) -> list[Basis]:

@@ -13,14 +13,18 @@ if TYPE_CHECKING:
         write_atomically,
         write_record,
     )
-    from crl_sdk.storage._checksummed_safetensors import SUFFIX, seal, unseal
+    from crl_sdk.storage._checksummed_safetensors import (
+        SUFFIX,
+        decode_checksummed,
+        encode_checksummed,
+    )
 
 __all__ = [
     "SUFFIX",
+    "decode_checksummed",
+    "encode_checksummed",
     "make_directory",
     "read_record",
-    "seal",
-    "unseal",
     "write_atomically",
     "write_record",
 ]
@@ -36,8 +40,8 @@ __getattr__, __dir__ = lazy_names(
         ),
         "_checksummed_safetensors": (
             "SUFFIX",
-            "seal",
-            "unseal",
+            "encode_checksummed",
+            "decode_checksummed",
         ),
     },
     extra="cpu",

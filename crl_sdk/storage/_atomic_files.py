@@ -1,4 +1,4 @@
-"""Files that a crash or a full disk leaves as they were, and the JSON records kept in them."""
+"""Files that are replaced completely or not at all, and JSON records stored in them."""
 
 from __future__ import annotations
 
@@ -15,27 +15,33 @@ Record = TypeVar("Record", bound=msgspec.Struct)
 
 
 def make_directory(path: Path, failure: type[CrlError]) -> None:
-    """Make a directory and those above it, unless they exist.
+    """Create a directory and its parents, unless they exist.
+
+    Args:
+        path: Path of the directory.
+        failure: Type of the error to raise.
 
     Raises:
-        CrlError: of the kind `failure`: it cannot be made.
+        CrlError: If the directory cannot be created. Its type is `failure`.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise failure(f"{path}: cannot be made ({error.strerror}); choose another") from error
+        raise failure(
+            f"{path}: the directory cannot be created ({error.strerror}); choose another"
+        ) from error
 
 
 def write_atomically(path: Path, data: bytes, failure: type[CrlError]) -> None:
-    """Write a file so that readers see the old or the new content, never a part, even on a crash.
+    """Write a file so that readers see the old or the new content, even after a crash.
 
     Args:
-        path: of the file; its directory exists.
-        data: all of it.
-        failure: what to raise.
+        path: Path of the file; its directory must exist.
+        data: Complete content.
+        failure: Type of the error to raise.
 
     Raises:
-        CrlError: of the kind `failure`: the directory does not exist or the disk is full.
+        CrlError: If the file cannot be written. Its type is `failure`.
     """
     temporary: str | None = None
     try:
@@ -45,7 +51,7 @@ def write_atomically(path: Path, data: bytes, failure: type[CrlError]) -> None:
             temporary = file.name
             file.write(data)
             file.flush()
-            os.fchmod(file.fileno(), 0o644)  # a temporary file is its owner's alone
+            os.fchmod(file.fileno(), 0o644)  # temporary files are readable by their owner only
             os.fsync(file.fileno())
         Path(temporary).replace(path)
     except OSError as error:
@@ -57,35 +63,43 @@ def write_atomically(path: Path, data: bytes, failure: type[CrlError]) -> None:
 
 
 def write_record(path: Path, record: msgspec.Struct, failure: type[CrlError]) -> None:
-    """Write a struct as JSON to read, atomically.
+    """Write a struct as indented JSON, atomically.
+
+    Args:
+        path: Path of the file; its directory must exist.
+        record: The struct.
+        failure: Type of the error to raise.
 
     Raises:
-        CrlError: of the kind `failure`, see `write_atomically`.
+        CrlError: If the file cannot be written. Its type is `failure`.
     """
     text = msgspec.json.format(msgspec.json.encode(record, order="deterministic"), indent=2)
     write_atomically(path, text + b"\n", failure)
 
 
 def read_record(
-    path: Path, kind: type[Record], schema: int, failure: type[CrlError], again: str
+    path: Path, kind: type[Record], schema: int, failure: type[CrlError], remedy: str
 ) -> Record:
-    """Read what `write_record` wrote.
+    """Read a struct that `write_record` wrote.
 
     Args:
-        path: of the file.
-        kind: of the struct.
-        schema: that this SDK reads.
-        failure: what to raise.
-        again: what to do, for the message.
+        path: Path of the file.
+        kind: Type of the struct.
+        schema: Schema that this SDK reads.
+        failure: Type of the error to raise.
+        remedy: What the user should do, for the error message.
+
+    Returns:
+        The struct.
 
     Raises:
-        CrlError: of the kind `failure`: it is missing, damaged, or of another schema.
+        CrlError: If the file is missing, damaged or has another schema. Its type is `failure`.
     """
     try:
         raw: Any = msgspec.json.decode(path.read_bytes())
         found = raw.get("schema") if isinstance(raw, dict) else None
         if isinstance(found, int) and found != schema:
-            raise failure(f"{path}: schema {found}, this SDK reads {schema}; {again}")
+            raise failure(f"{path}: schema {found}, this SDK reads {schema}; {remedy}")
         return msgspec.convert(raw, kind)
     except (msgspec.MsgspecError, OSError) as error:
-        raise failure(f"{path}: not a readable record ({error}); {again}") from error
+        raise failure(f"{path}: not a readable record ({error}); {remedy}") from error

@@ -1,7 +1,7 @@
-"""Safetensors files whose JSON header holds the SHA-256 of itself and of all tensors.
+"""Safetensors files with a JSON header that holds the SHA-256 of the header and all tensors.
 
-What a basis and a classifier are kept in: no pickle, equal content gives equal bytes, and a changed
-byte is noticed.
+Bases and classifiers are stored in such files: they hold no pickle, equal content gives equal
+bytes, and a changed byte is detected.
 """
 
 from __future__ import annotations
@@ -23,41 +23,51 @@ SUFFIX = ".safetensors"
 Header = TypeVar("Header", bound=msgspec.Struct)
 
 
-def seal(key: str, header: msgspec.Struct, tensors: Mapping[str, NDArray[Any]]) -> bytes:
-    """Serialise tensors and a header.
+def encode_checksummed(
+    key: str, header: msgspec.Struct, tensors: Mapping[str, NDArray[Any]]
+) -> bytes:
+    """Serialise a header and tensors, with their checksum.
 
     Args:
-        key: of the header in the file's metadata.
-        header: with a field `schema`, and a field `sha256` that is empty.
-        tensors: contiguous.
+        key: Name of the header in the file's metadata.
+        header: Struct with a field `schema` and an empty field `sha256`.
+        tensors: C-contiguous arrays by name.
+
+    Returns:
+        Content of the file.
     """
     from safetensors.numpy import save
 
-    signed = msgspec.structs.replace(header, sha256=digest(header, tensors))
+    signed = msgspec.structs.replace(header, sha256=content_sha256(header, tensors))
     metadata = msgspec.json.encode(signed, order="deterministic").decode()
     return bytes(save(dict(tensors), {key: metadata}))
 
 
-def unseal(
-    data: bytes, key: str, kind: type[Header], *, schema: int, where: str, remake: str
+def decode_checksummed(
+    data: bytes, key: str, kind: type[Header], *, schema: int, where: str, remedy: str
 ) -> tuple[Header, dict[str, NDArray[Any]]]:
-    """Read header and tensors; `require_digest` checks that they belong together.
+    """Read the header and the tensors of a file, without comparing the checksum.
+
+    The caller checks the values and then calls `require_checksum`.
 
     Args:
-        data: of the file.
-        key: of the header in the file's metadata.
-        kind: of the header.
-        schema: that this SDK reads.
-        where: names the file in errors.
-        remake: what to do with a file of an older schema.
+        data: Content of the file.
+        key: Name of the header in the file's metadata.
+        kind: Type of the header.
+        schema: Schema that this SDK reads.
+        where: Name of the file, for error messages.
+        remedy: What to do with a file of an older schema.
+
+    Returns:
+        The header, and the arrays by name.
 
     Raises:
-        UnsupportedSchemaError: it is written in another schema.
-        safetensors.SafetensorError, msgspec.MsgspecError, KeyError: it is no such file.
+        UnsupportedSchemaError: If the file has another schema.
+        safetensors.SafetensorError, msgspec.MsgspecError, KeyError: If it is not such a file.
     """
     from safetensors.numpy import load
 
-    tensors = load(data)  # the library's checks come first
+    tensors = load(data)  # first, so that the library checks the file before we parse it
     length = int.from_bytes(data[:8], "little")
     metadata = msgspec.json.decode(data[8 : 8 + length]).get("__metadata__") or {}
     raw = msgspec.json.decode(metadata[key])
@@ -65,30 +75,30 @@ def unseal(
     if isinstance(found, int) and found != schema:
         raise UnsupportedSchemaError(
             f"{where}: schema {found}, this SDK reads {schema}: "
-            + ("upgrade crl-embeddings" if found > schema else remake)
+            + ("upgrade crl-embeddings" if found > schema else remedy)
         )
     return msgspec.convert(raw, kind), tensors
 
 
-def require_digest(
+def require_checksum(
     sha256: str, header: msgspec.Struct, tensors: Mapping[str, NDArray[Any]]
 ) -> None:
-    """Refuse content that does not give the digest that its file holds.
+    """Raise an error if the content does not have the checksum in its header.
 
     Args:
-        sha256: of the file's header.
-        header: made again of what was read, its own `sha256` empty.
-        tensors: as read.
+        sha256: Checksum from the header of the file.
+        header: Header made again from the values that were read, with an empty `sha256`.
+        tensors: Arrays that were read.
 
     Raises:
-        InvalidInputError: it does not.
+        InvalidInputError: If the checksum differs.
     """
-    if sha256 != digest(header, tensors):
-        raise InvalidInputError("its content does not give the SHA-256 in its header")
+    if sha256 != content_sha256(header, tensors):
+        raise InvalidInputError("the content does not have the SHA-256 in the header")
 
 
-def digest(header: msgspec.Struct, tensors: Mapping[str, NDArray[Any]]) -> str:
-    """Digest a header whose `sha256` is empty, and tensors: SHA-256, 64 hex digits."""
+def content_sha256(header: msgspec.Struct, tensors: Mapping[str, NDArray[Any]]) -> str:
+    """Return the SHA-256 of a header with an empty `sha256` and of tensors, as 64 hex digits."""
     found = hashlib.sha256(msgspec.json.encode(header, order="deterministic"))
     for name in sorted(tensors):
         found.update(f"{name}{tensors[name].shape}{tensors[name].dtype}".encode())

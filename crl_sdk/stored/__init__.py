@@ -1,4 +1,4 @@
-"""Files of stored embeddings: reading them, and projecting them onto bases without the model."""
+"""Stored embeddings: read them, and project them onto bases without the model."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 from crl_sdk._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from crl_sdk.stored._project import Projected, project_stored
-    from crl_sdk.stored._reader import Stored
+    from crl_sdk.stored._project import ProjectedFile, ProjectionRecord, project_stored
+    from crl_sdk.stored._reader import StoredEmbeddings
 
 __all__ = [
-    "Projected",
-    "Stored",
+    "ProjectedFile",
+    "ProjectionRecord",
+    "StoredEmbeddings",
     "project_stored",
 ]
 
@@ -20,10 +21,11 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "_project": (
-            "Projected",
+            "ProjectedFile",
+            "ProjectionRecord",
             "project_stored",
         ),
-        "_reader": ("Stored",),
+        "_reader": ("StoredEmbeddings",),
     },
     extra="cpu",
 )

@@ -1,13 +1,13 @@
-"""Files of conditional embeddings: one array for each criterion, and a record of what made them.
+"""Write files of conditional embeddings: one array per criterion, and a record of their origin.
 
-They are mapped while they are written, so that they need not fit into memory.
+The arrays are memory-mapped while they are written, so they need not fit into memory.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import tempfile
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +21,7 @@ from crl_sdk.basis._basis import Basis, basis_path
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._project_rows import check_rows, project_rows
 from crl_sdk.storage._atomic_files import write_record
-from crl_sdk.stored._reader import Stored
+from crl_sdk.stored._reader import StoredEmbeddings
 
 SCHEMA = 1
 RECORD = "projections.json"
@@ -29,17 +29,17 @@ RECORD = "projections.json"
 OutputDtype: TypeAlias = Literal["float32", "float16"]
 
 
-class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One written array.
+class ProjectedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A file of conditional embeddings.
 
     Attributes:
-        criterion: its name.
-        file: beside the record.
-        basis_sha256: `Basis.sha256()` of the basis it was made with.
-        post: normalisation of the rows.
-        shape: (n, m).
-        dtype: of the file.
-        bytes: of the file.
+        criterion: Name of the criterion.
+        file: Name of the file, in the directory of the record.
+        basis_sha256: `Basis.sha256()` of the basis.
+        post: Row normalisation.
+        shape: Shape (n, m) of the array.
+        dtype: Dtype of the array.
+        bytes: Size of the file.
     """
 
     criterion: str
@@ -51,19 +51,19 @@ class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     bytes: int
 
 
-class Projected(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The record beside the arrays; it is written when all of them are complete.
+class ProjectionRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The record of projected files. It is written when all of them are complete.
 
     Attributes:
-        schema: of this record.
-        crl_sdk: version that wrote it.
-        source: name of the file of universal embeddings; row i of each output is its row i.
-        source_bytes: its size.
-        source_dtype: of the embeddings.
-        dim: d of the embeddings.
-        fingerprint: of the model.
-        fingerprint_told_by: where it was found: the `source`, the `bundle`, or only the `bases`.
-        outputs: one for each criterion.
+        schema: Schema of the record.
+        crl_sdk: Version of the SDK that wrote it.
+        source: Name of the file of universal embeddings. Its rows have the same order.
+        source_bytes: Size of that file.
+        source_dtype: Dtype of the universal embeddings.
+        dim: Length d of the universal embeddings.
+        fingerprint: Fingerprint of the model.
+        fingerprint_told_by: Where the fingerprint was found: `source`, `bundle` or `bases`.
+        outputs: The files, one for each criterion.
     """
 
     schema: int
@@ -74,11 +74,11 @@ class Projected(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     dim: int
     fingerprint: str
     fingerprint_told_by: Literal["source", "bundle", "bases"]
-    outputs: tuple[Output, ...]
+    outputs: tuple[ProjectedFile, ...]
 
 
 def project_stored(
-    stored: Stored,
+    stored: StoredEmbeddings,
     bases: Sequence[Basis],
     directory: Path,
     *,
@@ -87,28 +87,28 @@ def project_stored(
     overwrite: bool = False,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
-) -> Projected:
+) -> ProjectionRecord:
     """Write the conditional embeddings of each basis as `<criterion>.npy`, and a record.
 
-    The arrays are written beside their places and renamed when all are complete and on the disk.
+    The arrays are written to temporary files, which are renamed when all are complete on disk.
 
     Args:
-        stored: the universal embeddings.
-        bases: at least one, of distinct criteria.
-        directory: made if it does not exist.
-        fingerprint: of the bundle, if one is named.
-        dtype: of the arrays.
-        overwrite: replace what is there.
-        threads: see `crl_sdk.projection.project_rows`.
-        progress: called with the number of rows done so far.
+        stored: The universal embeddings.
+        bases: Bases of distinct criteria, at least one.
+        directory: Directory to write to; created if it does not exist.
+        fingerprint: Fingerprint of the bundle; None if no bundle is given.
+        dtype: Dtype of the arrays.
+        overwrite: Whether to replace existing files.
+        threads: Number of threads, see `crl_sdk.projection.project_rows`.
+        progress: Called with the number of rows done so far.
 
     Returns:
-        the record.
+        The record.
 
     Raises:
-        BasisMismatchError: embeddings and bases are not of one model.
-        InvalidInputError: there are files already; a row is not finite; shapes do not fit; the
-            directory cannot be written or the disk is full.
+        BasisMismatchError: If embeddings and bases belong to different models.
+        InvalidInputError: If files exist already, a row is not finite, shapes do not fit, the
+            directory cannot be written, or the disk is full.
     """
     model = stored.require_bases(bases, fingerprint)
     check_rows(stored.embeddings, [basis.projection for basis in bases])
@@ -119,7 +119,7 @@ def project_stored(
     if there and not overwrite:
         raise InvalidInputError(
             f"{directory}: holds {', '.join(there)} already; pass --overwrite to replace them, or "
-            "take another directory"
+            "choose another directory"
         )
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def project_stored(
         raise InvalidInputError(
             f"{directory}: cannot be written ({error.strerror}); check the directory and free space"
         ) from error
-    record = Projected(
+    record = ProjectionRecord(
         schema=SCHEMA,
         crl_sdk=__version__,
         source=stored.path.name,
@@ -140,7 +140,7 @@ def project_stored(
             "source" if stored.fingerprint else "bundle" if fingerprint else "bases"
         ),
         outputs=tuple(
-            Output(
+            ProjectedFile(
                 criterion=basis.criterion,
                 file=path.name,
                 basis_sha256=basis.sha256(),
@@ -157,24 +157,20 @@ def project_stored(
 
 
 def _write_arrays(
-    stored: Stored,
+    stored: StoredEmbeddings,
     bases: Sequence[Basis],
     paths: Sequence[Path],
     dtype: OutputDtype,
     **options: Any,
 ) -> list[int]:
-    """Write all arrays, or none. Returns the sizes of the files."""
+    """Write all arrays or none. Returns the sizes of the files in bytes."""
     rows = len(stored.embeddings)
     with ExitStack() as stack:
         files = []
         for path in paths:
-            file = stack.enter_context(
-                tempfile.NamedTemporaryFile(
-                    dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-                )
-            )
-            stack.callback(Path(file.name).unlink, missing_ok=True)
-            files.append(file)
+            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+            stack.callback(temporary.unlink, missing_ok=True)  # before an interrupt can leave it
+            files.append(stack.enter_context(temporary.open("xb+")))
         arrays = [
             _make_array(file, (rows, basis.projection.output_dim), dtype)
             for file, basis in zip(files, bases, strict=True)
@@ -187,19 +183,20 @@ def _write_arrays(
         )
         for file, array in zip(files, arrays, strict=True):
             array.flush()
-            os.fchmod(file.fileno(), 0o644)  # a temporary file is its owner's alone
+            os.fchmod(file.fileno(), 0o644)  # temporary files are readable by their owner only
             os.fsync(file.fileno())
-        (paths[0].parent / RECORD).unlink(missing_ok=True)  # it tells of what is now replaced
+        old_record = paths[0].parent / RECORD  # of the files that are replaced now
+        old_record.unlink(missing_ok=True)
         for file, path in zip(files, paths, strict=True):
             Path(file.name).replace(path)
     return [path.stat().st_size for path in paths]
 
 
 def _make_array(file: Any, shape: tuple[int, int], dtype: OutputDtype) -> np.memmap[Any, Any]:
-    """Write the header, take the space, and map the rest.
+    """Write the .npy header, allocate the space and memory-map the array.
 
-    Space that is taken beforehand makes a full disk an error here; a mapping that finds no space
-    later would end the process.
+    With allocated space a full disk is an error here. Without it, writing to the memory map would
+    kill the process.
     """
     kind = np.dtype(dtype)
     np.lib.format.write_array_header_1_0(

@@ -1,4 +1,4 @@
-"""Files of stored universal embeddings, mapped into memory so that they need not fit into it."""
+"""Read files of universal embeddings. They are memory-mapped and need not fit into memory."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crl_sdk.basis._basis import Basis
-from crl_sdk.errors import BasisMismatchError, InvalidInputError, MissingDependencyError
+from crl_sdk.basis._basis import Basis, require_one_model
+from crl_sdk.errors import InvalidInputError, MissingDependencyError
+from crl_sdk.model._fingerprint import require_same_model
 
 UNIVERSAL = "universal"
-"""What `crl embed` calls the universal embeddings in the files it writes."""
+"""Name of the universal embeddings in the files that `crl embed` writes."""
 
-_LOCAL_HEADER = 30  # bytes of a zip member's header, before its name
+_LOCAL_HEADER = 30  # bytes of the header of a zip member, before its name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Stored:
-    """Universal embeddings out of a file.
+class StoredEmbeddings:
+    """Universal embeddings from a file.
 
     Attributes:
-        path: of the file.
-        embeddings: (n, d) float; mapped where the file allows it, else in memory.
-        fingerprint: of the model that made them; None where the file does not tell.
-        mapped: whether they are mapped.
+        path: Path of the file.
+        embeddings: Universal embeddings, shape (n, d), a float dtype, unit rows. They are
+            memory-mapped if the file allows it.
+        fingerprint: Fingerprint of the model that made them; None if the file does not say.
+        mapped: Whether they are memory-mapped.
     """
 
     path: Path
@@ -39,21 +41,21 @@ class Stored:
     mapped: bool
 
     @classmethod
-    def open(cls, path: Path) -> Stored:
-        """Open a `.npy` of (n, d), or the `.npz` or `.parquet` that `crl embed` writes.
+    def open(cls, path: Path) -> StoredEmbeddings:
+        """Open a `.npy` file of shape (n, d), or a `.npz` or `.parquet` file of `crl embed`.
 
-        A `.npz` is mapped if its embeddings are not compressed; its check sums are not read then.
-        A `.parquet` is loaded.
+        A `.npz` file is memory-mapped if its embeddings are not compressed. Its checksums are then
+        not verified. A `.parquet` file is loaded into memory.
 
         Raises:
-            InvalidInputError: there is no such file, it is cut off, of another kind, or holds
-                something else.
-            MissingDependencyError: pyarrow is not installed, for `.parquet`.
+            InvalidInputError: If the file is missing, truncated or of another type, or does not
+                hold embeddings.
+            MissingDependencyError: If pyarrow is needed for `.parquet` and not installed.
         """
         if path.suffix not in SUFFIXES:
             raise InvalidInputError(
                 f"{path}: expected a .npy, .npz or .parquet file of embeddings; crl embed writes "
-                "the last two"
+                ".npz and .parquet"
             )
         try:
             array, fingerprint = _READERS[path.suffix](path)
@@ -70,27 +72,24 @@ class Stored:
         return cls(path, array, fingerprint, isinstance(array, np.memmap))
 
     def require_bases(self, bases: Sequence[Basis], fingerprint: str | None = None) -> str:
-        """Check that embeddings and bases are of one model.
+        """Check that embeddings and bases belong to one model.
 
         Args:
-            bases: at least one.
-            fingerprint: of the bundle, if one is named.
+            bases: Bases, at least one.
+            fingerprint: Fingerprint of the bundle; None if no bundle is given.
 
         Returns:
-            the model's fingerprint; that of the bases where nothing else tells it.
+            Fingerprint of the model. It is that of the bases if neither the file nor a bundle says.
 
         Raises:
-            BasisMismatchError: they are not.
+            BasisMismatchError: If they belong to different models.
         """
-        known = self.fingerprint or fingerprint or bases[0].fingerprint
-        if fingerprint is not None and fingerprint != known:
-            raise BasisMismatchError(
-                f"{self.path}: embeddings of model {known[:12]}…, the bundle is "
-                f"{fingerprint[:12]}…: name the bundle that made them"
-            )
-        for basis in bases:
-            basis.require_fingerprint(known)
-        return known
+        if self.fingerprint is not None and fingerprint is not None:
+            require_same_model(
+                str(self.path), self.fingerprint, fingerprint,
+                remedy="name the bundle that made the embeddings",
+            )  # fmt: skip
+        return require_one_model(bases, self.fingerprint or fingerprint)
 
 
 def _open_npy(path: Path) -> tuple[NDArray[Any], None]:
@@ -104,7 +103,7 @@ def _open_npz(path: Path) -> tuple[NDArray[Any], str | None]:
             names = archive.namelist()
             if f"{UNIVERSAL}.npy" not in names:
                 raise InvalidInputError(
-                    f"expected an array {UNIVERSAL!r}, as crl embed writes it, got {names}"
+                    f"expected an array {UNIVERSAL!r}, as crl embed writes, got {names}"
                 )
             fingerprint = None
             if "fingerprint.npy" in names:
@@ -126,7 +125,7 @@ def _open_npz(path: Path) -> tuple[NDArray[Any], str | None]:
 
 
 def _map_array(file: IO[bytes], start: int, size: int) -> NDArray[Any]:
-    """Map the array in the .npy format that takes the `size` bytes of a file from `start`."""
+    """Memory-map an array in .npy format that takes `size` bytes of a file from `start`."""
     file.seek(start)
     try:
         version = np.lib.format.read_magic(file)
@@ -138,7 +137,7 @@ def _map_array(file: IO[bytes], start: int, size: int) -> NDArray[Any]:
         raise InvalidInputError(f"not a valid .npy file ({error}); write it again") from error
     if dtype.hasobject:
         raise InvalidInputError(
-            "holds pickled Python objects, which are never read: store a float array with np.save"
+            "contains pickled Python objects, which are never read: save a float array with np.save"
         )
     has, needs = start + size - file.tell(), math.prod(shape) * dtype.itemsize
     if has != needs or file.seek(0, os.SEEK_END) < start + size:
@@ -170,11 +169,11 @@ def _open_parquet(path: Path) -> tuple[NDArray[Any], str | None]:
             f"{column.type} with {column.null_count} nulls"
         )
     values = column.flatten().to_numpy(zero_copy_only=False)
-    told = (table.schema.metadata or {}).get(b"crl_fingerprint")
-    return values.reshape(-1, column.type.list_size), told.decode() if told else None
+    fingerprint = (table.schema.metadata or {}).get(b"crl_fingerprint")
+    return values.reshape(-1, column.type.list_size), fingerprint.decode() if fingerprint else None
 
 
 _READERS = {".npy": _open_npy, ".npz": _open_npz, ".parquet": _open_parquet}
 
 SUFFIXES = tuple(_READERS)
-"""Of the files that `Stored.open` takes."""
+"""Suffixes of the files that `StoredEmbeddings.open` reads."""

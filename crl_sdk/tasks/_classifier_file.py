@@ -11,7 +11,11 @@ from numpy.typing import NDArray
 
 from crl_sdk.basis._basis import Basis
 from crl_sdk.errors import IntegrityError, InvalidInputError, UnsupportedSchemaError
-from crl_sdk.storage._checksummed_safetensors import require_digest, seal, unseal
+from crl_sdk.storage._checksummed_safetensors import (
+    decode_checksummed,
+    encode_checksummed,
+    require_checksum,
+)
 
 SCHEMA = 1
 
@@ -74,7 +78,7 @@ def encode_classifier(state: ClassifierState) -> bytes:
     }
     if state.basis is not None:
         tensors["basis"] = np.frombuffer(state.basis.to_bytes(), np.uint8)
-    return seal(_METADATA_KEY, _header(state), tensors)
+    return encode_checksummed(_METADATA_KEY, _header(state), tensors)
 
 
 def decode_classifier(data: bytes, where: str) -> ClassifierState:
@@ -91,9 +95,9 @@ def decode_classifier(data: bytes, where: str) -> ClassifierState:
     from safetensors import SafetensorError
 
     try:
-        header, tensors = unseal(
+        header, tensors = decode_checksummed(
             data, _METADATA_KEY, _Header,
-            schema=SCHEMA, where=where, remake="fit it again with crl classify fit",
+            schema=SCHEMA, where=where, remedy="fit it again with crl classify fit",
         )  # fmt: skip
         basis = None
         if header.basis_sha256:
@@ -113,7 +117,7 @@ def decode_classifier(data: bytes, where: str) -> ClassifierState:
         expected = _header(state)
         if header != msgspec.structs.replace(expected, sha256=header.sha256):
             raise InvalidInputError("its basis is not the one named in its header")
-        require_digest(header.sha256, expected, tensors)
+        require_checksum(header.sha256, expected, tensors)
     except UnsupportedSchemaError:
         raise
     except (SafetensorError, msgspec.MsgspecError, KeyError, ValueError, IntegrityError) as error:

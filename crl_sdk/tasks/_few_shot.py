@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk.basis._basis import Basis
-from crl_sdk.errors import BasisMismatchError, InvalidInputError, MissingDependencyError
+from crl_sdk.errors import InvalidInputError, MissingDependencyError
+from crl_sdk.model._fingerprint import require_same_model
 from crl_sdk.projection._projection import EPSILON, check_embeddings
 from crl_sdk.storage._atomic_files import write_atomically
 from crl_sdk.tasks._classifier_file import (
@@ -219,12 +220,11 @@ class FewShotClassifier:
         Raises:
             BasisMismatchError: If the basis of the classifier was made for another model.
         """
-        if self.basis is not None and self.basis.fingerprint != fingerprint:
-            raise BasisMismatchError(
-                f"this classifier for {self.basis.criterion!r} was fitted with model "
-                f"{self.basis.fingerprint[:12]}…, this bundle is {fingerprint[:12]}…: use the "
-                "bundle it was fitted with, or fit it again"
-            )
+        if self.basis is not None:
+            require_same_model(
+                f"this classifier for {self.basis.criterion!r}", self.basis.fingerprint, fingerprint,
+                remedy="use the bundle that it was fitted with, or fit it again",
+            )  # fmt: skip
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the classifier and its basis to a file. The file is replaced atomically.

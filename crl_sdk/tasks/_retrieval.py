@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk._criterion import normalise_criterion
-from crl_sdk.basis._basis import Basis
+from crl_sdk.basis._basis import Basis, require_one_model
 from crl_sdk.errors import CriterionError, InvalidInputError
 from crl_sdk.projection._project_rows import project_rows
 from crl_sdk.projection._projection import EPSILON, check_embeddings
@@ -111,8 +111,7 @@ class Index:
         """
         if not bases:
             raise InvalidInputError("expected at least one basis, got none")
-        for basis in bases:
-            basis.require_fingerprint(bases[0].fingerprint)
+        require_one_model(bases)
         names = [basis.criterion for basis in bases]
         if len(set(names)) != len(names):
             raise InvalidInputError(f"expected each criterion once, got {names}")

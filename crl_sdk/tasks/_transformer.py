@@ -13,8 +13,8 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from crl_sdk._criterion import normalise_criterion
-from crl_sdk.basis._basis import Basis, Method, basis_path
-from crl_sdk.basis._methods import TEXT_COLUMNS, default_method, make_projection
+from crl_sdk.basis._basis import Basis, basis_path
+from crl_sdk.basis._methods import Method, default_method, find_method, make_projection
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._projection import Post, Projection
 
@@ -140,7 +140,7 @@ class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[m
                     f"({self.n_features_in_}), got {len(input_features)}"
                 )
         columns = self.projection_.output_dim
-        if self.method_ in TEXT_COLUMNS and self.texts_ is not None:
+        if find_method(self.method_).columns_are_texts and self.texts_ is not None:
             return np.asarray(self.texts_, dtype=object)
         return np.asarray([f"crl{i}" for i in range(columns)], dtype=object)
 

@@ -13,8 +13,7 @@ import numpy as np
 from crl_export.demo.captions import NEUTRAL_PROMPT
 from crl_export.demo.lexicon import OFF_TOPIC, SYNONYMS
 from crl_export.demo.world import CRITERIA, FACTORS
-from crl_sdk.basis._basis import Method
-from crl_sdk.basis._methods import make_projection
+from crl_sdk.basis._methods import Method, make_projection
 from crl_sdk.tasks._metrics import clustering_accuracy
 
 if TYPE_CHECKING:

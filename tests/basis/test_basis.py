@@ -90,7 +90,7 @@ def test_duplicates_are_merged_counted_and_reported():
     assert basis.merged[-1].cosine == pytest.approx(1)
     exact_only = build_basis("color", texts, tower, fingerprint=FINGERPRINT, merge_threshold=1.0)
     assert exact_only.texts == ("red", "green", "scarlet", "light blue")
-    with pytest.raises(InvalidInputError, match=r"all 2 texts merge into 'red': .* 0\.995"):
+    with pytest.raises(InvalidInputError, match=r"all 2 texts merge into 'red', .* 0\.995"):
         build_basis("color", ["red", "scarlet"], tower, fingerprint=FINGERPRINT)
 
 
@@ -129,8 +129,8 @@ def test_golden_file():
         ([], {}, InvalidInputError, "at least one text"),
         ("red", {}, InvalidInputError, r"pass \['red'\]"),
         (["red", "  "], {}, InvalidInputError, "no visible characters"),
-        (["red"], {}, InvalidInputError, "at least two distinct texts"),
-        (["red", "RED"], {}, InvalidInputError, "at least two distinct texts"),
+        (["red"], {}, InvalidInputError, "at least 2 distinct texts"),
+        (["red", "RED"], {}, InvalidInputError, "at least 2 distinct texts"),
         (["red", "blue"], {"prompts": []}, InvalidInputError, "at least one prompt"),
         (["red", "blue"], {"prompts": ["no place"]}, InvalidInputError, "exactly one {}"),
         (["red", "blue"], {"prompts": ["{} {}"]}, InvalidInputError, "exactly one {}"),
@@ -298,7 +298,7 @@ def test_editing_refuses_what_it_cannot_do():
         edit_basis(basis, embed_text, fingerprint=FINGERPRINT, remove=["pink"])
     with pytest.raises(BasisMismatchError):
         edit_basis(basis, embed_text, fingerprint="0" * 64, add=["pink"])
-    with pytest.raises(InvalidInputError, match="at least two"):
+    with pytest.raises(InvalidInputError, match="at least 2"):
         edit_basis(basis, embed_text, fingerprint=FINGERPRINT, remove=["red", "blue"])
     referenced = make(reference=embed_text(["an image"]))
     with pytest.raises(BasisError, match="made with references"):

@@ -24,9 +24,10 @@ from crl_sdk.errors import CriterionError, GenerationError, InvalidInputError
 
 
 class Scripted:
-    """A model that gives the answers it was made with, one after the other, again and again."""
+    """A model that repeats the given answers in a cycle."""
 
     name, follows_instructions = "scripted", False
+    tokens, seconds = 0, 0.0
 
     def __init__(self, *answers: str) -> None:
         self.answers, self.asked = answers, []
@@ -128,7 +129,7 @@ def test_a_flat_list_is_called_unsure():
     ).unsure
 
 
-def test_strays_in_the_space_of_the_model_are_dropped():
+def test_outliers_in_the_space_of_the_model_are_dropped():
     """Two of twelve answers name algebra; where more do, its votes outweigh its place."""
     words = ["red", "blue", "green", "pink", "brown", "gold", "algebra"]
     rng = np.random.default_rng(0)
@@ -143,8 +144,8 @@ def test_strays_in_the_space_of_the_model_are_dropped():
 
     draft = generate_texts("color", Scripted(*[every] * 2, *[most] * 10), options, embed_text=embed)
     assert [c.text for c in draft.texts] == words[:-1]
-    (stray,) = draft.dropped
-    assert stray.text == "algebra" and "far from the others" in stray.reason
+    (outlier,) = draft.dropped
+    assert outlier.text == "algebra" and "far from the others" in outlier.reason
     sure = generate_texts("color", Scripted(*[every] * 3, *[most] * 9), options, embed_text=embed)
     assert len(sure.texts) == 7 and not sure.dropped
     unfiltered = generate_texts("color", Scripted(*[every] * 2, *[most] * 10), options)
@@ -213,7 +214,7 @@ def test_odd_criteria_are_refused_before_the_model_is_asked(criterion):
     [{"count": 0}, {"max_answers": 0}, {"temperatures": ()}, {"temperatures": (3.0,)},
      {"max_tokens": 1}],
 )  # fmt: skip
-def test_recipes_out_of_range(change):
+def test_options_out_of_range(change):
     with pytest.raises(InvalidInputError, match=f"expected {next(iter(change))}"):
         replace(GenerationOptions(), **change)
 

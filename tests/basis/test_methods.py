@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import get_args
+
 import numpy as np
 import pytest
 
 from crl_sdk._embedder import Embedder
-from crl_sdk.basis._basis import METHODS, Basis
+from crl_sdk.basis._basis import Basis
 from crl_sdk.basis._build import build_basis, edit_basis
-from crl_sdk.basis._methods import bend, default_method, make_projection, takes_against
+from crl_sdk.basis._methods import (
+    METHODS,
+    PROJECTION_METHODS,
+    Method,
+    bend,
+    default_method,
+    find_method,
+    make_projection,
+)
 from crl_sdk.errors import BasisError, BasisMismatchError, InvalidInputError
 from crl_sdk.model._bundle import demo_bundle
 from crl_sdk.projection._projection import normalise_rows
 
 D = 24
+ROOT = Path(__file__).parents[2]
 
 
 def unit(rows):
@@ -31,7 +43,7 @@ IMAGES = texts_of(40, seed=9)
 
 def options_of(method):
     against = {"against": [texts_of(5, seed=1), texts_of(4, seed=2)]}
-    return against if takes_against(method) else {}
+    return against if find_method(method).needs_against else {}
 
 
 def definition(method, texts, images, mean=None):  # noqa: PLR0911
@@ -75,7 +87,7 @@ def definition(method, texts, images, mean=None):  # noqa: PLR0911
         mean = sum(each.mean(axis=0) for each in against) / len(against)
         kept = []
         for text in t:
-            away = text - mean  # what Wiener's filter takes for the against' part of it:
+            away = text - mean  # the part that the Wiener filter assigns to the others:
             part = spread @ np.linalg.solve(spread + np.eye(D) / D, away)
             kept.append(1 - away @ part / (away @ away))
         return moved @ t.T * np.minimum(1, np.array(kept) / np.median(kept)) ** 2
@@ -98,8 +110,8 @@ def alike(rows, expected, atol=2e-5):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("referenced", [False, True])
 def test_an_affine_map_gives_what_the_definition_gives(method, referenced):
-    if referenced and method == "cosine":
-        return  # it takes none: see test_bad_input
+    if referenced and not find_method(method).takes_reference:
+        return  # see test_bad_input
     texts = texts_of()
     reference = texts_of(30, seed=5) if referenced else None
     projection = make_projection(texts, method, reference=reference, **options_of(method))
@@ -109,7 +121,7 @@ def test_an_affine_map_gives_what_the_definition_gives(method, referenced):
     assert projection.weight.dtype == projection.bias.dtype == np.float32
 
 
-def test_what_siblings_span_is_gone():
+def test_the_directions_of_other_criteria_are_removed():
     texts = texts_of()
     other = texts_of(3, seed=1)  # few enough that all their directions are taken
     for method in ("exclusive", "exclusive-orthogonal"):
@@ -123,13 +135,13 @@ def test_the_mean_image_becomes_nothing_or_is_turned_onto_the_mean_text():
     texts, reference = texts_of(), texts_of(30, seed=5)
     mean = reference.mean(axis=0, keepdims=True)
     for method in METHODS:
-        if method == "cosine":
+        if not find_method(method).takes_reference:
             continue
         projection = make_projection(texts, method, reference=reference, **options_of(method))
         assert np.abs(mean @ projection.weight + projection.bias).max() < 1e-6, method
 
 
-def test_a_text_that_is_a_siblings_counts_less_than_one_that_is_not():
+def test_a_text_of_another_criterion_counts_less():
     own, other = texts_of(6), texts_of(6, seed=1)
     projection = make_projection(
         np.concatenate([own, other[:2]]), "exclusive-weighted", against=[other]
@@ -141,7 +153,23 @@ def test_a_text_that_is_a_siblings_counts_less_than_one_that_is_not():
     np.testing.assert_allclose(np.linalg.norm(same.weight, axis=0), 1.0, atol=1e-6)
 
 
-def test_the_method_where_none_is_asked_for():
+def test_the_type_of_methods_lists_the_registry():
+    assert get_args(Method) == METHODS
+    assert len(set(METHODS)) == len(METHODS)
+    for needs_against in (False, True):
+        assert sum(m.default for m in PROJECTION_METHODS if m.needs_against == needs_against) == 1
+
+
+@pytest.mark.parametrize("method", PROJECTION_METHODS, ids=METHODS)
+def test_the_record_of_a_method_is_true(method):
+    projection = make_projection(texts_of(5), method.name, **options_of(method.name))
+    if method.columns_are_texts:
+        assert projection.output_dim == 5
+    assert method.source == "this project" or "arXiv" in method.source
+    assert f"`{method.name}`" in (ROOT / "docs" / "PROJECTIONS.md").read_text()
+
+
+def test_the_default_method():
     assert default_method(against=False) == "centred"
     assert default_method(against=True) == "exclusive-weighted"
 
@@ -167,8 +195,8 @@ def test_the_bend_of_a_spectrum():
 @pytest.mark.parametrize("k", [1, 2, 3, 200])
 def test_any_number_of_texts(method, k):
     """Two texts have one direction, and more than the space has are none too many."""
-    if k == 1 and method != "cosine":
-        with pytest.raises(InvalidInputError, match="at least two distinct texts, got 1"):
+    if k < find_method(method).min_texts:
+        with pytest.raises(InvalidInputError, match="at least 2 distinct texts, got 1"):
             make_projection(texts_of(1), method, **options_of(method))
         return
     projection = make_projection(texts_of(k), method, **options_of(method))
@@ -222,7 +250,7 @@ def test_a_basis_remembers_what_it_was_made_with(tmp_path):
                         add=["i"])  # fmt: skip
     assert edited.projection.bias.any() and edited.texts == ("a", "b", "c", "i")
     assert make("color", list("defgh"), against=[other]).method == "exclusive-weighted"
-    with pytest.raises(InvalidInputError, match="its own other"):
+    with pytest.raises(InvalidInputError, match="got 'shape' itself"):
         make("Shape", list("defgh"), against=[other])
     foreign = build_basis("size", list("abc"), embed_text, fingerprint="cd" * 32)
     with pytest.raises(BasisMismatchError, match="made for model"):
@@ -234,7 +262,7 @@ def test_the_graph_knows_no_method(method):
     """One engine run serves bases of all methods; 1e-5 against NumPy's own."""
     with Embedder.open(demo_bundle(), engine="onnx/cpu/fp32") as embedder:
         other = embedder.create_basis("count", ["one", "two", "three"])
-        against = {"against": [other]} if takes_against(method) else {}
+        against = {"against": [other]} if find_method(method).needs_against else {}
         embedder.create_basis(
             "color", ["red", "green", "blue", "yellow", "pink"], method=method, **against
         )

@@ -130,9 +130,9 @@ def test_a_basis_against_others(crl):
     [
         (["basis", "create", "color", "--texts", "nowhere.txt"], "cannot be read"),
         (["basis", "create", "color", "--texts", "latin1.txt"], "expected UTF-8"),
-        (["basis", "create", "color", "--texts", "empty.txt"], "one text a line"),
+        (["basis", "create", "color", "--texts", "empty.txt"], "one text per line"),
         (["basis", "create", "../color", "-t", "red"], "expected a criterion"),
-        (["basis", "create", "color", "-t", "red"], "at least two distinct texts"),
+        (["basis", "create", "color", "-t", "red"], "at least 2 distinct texts"),
         (["basis", "create", "color", "-t", "red " * 999, "-t", "blue"], "tokens, the model reads"),
         (["basis", "show", "empty.txt"], "not a valid basis file"),
         (["embed", "x.jpg", "--out", "x.csv"], "expected a .npz or .parquet"),

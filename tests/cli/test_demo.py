@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from crl_sdk.cli._report_content import (
 )
 from crl_sdk.errors import InvalidInputError, ServiceError
 from crl_sdk.tasks import cluster
+from support import generated_texts
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_users_own_pictures(folder, monkeypatch, capsys):
     out = folder / "out"
     demo(
         images=folder, criteria="Colour", groups=3, prompt="{}", bundle=None, count=1500,
-        directory=out, generate=True, fresh=False, model=None, as_json=False,
+        directory=out, generate=True, fresh=False, llm=None, as_json=False,
     )  # fmt: skip
     said = capsys.readouterr()
     assert "broken.jpg: left out" in said.err.replace("\n", "")
@@ -69,7 +69,7 @@ def test_what_it_cannot_group(tmp_path, images, criteria, message):
         demo(
             images=tmp_path / images if images else None, criteria=criteria, groups=0,
             prompt="{}", bundle=None, count=100, directory=tmp_path / "out", generate=True,
-            fresh=False, model=None, as_json=False,
+            fresh=False, llm=None, as_json=False,
         )  # fmt: skip
 
 
@@ -113,15 +113,14 @@ def test_groups_are_named_by_labels_or_by_the_text_that_sets_them_apart():
 
 @pytest.fixture
 def drafted(monkeypatch) -> list[str]:
-    """Have a list of three words stand in for the language model; give the criteria asked for."""
+    """Replace the language model by three words; returns the list of criteria asked for."""
     asked: list[str] = []
 
-    def draft(name, *_):
-        asked.append(name)
-        texts = [SimpleNamespace(text=text) for text in ("red", "green", "blue")]
-        return SimpleNamespace(texts=texts, provenance={})
+    def generate(embedder, criterion, **_):
+        asked.append(criterion)
+        return generated_texts(criterion, ["red", "green", "blue"])
 
-    monkeypatch.setattr(demo_module.generation, "draft", draft)
+    monkeypatch.setattr(Embedder, "generate_texts", generate)
     return asked
 
 
@@ -139,7 +138,7 @@ def test_a_kept_basis_is_reused_only_for_the_same_command(tmp_path, drafted):
 def test_json_is_all_there_is_on_stdout(folder, drafted, capsys):
     demo(
         images=folder, criteria="Colour", groups=3, prompt="{}", bundle=None, count=1500,
-        directory=folder / "out", generate=True, fresh=False, model=None, as_json=True,
+        directory=folder / "out", generate=True, fresh=False, llm=None, as_json=True,
     )  # fmt: skip
     said = capsys.readouterr()
     assert drafted == ["colour"] and "red, green, blue" in said.err

@@ -96,7 +96,7 @@ def test_clevr4(clevr4, words, tmp_path):
     out = tmp_path / "clevr4.json"
     found = crl_eval(
         "clevr4", "--data", clevr4, "--texts", f"color={words}", "--criteria", "color",
-        "--seeds", 2, "--splits", 2, "--shots", "1,5", "--model", demo_bundle(), "--out", out,
+        "--seeds", 2, "--splits", 2, "--shots", "1,5", "--bundle", demo_bundle(), "--out", out,
     )  # fmt: skip
     assert found["paper_encoder"] == "OpenAI's CLIP ViT-B/32"
     assert found["texts"]["color"]["prompts"] == ["objects with the color of {}"]
@@ -116,7 +116,7 @@ def test_published_figures_stand_beside(clevr4, words, tmp_path):
     )
     out = tmp_path / "clevr4.md"
     given = ["clevr4", "--data", clevr4, "--texts", f"color={words}", "--criteria", "color"]
-    short = ["--seeds", 1, "--splits", 1, "--shots", 1, "--model", demo_bundle()]
+    short = ["--seeds", 1, "--splits", 1, "--shots", 1, "--bundle", demo_bundle()]
     found = crl_eval(*given, *short, "--published", others, "--out", out)
     rows = {(row["protocol"], row["representation"]): row["scores"] for row in found["rows"]}
     assert rows["clustering", "conditional"]["ACC"]["published"] == 0.515
@@ -165,7 +165,7 @@ def test_bases_and_methods(clevr4, words, tmp_path, monkeypatch):
     assert other["settings"]["method"] == "centred"
     as_shape = ["--basis", "shape=bases/color.safetensors", "--criteria", "shape"]
     assert crl_eval("clevr4", "--data", clevr4, *as_shape, "--shots", 1, "--splits", 1)["rows"]
-    with pytest.raises(CrlError, match="which has prompts of its own"):
+    with pytest.raises(CrlError, match="which has its own prompts"):
         crl_eval("clevr4", "--data", clevr4, "--bases", "bases", *arguments, "--prompt", "color={}")
 
 
@@ -248,7 +248,7 @@ def test_cards_photos_say_that_the_model_never_saw_a_card(tmp_path, words):
         (["deepfashion", "--generate"], r"filenames_test\.txt"),
         (["clevr4", "--data", "nowhere", "--generate"], "found nothing there"),
         (["clevr4", "--data", ".", "--own-words"], "only the demo world"),
-        (["demo"], "with --own-words"),
+        (["demo"], "or --own-words"),
         (["demo", "--criteria", "mood"], "expected some of shape, colour"),
         (["demo", "--protocol", "guess"], "expected some of clustering, few-shot"),
         (["demo", "--shots", "0"], "--shots: expected whole numbers"),
@@ -288,7 +288,7 @@ def test_too_few_texts_are_refused_before_pictures_are_embedded(clevr4, tmp_path
         CrlError, match="color: few-shot classification needs rows with two columns"
     ):
         crl_eval(*given, "--shots", 1)
-    with pytest.raises(CrlError, match="'centred' needs at least two distinct texts"):
+    with pytest.raises(CrlError, match="'centred' needs at least 2 distinct texts"):
         crl_eval(*given, "--method", "centred", "--protocol", "clustering")
     one.write_text("red\nblue\n")
     with pytest.raises(CrlError, match="expected against"):

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from crl_sdk import Basis, demo_bundle
+from crl_sdk import Basis, Embedder, demo_bundle
 from crl_sdk.cli import _sources as material
 from crl_sdk.cli import app
 from crl_sdk.errors import BasisMismatchError, CrlError
 from crl_sdk.tasks import FewShotClassifier
+from support import generated_texts
 
 pytest.importorskip("sklearn")
 
@@ -128,12 +129,11 @@ def test_cluster_stored_embeddings(crl, folder, colours, tmp_path):
 def test_the_language_models_basis_is_made_once_and_kept(crl, folder, tmp_path, monkeypatch):
     asked = []
 
-    def draft(name, *_):
-        asked.append(name)
-        texts = [type("Text", (), {"text": text}) for text in COLOURS]
-        return type("GeneratedTexts", (), {"texts": texts, "provenance": {"model": {"name": "x"}}})
+    def generate(embedder, criterion, **_):
+        asked.append(criterion)
+        return generated_texts(criterion, COLOURS)
 
-    monkeypatch.setattr(material.generation, "draft", draft)
+    monkeypatch.setattr(Embedder, "generate_texts", generate)
     for _ in range(2):
         told = crl("cluster", folder, "--criterion", "main color", "--json")
         assert told["texts"] == list(COLOURS)
@@ -219,7 +219,10 @@ def test_models_are_not_mixed(crl, folder, colours, tmp_path):
         (["photos", "--basis", "b", "--texts", "t", "--criterion", "x"], "got both"),
         (["photos", "--basis", "nowhere"], "cannot be read"),
         (["x.npy", "--criterion", "color", "--texts", "colours.txt"], "NaN"),
-        (["photos", "--criterion", "c", "--texts", "colours.txt", "-o", "x.npy"], "cannot be made"),
+        (
+            ["photos", "--criterion", "c", "--texts", "colours.txt", "-o", "x.npy"],
+            "cannot be created",
+        ),
     ],
 )
 def test_what_cluster_refuses(crl, folder, colours, arguments, words):

@@ -194,7 +194,7 @@ def test_a_failed_launch_is_a_typed_error(driver, folder):
 
 def test_errors_of_writing_and_compiling(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(PlanError, match="cannot be made"):
+    with pytest.raises(PlanError, match="cannot be created"):
         kernels.write_kernels(tmp_path / "file" / "x", None, {})
     with pytest.raises(InvalidInputError, match="got sm70"):
         compile_kernels(tmp_path, ["sm70"])

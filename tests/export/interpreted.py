@@ -12,8 +12,7 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from crl_export.kernels.projection import project_segments  # noqa: E402
-from crl_sdk.basis._basis import METHODS  # noqa: E402
-from crl_sdk.basis._methods import make_projection, takes_against  # noqa: E402
+from crl_sdk.basis._methods import PROJECTION_METHODS, make_projection  # noqa: E402
 from crl_sdk.engines._kernels import POST_NUMBERS  # noqa: E402
 from crl_sdk.projection._projection import EPSILON, normalise_rows  # noqa: E402
 
@@ -112,10 +111,10 @@ def check_every_method():
     )
     made = [
         make_projection(
-            texts, method, against=[other] if takes_against(method) else [],
-            reference=None if method == "cosine" else images[:20],
+            texts, method.name, against=[other] if method.needs_against else [],
+            reference=images[:20] if method.takes_reference else None,
         )
-        for method in METHODS
+        for method in PROJECTION_METHODS
     ]  # fmt: skip
     weight = torch.from_numpy(np.concatenate([each.weight for each in made], axis=1))
     bias = torch.from_numpy(np.concatenate([each.bias for each in made]))

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from crl_sdk import Basis, Client
-from crl_sdk.basis._basis import METHODS, basis_path
+from crl_sdk.basis._basis import basis_path
 from crl_sdk.basis._build import build_basis
-from crl_sdk.basis._methods import takes_against
+from crl_sdk.basis._methods import PROJECTION_METHODS
 from crl_sdk.errors import (
     BasisError,
     BasisExistsError,
@@ -44,14 +44,14 @@ def test_the_server_knows_no_method(client, embedder, pictures):
     other = make(embedder, "size", ("small", "medium", "large"))
     client.put_basis(other.to_bytes())
     made = {}
-    for method in METHODS:
-        name = f"by {method}"
-        against = [other] if takes_against(method) else []
+    for method in PROJECTION_METHODS:
+        name = f"by {method.name}"
+        against = [other] if method.needs_against else []
         made[name] = build_basis(
             name, texts, embedder.embed_text, fingerprint=embedder.bundle.fingerprint,
-            method=method, against=against,
+            method=method.name, against=against,
         )  # fmt: skip
-        client.create_basis(name, texts, method=method, against=[b.criterion for b in against])
+        client.create_basis(name, texts, method=method.name, against=[b.criterion for b in against])
     listed = {b.criterion: (b.method, b.output_dim) for b in client.bases()}
     for name, basis in made.items():
         assert listed[name] == (basis.method, basis.projection.output_dim)
@@ -237,6 +237,7 @@ class Scripted:
     """A language model that writes texts for moods and nothing else."""
 
     name, follows_instructions = "scripted", False
+    tokens, seconds = 0, 0.0
 
     def complete(self, prompt, grammar, sampling, on_token=None):
         time.sleep(0.05)

@@ -80,7 +80,11 @@ BOTH = ("--criteria", "Main Color, shape", "--out", "out")
 def test_a_bare_array(bases, rows):
     np.save("x.npy", rows)
     done = CliRunner().invoke(app, ["project", "x.npy", *BOTH])
-    assert done.exit_code == 0 and "taken on trust" in done.stderr and "(500, 7)" in done.stdout
+    assert (
+        done.exit_code == 0
+        and "assuming the model of the bases" in done.stderr
+        and "(500, 7)" in done.stdout
+    )
     check(bases, rows)
     record = json.loads(Path("out/projections.json").read_text())
     assert record["source"] == "x.npy" and record["source_bytes"] == Path("x.npy").stat().st_size
@@ -108,7 +112,7 @@ def test_what_crl_embed_writes(bases, rows, kind):
         (np.savez if kind == "npz" else np.savez_compressed)("x.npz", **facts, universal=rows)
     name = "x.parquet" if kind == "parquet" else "x.npz"
     done = CliRunner().invoke(app, ["project", name, *BOTH, "--json"])
-    assert ("held in memory" in done.stderr) == (kind != "npz")
+    assert ("loaded into memory" in done.stderr) == (kind != "npz")
     assert "trust" not in done.stderr
     assert json.loads(done.stdout)["fingerprint_told_by"] == "source"
     check(bases, rows)

@@ -135,7 +135,7 @@ def test_the_file_has_it_all(fitted, basis, tmp_path):
     told = json.loads(header["crl_classifier"])
     assert told["schema"] == 1 and told["criterion"] == "color" and len(told["sha256"]) == 64
     assert told["fingerprint"] == FINGERPRINT and told["basis_sha256"] == basis.sha256()
-    with pytest.raises(BasisMismatchError, match=r"fffffffffff.*this bundle is aaaa"):
+    with pytest.raises(BasisMismatchError, match=r"fffffffffff.*the model of this bundle is aaaa"):
         FewShotClassifier.load(path, fingerprint="a" * 64)
 
 
