@@ -159,7 +159,8 @@ def generated(
     seeds: Sequence[int],
 ) -> dict[str, Any]:
     """Measure generated bases under several seeds. A refusal scores as the universal embedding."""
-    scores, lists = [], []
+    scores: list[Score] = []
+    lists: list[list[str]] = []
     for seed in seeds:
         try:
             basis = world.embedder.generate_basis(

@@ -222,9 +222,11 @@ class FewShotClassifier:
         """
         if self.basis is not None:
             require_same_model(
-                f"this classifier for {self.basis.criterion!r}", self.basis.fingerprint, fingerprint,
+                f"this classifier for {self.basis.criterion!r}",
+                self.basis.fingerprint,
+                fingerprint,
                 remedy="use the bundle that it was fitted with, or fit it again",
-            )  # fmt: skip
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the classifier and its basis to a file. The file is replaced atomically.
