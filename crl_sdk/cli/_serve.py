@@ -125,7 +125,7 @@ def serve(
         shared_memory=shared_memory,
         access_log=access_log,
         otlp=otlp,
-        open_model=partial(LanguageModel.open, llm) if generate else None,
+        open_llm=partial(LanguageModel.open, llm) if generate else None,
     )
     with open_embedder(bundle, engine, threads, baked, decode) as embedder:
         asyncio.run(run(embedder, settings, on_ready=_print_ready_line))

@@ -13,6 +13,7 @@ from crl_sdk.pb.inference import kserve_pb2 as pb
 from crl_sdk.pb.inference import kserve_pb2_grpc
 from crl_sdk.serving._bases import StoredBasis
 from crl_sdk.serving._call_interceptor import caller, log_unexpected_error
+from crl_sdk.serving._embedding_service import STREAM_WINDOW
 from crl_sdk.serving._kserve_statistics import ModelStatistics
 from crl_sdk.serving._kserve_tensors import (
     CONDITIONAL,
@@ -27,8 +28,8 @@ from crl_sdk.serving._kserve_tensors import (
     write_outputs,
 )
 from crl_sdk.serving._pipeline import Pipeline
+from crl_sdk.serving._responses import Context, respond
 from crl_sdk.serving._results import EmbedResult
-from crl_sdk.serving._service import STREAM_WINDOW, Context, answer
 from crl_sdk.serving._shared_memory import SharedMemory
 
 MODELS = {"crl": IMAGE, "crl-pixels": PIXELS, "crl-embedding": EMBEDDING}
@@ -113,7 +114,7 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
                 ],
             )  # fmt: skip
 
-        return await answer(context, work)
+        return await respond(context, work)
 
     async def ModelConfig(
         self, request: pb.ModelConfigRequest, context: Context
@@ -140,7 +141,7 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
                 )
             )  # fmt: skip
 
-        return await answer(context, work)
+        return await respond(context, work)
 
     async def ModelStatistics(
         self, request: pb.ModelStatisticsRequest, context: Context
@@ -158,7 +159,7 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
                 ]
             )
 
-        return await answer(context, work)
+        return await respond(context, work)
 
     async def RepositoryIndex(
         self, request: pb.RepositoryIndexRequest, context: Context
@@ -174,7 +175,7 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: pb.ModelInferRequest, context: Context
     ) -> pb.ModelInferResponse:
         """Embed the images of a request."""
-        return await answer(context, lambda: self._infer(request, context))
+        return await respond(context, lambda: self._infer(request, context))
 
     async def ModelStreamInfer(
         self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context
@@ -230,7 +231,7 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
             self._memory.register(request.name, request.key, request.offset, request.byte_size)
             return pb.SystemSharedMemoryRegisterResponse()
 
-        return await answer(context, work)
+        return await respond(context, work)
 
     async def SystemSharedMemoryUnregister(
         self, request: pb.SystemSharedMemoryUnregisterRequest, context: Context
@@ -255,7 +256,7 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
                 "this server does not use CUDA shared memory; use system shared memory"
             )
 
-        return await answer(context, work)
+        return await respond(context, work)
 
     async def CudaSharedMemoryUnregister(
         self, request: pb.CudaSharedMemoryUnregisterRequest, context: Context

@@ -22,12 +22,13 @@ from crl_sdk.pb.crl.v1 import basis_pb2, basis_pb2_grpc, embedding_pb2, embeddin
 from crl_sdk.pb.inference import kserve_pb2, kserve_pb2_grpc
 from crl_sdk.serving._admission import ServerLimits
 from crl_sdk.serving._bases import BasisStore
+from crl_sdk.serving._basis_service import BasisService, OpenLanguageModel
 from crl_sdk.serving._call_interceptor import CallInterceptor, access_log, failure_log
+from crl_sdk.serving._embedding_service import EmbeddingService
 from crl_sdk.serving._kserve import InferenceService
 from crl_sdk.serving._metrics import Metrics
 from crl_sdk.serving._pipeline import Pipeline
 from crl_sdk.serving._security import ServerTls, Token, TokenInterceptor
-from crl_sdk.serving._service import BasisService, EmbeddingService, OpenModel
 from crl_sdk.serving._tracing import Tracing
 
 SERVICES = (
@@ -68,7 +69,7 @@ class ServerSettings:
         otlp: `http://host:port` of an OpenTelemetry collector, or None for no traces.
         access_log: Whether every call is logged. Otherwise only calls are logged that fail for a
             reason of the server's.
-        open_model: Function that loads the language model for GenerateBasis, or None to offer none.
+        open_llm: Function that loads the language model for GenerateBasis, or None to offer none.
         drain_seconds: Seconds that running calls may take after SIGTERM.
     """
 
@@ -83,7 +84,7 @@ class ServerSettings:
     shared_memory: bool = False
     access_log: bool = False
     otlp: str | None = None
-    open_model: OpenModel | None = None
+    open_llm: OpenLanguageModel | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,7 @@ async def run_server(embedder: Embedder, settings: ServerSettings) -> AsyncItera
         )
         register_services(
             server, status, EmbeddingService(pipeline),
-            BasisService(pipeline, settings.open_model), inference,
+            BasisService(pipeline, settings.open_llm), inference,
         )  # fmt: skip
         cleanup.callback(inference.close)
         cleanup.push_async_callback(pipeline.stop)

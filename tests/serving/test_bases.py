@@ -258,7 +258,7 @@ class Scripted:
 
 
 def test_the_servers_language_model_writes_a_basis(serve, embedder, pictures):
-    server = serve(embedder, open_model=Scripted)
+    server = serve(embedder, open_llm=Scripted)
     with grpc.insecure_channel(server.address) as channel:
         stub = basis_pb2_grpc.BasisServiceStub(channel)
         events = list(stub.GenerateBasis(basis_pb2.GenerateBasisRequest(criterion="mood")))
@@ -285,3 +285,19 @@ def test_the_servers_language_model_writes_a_basis(serve, embedder, pictures):
         assert info.method == "exclusive-weighted"
         with pytest.raises(UnknownCriterionError, match="known are"):
             client.generate_basis("mood", against=["weight"])
+
+
+def test_an_unexpected_failure_of_the_language_model_ends_the_call(serve, embedder, caplog):
+    def open_llm():
+        raise ZeroDivisionError("a secret of the server")
+
+    server = serve(embedder, open_llm=open_llm)
+    with grpc.insecure_channel(server.address) as channel:
+        stub = basis_pb2_grpc.BasisServiceStub(channel)
+        for _ in range(2):  # the second call shows that the first one gave the lock back
+            with pytest.raises(grpc.RpcError) as caught:
+                list(
+                    stub.GenerateBasis(basis_pb2.GenerateBasisRequest(criterion="mood"), timeout=20)
+                )
+            assert caught.value.code() == grpc.StatusCode.INTERNAL
+            assert "secret" not in caught.value.details() and "secret" in caplog.text

@@ -15,7 +15,7 @@ from crl_sdk import Client
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.rpc import encode_tensor
 from crl_sdk.serving import _server as server_module
-from crl_sdk.serving._service import STREAM_WINDOW
+from crl_sdk.serving._embedding_service import STREAM_WINDOW
 from support import unseen_image, wait_until
 
 _numbers = count()

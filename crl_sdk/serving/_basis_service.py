@@ -1,0 +1,205 @@
+"""`crl.v1.BasisService` on top of the store of bases: messages in, messages out."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from crl_sdk._progress import GenerationProgress
+from crl_sdk.basis._basis import Basis
+from crl_sdk.basis._build import DEFAULT_PROMPT
+from crl_sdk.basis._generate import DEFAULT_OPTIONS, GenerationOptions
+from crl_sdk.basis._language_model import LanguageModel
+from crl_sdk.basis._methods import METHODS
+from crl_sdk.errors import CrlError, InvalidInputError, NotOfferedError, ServiceError
+from crl_sdk.pb.crl.v1 import basis_pb2, basis_pb2_grpc
+from crl_sdk.projection._projection import POSTS
+from crl_sdk.serving._bases import StoredBasis
+from crl_sdk.serving._pipeline import Pipeline
+from crl_sdk.serving._responses import Context, abort, respond
+
+OpenLanguageModel = Callable[[], LanguageModel]
+
+_PROGRESS_SECONDS = 0.2
+"""Shortest time between two progress messages of one call."""
+
+
+class BasisService(basis_pb2_grpc.BasisServiceServicer):
+    """`crl.v1.BasisService`. proto/crl/v1/basis.proto describes each method."""
+
+    def __init__(self, pipeline: Pipeline, open_llm: OpenLanguageModel | None = None) -> None:
+        """Store the parts.
+
+        Args:
+            pipeline: Pipeline whose bases are served.
+            open_llm: Function that loads the language model, or None to offer no generation.
+        """
+        self._pipeline = pipeline
+        self._open_llm = open_llm
+        self._generating = asyncio.Lock()  # a language model uses all cores: one at a time
+
+    async def ListBases(
+        self, request: basis_pb2.ListBasesRequest, context: Context
+    ) -> basis_pb2.ListBasesResponse:
+        """Return the facts of all bases."""
+        bases = self._pipeline.bases.snapshot
+        return basis_pb2.ListBasesResponse(bases=[_to_info(bases[name]) for name in sorted(bases)])
+
+    async def GetBasis(
+        self, request: basis_pb2.GetBasisRequest, context: Context
+    ) -> basis_pb2.GetBasisResponse:
+        """Return a basis as a file."""
+
+        async def get() -> basis_pb2.GetBasisResponse:
+            (stored,) = self._pipeline.bases.select([request.criterion])
+            return basis_pb2.GetBasisResponse(info=_to_info(stored), file=stored.basis.to_bytes())
+
+        return await respond(context, get)
+
+    async def PutBasis(
+        self, request: basis_pb2.PutBasisRequest, context: Context
+    ) -> basis_pb2.PutBasisResponse:
+        """Store a basis that is sent as a file, or made from texts."""
+
+        def put() -> basis_pb2.PutBasisResponse:
+            source = request.WhichOneof("source")
+            if source is None:
+                raise InvalidInputError("expected a basis file or texts, got neither")
+            if source == "file":
+                basis = Basis.from_bytes(request.file)
+            else:
+                basis = self._build(request.texts)
+            stored, replaced = self._pipeline.bases.put(basis, replace=not request.no_replace)
+            return basis_pb2.PutBasisResponse(info=_to_info(stored), replaced=replaced)
+
+        # The change is finished even if the client goes away.
+        return await respond(context, lambda: asyncio.shield(asyncio.to_thread(put)))
+
+    async def DeleteBasis(
+        self, request: basis_pb2.DeleteBasisRequest, context: Context
+    ) -> basis_pb2.DeleteBasisResponse:
+        """Delete a basis."""
+
+        def delete() -> basis_pb2.DeleteBasisResponse:
+            self._pipeline.bases.delete(request.criterion)
+            return basis_pb2.DeleteBasisResponse()
+
+        return await respond(context, lambda: asyncio.shield(asyncio.to_thread(delete)))
+
+    async def GenerateBasis(
+        self, request: basis_pb2.GenerateBasisRequest, context: Context
+    ) -> AsyncIterator[basis_pb2.GenerateBasisResponse]:
+        """Let the language model write texts, store the basis made from them, report progress."""
+        if self._open_llm is None:
+            message = (
+                "this server has no language model: ask its operator to start it with "
+                "--generate, or send a basis with PutBasis"
+            )
+            await abort(context, NotOfferedError(message))
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[basis_pb2.GenerateBasisResponse | Exception] = asyncio.Queue()
+        client_gone = threading.Event()
+
+        def send(event: basis_pb2.GenerateBasisResponse | Exception) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        def generate() -> None:
+            try:
+                done = self._generate(request, send, client_gone)
+                send(basis_pb2.GenerateBasisResponse(done=done))
+            except Exception as error:  # every failure must reach the call, or it would wait
+                send(error)
+
+        async with self._generating:
+            worker = asyncio.create_task(asyncio.to_thread(generate))
+            try:
+                while True:
+                    event = await events.get()
+                    if isinstance(event, CrlError):
+                        await abort(context, event)
+                    if isinstance(event, Exception):
+                        raise event
+                    yield event
+                    if event.HasField("done"):
+                        break
+            finally:
+                client_gone.set()
+                await asyncio.shield(worker)
+
+    def _generate(
+        self,
+        request: basis_pb2.GenerateBasisRequest,
+        send: Callable[[basis_pb2.GenerateBasisResponse], None],
+        client_gone: threading.Event,
+    ) -> basis_pb2.PutBasisResponse:
+        """Generate, make and store a basis; runs in a thread."""
+        assert self._open_llm is not None
+        options = GenerationOptions(
+            hint=request.hint,
+            include=tuple(request.include),
+            exclude=tuple(request.exclude),
+            seed=request.seed,
+            count=request.count or DEFAULT_OPTIONS.count,
+        )
+        sent_at = 0.0
+
+        def report(progress: GenerationProgress) -> None:
+            nonlocal sent_at
+            if client_gone.is_set():
+                raise ServiceError("the client went away")
+            if progress.seconds - sent_at < _PROGRESS_SECONDS:
+                return
+            sent_at = progress.seconds
+            message = basis_pb2.GenerationProgress(
+                answers=progress.answers,
+                max_answers=progress.max_answers,
+                tokens=progress.tokens,
+                tokens_per_second=progress.tokens_per_second,
+            )
+            send(basis_pb2.GenerateBasisResponse(progress=message))
+
+        against = self._select(request.against)
+        with self._open_llm() as llm:
+            basis = self._pipeline.embedder.generate_basis(
+                request.criterion, llm=llm, options=options,
+                prompts=tuple(request.prompts) or (DEFAULT_PROMPT,), against=against,
+                progress=report, load=False,
+            )  # fmt: skip
+        stored, replaced = self._pipeline.bases.put(basis, replace=not request.no_replace)
+        return basis_pb2.PutBasisResponse(info=_to_info(stored), replaced=replaced)
+
+    def _build(self, request: basis_pb2.BasisTexts) -> Basis:
+        """Make a basis from the texts of a client."""
+        against = self._select(request.against)
+        method, post = request.method or None, request.post or "l2"
+        if (method is not None and method not in METHODS) or post not in POSTS:
+            raise InvalidInputError(
+                f"expected a method of {METHODS} and a post of {POSTS}, got {method!r} and {post!r}"
+            )
+        return self._pipeline.embedder.create_basis(
+            request.criterion,
+            list(request.texts),
+            prompts=tuple(request.prompts) or (DEFAULT_PROMPT,),
+            method=method,
+            post=post,
+            against=against,
+            provenance={"texts": "given by a client"},
+            load=False,
+        )
+
+    def _select(self, criteria: Sequence[str]) -> list[Basis]:
+        return [stored.basis for stored in self._pipeline.bases.select(criteria)]
+
+
+def _to_info(stored: StoredBasis) -> basis_pb2.BasisInfo:
+    basis = stored.basis
+    return basis_pb2.BasisInfo(
+        criterion=basis.criterion,
+        sha256=stored.sha256,
+        texts=basis.texts,
+        prompts=basis.prompts,
+        method=basis.method,
+        post=basis.projection.post,
+        output_dim=basis.projection.output_dim,
+    )

@@ -1,0 +1,223 @@
+"""`crl.v1.EmbeddingService` on top of the pipeline: messages in, messages out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from crl_sdk._version import __version__
+from crl_sdk.errors import CrlError, ImageTooLargeError, InvalidInputError
+from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
+from crl_sdk.rpc._status import status_code
+from crl_sdk.rpc._tensors import decode_tensor, encode_tensor
+from crl_sdk.serving._call_interceptor import caller, log_unexpected_error
+from crl_sdk.serving._pipeline import Pipeline
+from crl_sdk.serving._responses import Context, respond
+from crl_sdk.serving._results import EmbedResult, ImageOutcome, ImageSource
+
+STREAM_WINDOW = 8
+"""Number of requests of one stream that are in progress at once.
+
+The server reads the next request only when one of them is done.
+"""
+
+_ROW_DTYPES: dict[int, type[np.floating]] = {
+    embedding_pb2.DTYPE_UNSPECIFIED: np.float32,
+    embedding_pb2.DTYPE_FLOAT32: np.float32,
+    embedding_pb2.DTYPE_FLOAT16: np.float16,
+}
+
+
+class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
+    """`crl.v1.EmbeddingService`. proto/crl/v1/embedding.proto describes each method."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        """Store the started pipeline."""
+        self._pipeline = pipeline
+
+    async def Embed(
+        self, request: embedding_pb2.EmbedRequest, context: Context
+    ) -> embedding_pb2.EmbedResponse:
+        """Embed the images of one request."""
+        return await respond(context, lambda: self._embed(request, context))
+
+    async def EmbedStream(
+        self,
+        request_iterator: AsyncIterator[embedding_pb2.EmbedStreamRequest],
+        context: Context,
+    ) -> AsyncIterator[embedding_pb2.EmbedStreamResponse]:
+        """Embed the images of many requests, and reply in the order in which they are done."""
+        replies: asyncio.Queue[embedding_pb2.EmbedStreamResponse | None] = asyncio.Queue()
+        window = asyncio.Semaphore(STREAM_WINDOW)
+        tasks: set[asyncio.Task[None]] = set()
+
+        async def process(message: embedding_pb2.EmbedStreamRequest) -> None:
+            reply = embedding_pb2.EmbedStreamResponse(id=message.id)
+            try:
+                reply.response.CopyFrom(await self._embed(message.request, context))
+            except CrlError as error:
+                reply.error.code, reply.error.message = status_code(error).value[0], str(error)
+            except Exception as error:  # only this request fails; the stream goes on
+                reply.error.code = grpc.StatusCode.INTERNAL.value[0]
+                reply.error.message = log_unexpected_error(
+                    "/crl.v1.EmbeddingService/EmbedStream", error
+                )
+            await replies.put(reply)
+
+        async def read() -> None:
+            try:
+                async for message in request_iterator:
+                    await window.acquire()
+                    task = asyncio.create_task(process(message))
+                    tasks.add(task)
+                    task.add_done_callback(tasks.discard)
+                await asyncio.gather(*tasks)
+            finally:
+                await replies.put(None)
+
+        reader = asyncio.create_task(read())
+        try:
+            while (reply := await replies.get()) is not None:
+                yield reply
+                # Released only after the reply is sent: the server does not read from a client
+                # that does not read its replies.
+                window.release()
+            await reader
+        finally:
+            for task in (reader, *tasks):
+                task.cancel()
+
+    async def EmbedText(
+        self, request: embedding_pb2.EmbedTextRequest, context: Context
+    ) -> embedding_pb2.EmbedTextResponse:
+        """Embed texts."""
+
+        async def embed() -> embedding_pb2.EmbedTextResponse:
+            dtype = _row_dtype(request.dtype)
+            rows = await asyncio.to_thread(
+                self._pipeline.embedder.embed_text, list(request.texts), truncate=request.truncate
+            )
+            return embedding_pb2.EmbedTextResponse(
+                embeddings=encode_tensor(rows.astype(dtype, copy=False)),
+                fingerprint=self._pipeline.embedder.bundle.fingerprint,
+            )
+
+        return await respond(context, embed)
+
+    async def GetModel(
+        self, request: embedding_pb2.GetModelRequest, context: Context
+    ) -> embedding_pb2.GetModelResponse:
+        """Return the facts of the model."""
+        embedder = self._pipeline.embedder
+        manifest = embedder.bundle.manifest
+        spec = manifest.preprocess
+        return embedding_pb2.GetModelResponse(
+            name=manifest.name,
+            fingerprint=manifest.fingerprint,
+            embedding_dim=manifest.embedding_dim,
+            engine=embedder.engine,
+            preprocessing=embedding_pb2.Preprocessing(
+                height=spec.height, width=spec.width, interpolation=spec.interpolation,
+                resize_mode=spec.resize_mode, fill=spec.fill, mean=spec.mean, std=spec.std,
+            ),
+            context_length=manifest.text.context_length if manifest.text else 0,
+            max_images=self._pipeline.limits.max_images,
+            server_version=__version__,
+        )  # fmt: skip
+
+    async def _embed(
+        self, request: embedding_pb2.EmbedRequest, context: Context
+    ) -> embedding_pb2.EmbedResponse:
+        dtype = _row_dtype(request.dtype)
+        sources = [_read_source(image, i) for i, image in enumerate(request.images)]
+        remaining = context.time_remaining()
+        result = await self._pipeline.embed(
+            sources,
+            request.criteria,
+            deadline=None if remaining is None else time.monotonic() + remaining,
+            client=caller.get(),
+        )
+        return _to_response(
+            result, self._pipeline.embedder.bundle.fingerprint, dtype, request.omit_universal
+        )
+
+
+def _row_dtype(dtype: int) -> type[np.floating]:
+    """Return the NumPy dtype of a reply's rows."""
+    if dtype not in _ROW_DTYPES:
+        raise InvalidInputError(
+            f"expected a dtype of FLOAT32 or FLOAT16 for the reply, got {dtype}"
+        )
+    return _ROW_DTYPES[dtype]
+
+
+def _read_source(image: embedding_pb2.Image, position: int) -> ImageSource:
+    """Return the image, the pixels or the stored embedding in a message."""
+    kind = image.WhichOneof("source")
+    if kind == "encoded":
+        return image.encoded
+    if kind is None:
+        raise InvalidInputError(
+            f"image {position}: expected encoded bytes, pixels or an embedding, got none of them"
+        )
+    array: NDArray[Any] = decode_tensor(image.pixels if kind == "pixels" else image.embedding)
+    if kind == "pixels":
+        fits = array.dtype.kind == "u" and array.ndim in (2, 3)
+        expected = "pixels UINT8 of shape (height, width[, channels])"
+    else:
+        fits = array.dtype.kind == "f" and array.ndim == 1
+        expected = "embedding of floats of shape (d)"
+    if not fits:
+        raise InvalidInputError(
+            f"image {position}: expected {expected}, got {array.dtype} of shape {array.shape}"
+        )
+    return array
+
+
+def _to_response(
+    result: EmbedResult, fingerprint: str, dtype: type[np.floating], omit_universal: bool
+) -> embedding_pb2.EmbedResponse:
+    def rows(array: NDArray[np.float32]) -> embedding_pb2.Tensor:
+        return encode_tensor(array.astype(dtype, copy=False))
+
+    timing = result.timing
+    return embedding_pb2.EmbedResponse(
+        images=[_to_status(image) for image in result.images],
+        universal=None if omit_universal else rows(result.universal),
+        conditional=[
+            embedding_pb2.ConditionalEmbedding(
+                criterion=stored.basis.criterion, rows=rows(array), basis_sha256=stored.sha256
+            )
+            for stored, array in zip(result.bases, result.conditional, strict=True)
+        ],
+        fingerprint=fingerprint,
+        timings=embedding_pb2.Timings(
+            preprocess_us=round(timing.preprocess_seconds * 1e6),
+            queue_us=round(timing.queue_seconds * 1e6),
+            infer_us=round(timing.infer_seconds * 1e6),
+            project_us=round(timing.project_seconds * 1e6),
+            total_us=round(timing.total_seconds * 1e6),
+        ),
+    )
+
+
+def _to_status(image: ImageOutcome) -> embedding_pb2.ImageStatus:
+    codes = embedding_pb2.ImageStatus
+    if image.error is None:
+        code = codes.CODE_OK
+    elif isinstance(image.error, ImageTooLargeError):
+        code = codes.CODE_TOO_LARGE
+    else:
+        code = codes.CODE_INVALID
+    return embedding_pb2.ImageStatus(
+        code=code,
+        message="" if image.error is None else image.error.reason,
+        digest=image.digest,
+        cached=image.cached,
+    )
