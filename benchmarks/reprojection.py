@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_info
 
 from crl_sdk import Projection, __version__
-from crl_sdk.engines._processor import find_features
+from crl_sdk.engines._processor import find_features, find_processor_name
 from crl_sdk.projection._project_rows import project_rows
 
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3}
@@ -266,8 +266,6 @@ def run(rows: int, dim: int, cases: Sequence[Case], rounds: int, directory: Path
     records = [measure(bench, case, rounds) for case in cases]
     last = cases[-1]
     blas = [info for info in threadpool_info() if info["user_api"] == "blas"]
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":")[1].strip() for line in info.splitlines() if "model name" in line]
     return {
         "command": "make bench-project",
         "rows": rows,
@@ -279,7 +277,7 @@ def run(rows: int, dim: int, cases: Sequence[Case], rounds: int, directory: Path
         "numpy": np.__version__,
         "blas": [f"{lib['internal_api']} {lib['version']} ({lib['architecture']})" for lib in blas],
         "machine": {
-            "processor": names[0] if names else platform.processor(),
+            "processor": find_processor_name(),
             "cores": os.cpu_count(),
             "features": find_features(),
         },

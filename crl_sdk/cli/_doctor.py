@@ -46,7 +46,7 @@ def _facts(machine: Machine) -> dict[str, object]:
         **{str(runtime): version for runtime, version in machine.runtimes.items()},
         "ONNX Runtime": ", ".join(machine.providers) or "not installed",
         "packages": ", ".join(f"{name} {found}" for name, found in machine.packages.items()),
-        "crl-sdk": f"{machine.crl_sdk}, Python {machine.python}",
+        "CRL SDK": f"{machine.crl_sdk}, Python {machine.python}",
     }
 
 

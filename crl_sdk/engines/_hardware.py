@@ -47,11 +47,11 @@ class Hardware:
 
 def inspect_hardware() -> Hardware:
     """Return the processor's instruction sets and the GPUs. A missing driver is not an error."""
-    gpus, version = find_gpus()
+    gpus, version = _find_gpus()
     return Hardware(features=find_features(), gpus=gpus, cuda=version)
 
 
-def find_gpus() -> tuple[tuple[Gpu, ...], str]:
+def _find_gpus() -> tuple[tuple[Gpu, ...], str]:
     """Return the GPUs, and the driver's CUDA version or the reason why there are none."""
     try:
         cu = cuda.driver()

@@ -266,7 +266,7 @@ def _candidate(
         usable = here is not None
         reason = f"a GPU of {here}" if here else hardware.cuda
         if usable and not automatic:
-            reason = "has to be asked for: it compiles when it first starts"
+            reason = "must be chosen by name: it compiles when it first starts"
     if usable and device == "cpu" and precision == "int8":
         automatic, reason = _int8_on_cpu(bundle, hardware)
     return EngineCandidate(
@@ -282,9 +282,9 @@ def _int8_on_cpu(bundle: ModelBundle, hardware: Hardware) -> tuple[bool, str]:
     found = [name for name in hardware.features if name in _BYTE_PRODUCTS]
     parity = next(graph.parity for graph in bundle.manifest.images if graph.precision == "int8")
     if not found:
-        return False, f"has to be asked for: no {', '.join(_BYTE_PRODUCTS)} here to make it fast"
+        return False, f"must be chosen by name: no {', '.join(_BYTE_PRODUCTS)} here to make it fast"
     if missed := failures(parity, _INT8):
-        return False, f"has to be asked for: recorded parity with fp32 {', '.join(missed)}"
+        return False, f"must be chosen by name: recorded parity with fp32 {', '.join(missed)}"
     return True, f"fast with {found[0]}; recorded cosine with fp32 {parity.cosine_mean:.5f}"
 
 

@@ -212,7 +212,7 @@ def _candidate(bundle: ModelBundle, precision: RunPrecision, hardware: Hardware)
     else:
         usable = True
         reason = (
-            "has to be asked for: the bundle records no parity of it; "
+            "must be chosen by name: the bundle records no parity for it; "
             f"crl verify {bundle.path} --engine {name} measures it here"
         )
     return EngineCandidate(name=name, usable=usable, automatic=False, reason=reason)

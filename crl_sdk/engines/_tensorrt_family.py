@@ -75,7 +75,7 @@ def _candidate(
             reason = (
                 f"verified on {here}"
                 if automatic
-                else f"has to be asked for until {command} has run here"
+                else f"must be chosen by name until {command} has run here"
             )
     except CrlError as error:
         reason = str(error)

@@ -63,7 +63,7 @@ def test_with_a_gpu_cuda_is_chosen_but_not_what_compiles_at_start(bundle, monkey
     engines = list_candidates(bundle)
     assert str(choose_engine(engines, "auto").name) == "onnx/cuda/fp32"
     asked = choose_engine(engines, "onnx/tensorrt")
-    assert str(asked.name) == "onnx/tensorrt/fp32" and "has to be asked for" in asked.reason
+    assert str(asked.name) == "onnx/tensorrt/fp32" and "must be chosen by name" in asked.reason
     assert str(choose_engine(engines, "onnx/cpu").name) == "onnx/cpu/fp32"
 
 
@@ -134,11 +134,11 @@ def test_int8_is_not_chosen_where_it_is_slow_or_inexact(bundle, monkeypatch, fea
     for wanted in ("auto", "onnx/cpu"):
         assert str(choose_engine(engines, wanted).name) == "onnx/cpu/fp32"
     asked = choose_engine(engines, "onnx/cpu/int8")
-    assert why in asked.reason and "has to be asked for" in asked.reason
+    assert why in asked.reason and "must be chosen by name" in asked.reason
 
 
 @pytest.mark.parametrize("feature", ["avx512_bf16", "amx_bf16"])
-def test_openvino_has_to_be_asked_for(bundle, monkeypatch, feature):
+def test_openvino_must_be_chosen_by_name(bundle, monkeypatch, feature):
     machine(monkeypatch, features=("avx2", feature), packages=("openvino",))
     engines = list_candidates(bundle)
     for wanted in ("auto", "onnx"):
@@ -147,7 +147,7 @@ def test_openvino_has_to_be_asked_for(bundle, monkeypatch, feature):
         asked = choose_engine(engines, wanted)
         assert str(asked.name) == f"openvino/cpu/{taken}" and not asked.automatic
         command = f"crl verify {bundle.path} --engine openvino/cpu/{taken}"
-        assert "has to be asked for" in asked.reason and command in asked.reason
+        assert "must be chosen by name" in asked.reason and command in asked.reason
 
 
 def test_openvino_without_its_package_or_the_instructions(bundle, monkeypatch):
