@@ -1,1 +1,1 @@
-"""Benchmarks, importable as `crl_benchmarks`; each asserts correctness in the run it times."""
+"""Benchmarks, imported as `crl_benchmarks`. Each checks the results of the runs that it times."""

@@ -1,7 +1,7 @@
-"""Measures a server: sweeps of callers or rates, and the highest rate that holds an objective.
+"""Measures a server: sweeps of callers or rates, and the highest rate that meets an objective.
 
-Generators are processes of their own, which start together and share the load. A figure is not
-quoted where they were the bottleneck.
+The load comes from separate generator processes, which start together and share it. A run in which
+a generator was the bottleneck is marked as not quotable.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import msgspec
 import numpy as np
 
 from crl_benchmarks.load import Reply, Run, closed_loop, merge, open_loop
+from crl_benchmarks.machine import describe_machine
 from crl_benchmarks.quantiles import PERCENTILES, percentile
 from crl_benchmarks.targets import Target, connect
 from crl_sdk._version import __version__
@@ -35,19 +36,26 @@ from crl_sdk.model._bundle import ModelBundle
 SCHEMA = 1
 
 _BUSY = 0.9
-"""A generator that uses more of its core than this is what was measured."""
+"""Share of a core above which a generator counts as the bottleneck."""
 
 _LATE = 0.1
-"""So is one whose event loop wakes later than this share of the median latency, at its own p90."""
+"""A generator is a bottleneck too if p90 of its lag exceeds this share of the median latency."""
 
 _STEADY = 0.1
-"""A run is steady if no third of it served more or fewer than this share of its mean."""
+"""A run is steady if the calls served in each third differ from the mean by at most this share."""
 
 _ATTEMPTS = 3
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
-    """A percentile in milliseconds with its 95 % interval, where the sample is large enough."""
+    """A percentile of the latency.
+
+    Attributes:
+        percent: Such as 99.
+        ms: Value in milliseconds.
+        low: Lower end of the 95 % interval in milliseconds; None if the sample is too small.
+        high: Upper end of the 95 % interval in milliseconds; None if the sample is too small.
+    """
 
     percent: float
     ms: float
@@ -56,25 +64,25 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
-    """One run.
+    """Result of one run.
 
     Attributes:
-        mode: `closed`, `open`, or `engine` for runs in process.
-        load: callers, calls a second, or images of a run.
-        seconds: measured.
-        offered: calls that were due.
-        served: calls that went well.
-        rejected: calls that the server refused because it was full.
-        errors: other failures, by status.
-        calls_per_second: served.
-        images_per_second: served.
-        latency: of what was served, in milliseconds.
-        stages_ms: medians of what the server says it spent.
-        steady: whether all thirds of the run served alike.
-        generator_cpu: largest share of a core that a generator used.
-        generator_lag_ms: how late its event loop woke, at p90.
-        quotable: whether the generators were not the bottleneck.
-        why: why not.
+        mode: `closed` or `open`, or `engine` for runs in this process.
+        load: Number of callers (closed), calls per second (open), or images per run (engine).
+        seconds: Measured seconds.
+        offered: Number of calls that were due.
+        served: Number of successful calls.
+        rejected: Number of calls that the server refused because it was full.
+        errors: Number of other failures, by status.
+        calls_per_second: Successful calls per second.
+        images_per_second: Images of successful calls per second.
+        latency: Percentiles of the latency of successful calls.
+        stages_ms: Median milliseconds that the server reports, by stage.
+        steady: Whether all thirds of the run served about the same number of calls.
+        generator_cpu: Largest share of a core that a generator used.
+        generator_lag_ms: 90th percentile of the lateness of the generators' event loops.
+        quotable: Whether the generators were not the bottleneck.
+        why: Reason why the run is not quotable, else empty.
     """
 
     mode: str
@@ -95,7 +103,7 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     why: str = ""
 
     def ms(self, percent: float) -> float:
-        """Give a percentile of the latency, infinite if nothing was served."""
+        """Return a percentile of the latency in milliseconds, infinite if no call succeeded."""
         return next((each.ms for each in self.latency if each.percent == percent), math.inf)
 
 
@@ -103,15 +111,15 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """All runs of a command, with what is needed to repeat it.
 
     Attributes:
-        schema: of this document.
-        time: when it was made, UTC.
-        command: as it was given.
-        machine: of the generators.
-        versions: of what took part here.
-        settings: warm-up, seconds, processes, images.
-        rows: the runs.
-        objective: the search's, such as `p99<50ms`.
-        best: the run at the highest rate that held it; None if none did.
+        schema: Version of this document's format.
+        time: Time of writing in UTC, ISO 8601.
+        command: Command line.
+        machine: Properties of the machine of the generators.
+        versions: Versions of the packages that matter, by name.
+        settings: Warm-up, seconds, processes, images.
+        rows: Results of the runs.
+        objective: Objective of the search, such as `p99<50ms`.
+        best: Run at the highest rate that met the objective, or None.
     """
 
     schema: int
@@ -127,28 +135,33 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What a rate must hold: a percentile of the latency below so many milliseconds."""
+    """An upper bound for a percentile of the latency.
+
+    Attributes:
+        percent: Such as 99.
+        ms: Bound in milliseconds.
+    """
 
     percent: float
     ms: float
 
     @classmethod
     def parse(cls, text: str) -> Objective:
-        """Read `p99<50ms`.
+        """Parse text such as `p99<50ms`.
 
         Raises:
-            InvalidInputError: it has another form, or a percentile that is not reported.
+            InvalidInputError: If the text has another form, or the percentile is not reported.
         """
         found = re.fullmatch(r"p(\d+(?:\.\d+)?)<(\d+(?:\.\d+)?)ms", text.replace(" ", ""))
         if not found or float(found[1]) not in PERCENTILES or not float(found[2]):
             known = ", ".join(f"p{each:g}" for each in PERCENTILES)
             raise InvalidInputError(
-                f"expected an objective such as p99<50ms, of {known}; got {text!r}"
+                f"expected an objective such as p99<50ms with one of {known}; got {text!r}"
             )
         return cls(float(found[1]), float(found[2]))
 
-    def held(self, row: LoadResult) -> bool:
-        """Tell whether a run held it; a call that failed counts as one that took forever."""
+    def is_met(self, row: LoadResult) -> bool:
+        """Return whether a run met it. The latency of a failed call counts as infinite."""
         failed = row.offered - row.served
         allowed = row.offered * (1 - self.percent / 100)
         return row.quotable and failed <= allowed and row.ms(self.percent) < self.ms
@@ -156,7 +169,13 @@ class Objective:
 
 @dataclass(frozen=True, slots=True)
 class BenchSettings:
-    """How each run is made: seconds of warm-up and measuring, and generator processes."""
+    """Settings of each run.
+
+    Attributes:
+        warm_up: Seconds before anything counts.
+        seconds: Measured seconds.
+        processes: Number of generator processes.
+    """
 
     warm_up: float = 2.0
     seconds: float = 10.0
@@ -165,16 +184,16 @@ class BenchSettings:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What one generator process does in one run.
+    """Work of one generator process in one run.
 
     Attributes:
-        target: what is called.
+        target: Server and calls.
         mode: `closed` or `open`.
-        load: callers, or calls a second.
-        warm_up: seconds.
-        seconds: measured.
-        seed: of the arrivals; another for each process and run, or all would share one's luck.
-        starts: on the clock that all processes share.
+        load: Number of callers (closed) or calls per second (open).
+        warm_up: Seconds before anything counts.
+        seconds: Measured seconds.
+        seed: Seed of the arrival times, different for each process and run.
+        starts: Start time on the wall clock, which all processes share.
     """
 
     target: Target
@@ -187,32 +206,35 @@ class _Job:
 
 
 class Generators:
-    """The generator processes, started once for all runs."""
+    """The generator processes, started once for all runs. Use as a context manager."""
 
     def __init__(self, target: Target, settings: BenchSettings) -> None:
-        """Start them."""
+        """Prepare the processes; they start at the first run."""
         self._target, self._settings = target, settings
         self._seeds = count()
         context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
         self._pool = ProcessPoolExecutor(settings.processes, mp_context=context)
 
     def __enter__(self) -> Generators:
-        """Use as a context manager; leaving it ends the processes."""
+        """Return the generators themselves."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End them."""
+        """End the processes."""
         self._pool.shutdown(cancel_futures=True)
 
     def measure(self, mode: str, load: float) -> LoadResult:
-        """Make a run, again if it was not steady, three times at most.
+        """Make a run, and repeat it up to twice if it was not steady.
 
         Args:
             mode: `closed` or `open`.
-            load: callers, or calls a second.
+            load: Number of callers (closed) or calls per second (open).
+
+        Returns:
+            The result of the last attempt.
 
         Raises:
-            ServiceError: no call at all went well.
+            ServiceError: If no call succeeded.
         """
         for _ in range(_ATTEMPTS):
             row = self._measure(mode, load)
@@ -236,8 +258,9 @@ class Generators:
         row = _row(mode, load, run, self._target.batch)
         if not row.served and row.errors:
             raise ServiceError(
-                f"{self._target.address}: expected answers, got {row.errors}: is a server of the "
-                f"{self._target.kind} contract there, with these criteria or this model?"
+                f"{self._target.address}: expected successful calls, got {row.errors}; check that "
+                f"a server with the {self._target.kind} API, and these criteria or this model, "
+                "runs there"
             )
         return row
 
@@ -249,20 +272,20 @@ def search(
     *,
     callers: int = 8,
 ) -> LoadResult | None:
-    """Find the highest rate that holds an objective, to within 5 %.
+    """Find the highest rate that meets an objective, to within 5 %.
 
-    A closed loop tells the capacity; rates up to a tenth more are halved between what held and what
-    did not. A rate is given up after two runs that did not hold it, since one pause of a shared
+    A closed loop measures the capacity. Bisection then searches rates up to 1.1 times the capacity.
+    A rate fails only after two runs that do not meet the objective, since one pause of a shared
     machine spoils a tail.
 
     Args:
-        objective: to hold.
-        measure: makes a run of a mode and a load.
-        tell: is shown every run.
-        callers: of the closed loop.
+        objective: Objective to meet.
+        measure: Function that makes a run of a mode and a load.
+        tell: Function that is called with every result.
+        callers: Number of callers of the closed loop.
 
     Returns:
-        the best run, or None if no rate held.
+        The run at the highest rate that met the objective, or None.
     """
     first = measure("closed", callers)
     tell(first)
@@ -270,11 +293,11 @@ def search(
     while high > first.calls_per_second / 64 and (high - low) / high > 0.05:
         rate = (low + high) / 2
         row = measure("open", rate)
-        if not objective.held(row):
+        if not objective.is_met(row):
             tell(row)
             row = measure("open", rate)
         tell(row)
-        if objective.held(row):
+        if objective.is_met(row):
             low, best = rate, row
         else:
             high = rate
@@ -288,14 +311,17 @@ def engine_rows(
     settings: BenchSettings,
     tell: Callable[[int], None],
 ) -> list[LoadResult]:
-    """Time an engine in this process, without decoding and without bases: one row per batch size.
+    """Time an engine in this process, without decoding and without bases.
 
     Args:
-        bundle: its model.
-        engine: to time.
-        batches: images of a run.
-        settings: seconds of warm-up and measuring.
-        tell: is told each batch before it is timed.
+        bundle: Bundle of the engine.
+        engine: Engine to time.
+        batches: Batch sizes.
+        settings: Seconds of warm-up and measuring.
+        tell: Function that is called with each batch size before it is timed.
+
+    Returns:
+        One result per batch size.
     """
     weight = np.zeros((bundle.embedding_dim, 0), np.float32)
     bias = np.zeros(0, np.float32)
@@ -321,7 +347,7 @@ def engine_rows(
 
 
 def server_settings(target: Target, settings: BenchSettings) -> dict[str, str]:
-    """Tell how a server was measured."""
+    """Return the settings of a server's measurement for the report."""
     sizes = [len(data) for data in target.images]
     return {
         "address": target.address,
@@ -336,23 +362,27 @@ def server_settings(target: Target, settings: BenchSettings) -> dict[str, str]:
 
 
 def report(
-    command: str, told: dict[str, str], rows: Sequence[LoadResult], **more: object
+    command: str, settings: dict[str, str], rows: Sequence[LoadResult], **more: object
 ) -> Report:
-    """Put runs into a document with what is needed to repeat them."""
+    """Return a report of runs.
+
+    Args:
+        command: Command line.
+        settings: Settings of the measurement.
+        rows: Results of the runs.
+        **more: `objective` and `best` of a search.
+    """
     return Report(
         schema=SCHEMA,
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=command,
-        machine={
-            "system": f"{platform.system()} {platform.machine()}",
-            "cores": str(multiprocessing.cpu_count()),
-        },
+        machine=describe_machine(),
         versions={
-            "crl-sdk": __version__,
+            "crl": __version__,
             "python": platform.python_version(),
             **{name: version(name) for name in ("grpcio", "protobuf", "numpy")},
         },
-        settings=told,
+        settings=settings,
         rows=tuple(rows),
         **more,  # type: ignore[arg-type]
     )
@@ -366,14 +396,14 @@ def _shares(mode: str, load: float, count: int) -> list[float]:
 
 
 def _generate(job: _Job) -> Run:
-    """Be one generator process for one run."""
+    """Make one run in a generator process."""
     time.sleep(max(job.starts - time.time(), 0))
 
     async def run() -> Run:
         options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
         async with grpc.aio.insecure_channel(job.target.address, options=options) as channel:
             send = connect(job.target, channel)
-            first = job.seed * 7919  # so that processes do not send the same images together
+            first = job.seed * 7919  # processes send different images at the same time
 
             async def shifted(number: int) -> Reply:
                 return await send(first + number)
@@ -394,13 +424,13 @@ def _row(mode: str, load: float, run: Run, batch: int) -> LoadResult:
     lag = float(np.percentile(run.lags, 90)) if run.lags else run.seconds  # it never woke
     why = ""
     if run.cpu > _BUSY:
-        why = f"a generator used {run.cpu:.0%} of its core: use more --processes"
+        why = f"a generator used {run.cpu:.0%} of its core; use more --processes"
     elif served and lag > _LATE * served[len(served) // 2]:
-        why = f"the generator woke {lag * 1e3:.1f} ms late: use more --processes or other cores"
+        why = f"a generator woke {lag * 1e3:.1f} ms late; use more --processes or other cores"
     thirds = np.histogram(run.done, bins=3, range=(0.0, run.seconds))[0]
     mean = float(thirds.mean())
-    chance = 2 * mean**0.5  # counts of random arrivals differ by this much
-    # in an open loop that a server cannot keep up with, answers come after the last call was due
+    chance = 2 * mean**0.5  # random arrivals differ by this much
+    # if a server cannot keep up with an open loop, answers come after the last call was due
     rate = len(served) / max(run.seconds, max(run.done, default=0.0))
     steady = mean > 0 and float(np.abs(thirds - mean).max()) <= max(_STEADY * mean, chance)
     return LoadResult(

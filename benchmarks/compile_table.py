@@ -1,11 +1,13 @@
-"""What compiles without a GPU, and what it takes: `python -m crl_benchmarks.compile_table`.
+"""What can be compiled without a GPU, with time and memory.
 
-- Plans: model × architecture × precision with TensorRT-RTX, each compiled in a process of its own,
-  so that time and peak memory are those of one; weights are random, which changes neither.
-- The projection kernel: resources per architecture and dtype, and its roofline: the least time in
-  which a GPU of that architecture could do the work, by its published peaks. Nothing is run on one.
+`python -m crl_benchmarks.compile_table` writes a JSON document and the same as Markdown:
 
-Writes a JSON document and the same as Markdown.
+- TensorRT-RTX plans by model, architecture and precision. Each is compiled in its own process, so
+  that time and peak memory are those of one plan. Weights are random, which changes neither.
+- The projection kernel: its resources by architecture and dtype, and its roofline, which is the
+  shortest time that the published peaks of a GPU allow for the work.
+
+Nothing runs on a GPU.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from crl_benchmarks.machine import describe_machine
 from crl_export.exporter import export_model
 from crl_export.kernels.ahead import ARCHITECTURES, BLOCKS, compile_kernels
 from crl_sdk import __version__, demo_bundle
@@ -29,12 +33,18 @@ from crl_sdk.engines._tensorrt_runtime import load_tensorrt
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
 
 ROWS, DIM, BASES, COLUMNS = 1_000_000, 512, 10, 20
-"""The work of the roofline: so many stored embeddings in half precision onto so many bases."""
+"""Work of the roofline: stored embeddings in half precision, projected onto several bases."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuPeak:
-    """Published peaks of a GPU: TFLOP/s in float32 without tensor cores, and GB/s of its memory."""
+    """Published peaks of a GPU.
+
+    Attributes:
+        name: Name of the GPU.
+        tflops: TFLOP/s in float32 without tensor cores.
+        bandwidth: Memory bandwidth in GB/s.
+    """
 
     name: str
     tflops: float
@@ -50,18 +60,18 @@ GPUS = {
     "sm90": GpuPeak("H100 SXM", 67.0, 3350),
     "sm120": GpuPeak("GeForce RTX 5090", 104.8, 1792),
 }
-"""From NVIDIA's data sheets. GB10 (sm121) is left out: its float32 peak is not published."""
+"""GPUs by architecture, from NVIDIA's data sheets. GB10 (sm121) has no published float32 peak."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a projection of stored embeddings takes.
+    """Cost of a projection of stored embeddings.
 
     Attributes:
-        flops: needed: a multiplication and an addition per weight and row.
-        executed: done by the kernel, whose blocks of columns are never narrower than a block.
-        bytes: needed: embeddings in and weights in, results out, each once.
-        read_again: bytes if no cache kept a row between the bases that read it.
+        flops: Required operations: one multiplication and one addition per weight and row.
+        executed: Operations of the kernel, which computes whole blocks of columns.
+        bytes: Required traffic: embeddings and weights read once, results written once.
+        read_again: Traffic in bytes if no cache keeps a row between the bases that read it.
     """
 
     flops: int
@@ -71,13 +81,13 @@ class Work:
 
 
 def work(rows: int, dim: int, sizes: list[int], bytes_in: int) -> Work:
-    """Count what projecting rows onto bases of these sizes takes; results are float32.
+    """Return the cost of projecting rows onto bases, with float32 results.
 
     Args:
-        rows: n.
-        dim: d.
-        sizes: columns of each basis.
-        bytes_in: of an element of an embedding.
+        rows: Number of embeddings.
+        dim: Dimension of the embeddings.
+        sizes: Number of columns of each basis.
+        bytes_in: Bytes per element of an embedding.
     """
     block = BLOCKS["BLOCK_K"]
     columns = sum(sizes)
@@ -95,7 +105,7 @@ def work(rows: int, dim: int, sizes: list[int], bytes_in: int) -> Work:
 
 
 def roofline(gpu: GpuPeak, needed: Work) -> dict[str, float]:
-    """Give the least milliseconds for memory, for the arithmetic needed, and for that executed."""
+    """Return the least milliseconds for the traffic, the required and the executed operations."""
     return {
         "memory_ms": needed.bytes / gpu.bandwidth / 1e6,
         "needed_ms": needed.flops / gpu.tflops / 1e9,
@@ -104,7 +114,7 @@ def roofline(gpu: GpuPeak, needed: Work) -> dict[str, float]:
 
 
 def compile_all(models: list[str], work_dir: Path) -> list[dict[str, Any]]:
-    """Compile each model for each architecture; a refusal is a row too."""
+    """Compile each model for each architecture. A failed compilation is a row too."""
     toolkit = load_tensorrt("tensorrt-rtx")
     rows = []
     for model in models:
@@ -124,7 +134,7 @@ def compile_all(models: list[str], work_dir: Path) -> list[dict[str, Any]]:
 
 
 def compile_one(model: str, bundle: Path, precision: str, architecture: str) -> dict[str, Any]:
-    """Compile a bundle in a process of its own, whose memory is that of this compilation."""
+    """Compile a bundle in its own process, so that its peak memory is that of one plan."""
     with tempfile.TemporaryDirectory() as out:
         command = [
             sys.executable, "-m", "crl_sdk", "compile", str(bundle), "--precision", precision,
@@ -140,7 +150,7 @@ def compile_one(model: str, bundle: Path, precision: str, architecture: str) -> 
 
 
 def kernel_rows(folder: Path) -> list[dict[str, Any]]:
-    """Compile the projection kernel for every architecture and list its resources."""
+    """Compile the projection kernel for every architecture and return its resources."""
     kernels = compile_kernels(folder, [name.replace("_", "") for name in ARCHITECTURES])
     keys = ("architecture", "embeddings", "unit", "single", "registers", "shared", "scratch",
             "spilled", "bytes")  # fmt: skip
@@ -148,13 +158,13 @@ def kernel_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """Lay out the tables."""
+    """Return the document as Markdown tables."""
     machine = document["machine"]
     lines = [
         "# What compiles without a GPU",
         "",
         f"`make compile-table` on {machine['processor']} ({machine['cores']} cores, no GPU), "
-        f"TensorRT-RTX {document['tensorrt_rtx']}, Triton {document['triton']}, crl-sdk "
+        f"TensorRT-RTX {document['tensorrt_rtx']}, Triton {document['triton']}, crl "
         f"{document['crl_sdk']}. **Nothing here has been run on a GPU.**",
         "",
         "## Plans: image tower and projection, batches of 1 to 32 images, up to 4,096 columns",
@@ -174,8 +184,8 @@ def markdown(document: dict[str, Any]) -> str:
             refused[row["architecture"]] = row["why"]
             lines.append(f"{start} no | | | |")
     if "sm75" in refused:
-        lines += ["", "sm75 (Turing): TensorRT-RTX refuses float32 matrix products there, and the "
-                  "projection is one."]  # fmt: skip
+        lines += ["", "sm75 (Turing): TensorRT-RTX does not support float32 matrix products there, "
+                  "and the projection is one."]  # fmt: skip
     needed = Work(**document["work"])
     lines += [
         "",
@@ -222,15 +232,12 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Compile, tabulate, write."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="path of the results, without suffix")
+    parser.add_argument("--out", type=Path, help="path of the results without suffix")
     parser.add_argument("--models", default=",".join(("demo", *MODELS)))
     arguments = parser.parse_args()
     started = time.perf_counter()
-    from crl_sdk.engines._machine import inspect_machine
-
-    machine = inspect_machine()
     with tempfile.TemporaryDirectory() as folder:
         kernels = kernel_rows(Path(folder) / "kernels")
         plans = compile_all(arguments.models.split(","), Path(folder))
@@ -239,11 +246,9 @@ def main() -> None:
         "command": "make compile-table",
         "crl_sdk": __version__,
         "python": platform.python_version(),
-        "machine": {
-            "processor": machine.processor, "cores": machine.cores, "memory": machine.memory
-        },
+        "machine": describe_machine(),
         "tensorrt_rtx": load_tensorrt("tensorrt-rtx").version,
-        "triton": machine.packages.get("triton", ""),
+        "triton": version("triton"),
         "seconds": round(time.perf_counter() - started, 1),
         "plans": plans,
         "kernels": kernels,

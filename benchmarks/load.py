@@ -1,9 +1,10 @@
-"""A load generator: closed loop (so many callers) or open loop (so many calls a second).
+"""A load generator with a closed loop (a number of callers) and an open loop (a rate of calls).
 
-In the open loop calls are due at random times (Poisson arrivals), whatever became of those before,
-and latency counts from the moment a call was due: a server that stalls cannot hold the generator
-back and hide what callers would have waited (coordinated omission, as Gil Tene named it). The
-generator watches itself: how late its event loop wakes, and how much of a core it uses.
+In the open loop, calls are due at random times (Poisson arrivals) that do not depend on earlier
+calls, and latency counts from the moment when a call is due. A server that stalls therefore cannot
+slow the generator down and hide how long callers would have waited ("coordinated omission", a term
+of Gil Tene's). The generator also measures itself: how late its event loop wakes, and how much of a
+core it uses.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 Send = Callable[[int], Awaitable["Reply"]]
-"""Sends the call of a number and gives what became of it; it never raises."""
+"""Sends call number n and returns its outcome. It never raises."""
 
 _TICK = 0.01
-"""Seconds between looks at how late the event loop wakes."""
+"""Seconds between two measurements of the event loop's lag."""
 
 
 @dataclass(slots=True)
 class Reply:
-    """What became of a call: `ok`, `rejected` (the server is full) or `error`, and why.
+    """Outcome of a call.
 
     Attributes:
-        outcome: one of the three.
-        why: the status of a call that failed.
-        stages: seconds that the server says it spent, by stage.
+        outcome: `ok`, `rejected` (the server is full) or `error`.
+        why: Status of a failed call.
+        stages: Seconds that the server reports, by stage.
     """
 
     outcome: str
@@ -38,17 +39,17 @@ class Reply:
 
 @dataclass(slots=True)
 class Run:
-    """What one generator measured.
+    """Measurements of one generator.
 
     Attributes:
-        seconds: measured, warm-up not counted.
-        latencies: seconds, by outcome.
-        done: when each call that went well was done, in seconds since the measuring began.
-        stages: seconds the server spent on calls that went well, by stage.
-        failures: how often each status came.
-        lags: seconds that the event loop woke too late.
-        cpu: share of one core that the generator used.
-        offered: calls that were due.
+        seconds: Measured seconds, without warm-up.
+        latencies: Latencies in seconds, by outcome.
+        done: End of each successful call, in seconds since the end of the warm-up.
+        stages: Seconds that the server reports for successful calls, by stage.
+        failures: Number of failed calls, by status.
+        lags: Lateness of the event loop in seconds.
+        cpu: Share of one core that the generator used.
+        offered: Number of calls that were due.
     """
 
     seconds: float = 0.0
@@ -61,7 +62,7 @@ class Run:
     offered: int = 0
 
     def add(self, reply: Reply, latency: float, done: float) -> None:
-        """Count a call."""
+        """Add a call."""
         self.latencies.setdefault(reply.outcome, []).append(latency)
         if reply.outcome == "ok":
             self.done.append(done)
@@ -72,7 +73,7 @@ class Run:
 
 
 def merge(runs: list[Run]) -> Run:
-    """Add up what several generators measured at the same time."""
+    """Combine the measurements of generators that ran at the same time."""
     whole = Run(seconds=max(run.seconds for run in runs), cpu=max(run.cpu for run in runs))
     for run in runs:
         whole.offered += run.offered
@@ -88,13 +89,13 @@ def merge(runs: list[Run]) -> Run:
 
 
 async def closed_loop(send: Send, *, callers: int, warm_up: float, seconds: float) -> Run:
-    """Let so many callers call again as soon as they are answered.
+    """Run callers that call again as soon as they are answered.
 
     Args:
-        send: the calls.
-        callers: at the same time.
-        warm_up: seconds before anything counts.
-        seconds: that count.
+        send: Function that sends a call.
+        callers: Number of concurrent callers.
+        warm_up: Seconds before anything counts.
+        seconds: Measured seconds.
     """
     run = Run(seconds=seconds)
     begins = time.perf_counter() + warm_up
@@ -108,7 +109,7 @@ async def closed_loop(send: Send, *, callers: int, warm_up: float, seconds: floa
                 run.offered += 1
                 run.add(reply, done - started, done - begins)
             if reply.outcome != "ok":
-                await asyncio.sleep(0.001)  # a server that refuses at once is not asked at once
+                await asyncio.sleep(0.001)  # do not flood a server that refuses at once
             number += callers
 
     async with _Watch(run, begins, ends):
@@ -119,14 +120,14 @@ async def closed_loop(send: Send, *, callers: int, warm_up: float, seconds: floa
 async def open_loop(
     send: Send, *, rate: float, warm_up: float, seconds: float, seed: int = 0
 ) -> Run:
-    """Send calls at random times, whatever becomes of those before.
+    """Send calls at random times that do not depend on earlier calls.
 
     Args:
-        send: the calls.
-        rate: calls a second, on average.
-        warm_up: seconds before anything counts.
-        seconds: in which calls that count are due.
-        seed: of the times.
+        send: Function that sends a call.
+        rate: Mean number of calls per second.
+        warm_up: Seconds before anything counts.
+        seconds: Measured seconds, in which the calls that count are due.
+        seed: Seed of the arrival times.
     """
     run = Run(seconds=seconds)
     begins = time.perf_counter() + warm_up
@@ -155,7 +156,7 @@ async def open_loop(
 
 
 class _Watch:
-    """Notes how late the event loop wakes and how much of a core the process uses."""
+    """Measures how late the event loop wakes and how much of a core the process uses."""
 
     def __init__(self, run: Run, begins: float, ends: float) -> None:
         self._run, self._begins, self._ends = run, begins, ends

@@ -1,4 +1,4 @@
-"""Latency against throughput, as PNG or as a page that stands alone."""
+"""Plot of latency over throughput, as PNG or as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ _SHOWN = ((50.0, "o-"), (90.0, "s--"), (99.0, "^:"))
 
 
 def write_plot(report: Report, path: Path) -> None:
-    """Draw a report's runs that may be quoted; one line per percentile and kind of load.
+    """Draw the quotable runs of a report, one line per percentile and kind of load.
 
     Args:
-        report: of `crl bench`.
-        path: ends in `.png` or `.html`.
+        report: Report of `crl bench`.
+        path: Path of the file to write, ending in `.png` or `.html`.
 
     Raises:
-        InvalidInputError: another suffix, nothing to draw, or the file cannot be written.
+        InvalidInputError: If the suffix is another one, no run is quotable, or the file cannot be
+            written.
     """
     if path.suffix not in (".png", ".html"):
-        raise InvalidInputError(f"{path}: expected a plot to end in .png or .html")
+        raise InvalidInputError(f"{path}: expected a path that ends in .png or .html")
     if not any(row.quotable and row.served for row in report.rows):
-        raise InvalidInputError(f"{path}: expected runs that can be quoted to draw, there are none")
+        raise InvalidInputError(f"{path}: expected a quotable run to draw, got none")
     drawn = _draw(report, "png" if path.suffix == ".png" else "svg")
     if path.suffix == ".html":
         svg = drawn[drawn.index(b"<svg") :].decode()
@@ -61,10 +62,10 @@ def _draw(report: Report, form: str) -> bytes:
 
 
 def _page(report: Report, svg: str) -> str:
-    told = {**report.settings, **report.machine, **report.versions, "time": report.time}
-    facts = "".join(
+    facts = {**report.settings, **report.machine, **report.versions, "time": report.time}
+    fact_rows = "".join(
         f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>"
-        for key, value in told.items()
+        for key, value in facts.items()
     )
     heads = ("load", "calls/s", "images/s", "p50 ms", "p90", "p99", "p99.9", "failed", "")
     rows = "".join(f"<tr>{''.join(map(_cell, _cells(row)))}</tr>" for row in report.rows)
@@ -75,7 +76,7 @@ def _page(report: Report, svg: str) -> str:
         "th,td{border-bottom:1px solid #ccc;padding:.3em .8em;text-align:left}</style>"
         f"<h1>{html.escape(report.command)}</h1>{svg}"
         f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{rows}</table>"
-        f"<table>{facts}</table></html>"
+        f"<table>{fact_rows}</table></html>"
     )
 
 

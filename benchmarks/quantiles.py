@@ -1,4 +1,4 @@
-"""Percentiles of latencies with their confidence intervals, which assume no distribution."""
+"""Percentiles of latencies with distribution-free confidence intervals."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Percentile:
     """A percentile of a sample.
 
     Attributes:
-        percent: such as 99.
-        value: in the unit of the sample.
-        low: of the 95 % interval; None where the sample is too small for one.
-        high: likewise.
+        percent: Such as 99.
+        value: Value in the unit of the sample.
+        low: Lower end of the 95 % interval; None if the sample is too small.
+        high: Upper end of the 95 % interval; None if the sample is too small.
     """
 
     percent: float
@@ -29,16 +29,16 @@ class Percentile:
 
 
 def percentile(sorted_values: Sequence[float], percent: float) -> Percentile:
-    """Give a percentile with its interval from order statistics.
+    """Return a percentile with its 95 % interval from order statistics.
 
-    How many of n values lie below the p-th quantile is binomial (n, p); the interval lies between
-    the values whose ranks hold 95 % of it, by the normal approximation (Conover, Practical
-    Nonparametric Statistics, 1999, section 3.2). Values of one run follow each other in time and
-    are not quite independent, so that the truth is somewhat wider.
+    The number of n values below the p-quantile is binomial, B(n, p). The ends of the interval are
+    the values of rank n·p ± 1.96·√(n·p·(1 − p)), by the normal approximation (Conover, Practical
+    Nonparametric Statistics, 1999, section 3.2). The values of one run are not quite independent,
+    so that the true interval is somewhat wider.
 
     Args:
-        sorted_values: ascending, at least one.
-        percent: between 0 and 100.
+        sorted_values: Values in ascending order, at least one.
+        percent: Between 0 and 100.
     """
     n, p = len(sorted_values), percent / 100
     half = NormalDist().inv_cdf(0.975) * (n * p * (1 - p)) ** 0.5

@@ -1,18 +1,18 @@
-"""Re-projection of stored embeddings against what the machine can: copies, BLAS, plain NumPy.
+"""Projection of stored embeddings, compared with copies, BLAS and plain NumPy on this machine.
 
 `python -m crl_benchmarks.reprojection` writes 1,000,000 × 512 float32 embeddings to a temporary
-file and projects them onto several sets of criteria. In every round,
-taking turns, first those in memory and then those with files:
+file and projects them onto several sets of criteria. In every round the following take turns, first
+those in memory and then those with files:
 
-- `memory`, `mapped`: `crl_sdk.projection.project_rows`, from and to arrays in memory, and from the
-  file, mapped anew, to new files. The page cache is warm.
-- `copy`, `mapped copy`: as many bytes read and written as the projection reads and writes, half of
-  them each, copied by threads in memory, and from a file mapped anew to a new file.
-- `read`: one number of each cache line of the same embeddings, in memory, by threads.
-- `numpy`: `Projection.apply` on the whole array for each criterion, in memory; in two rounds.
-- `peak`: a large square product in float32, with as many threads as BLAS takes.
+- `memory`, `mapped`: `crl_sdk.projection.project_rows` from arrays in memory to arrays in memory,
+  and from the newly mapped file to new files. The page cache is warm.
+- `copy`, `mapped copy`: a copy by threads that moves as many bytes as the projection, half of them
+  read and half written, in memory and from the newly mapped file to a new file.
+- `read`: reading one number per cache line of the embeddings in memory, by threads.
+- `numpy`: `Projection.apply` on the whole array for each criterion in memory, in two rounds only.
+- `peak`: a large square matrix product in float32 with BLAS's default number of threads.
 
-All results are compared with NumPy's in the same run. Ends in one JSON line.
+All results are compared with NumPy's in the same run. The last line of the output is JSON.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_info
 
+from crl_benchmarks.machine import describe_machine
 from crl_sdk import Projection, __version__
-from crl_sdk.engines._processor import find_features, find_processor_name
 from crl_sdk.projection._project_rows import project_rows
 
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3}
 WARM_UP = 1
 NUMPY_ROUNDS = 2
 _PEAK_SIZE = 3072
-_STEP = 65536  # rows that are made or compared at once
+_STEP = 65536  # rows that are created or compared at once
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A set of criteria, all of as many texts."""
+    """A set of criteria that all have the same number of texts."""
 
     criteria: int
     texts: int
@@ -56,7 +56,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What it is called in tables."""
+        """Name in the tables."""
         return f"{self.criteria} × {self.texts}, {self.dtype}"
 
 
@@ -64,10 +64,10 @@ CASES = (Case(10, 40), Case(10, 40, "float16"), Case(1, 40), Case(1, 8), Case(1,
 
 
 class Bench:
-    """The data of one run and what is timed on it."""
+    """The embeddings of one run, and the operations that are timed on them."""
 
     def __init__(self, rows: int, dim: int, directory: Path, threads: int) -> None:
-        """Make the embeddings, in a file and in memory."""
+        """Create the embeddings in a file and in memory."""
         self.directory, self.threads = directory, threads
         (directory / "new").mkdir()
         self.pool = ThreadPoolExecutor(threads)
@@ -86,29 +86,29 @@ class Bench:
         self.product = np.empty_like(self.square)
 
     def parts(self, size: int) -> Iterator[slice]:
-        """Cut `size` things for the threads."""
+        """Yield one slice of `range(size)` per thread."""
         ends = [size * i // self.threads for i in range(self.threads + 1)]
         return itertools.starmap(slice, itertools.pairwise(ends))
 
     def each(self, size: int, work: Callable[[slice], Any]) -> None:
-        """Let each thread do its part."""
+        """Run `work` on one slice per thread."""
         list(self.pool.map(work, self.parts(size)))
 
     def copy(self, target: NDArray[Any], source: NDArray[Any]) -> None:
-        """Copy with all threads, each one long piece: the fastest of those tried."""
+        """Copy with all threads, one long piece each: the fastest way of those tried."""
         self.each(len(source), lambda part: np.copyto(target[part], source[part]))
 
     def read(self) -> None:
-        """Read one number of each cache line."""
+        """Read one number per cache line."""
         lines = self.universal.reshape(-1)[::16]
         self.each(len(lines), lambda part: lines[part].max())
 
     def peak(self) -> None:
-        """Multiply large squares."""
+        """Multiply two large square matrices."""
         np.matmul(self.square, self.square, out=self.product)
 
     def map_new(self, name: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-        """Map a new file whose space is taken, as `crl project` does."""
+        """Map a new file with allocated space, as `crl project` does."""
         path = self.directory / "new" / name
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         with path.open("w+b") as file:
@@ -116,7 +116,7 @@ class Bench:
             return np.memmap(file, dtype, "r+", 0, shape)
 
     def forget_new_files(self) -> None:
-        """Remove what was written, or writing it to the disk would disturb what is timed next."""
+        """Remove the new files, since writing them to the disk would disturb the next timing."""
         for path in (self.directory / "new").iterdir():
             path.unlink()
 
@@ -206,7 +206,7 @@ def measure(bench: Bench, case: Case, rounds: int) -> dict[str, Any]:
 
 
 def difference(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    """Give the largest absolute difference."""
+    """Return the largest absolute difference."""
     return max(
         float(np.abs(found[i : i + _STEP] - expected[i : i + _STEP]).max())
         for i in range(0, len(found), _STEP)
@@ -216,7 +216,7 @@ def difference(found: NDArray[Any], expected: NDArray[Any]) -> float:
 def summary(
     bench: Bench, case: Case, moved: int, seconds: dict[str, list[float]]
 ) -> dict[str, Any]:
-    """Work out rates and ratios; a ratio is of one round, and its median over the rounds."""
+    """Return rates and ratios. A ratio is the median of the ratios of the rounds."""
     rows, dim = bench.universal.shape
     flops = 2 * rows * dim * case.criteria * case.texts
 
@@ -251,7 +251,7 @@ def summary(
 
 
 def cold(bench: Bench, case: Case) -> float:
-    """Seconds from the disk, mapped, the file's pages dropped before; once."""
+    """Return the seconds of one projection from the mapped file with no page in the cache."""
     with bench.path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -261,7 +261,7 @@ def cold(bench: Bench, case: Case) -> float:
 
 
 def run(rows: int, dim: int, cases: Sequence[Case], rounds: int, directory: Path) -> dict[str, Any]:
-    """Run all cases on embeddings in a file in `directory`."""
+    """Run all cases on embeddings in a file in `directory`, and return the report."""
     bench = Bench(rows, dim, directory, os.cpu_count() or 1)
     records = [measure(bench, case, rounds) for case in cases]
     last = cases[-1]
@@ -276,26 +276,23 @@ def run(rows: int, dim: int, cases: Sequence[Case], rounds: int, directory: Path
         "python": platform.python_version(),
         "numpy": np.__version__,
         "blas": [f"{lib['internal_api']} {lib['version']} ({lib['architecture']})" for lib in blas],
-        "machine": {
-            "processor": find_processor_name(),
-            "cores": os.cpu_count(),
-            "features": find_features(),
-        },
+        "machine": describe_machine(),
+        "threads": bench.threads,
         "cold": {"case": last.name, "seconds": round(cold(bench, last), 3)},
         "cases": records,
     }  # fmt: skip
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """Lay the results out as tables."""
+    """Return the report as Markdown tables."""
     machine = document["machine"]
     peak = statistics.median(case["peak_gflop_per_s"] for case in document["cases"])
     lines = [
         "# Re-projection of stored embeddings",
         "",
         f"`{document['command']}` on {machine['processor']}, {machine['cores']} cores "
-        f"({', '.join(machine['features'])}), {', '.join(document['blas'])}, NumPy "
-        f"{document['numpy']}, crl-sdk {document['crl_sdk']}: {document['rows']:,} × "
+        f"({machine['features']}), {', '.join(document['blas'])}, NumPy "
+        f"{document['numpy']}, crl {document['crl_sdk']}: {document['rows']:,} × "
         f"{document['dim']} float32 embeddings. Medians of {document['rounds']} rounds in which "
         f"all took turns, after {document['warm_up']} of warm-up. BLAS peak {peak:.0f} GFLOP/s, "
         f"by a product of {_PEAK_SIZE} × {_PEAK_SIZE} matrices.",
@@ -340,9 +337,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", type=int, help="number of the one case to run, from 0")
-    parser.add_argument("--directory", type=Path, help="where to make the temporary files")
-    parser.add_argument("--out", type=Path, help="path of the results, without suffix")
+    parser.add_argument("--only", type=int, help="index of a single case to run, from 0")
+    parser.add_argument("--directory", type=Path, help="directory for the temporary files")
+    parser.add_argument("--out", type=Path, help="path of the results without suffix")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
         cases = CASES if arguments.only is None else [CASES[arguments.only]]

@@ -1,4 +1,4 @@
-"""What `crl bench` can call: a server of crl's contract, and one of KServe v2 (Triton's)."""
+"""Servers that `crl bench` can call: of crl's API, and of KServe v2, which is Triton's."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Target:
     """A server and the calls to make.
 
     Attributes:
-        address: host:port, or unix:PATH.
-        kind: `crl` or `kserve`.
-        images: encoded images; each call takes the next ones in turn.
-        batch: images of a call.
-        criteria: of crl's contract.
-        model: of KServe v2.
-        timeout: seconds of a call.
-        token: bearer token, if the server wants one.
+        address: Address as `host:port` or `unix:PATH`.
+        kind: API of the server, `crl` or `kserve`.
+        images: Encoded images; each call sends the next ones.
+        batch: Number of images per call.
+        criteria: Criteria of each call, for `crl`.
+        model: Name of the model, for `kserve`.
+        timeout: Time limit of a call in seconds.
+        token: Bearer token, if the server requires one.
     """
 
     address: str
@@ -110,7 +110,7 @@ def _metadata(target: Target) -> tuple[tuple[str, str], ...]:
 
 
 def failed(error: grpc.aio.AioRpcError) -> Reply:
-    """Give what became of a call that ended with an error."""
+    """Return the outcome of a call that ended with an error."""
     code = error.code()
     name = code.name if code is not None else "UNKNOWN"
     return Reply("rejected" if code in _FULL else "error", name)

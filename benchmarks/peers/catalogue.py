@@ -1,4 +1,4 @@
-"""The peers: which environment, script, options and settings each has."""
+"""The engines that are compared: environment, script, options and precision of each."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from crl_benchmarks.peers.weights import ARCHITECTURE, Weights
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What all peers are given.
+    """Input of all peers.
 
     Attributes:
-        weights: one model in all formats.
-        pictures: JPEGs that are timed and compared.
-        calibration: other JPEGs, for who quantises.
-        threads: physical cores.
+        weights: One model in all formats.
+        images: JPEG files for timing and comparing.
+        calibration: Other JPEG files, for peers that quantise.
+        threads: Number of threads, one per physical core.
     """
 
     weights: Weights
-    pictures: tuple[Path, ...]
+    images: tuple[Path, ...]
     calibration: tuple[Path, ...]
     threads: int
 
@@ -37,14 +37,14 @@ class EnginePeer:
     """An engine that a worker runs.
 
     Attributes:
-        name: in the tables.
-        environment: of its process.
-        script: of `workers/`.
-        options: that it is given.
+        name: Name in the tables.
+        environment: Name of its virtual environment.
+        script: File name of its worker in `workers/`.
+        options: Function that returns the options of the worker.
         precision: `fp32`, `bf16`, `int8` or `auto`.
-        variables: of its process's environment.
-        prepares: whether its first start makes a file that stays; it is then started once before
-            what is measured.
+        variables: Function that returns additional environment variables of the process.
+        prepares: Whether its first start writes a file that later starts use. Such an engine is
+            started once before the start that is measured.
     """
 
     name: str
@@ -58,15 +58,15 @@ class EnginePeer:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What engines and services are measured with.
+    """What engines and services need for being measured.
 
     Attributes:
-        environments: by name, those that could not be made too.
-        pythons: interpreter of each environment.
-        given: weights and pictures.
-        reference: embeddings of the first pictures that all must agree with, (n, d) float32.
-        logs: directory that takes what everybody says.
-        tell: is told what is done now.
+        environments: Environments by name, including those that could not be created.
+        pythons: Interpreter of each environment.
+        given: Weights and images.
+        reference: Embeddings of the first images that all must agree with, shape (n, d), float32.
+        logs: Directory for the output of all processes.
+        tell: Function that shows what is being done.
     """
 
     environments: Mapping[str, Environment]

@@ -1,4 +1,4 @@
-"""Engines in process: every peer does the same work in turn, round by round."""
+"""Engines in processes of their own: in every round, all peers do the same work in turn."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from crl_sdk.model import _parity as parity
 from crl_sdk.model._manifest import Parity
 
 AGREES = 0.999
-"""Least cosine of any picture with the reference, for a peer in fp32; else its row is void."""
+"""Required cosine of every image with the reference in fp32. Otherwise the row is void."""
 
 AGREES_LOW = 0.98
-"""Likewise for bf16 and int8, which approximate."""
+"""Required cosine in bf16 and int8, which approximate."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What is measured.
+class EngineSchedule:
+    """What is measured, and for how long.
 
     Attributes:
-        rounds: of all work.
-        seconds: of one kind of work in one round.
-        batches: sizes of runs on ready pixels.
-        embed_batches: sizes of batches from JPEGs to rows.
-        pictures: JPEGs from which rows are made.
+        rounds: Number of rounds.
+        seconds: Duration of one kind of work in one round.
+        batches: Batch sizes for runs on decoded pixels.
+        embed_batches: Batch sizes for embedding JPEGs, decoding included.
+        images: Number of JPEGs to embed.
     """
 
     rounds: int = 5
     seconds: float = 1.0
     batches: tuple[int, ...] = (1, 8, 16, 32)
     embed_batches: tuple[int, ...] = (16, 32)
-    pictures: int = 64
+    images: int = 64
 
 
 @dataclass(slots=True)
 class _Running:
-    """A worker that has agreed so far, and what was measured of it."""
+    """A worker whose embeddings agree with the reference, and its measurements so far."""
 
     peer: EnginePeer
     worker: Worker
@@ -57,16 +57,18 @@ class _Running:
     rounds: dict[str, list[float]] = field(default_factory=dict)
 
 
-def measure_engines(peers: Sequence[EnginePeer], setup: Setup, plan: Plan) -> list[EngineRow]:
+def measure_engines(
+    peers: Sequence[EnginePeer], setup: Setup, schedule: EngineSchedule
+) -> list[EngineRow]:
     """Start all peers, check that they agree, and time them in turn.
 
     Args:
-        peers: to measure.
-        setup: what they are given.
-        plan: what is measured.
+        peers: Engines to measure.
+        setup: Environments and input of the engines.
+        schedule: What is measured, and for how long.
 
     Returns:
-        A row for each peer, in their order.
+        One row per peer, in the order of `peers`.
     """
     rows: dict[str, EngineRow] = {}
     with ExitStack() as stack:
@@ -90,13 +92,13 @@ def measure_engines(peers: Sequence[EnginePeer], setup: Setup, plan: Plan) -> li
                     worker.close()
                     skipped = str(error)
             rows[peer.name] = _row(peer, skipped=skipped)
-        for number in range(plan.rounds):
-            for work in _works(plan):
-                turn = number % max(len(running), 1)  # no one is always the first
-                setup.tell(f"engines, round {number + 1} of {plan.rounds}: {work}")
+        for number in range(schedule.rounds):
+            for work in _works(schedule):
+                turn = number % max(len(running), 1)  # a different peer comes first in each round
+                setup.tell(f"engines, round {number + 1} of {schedule.rounds}: {work}")
                 for each in [*running[turn:], *running[:turn]]:
                     warm = number == 0 or not work.startswith("embed")
-                    _time(each, work, setup.given, plan, warm=warm)
+                    _time(each, work, setup.given, schedule, warm=warm)
         for each in running:
             rows[each.peer.name] = msgspec.structs.replace(
                 each.row,
@@ -111,8 +113,13 @@ def compare(
 ) -> tuple[Parity, str]:
     """Compare embeddings of any norm with the reference.
 
+    Args:
+        rows: Embeddings of a peer, shape (n, d), float32.
+        reference: Unit embeddings of the same images, shape (n, d), float32.
+        precision: Precision of the peer, which decides the required cosine.
+
     Returns:
-        How far they are, and why they do not count (empty if they do).
+        The measured agreement, and the reason why it is not sufficient (empty if it is).
     """
     if rows.shape != reference.shape:
         nothing = parity.compare(reference, np.zeros_like(reference))
@@ -142,11 +149,11 @@ def _offline(threads: int) -> dict[str, str]:
 
 
 def _open(peer: EnginePeer, worker: Worker, setup: Setup) -> _Running:
-    """Wait for a worker's first embedding, and check that it agrees."""
+    """Wait for a worker's first embedding, and compare its embeddings with the reference."""
     reference = setup.reference
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "rows.npy")
-        files = [str(path) for path in setup.given.pictures[: len(reference)]]
+        files = [str(path) for path in setup.given.images[: len(reference)]]
         worker.ask("embed", files=files[:1], batch=1, out=out)
         started = time.perf_counter() - worker.started
         opened = worker.ask("open")
@@ -177,23 +184,25 @@ def _row(peer: EnginePeer, **known: object) -> EngineRow:
     )
 
 
-def _works(plan: Plan) -> list[str]:
-    runs = [f"run {batch}" for batch in plan.batches]
-    return ["decode", "image", *runs, *(f"embed {batch}" for batch in plan.embed_batches)]
+def _works(schedule: EngineSchedule) -> list[str]:
+    runs = [f"run {batch}" for batch in schedule.batches]
+    return ["decode", "image", *runs, *(f"embed {batch}" for batch in schedule.embed_batches)]
 
 
-def _time(each: _Running, work: str, given: Inputs, plan: Plan, *, warm: bool) -> None:
-    """Time one kind of work; a peer that fails is out, and says why."""
+def _time(
+    each: _Running, work: str, given: Inputs, schedule: EngineSchedule, *, warm: bool
+) -> None:
+    """Time one kind of work. A peer that fails is not measured further; its row says why."""
     if each.row.skipped or (each.whole and work.startswith(("decode", "run"))):
         return
     what, _, size = work.partition(" ")
     batch = int(size or 1)
-    files = [str(path) for path in given.pictures[: plan.pictures]]
+    files = [str(path) for path in given.images[: schedule.images]]
+    seconds = schedule.seconds * {"embed": 0.0, "decode": 0.3}.get(what, 1.0)
     try:
         reply = each.worker.ask(
-            "time", what=what, files=files, batch=batch, warm=warm, least=1,
-            seconds=0.0 if what == "embed" else plan.seconds * (0.3 if what == "decode" else 1.0),
-        )  # fmt: skip
+            "time", what=what, files=files, batch=batch, warm=warm, least=1, seconds=seconds
+        )
     except WorkerError as error:
         each.worker.close()
         each.row = msgspec.structs.replace(each.row, skipped=f"{work}: {error}")

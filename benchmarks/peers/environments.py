@@ -1,4 +1,7 @@
-"""Virtual environments of the peers, made by pip under `build/peers/venvs`; each may fail alone."""
+"""Virtual environments of the peers, created by pip under `build/peers/venvs`.
+
+If one cannot be created, the others are measured all the same.
+"""
 
 from __future__ import annotations
 
@@ -21,48 +24,54 @@ OWN = "crl"
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """What goes into an environment.
+class EnvironmentSpec:
+    """Content of an environment.
 
     Attributes:
-        name: of its directory.
-        packages: what pip is told to install.
-        told: packages whose versions are written down.
-        seconds: that pip may take.
+        name: Name of its directory.
+        packages: Requirements to install with pip.
+        reported: Packages whose versions go into the report.
+        seconds: Time limit of pip.
     """
 
     name: str
     packages: tuple[str, ...]
-    told: tuple[str, ...]
+    reported: tuple[str, ...]
     seconds: float = 480.0
 
 
 _TORCH = ("torch==2.14.1", "torchvision==0.29.1")
 
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe(
+ENVIRONMENTS = {
+    spec.name: spec
+    for spec in (
+        EnvironmentSpec(
             "open-clip", (*_TORCH, "open_clip_torch"), ("open_clip_torch", "torch", "torchvision")
         ),
-        Recipe("transformers", (*_TORCH, "transformers"), ("transformers", "torch", "torchvision")),
-        Recipe("faster-clip", ("faster-clip", "numpy"), ("faster-clip",)),
-        Recipe("onnxruntime", ("onnxruntime", "numpy", "pillow"), ("onnxruntime", "pillow")),
-        Recipe("openvino", ("openvino", "nncf", "numpy", "pillow"), ("openvino", "nncf", "pillow")),
-        Recipe(
+        EnvironmentSpec(
+            "transformers", (*_TORCH, "transformers"), ("transformers", "torch", "torchvision")
+        ),
+        EnvironmentSpec("faster-clip", ("faster-clip", "numpy"), ("faster-clip",)),
+        EnvironmentSpec(
+            "onnxruntime", ("onnxruntime", "numpy", "pillow"), ("onnxruntime", "pillow")
+        ),
+        EnvironmentSpec(
+            "openvino", ("openvino", "nncf", "numpy", "pillow"), ("openvino", "nncf", "pillow")
+        ),
+        EnvironmentSpec(
             "pytriton",
             ("nvidia-pytriton", "onnxruntime", "numpy", "pillow"),
             ("nvidia-pytriton", "onnxruntime", "tritonclient", "pillow"),
         ),
-        # aiohttp: without it the server refuses every picture, and no extra of it brings one
-        Recipe(
+        # the server needs aiohttp for every image, and none of its extras installs it
+        EnvironmentSpec(
             "infinity",
             ("infinity-emb[server,torch,vision]", "aiohttp"),
             ("infinity-emb", "torch", "transformers"),
         ),
-        # its dependencies are not bounded from above: without these pip does not settle in minutes,
-        # and what it settles on does not start (jina wants pydantic 1 and pkg_resources)
-        Recipe(
+        # clip-server sets no upper bounds. Without these bounds pip searches for minutes, and the
+        # result does not start: jina needs pydantic 1 and pkg_resources.
+        EnvironmentSpec(
             "clip-server",
             (
                 "clip-server==0.8.3",
@@ -87,75 +96,78 @@ RECIPES = {
 }
 
 
-def make_environment(recipe: Recipe, folder: Path, logs: Path) -> Environment:
-    """Make an environment, unless it is there as the recipe has it.
+def make_environment(spec: EnvironmentSpec, folder: Path, logs: Path) -> Environment:
+    """Create an environment, unless it exists with the same content.
 
     Args:
-        recipe: of it.
-        folder: of all environments.
-        logs: takes what pip said.
+        spec: Content of the environment.
+        folder: Directory of all environments.
+        logs: Directory for the output of pip.
 
     Returns:
-        It, or why there is none.
+        The environment, or the reason why it could not be created.
     """
-    place, stamp = folder / recipe.name, folder / recipe.name / "recipe.json"
-    wanted = json.dumps({"packages": recipe.packages, "python": platform.python_version()})
+    place, stamp = folder / spec.name, folder / spec.name / "environment.json"
+    wanted = json.dumps({"packages": spec.packages, "python": platform.python_version()})
     started = time.perf_counter()
     made = 0.0
     if not stamp.exists() or stamp.read_text() != wanted:
         shutil.rmtree(place, ignore_errors=True)
         logs.mkdir(parents=True, exist_ok=True)
-        log = logs / f"{recipe.name}.pip.log"
+        log = logs / f"{spec.name}.pip.log"
         base = getattr(sys, "_base_executable", sys.executable)
         with log.open("w") as said:
             why = _run([base, "-m", "venv", str(place)], 120.0, said.fileno())
             why = why or _run(
-                [str(python_of(place)), "-m", "pip", "install", "--no-input", *recipe.packages],
-                recipe.seconds,
+                [str(interpreter(place)), "-m", "pip", "install", "--no-input", *spec.packages],
+                spec.seconds,
                 said.fileno(),
             )
         if why:
             lines = [each for each in log.read_text().splitlines() if each.startswith("ERROR")]
             return Environment(
-                name=recipe.name,
+                name=spec.name,
                 skipped=f"pip install {why}" + "".join(f"; {x}" for x in lines[:1]),
             )
         stamp.write_text(wanted)
         made = time.perf_counter() - started
     return Environment(
-        name=recipe.name,
+        name=spec.name,
         python=platform.python_version(),
-        versions=freeze(python_of(place), recipe.told),
+        versions=freeze(interpreter(place), spec.reported),
         seconds=round(made, 1),
     )
 
 
 def own_environment() -> Environment:
-    """Tell of the environment that this runs in."""
-    told = ("crl-sdk", "onnxruntime", "grpcio", "pillow", "numpy")
+    """Return the environment that this process runs in."""
+    reported = ("crl-embeddings", "onnxruntime", "grpcio", "pillow", "numpy")
     return Environment(
         name=OWN,
         python=platform.python_version(),
-        versions=freeze(Path(sys.executable), told),
+        versions=freeze(Path(sys.executable), reported),
     )
 
 
-def python_of(place: Path) -> Path:
-    """Give the interpreter of an environment."""
+def interpreter(place: Path) -> Path:
+    """Return the path of the interpreter of an environment."""
     return place / "bin" / "python"
 
 
-def freeze(python: Path, told: Sequence[str]) -> dict[str, str]:
-    """Give the versions of some packages of an environment; those that are not there are left out.
+def freeze(python: Path, packages: Sequence[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed in an environment.
 
     Args:
-        python: its interpreter.
-        told: their names.
+        python: Interpreter of the environment.
+        packages: Names of the packages.
+
+    Returns:
+        Version by name.
     """
     command = [str(python), "-m", "pip", "list", "--format=json", "--disable-pip-version-check"]
     listed = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     known = {_same(each["name"]): each["version"] for each in listed}
-    return {name: known[_same(name)] for name in told if _same(name) in known}
+    return {name: known[_same(name)] for name in packages if _same(name) in known}
 
 
 def _same(name: str) -> str:
@@ -163,7 +175,7 @@ def _same(name: str) -> str:
 
 
 def _run(command: Sequence[str], seconds: float, log: int) -> str:
-    """Run a command with all its children for so long; give why it failed, or nothing."""
+    """Run a command with a time limit; return why it failed, or an empty string."""
     running = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
     )

@@ -1,4 +1,4 @@
-"""One picture of a report: engines as bars, services as latency against rate."""
+"""Plot of a report: engines as bars, services as latency over rate."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def write_plot(report: Report, path: Path) -> None:
     """Draw a report.
 
     Args:
-        report: of a run against peers.
-        path: ends in `.png`.
+        report: Report of a comparison with peers.
+        path: Path of the PNG file to write.
 
     Raises:
-        InvalidInputError: the file cannot be written.
+        InvalidInputError: If the file cannot be written.
     """
     from matplotlib.figure import Figure
 

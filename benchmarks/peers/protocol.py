@@ -1,4 +1,4 @@
-"""The other end of `workers/loop.py`: starts a worker, asks it, ends it in all cases."""
+"""Starts a worker (see `workers/loop.py`), sends it commands, and ends it in all cases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORKERS = Path(__file__).parent / "workers"
 
 
 class WorkerError(CrlError):
-    """A worker said that it failed, ended, or did not answer in time."""
+    """A worker reported a failure, ended, or did not answer in time."""
 
 
 class Worker:
@@ -33,17 +33,17 @@ class Worker:
         log: Path,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start it.
+        """Start the process.
 
         Args:
-            python: interpreter of the peer's environment.
-            script: of `workers/`.
-            options: of its engine.
-            log: takes what its libraries say.
-            environment: variables on top of this process's.
+            python: Interpreter of the peer's environment.
+            script: File name in `workers/`.
+            options: Options of the engine.
+            log: File for the output of its libraries.
+            environment: Environment variables, added to those of this process.
         """
         self.started = time.perf_counter()
-        self._said = log
+        self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as file:
             self._process = subprocess.Popen(
@@ -57,7 +57,7 @@ class Worker:
         self._ready.register(self._process.stdout, selectors.EVENT_READ)
 
     def __enter__(self) -> Worker:
-        """Use as a context manager."""
+        """Return the worker itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -68,12 +68,16 @@ class Worker:
         """Send a command and wait for its reply.
 
         Args:
-            do: name of the command.
-            patience: seconds to wait.
-            **command: its arguments.
+            do: Name of the command.
+            patience: Seconds to wait for the reply.
+            **command: Arguments of the command.
+
+        Returns:
+            The reply.
 
         Raises:
-            WorkerError: it failed, the process ended, or there is no reply; it is of no use then.
+            WorkerError: If the command failed, the process ended, or no reply came in time. The
+                worker cannot be used any more.
         """
         assert self._process.stdin is not None
         try:
@@ -109,12 +113,12 @@ class Worker:
         return line
 
     def _last_words(self, what: str) -> str:
-        lines = self._said.read_text(errors="replace").strip().splitlines()
+        lines = self._log.read_text(errors="replace").strip().splitlines()
         return f"{what}: {lines[-1][:300]}" if lines else what
 
 
 def median_ms(seconds: Sequence[float]) -> float:
-    """Give the median in milliseconds."""
+    """Return the median in milliseconds."""
     ordered = sorted(seconds)
     half = len(ordered) // 2
     middle = ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2

@@ -1,4 +1,4 @@
-"""What a run against peers writes down, and reads back for the README."""
+"""The report of a comparison with peers, and its file."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     """A virtual environment of a peer.
 
     Attributes:
-        name: of it.
-        python: version.
-        versions: of the packages that matter, as `pip freeze` tells.
-        seconds: that making it took; 0 if it was there.
-        skipped: why there is none, else empty.
+        name: Name of the environment.
+        python: Version of Python.
+        versions: Versions of the packages that matter, by name.
+        seconds: Time that creating it took; 0 if it existed.
+        skipped: Reason why it could not be created, else empty.
     """
 
     name: str
@@ -36,21 +36,21 @@ class EngineRow(msgspec.Struct, frozen=True, kw_only=True):
     """An engine in a process of its own.
 
     Attributes:
-        name: of the peer.
-        environment: its virtual environment.
-        ours: whether it is crl's.
-        precision: asked for.
-        settings: what was chosen for speed.
-        skipped: why there is no measurement, else empty.
-        cosine_mean: with the reference, over the check pictures.
-        cosine_min: likewise.
-        centred_cosine_min: likewise, once the mean embedding is taken off both.
-        void: why the row does not count, else empty.
-        start_seconds: from the start of the process to its first embedding.
-        peak_bytes: most memory the process held.
-        rounds: milliseconds, the median of each round, by kind of work: `decode`, `image` (decoding
-            and running one), `run N` (N images whose pixels are ready), `embed N` (from JPEGs to
-            rows in batches of N, per image).
+        name: Name of the peer.
+        environment: Name of its virtual environment.
+        ours: Whether it is an engine of crl.
+        precision: Requested precision.
+        settings: Settings chosen for speed.
+        skipped: Reason why there is no measurement, else empty.
+        cosine_mean: Mean cosine with the reference over the checked images.
+        cosine_min: Smallest cosine with the reference over the checked images.
+        centred_cosine_min: Smallest cosine after the mean embedding is subtracted from both.
+        void: Reason why the row does not count, else empty.
+        start_seconds: Time from the start of the process to its first embedding.
+        peak_bytes: Peak memory of the process.
+        rounds: Medians of the rounds in milliseconds, by kind of work: `decode`, `image` (decoding
+            and running one image), `run N` (a batch of N decoded images), `embed N` (JPEGs in
+            batches of N, decoding included; time per image).
     """
 
     name: str
@@ -69,15 +69,15 @@ class EngineRow(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def counts(self) -> bool:
-        """Whether it was measured and agrees."""
+        """Whether it was measured and agrees with the reference."""
         return not self.skipped and not self.void
 
     def ms(self, work: str) -> float | None:
-        """Give the median over the rounds, in milliseconds; None where it was not measured."""
+        """Return the median over the rounds in milliseconds, or None if it was not measured."""
         return statistics.median(self.rounds[work]) if self.rounds.get(work) else None
 
     def per_second(self, work: str) -> float | None:
-        """Give images per second of `run N` or `embed N`."""
+        """Return the images per second of `run N` or `embed N`, or None if it was not measured."""
         ms = self.ms(work)
         if ms is None:
             return None
@@ -90,18 +90,18 @@ class ServiceRun(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         mode: `closed` or `open`.
-        load: callers, or calls a second.
-        share: of PyTriton's saturation, where the rate was chosen so.
-        offered: calls that were due, over all rounds.
-        failed: calls that were refused or went wrong.
-        per_second: images served, median of the rounds.
-        p50_ms: over the calls of all rounds; a failed one counts as one that took forever.
-        p99_ms: likewise.
-        p99_low_ms: of the 95 % interval.
-        p99_high_ms: likewise.
-        rounds_p50_ms: of each round.
-        generator_cpu: largest share of a core that the generator used.
-        generator_lag_ms: how late its event loop woke, at p90.
+        load: Number of callers (closed) or calls per second (open).
+        share: The rate as a share of PyTriton's saturation, if it was chosen so.
+        offered: Number of calls that were due, over all rounds.
+        failed: Number of calls that were refused or failed.
+        per_second: Images served per second, median of the rounds.
+        p50_ms: Median latency over the calls of all rounds. A failed call counts as infinite.
+        p99_ms: 99th percentile of the latency over the calls of all rounds.
+        p99_low_ms: Lower end of the 95 % interval of `p99_ms`.
+        p99_high_ms: Upper end of the 95 % interval of `p99_ms`.
+        rounds_p50_ms: Median latency of each round.
+        generator_cpu: Largest share of a core that the load generator used.
+        generator_lag_ms: 90th percentile of the lateness of the generator's event loop.
     """
 
     mode: str
@@ -123,17 +123,17 @@ class ServiceRow(msgspec.Struct, frozen=True, kw_only=True):
     """A service.
 
     Attributes:
-        name: of the peer.
-        environment: its virtual environment.
-        ours: whether it is crl's.
-        precision: asked for.
-        settings: what was chosen for speed.
-        skipped: why there is no measurement, else empty.
-        cosine_min: with the reference, over the check pictures.
-        void: why the row does not count, else empty.
-        start_seconds: from the start to the first embedding that a client gets, of each start.
-        peak_bytes: most memory of all its processes, added up.
-        runs: the loads.
+        name: Name of the peer.
+        environment: Name of its virtual environment.
+        ours: Whether it is a service of crl.
+        precision: Requested precision.
+        settings: Settings chosen for speed.
+        skipped: Reason why there is no measurement, else empty.
+        cosine_min: Smallest cosine with the reference over the checked images.
+        void: Reason why the row does not count, else empty.
+        start_seconds: Time from each start to the first embedding that a client receives.
+        peak_bytes: Sum of the peak memory of all its processes.
+        runs: Measurements, one per load.
     """
 
     name: str
@@ -150,30 +150,30 @@ class ServiceRow(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def counts(self) -> bool:
-        """Whether it was measured and agrees."""
+        """Whether it was measured and agrees with the reference."""
         return not self.skipped and not self.void
 
     @property
     def saturation(self) -> float:
-        """Images per second at most, of the closed loops; 0 where there was none."""
+        """Highest images per second of the closed loops; 0 without one."""
         return max((run.per_second for run in self.runs if run.mode == "closed"), default=0.0)
 
     def find(self, mode: str, load: float) -> ServiceRun | None:
-        """Give the run of a load."""
+        """Return the measurement of a load, or None."""
         return next((run for run in self.runs if (run.mode, run.load) == (mode, load)), None)
 
 
-class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether a target was held.
+class TargetResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether a target was reached.
 
     Attributes:
-        target: in words.
-        measured: what was measured, in the unit of `required`.
-        required: what it had to be.
-        at_least: whether it had to be at least so much; else at most.
-        unit: such as `x`, `ms`; empty for a ratio.
-        against: whom, or under what load.
-        missing: why nothing could be said, else empty.
+        target: Description of the target.
+        measured: Measured value, in the unit of `required`.
+        required: Required value.
+        at_least: Whether `required` is a minimum; otherwise it is a maximum.
+        unit: Unit of both values, such as `x` or `ms`.
+        against: Peer or load that was compared with.
+        missing: Reason why the target could not be measured, else empty.
     """
 
     target: str
@@ -186,14 +186,14 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def held(self) -> bool | None:
-        """Whether it was held; None where nothing could be said."""
+        """Whether the target was reached; None if it could not be measured."""
         if self.measured is None or math.isnan(self.measured):
             return None
         return self.measured >= self.required if self.at_least else self.measured <= self.required
 
     @property
-    def told(self) -> str:
-        """`held`, `missed by 4 %`, or why nothing can be said."""
+    def outcome(self) -> str:
+        """`held`, `missed by 4 %`, or the reason why it could not be measured."""
         if self.held is None or self.measured is None:
             return f"not measured: {self.missing or 'no peer to compare with'}"
         if self.held:
@@ -202,20 +202,20 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """A run against peers.
+    """A comparison with peers.
 
     Attributes:
-        schema: of this document.
-        time: when it was made, UTC.
-        seconds: it took.
-        command: that made it.
-        commit: of the repository, with `+` if files were changed.
-        machine: its properties.
-        settings: of the run.
-        environments: of the peers and of crl.
-        engines: in process.
-        services: over the wire.
-        verdicts: the targets.
+        schema: Version of this document's format.
+        time: Time of writing in UTC, ISO 8601.
+        seconds: Duration of the run.
+        command: Command that made it.
+        commit: Commit of the repository, followed by `+` if files were changed.
+        machine: Properties of the machine.
+        settings: Settings of the run.
+        environments: Environments of crl and of the peers.
+        engines: Measurements of engines.
+        services: Measurements of services.
+        targets: Results of the targets. The file calls them `verdicts`.
     """
 
     schema: int
@@ -228,14 +228,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     environments: tuple[Environment, ...]
     engines: tuple[EngineRow, ...]
     services: tuple[ServiceRow, ...]
-    verdicts: tuple[Verdict, ...] = ()
+    targets: tuple[TargetResult, ...] = msgspec.field(default=(), name="verdicts")
 
 
 def read_report(path: Path) -> Report:
     """Read a report.
 
     Raises:
-        InvalidInputError: there is none, or it is of another form.
+        InvalidInputError: If the file is missing or has another format.
     """
     try:
         return msgspec.json.decode(path.read_bytes(), type=Report)
@@ -252,5 +252,5 @@ def write_report(report: Report, path: Path) -> None:
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Give how often ours fits into theirs, round by round: above 1 means that ours is faster."""
+    """Return their time divided by ours, per round. Above 1 means that ours is faster."""
     return [their / our for our, their in zip(ours, theirs, strict=False)]

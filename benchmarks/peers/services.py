@@ -1,10 +1,9 @@
-"""Services: every one is started, checked, and put under the same load in turn, round by round."""
+"""Services: each is started and checked; then all get the same load in turn, in every round."""
 
 from __future__ import annotations
 
 import math
 import os
-import re
 import signal
 import socket
 import statistics
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import psutil
 
 from crl_benchmarks.load import Run
 from crl_benchmarks.peers.catalogue import CRL_AUTO, CRL_FP32, Inputs, Setup
@@ -28,6 +28,7 @@ from crl_benchmarks.peers.environments import OWN
 from crl_benchmarks.peers.protocol import WORKERS
 from crl_benchmarks.peers.records import ServiceRow, ServiceRun
 from crl_benchmarks.peers.traffic import Endpoint, Generator, Job, embed, wait_until_served
+from crl_benchmarks.peers.workers.loop import peak_bytes
 from crl_benchmarks.quantiles import percentile
 
 PYTRITON = "PyTriton"
@@ -42,14 +43,14 @@ class ServicePeer:
     """A service.
 
     Attributes:
-        name: in the tables.
-        environment: of its process.
-        api: see `traffic.Endpoint`.
-        command: from the interpreter, its port, a scratch folder and what all are given, to the
-            command that starts it.
-        settings: what was chosen for speed, in words.
-        precision: as for engines.
-        variables: of its process's environment.
+        name: Name in the tables.
+        environment: Name of its virtual environment.
+        api: Protocol, see `traffic.Endpoint`.
+        command: Function that returns the command that starts the service. It gets the
+            interpreter, a port, a scratch directory and the input of all peers.
+        settings: Settings chosen for speed, in words.
+        precision: Precision, as in `EnginePeer`.
+        variables: Function that returns additional environment variables of the process.
     """
 
     name: str
@@ -83,7 +84,7 @@ def _pytriton(python: Path, port: int, _: Path, given: Inputs) -> Sequence[str]:
 
 
 def _pytriton_variables(_: Inputs) -> dict[str, str]:
-    # the stub wants libpython, and takes another Python's where this one's is not on the path
+    # PyTriton's stub loads libpython; without this path it may load that of another Python
     return {"LD_LIBRARY_PATH": str(sysconfig.get_config_var("LIBDIR"))}
 
 
@@ -137,17 +138,17 @@ SERVICES: tuple[ServicePeer, ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What is measured.
+class ServiceSchedule:
+    """What is measured, and for how long.
 
     Attributes:
-        starts: of each service; the last one stays.
-        rounds: of all loads.
-        seconds: of a run.
-        warm_up: seconds before each.
-        callers: of the closed loops; the first is a single one.
-        rates: calls a second of the open loops.
-        shares: of PyTriton's saturation, for further open loops.
+        starts: Number of starts of each service; the last one is kept for the loads.
+        rounds: Number of rounds.
+        seconds: Duration of one load.
+        warm_up: Seconds of each load before anything counts.
+        callers: Numbers of callers of the closed loops, beginning with 1.
+        rates: Rates of the open loops, in calls per second.
+        shares: Rates of further open loops, as shares of PyTriton's saturation.
     """
 
     starts: int = 3
@@ -161,7 +162,7 @@ class Plan:
 
 @dataclass(slots=True)
 class _Running:
-    """A service that has agreed so far, and what was measured of it."""
+    """A running service whose embeddings agree with the reference, and its measurements so far."""
 
     peer: ServicePeer
     endpoint: Endpoint
@@ -170,16 +171,18 @@ class _Running:
     runs: dict[tuple[str, float, float | None], list[Run]] = field(default_factory=dict)
 
 
-def measure_services(peers: Sequence[ServicePeer], setup: Setup, plan: Plan) -> list[ServiceRow]:
+def measure_services(
+    peers: Sequence[ServicePeer], setup: Setup, schedule: ServiceSchedule
+) -> list[ServiceRow]:
     """Start all services, check that they agree, and put load on them in turn.
 
     Args:
-        peers: to measure.
-        setup: what they are given.
-        plan: what is measured.
+        peers: Services to measure.
+        setup: Environments and input of the services.
+        schedule: What is measured, and for how long.
 
     Returns:
-        A row for each, in their order.
+        One row per service, in the order of `peers`.
     """
     rows: dict[str, ServiceRow] = {}
     with ExitStack() as stack:
@@ -189,19 +192,19 @@ def measure_services(peers: Sequence[ServicePeer], setup: Setup, plan: Plan) -> 
             if not skipped:
                 setup.tell(f"starting {peer.name}")
                 try:
-                    running.append(_open(stack, peer, setup, plan))
+                    running.append(_open(stack, peer, setup, schedule))
                     continue
                 except (OSError, TimeoutError) as error:
                     skipped = str(error)
             rows[peer.name] = _row(peer, skipped=skipped)
-        loads = _Loads(setup, plan, stack.enter_context(Generator()))
-        loads.in_turn(running, [("closed", float(callers), None) for callers in plan.callers])
-        loads.in_turn(running, [("open", rate, None) for rate in plan.rates])
+        loads = _Loads(setup, schedule, stack.enter_context(Generator()))
+        loads.in_turn(running, [("closed", float(callers), None) for callers in schedule.callers])
+        loads.in_turn(running, [("open", rate, None) for rate in schedule.rates])
         saturation = next(
             (_finished(each).saturation for each in running if each.peer.name == PYTRITON), 0.0
         )
         if saturation:
-            shares = [("open", round(share * saturation, 2), share) for share in plan.shares]
+            shares = [("open", round(share * saturation, 2), share) for share in schedule.shares]
             both = [each for each in running if each.peer.name in (PYTRITON, CRL_FP32, CRL_AUTO)]
             loads.in_turn(both, shares)
         for each in running:
@@ -212,7 +215,14 @@ def measure_services(peers: Sequence[ServicePeer], setup: Setup, plan: Plan) -> 
 
 
 def summarise(mode: str, load: float, share: float | None, runs: Sequence[Run]) -> ServiceRun:
-    """Put the rounds of a load together; a call that failed counts as one that took forever."""
+    """Summarise the rounds of a load. The latency of a failed call counts as infinite.
+
+    Args:
+        mode: `closed` or `open`.
+        load: Number of callers (closed) or calls per second (open).
+        share: The rate as a share of PyTriton's saturation, if it was chosen so.
+        runs: Measurements, one per round.
+    """
     served = [each for run in runs for each in run.latencies.get("ok", [])]
     offered = sum(run.offered for run in runs)
     failed = offered - len(served)
@@ -248,44 +258,34 @@ def summarise(mode: str, load: float, share: float | None, runs: Sequence[Run]) 
 
 
 def peak_of_tree(pid: int) -> int | None:
-    """Add up the most memory that a process and those below it have held, in bytes."""
-    parents: dict[int, list[int]] = {}
-    peaks: dict[int, int] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            text = (entry / "status").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            continue  # it ended meanwhile
-        found = dict(re.findall(r"^(PPid|VmHWM):\s+(\d+)", text, re.MULTILINE))
-        parents.setdefault(int(found.get("PPid", 0)), []).append(int(entry.name))
-        peaks[int(entry.name)] = int(found.get("VmHWM", 0)) * 1024
-    total, waiting = 0, [pid]
-    while waiting:
-        one = waiting.pop()
-        total += peaks.get(one, 0)
-        waiting += parents.get(one, [])
-    return total or None
+    """Return the sum of the peak memory of a process and its descendants in bytes, or None."""
+    try:
+        top = psutil.Process(pid)
+        processes = [top, *top.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return None
+    return sum(peak_bytes(process.pid) or 0 for process in processes) or None
 
 
 def free_port() -> int:
-    """Find a port of the loopback that nobody listens on."""
+    """Return a free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _open(stack: ExitStack, peer: ServicePeer, setup: Setup, plan: Plan) -> _Running:
-    """Start a service again and again; leave the last one running, and check that it agrees."""
-    pictures = [path.read_bytes() for path in setup.given.pictures[: len(setup.reference)]]
+def _open(stack: ExitStack, peer: ServicePeer, setup: Setup, schedule: ServiceSchedule) -> _Running:
+    """Start a service several times, keep the last one running, and compare its embeddings."""
+    images = [path.read_bytes() for path in setup.given.images[: len(setup.reference)]]
     taken: list[float] = []
-    for number in range(plan.starts):
+    for number in range(schedule.starts):
         with ExitStack() as own:
             started = time.perf_counter()
-            endpoint, process = own.enter_context(_started(peer, setup, pictures[0]))
+            endpoint, process = own.enter_context(_started(peer, setup, images[0]))
             taken.append(round(time.perf_counter() - started, 3))
-            if number == plan.starts - 1:
+            if number == schedule.starts - 1:
                 stack.push(own.pop_all())
-    found, void = compare(embed(endpoint, pictures), setup.reference, peer.precision)
+    found, void = compare(embed(endpoint, images), setup.reference, peer.precision)
     row = _row(
         peer,
         settings=peer.settings,
@@ -298,9 +298,9 @@ def _open(stack: ExitStack, peer: ServicePeer, setup: Setup, plan: Plan) -> _Run
 
 @contextmanager
 def _started(
-    peer: ServicePeer, setup: Setup, picture: bytes
+    peer: ServicePeer, setup: Setup, image: bytes
 ) -> Iterator[tuple[Endpoint, subprocess.Popen[bytes]]]:
-    """Start a service and wait for its first embedding; end it with all its processes."""
+    """Start a service and wait for its first embedding; at the end, kill all its processes."""
     port, log = free_port(), setup.logs / f"{peer.name.replace(' ', '-')}.service.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, log.open("w") as file:
@@ -319,14 +319,14 @@ def _started(
             return f"ended ({process.returncode}): {lines[-1][:300] if lines else ''}"
 
         try:
-            wait_until_served(endpoint, picture, ended, START_SECONDS)
+            wait_until_served(endpoint, image, ended, START_SECONDS)
             yield endpoint, process
         finally:
             _end(process)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask a process to end; then kill all that it started and that is still there."""
+    """Interrupt a process, and kill what is left of its process group after a while."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         try:
@@ -339,23 +339,31 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 class _Loads:
-    """Puts loads on services in turn."""
+    """Puts the same loads on all services in turn."""
 
-    def __init__(self, setup: Setup, plan: Plan, generator: Generator) -> None:
-        self._setup, self._plan, self._generator = setup, plan, generator
+    def __init__(self, setup: Setup, schedule: ServiceSchedule, generator: Generator) -> None:
+        self._setup, self._schedule, self._generator = setup, schedule, generator
 
     def in_turn(
         self, running: Sequence[_Running], loads: Sequence[tuple[str, float, float | None]]
     ) -> None:
-        plan, pictures = self._plan, self._setup.given.pictures
-        for number in range(plan.rounds):
-            turn = number % max(len(running), 1)  # no one is always the first
+        schedule, images = self._schedule, self._setup.given.images
+        for number in range(schedule.rounds):
+            turn = number % max(len(running), 1)  # a different service comes first in each round
             for mode, load, share in loads:
                 unit = "callers" if mode == "closed" else "calls/s"
-                self._setup.tell(f"services, round {number + 1} of {plan.rounds}: {load:g} {unit}")
+                self._setup.tell(
+                    f"services, round {number + 1} of {schedule.rounds}: {load:g} {unit}"
+                )
                 for each in [*running[turn:], *running[:turn]]:
                     job = Job(
-                        each.endpoint, pictures, mode, load, plan.warm_up, plan.seconds, number
+                        each.endpoint,
+                        images,
+                        mode,
+                        load,
+                        schedule.warm_up,
+                        schedule.seconds,
+                        number,
                     )
                     run = self._generator.measure(job)
                     each.runs.setdefault((mode, load, share), []).append(run)
@@ -380,7 +388,7 @@ def _row(peer: ServicePeer, **known: object) -> ServiceRow:
 
 
 def _rate(run: Run) -> float:
-    """Give calls served a second, up to the last answer where a service could not keep up."""
+    """Return the calls served per second, up to the last answer if that came after the end."""
     return len(run.latencies.get("ok", [])) / max(run.seconds, max(run.done, default=0.0))
 
 

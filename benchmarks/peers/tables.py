@@ -1,4 +1,4 @@
-"""A report as Markdown, and the part of the README that is made from it."""
+"""A report as Markdown, and the tables of the README that are made from it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from crl_benchmarks.peers.catalogue import CRL_FP32
-from crl_benchmarks.peers.records import EngineRow, Environment, Report, ServiceRow, Verdict
-from crl_benchmarks.peers.verdicts import compared
+from crl_benchmarks.peers.records import EngineRow, Environment, Report, ServiceRow, TargetResult
+from crl_benchmarks.peers.target_results import compared
 from crl_sdk.errors import InvalidInputError
 
 BEGIN = "<!-- from benchmarks/results/peers.json, by python -m crl_benchmarks.peers --readme -->"
@@ -16,7 +16,7 @@ END = "<!-- end of what is from benchmarks/results/peers.json -->"
 
 
 def markdown(report: Report) -> str:
-    """Lay out a report."""
+    """Return a report as a Markdown page."""
     machine = report.machine
     cores = f"{machine.get('cores', '?')} cores"
     parts = [
@@ -28,7 +28,7 @@ def markdown(report: Report) -> str:
         "## Targets",
         _table(
             ("target", "measured", "wanted", "against", ""),
-            (_verdict(each) for each in report.verdicts),
+            (_target(each) for each in report.targets),
         ),
         "## Engines",
         "Milliseconds of one 640×480 JPEG (decoded and run) and of one image whose pixels are "
@@ -63,7 +63,7 @@ def markdown(report: Report) -> str:
 
 
 def readme(report: Report) -> str:
-    """Give what stands between the markers of the README."""
+    """Return the text between the markers of the README."""
     engines = [row for row in report.engines if row.counts]
     services = [row for row in report.services if row.counts]
     machine = report.machine
@@ -110,10 +110,10 @@ def readme(report: Report) -> str:
 
 
 def rewritten(text: str, report: Report) -> str:
-    """Put a report's part into a README's text.
+    """Return the text of a README with the tables replaced by those of a report.
 
     Raises:
-        InvalidInputError: the markers are not there, once each and in this order.
+        InvalidInputError: If the text does not have both markers once, in this order.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise InvalidInputError(f"expected the README to have {BEGIN!r} and then {END!r}, once")
@@ -123,18 +123,18 @@ def rewritten(text: str, report: Report) -> str:
 
 
 def update_readme(path: Path, report: Report, *, check: bool) -> bool:
-    """Rewrite a README from a report.
+    """Rewrite the tables of a README from a report.
 
     Args:
-        path: of the README.
-        report: to take the figures from.
-        check: only look.
+        path: Path of the README.
+        report: Report with the figures.
+        check: Whether to compare only, and to write nothing.
 
     Returns:
-        Whether it was as the report has it.
+        Whether the README already had these tables.
 
     Raises:
-        InvalidInputError: it has no markers.
+        InvalidInputError: If the README does not have the markers.
     """
     text = path.read_text(encoding="utf-8")
     wanted = rewritten(text, report)
@@ -219,15 +219,15 @@ def _settings(report: Report) -> Iterable[str]:
     return ["\n".join(lines)]
 
 
-def _verdict(each: Verdict) -> Sequence[str]:
+def _target(each: TargetResult) -> Sequence[str]:
     wanted = "at least" if each.at_least else "at most"
-    told = each.told if each.held else f"**{each.told}**"
+    outcome = each.outcome if each.held else f"**{each.outcome}**"
     return (
         each.target,
         "" if each.measured is None else f"{each.measured:.3g} {each.unit}",
         f"{wanted} {each.required:g} {each.unit}",
         each.against,
-        told,
+        outcome,
     )
 
 

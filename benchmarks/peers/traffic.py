@@ -1,4 +1,4 @@
-"""Load on a service from a process of its own: gRPC of crl and KServe v2, HTTP of the others."""
+"""Puts load on services from a separate process, over gRPC or HTTP."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from crl_sdk.pb.inference import kserve_pb2, kserve_pb2_grpc
 from crl_sdk.rpc import decode_tensor
 
 Call = Callable[[Sequence[bytes]], Awaitable[NDArray[np.float32]]]
-"""Sends JPEGs in one call and gives their embeddings, (n, d)."""
+"""Sends JPEGs in one call and returns their embeddings, shape (n, d)."""
 
 _LIMITS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a service is and what it speaks.
+    """Address and protocol of a service.
 
     Attributes:
         api: `crl`, `kserve`, `infinity` or `clip-server`.
-        address: host:port.
-        timeout: seconds of a call.
+        address: Address as `host:port`.
+        timeout: Time limit of a call in seconds.
     """
 
     api: str
@@ -48,11 +48,11 @@ class Endpoint:
 
 
 class _Refused(Exception):
-    """An answer over HTTP that is not the one wanted."""
+    """The service answered with an HTTP status other than 200."""
 
 
 async def connect(endpoint: Endpoint, stack: AsyncExitStack) -> Call:
-    """Open a connection, which the stack closes, and give what sends a call over it."""
+    """Open a connection, which `stack` closes, and return the function that sends a call."""
     if endpoint.api in ("crl", "kserve"):
         channel = await stack.enter_async_context(
             grpc.aio.insecure_channel(endpoint.address, options=_LIMITS)
@@ -128,10 +128,10 @@ async def _post(client: object, path: str, body: Mapping[str, object]) -> dict[s
 
 
 def embed(endpoint: Endpoint, images: Sequence[bytes]) -> NDArray[np.float32]:
-    """Embed JPEGs, each in a call of its own, one after the other.
+    """Embed JPEGs one after the other, each in its own call.
 
     Raises:
-        Exception: whatever the transport raises where the service does not answer.
+        Exception: If the service does not answer; the type depends on the transport.
     """
 
     async def all_of_them() -> NDArray[np.float32]:
@@ -147,18 +147,18 @@ class Job:
     """A run of the generator.
 
     Attributes:
-        endpoint: of the service.
-        pictures: JPEGs; each call takes the next one.
+        endpoint: Service to call.
+        images: JPEG files; each call sends the next one.
         mode: `closed` or `open`.
-        load: callers, or calls a second.
-        warm_up: seconds before anything counts.
-        seconds: measured.
-        seed: of the arrivals and of which picture comes first; the same for all services, so that
-            no one has the luck of the draw.
+        load: Number of callers (closed) or calls per second (open).
+        warm_up: Seconds before anything counts.
+        seconds: Measured seconds.
+        seed: Seed of the arrival times, and index of the first image. All services get the same
+            seed, so that the draw favours none.
     """
 
     endpoint: Endpoint
-    pictures: tuple[Path, ...]
+    images: tuple[Path, ...]
     mode: str
     load: float
     warm_up: float
@@ -170,12 +170,12 @@ class Generator:
     """A process that puts load on services. Use as a context manager."""
 
     def __init__(self) -> None:
-        """Start it at the first run."""
+        """Prepare the process; it starts at the first run."""
         context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
         self._pool = ProcessPoolExecutor(1, mp_context=context)
 
     def __enter__(self) -> Generator:
-        """Use as a context manager."""
+        """Return the generator itself."""
         return self
 
     def __exit__(
@@ -188,16 +188,16 @@ class Generator:
         self._pool.shutdown(cancel_futures=True)
 
     def measure(self, job: Job) -> Run:
-        """Make a run."""
+        """Put one load on a service and return the measurements."""
         return self._pool.submit(_generate, job).result()
 
 
 def _generate(job: Job) -> Run:
-    pictures = [path.read_bytes() for path in job.pictures]
+    images = [path.read_bytes() for path in job.images]
 
     async def generate() -> Run:
         async with AsyncExitStack() as stack:
-            send = _sending(await connect(job.endpoint, stack), pictures, job.seed)
+            send = _sending(await connect(job.endpoint, stack), images, job.seed)
             if job.mode == "closed":
                 return await closed_loop(
                     send, callers=int(job.load), warm_up=job.warm_up, seconds=job.seconds
@@ -209,13 +209,13 @@ def _generate(job: Job) -> Run:
     return asyncio.run(generate())
 
 
-def _sending(call: Call, pictures: Sequence[bytes], seed: int) -> Send:
+def _sending(call: Call, images: Sequence[bytes], seed: int) -> Send:
     async def send(number: int) -> Reply:
         try:
-            await call([pictures[(seed + number) % len(pictures)]])
+            await call([images[(seed + number) % len(images)]])
         except grpc.aio.AioRpcError as error:
             return failed(error)
-        except Exception as error:  # of the HTTP client's many kinds
+        except Exception as error:  # the HTTP client raises many types
             return Reply("error", type(error).__name__)
         return Reply("ok")
 
@@ -225,19 +225,20 @@ def _sending(call: Call, pictures: Sequence[bytes], seed: int) -> Send:
 def wait_until_served(
     endpoint: Endpoint, image: bytes, ended: Callable[[], str], seconds: float
 ) -> None:
-    """Ask for an embedding again and again until one comes.
+    """Ask for an embedding repeatedly until the service returns one.
 
     Args:
-        endpoint: of the service.
-        image: a JPEG.
-        ended: why the service will never answer, else empty.
-        seconds: to wait at most.
+        endpoint: Service to ask.
+        image: JPEG to embed.
+        ended: Function that returns why the process of the service ended, or an empty string while
+            it runs.
+        seconds: Time limit.
 
     Raises:
-        TimeoutError: none came.
-        ChildProcessError: the service ended.
+        TimeoutError: If there is no embedding within the time limit.
+        ChildProcessError: If the process of the service ended.
     """
-    gives_up, why = time.monotonic() + seconds, "nobody listens"
+    gives_up, why = time.monotonic() + seconds, "no connection"
     while time.monotonic() < gives_up:
         if words := ended():
             raise ChildProcessError(words)
@@ -245,7 +246,7 @@ def wait_until_served(
             host, _, port = endpoint.address.rpartition(":")
             socket.create_connection((host, int(port)), timeout=1.0).close()
             embed(endpoint, [image])
-        except Exception as error:  # not there yet, in whatever words
+        except Exception as error:  # not ready yet; every peer fails in its own way
             why = f"{type(error).__name__}: {error}"[:300]
             time.sleep(0.02)
         else:

@@ -1,7 +1,8 @@
-"""One set of random weights in every peer's format, made once under `build/peers/weights`.
+"""One set of random weights in the formats of all peers, created once in `build/peers/weights`.
 
-The tower is OpenAI's ViT-B/32, with `quick_gelu`, since faster-clip knows no other. Random weights
-change neither speed nor memory. Embeddings of different pictures differ (cosine about 0.5).
+The model is OpenAI's ViT-B/32 with `quick_gelu`, the only one that faster-clip supports. Random
+weights change neither speed nor memory. The embeddings of different images still differ: their
+cosine is about 0.5.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ ARCHITECTURE = "ViT-B-32-quickgelu"
 SEED = 0
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
-"""Of the bundle: what `auto` chooses from, and the graph that raw ONNX Runtime is given."""
+"""Precisions of the bundle. `auto` chooses among them; the peers run the fp32 graph."""
 
 WIDTH, LAYERS, HEADS, PATCH, SIDE = 768, 12, 12, 32, 224
 TEXT_WIDTH, TEXT_HEADS, CONTEXT, VOCABULARY, DIM = 512, 8, 77, 49408, 512
 
 FASTER_CLIP = Path("sentence-transformers__clip-ViT-B-32/0_CLIPModel/model.safetensors")
-"""Where faster-clip looks in its cache; its model id is fixed."""
+"""Path of the weights in faster-clip's cache, which depends on its fixed model id."""
 
 _EXACT = {
     "logit_scale": "logit_scale",
@@ -66,42 +67,42 @@ _WITHIN_A_LAYER = {
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Where everything is, below one directory.
+    """Paths of the weights in all formats.
 
     Attributes:
-        root: the directory.
+        root: Directory that holds them.
     """
 
     root: Path
 
     @property
     def open_clip(self) -> Path:
-        """open_clip's state dict, safetensors."""
+        """State dict of open_clip as safetensors."""
         return self.root / "open_clip.safetensors"
 
     @property
     def open_clip_pickle(self) -> Path:
-        """The same as clip-server reads it."""
+        """State dict of open_clip as clip-server reads it, pickled."""
         return self.root / "open_clip.pt"
 
     @property
     def bundle(self) -> Path:
-        """The bundle of crl; its fp32 graph is what ONNX Runtime, OpenVINO and PyTriton run."""
+        """Bundle of crl."""
         return self.root / "bundle"
 
     @property
     def onnx(self) -> Path:
-        """The fp32 graph."""
+        """The bundle's fp32 graph, which ONNX Runtime, OpenVINO and PyTriton run."""
         return self.bundle / "image.fp32.onnx"
 
     @property
     def hugging_face(self) -> Path:
-        """A directory as transformers' `CLIPModel.save_pretrained` writes it, with a processor."""
+        """Directory as transformers' `CLIPModel.save_pretrained` writes it, with a processor."""
         return self.root / "clip-vit-base-patch32"
 
     @property
     def faster_clip(self) -> Path:
-        """The cache that faster-clip would have filled from the hub."""
+        """Cache directory that faster-clip would otherwise fill from the hub."""
         return self.root / "faster-clip"
 
 
@@ -109,10 +110,13 @@ def hugging_face_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename open_clip's weights to those of transformers' `CLIPModel`.
 
     Args:
-        state: open_clip's state dict of a CLIP model with a ViT.
+        state: State dict of an open_clip model with a vision transformer.
+
+    Returns:
+        The same weights under transformers' names.
 
     Raises:
-        KeyError: a name that such a model does not have.
+        KeyError: If such a model does not have a weight of this name.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -132,10 +136,11 @@ def hugging_face_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def make_weights(root: Path) -> Weights:
-    """Make what is not there yet; a directory is whole or absent.
+    """Create the weights, unless they exist. The directory is put in place when it is complete.
 
     Args:
-        root: directory of everything, named anew whenever this module or the exporter changes.
+        root: Parent directory. The name below it is a digest of this module and the exporter, so
+            that a change of either creates the weights anew.
     """
     import crl_export
 
@@ -188,15 +193,18 @@ def _make(work: Weights) -> None:
 
     target = work.faster_clip / FASTER_CLIP
     target.parent.mkdir(parents=True)
-    # the hub's file of this model has the names without a prefix, as transformers writes them
+    # the file on the hub has names without a prefix too
     shutil.copy(work.hugging_face / "model.safetensors", target)
 
 
 def hugging_face_files(spec: PreprocessSpec) -> dict[str, object]:
-    """Give the JSON files that go with the weights.
+    """Return the JSON files that transformers needs beside the weights.
 
     Args:
-        spec: the preprocessing of the tower.
+        spec: Preprocessing of the image tower.
+
+    Returns:
+        Content by file name.
     """
     text = {
         "model_type": "clip_text_model", "hidden_act": "quick_gelu", "hidden_size": TEXT_WIDTH,

@@ -18,7 +18,7 @@ from crl_benchmarks.peers import environments
 from crl_benchmarks.peers.__main__ import main
 from crl_benchmarks.peers.catalogue import CRL_AUTO, CRL_FP32, ENGINES
 from crl_benchmarks.peers.engines import compare
-from crl_benchmarks.peers.environments import OWN, RECIPES, Recipe, make_environment
+from crl_benchmarks.peers.environments import ENVIRONMENTS, OWN, EnvironmentSpec, make_environment
 from crl_benchmarks.peers.plot import write_plot
 from crl_benchmarks.peers.protocol import Worker, WorkerError
 from crl_benchmarks.peers.records import (
@@ -28,12 +28,12 @@ from crl_benchmarks.peers.records import (
     Report,
     ServiceRow,
     ServiceRun,
-    Verdict,
+    TargetResult,
     write_report,
 )
 from crl_benchmarks.peers.services import PYTRITON, SERVICES, peak_of_tree, summarise
 from crl_benchmarks.peers.tables import BEGIN, END, markdown, rewritten
-from crl_benchmarks.peers.verdicts import judge
+from crl_benchmarks.peers.target_results import check_targets
 from crl_sdk import Embedder, demo_bundle
 from crl_sdk.errors import InvalidInputError
 
@@ -90,23 +90,23 @@ def report():
         schema=SCHEMA, time="now", seconds=60.0, command="c", commit="abc",
         machine={"cores": "2", "processor": "P"}, settings={"threads": "2"},
         environments=(Environment(name="x", skipped=""),), engines=engines, services=services,
-        verdicts=tuple(judge(engines, services)),
+        targets=tuple(check_targets(engines, services)),
     )  # fmt: skip
 
 
-def find(report: Report, *words: str) -> Verdict:
-    (found,) = [each for each in report.verdicts if all(word in each.target for word in words)]
+def find(report: Report, *words: str) -> TargetResult:
+    (found,) = [each for each in report.targets if all(word in each.target for word in words)]
     return found
 
 
 def test_targets_are_judged_against_the_best_peer_that_agrees(report):
     one = find(report, "engine fp32", "batch 1:")
     assert one.measured == pytest.approx(48 / 50) and one.against.startswith("fast")
-    assert one.held is False and one.told == "missed by 4.0%"
+    assert one.held is False and one.outcome == "missed by 4.0%"
     auto = find(report, "engine auto, batch 1: 3 times")
     assert auto.measured == pytest.approx(3.0) and auto.held
     sixteen = find(report, "engine auto, batch 16: 3 times")
-    assert sixteen.measured == pytest.approx(2.75) and sixteen.told == "missed by 8.3%"
+    assert sixteen.measured == pytest.approx(2.75) and sixteen.outcome == "missed by 8.3%"
     assert find(report, "crl fp32", "saturation of the engine's own").measured == pytest.approx(
         18 / (1e3 / 44.75)
     )
@@ -114,16 +114,16 @@ def test_targets_are_judged_against_the_best_peer_that_agrees(report):
     assert find(report, "crl fp32: higher throughput").measured == pytest.approx(18 / 16)
     assert find(report, "crl auto: lower p99", "50%").measured == pytest.approx(0.5)
     assert find(report, "crl fp32: start").measured == 1.9
-    assert find(report, "service, crl fp32: peak memory").told == "missed by 12.5%"
+    assert find(report, "service, crl fp32: peak memory").outcome == "missed by 12.5%"
     assert find(report, "engine, crl fp32: peak memory").held
 
 
 def test_without_peers_nothing_is_held(report):
     ours = [row for row in report.engines if row.ours]
-    verdicts = judge(ours, [])
-    assert {each.held for each in verdicts} == {None}
-    assert all(each.told.startswith("not measured") for each in verdicts)
-    assert Verdict(target="x", measured=math.nan).held is None
+    targets = check_targets(ours, [])
+    assert {each.held for each in targets} == {None}
+    assert all(each.outcome.startswith("not measured") for each in targets)
+    assert TargetResult(target="x", measured=math.nan).held is None
 
 
 def test_the_tables_tell_what_is_void_missing_and_missed(report):
@@ -144,7 +144,7 @@ def test_the_readme_is_made_from_the_report(report, tmp_path, capsys):
     write_report(report, out.with_suffix(".json"))
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     arguments = ["--out", str(out), "--readme-file", str(readme)]
-    assert main(["--check", *arguments]) == 1 and "is not as" in capsys.readouterr().err
+    assert main(["--check", *arguments]) == 1 and "tables differ" in capsys.readouterr().err
     assert "old" in readme.read_text()
     assert main(["--readme", *arguments]) == 0
     text = readme.read_text()
@@ -174,20 +174,20 @@ def test_the_plot_is_a_picture(report, tmp_path):
 
 def test_names_that_nobody_has_are_refused(capsys):
     assert main(["--only", "nobody"]) == 1
-    assert "expected --only of" in capsys.readouterr().err
+    assert "expected names among" in capsys.readouterr().err
 
 
 def test_peers_have_environments():
-    assert {each.environment for each in (*ENGINES, *SERVICES)} == {OWN, *RECIPES}
+    assert {each.environment for each in (*ENGINES, *SERVICES)} == {OWN, *ENVIRONMENTS}
     scripts = Path(environments.__file__).parent / "workers"
     assert all((scripts / each.script).is_file() for each in ENGINES)
 
 
 def test_an_environment_that_cannot_be_made_says_why(tmp_path):
-    recipe = Recipe("none", (str(tmp_path / "nowhere-1.0-py3-none-any.whl"),), ())
-    made = make_environment(recipe, tmp_path / "venvs", tmp_path / "logs")
+    spec = EnvironmentSpec("none", (str(tmp_path / "nowhere-1.0-py3-none-any.whl"),), ())
+    made = make_environment(spec, tmp_path / "venvs", tmp_path / "logs")
     assert "pip install failed" in made.skipped and "nowhere" in made.skipped
-    assert not (tmp_path / "venvs" / "none" / "recipe.json").exists()
+    assert not (tmp_path / "venvs" / "none" / "environment.json").exists()
 
 
 def test_embeddings_that_do_not_agree_are_void():

@@ -1,1 +1,1 @@
-"""Scripts that run in the peers' own environments; they import nothing of crl but crl's own."""
+"""Scripts that run in the environments of the peers, and so cannot import `crl_benchmarks`."""

@@ -1,4 +1,4 @@
-"""clip-server's encoder with weights from `PEERS_WEIGHTS`: its own would be downloaded."""
+"""clip-server's encoder with weights from `PEERS_WEIGHTS`, since its own need a download."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from clip_server.model import openclip_model
 
 
 class LocalEncoder(CLIPEncoder):
-    """The encoder, unchanged but for where its weights are."""
+    """The unchanged encoder with a local file of weights."""
 
     def __init__(self, **kwargs: object) -> None:
-        """Load the weights as those of OpenAI's ViT-B/32."""
+        """Load the local weights in place of OpenAI's ViT-B/32."""
         openclip_model.download_model = lambda *_, **__: os.environ["PEERS_WEIGHTS"]
         super().__init__(name="ViT-B-32::openai", **kwargs)

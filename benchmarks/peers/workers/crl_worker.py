@@ -1,4 +1,4 @@
-"""Our own engines, through the public `Embedder`."""
+"""The engines of crl, through the public `Embedder`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from crl_sdk.model._preprocess import load_pixels
 
 
 class Crl(loop.Engine):
-    """An `Embedder`."""
+    """An `Embedder` with one engine."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         """Open `bundle` with `engine`."""
@@ -31,7 +31,7 @@ class Crl(loop.Engine):
         return self._embedder.embed_pixels(batch)
 
     def embed(self, images: Sequence[bytes], batch: int, threads: int) -> np.ndarray:
-        """See `loop.Engine.embed`; its own threads decode."""
+        """See `loop.Engine.embed`. The embedder has its own decoding threads."""
         return self._embedder.embed(images, batch_size=batch).universal
 
 

@@ -1,7 +1,11 @@
-"""What every worker does: a JSON command a line in, a JSON reply a line out, until the input ends.
+"""The main loop of every worker.
 
-A worker is `loop.run(Engine)`; the options of its engine are the first argument, as JSON. What
-libraries print goes to the log, since standard output is the protocol's.
+A worker reads one JSON command per line from standard input and writes one JSON reply per line to
+standard output, until the input ends. Its script calls `loop.run(Engine)`; the first command-line
+argument holds the engine's options as JSON. What libraries print to standard output is redirected
+to standard error, since standard output carries the replies.
+
+This module runs in the environments of the peers and needs only NumPy.
 """
 
 from __future__ import annotations
@@ -23,11 +27,12 @@ import numpy as np
 
 
 class Engine(ABC):
-    """What a worker measures.
+    """An engine to measure.
 
     Attributes:
-        whole: decodes and runs in one call, so that a run without decoding cannot be timed.
-        settings: what was chosen for speed, in words.
+        whole: Whether it decodes and runs in one call, so that a run without decoding cannot be
+            timed.
+        settings: Settings chosen for speed, in words.
     """
 
     whole = False
@@ -38,23 +43,23 @@ class Engine(ABC):
         """Load the model.
 
         Args:
-            options: `threads`, and what this engine needs of paths and precisions.
+            options: `threads`, and the paths and the precision that this engine needs.
         """
 
     def decode(self, data: bytes) -> Any:
-        """Make of a JPEG what a row of a batch is: itself, where the engine decodes."""
+        """Return one row of a batch from a JPEG: the JPEG itself if the engine decodes."""
         return data
 
     def stack(self, rows: list[Any]) -> Any:
-        """Make a batch of rows."""
+        """Return a batch made from rows."""
         return np.stack(rows)
 
     @abstractmethod
     def run(self, batch: Any) -> np.ndarray:
-        """Give the embeddings of a batch, (n, d), of any norm."""
+        """Return the embeddings of a batch, shape (n, d), of any norm."""
 
     def embed(self, images: Sequence[bytes], batch: int, threads: int) -> np.ndarray:
-        """Embed JPEGs in batches, decoding in threads while the batch before is run."""
+        """Embed JPEGs in batches; threads decode while the previous batch runs."""
         if self.whole:
             starts = range(0, len(images), batch)
             return np.concatenate([self.run(list(images[i : i + batch])) for i in starts])
@@ -65,7 +70,7 @@ class Engine(ABC):
 
 
 def run(make: Callable[[dict[str, Any]], Engine]) -> None:
-    """Be a worker."""
+    """Answer commands until standard input ends."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     options = json.loads(sys.argv[1])
@@ -76,7 +81,7 @@ def run(make: Callable[[dict[str, Any]], Engine]) -> None:
             if engine is None:
                 engine = make(options)
             reply = _Commands(engine, options["threads"]).do(command)
-        except Exception as error:  # whatever it is, it is told
+        except Exception as error:  # every failure goes into the reply
             traceback.print_exc()
             reply = {"error": f"{type(error).__name__}: {error}"[:500]}
         replies.write(json.dumps(reply) + "\n")
@@ -88,7 +93,7 @@ class _Commands:
         self._engine, self._threads = engine, threads
 
     def do(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Do a command; its name is that of a method here."""
+        """Run the command named by `do`."""
         name = command.pop("do")
         commands: dict[str, Callable[..., dict[str, Any]]] = {
             "open": self.open,
@@ -99,14 +104,14 @@ class _Commands:
         return commands[name](**command)
 
     def open(self) -> dict[str, Any]:
-        """Tell what was opened; whatever the first command is, it opens the engine."""
+        """Describe the engine. The first command opens it, whatever that command is."""
         return {
             "whole": self._engine.whole,
             "settings": self._engine.settings,
         }
 
     def embed(self, files: list[str], batch: int, out: str) -> dict[str, Any]:
-        """Embed files and write the rows to a `.npy`."""
+        """Embed files and write the embeddings to a `.npy` file."""
         images = [Path(file).read_bytes() for file in files]
         rows = self._engine.embed(images, batch, self._threads)
         np.save(out, np.asarray(rows, np.float32))
@@ -115,19 +120,19 @@ class _Commands:
     def time(
         self, *, what: str, files: list[str], batch: int, seconds: float, least: int, warm: bool
     ) -> dict[str, Any]:
-        """Time one kind of work again and again.
+        """Time one kind of work repeatedly.
 
         Args:
-            what: `decode` (one image), `image` (decode one image and run it), `run` (a batch whose
-                pixels are ready) or `embed` (all files, from JPEGs to rows).
-            files: JPEGs.
-            batch: images of a run.
-            seconds: to go on for.
-            least: runs that are made in any case.
-            warm: make a run before, which is not timed.
+            what: `decode` (one image), `image` (decode and run one image), `run` (a batch of
+                decoded images) or `embed` (all files, decoding included).
+            files: JPEG files.
+            batch: Number of images in a batch.
+            seconds: Time to measure for.
+            least: Smallest number of runs.
+            warm: Whether to make one run first that is not timed.
 
         Returns:
-            `seconds`: of each run.
+            `seconds`: Duration of each run.
         """
         engine = self._engine
         images = [Path(file).read_bytes() for file in files]
@@ -149,7 +154,7 @@ class _Commands:
             pixels = engine.stack([engine.decode(data) for data in islice(turns, batch)])
             work = lambda: engine.run(pixels)  # noqa: E731
         if warm:
-            work()  # whatever is made at the first run of a shape is made now
+            work()  # the first run of a shape may compile or allocate
         taken: list[float] = []
         ends = time.perf_counter() + seconds
         while len(taken) < least or time.perf_counter() < ends:
@@ -159,7 +164,22 @@ class _Commands:
         return {"seconds": taken}
 
     def status(self) -> dict[str, Any]:
-        """Give the most memory this process has held, in bytes."""
-        text = Path("/proc/self/status").read_text(encoding="ascii")
-        found = re.search(r"^VmHWM:\s+(\d+) kB", text, re.MULTILINE)
-        return {"peak_bytes": int(found[1]) * 1024 if found else None}
+        """Return the peak memory of this process."""
+        return {"peak_bytes": peak_bytes()}
+
+
+def peak_bytes(pid: int | str = "self") -> int | None:
+    """Return the peak memory of a process in bytes, or None if it cannot be read.
+
+    Linux keeps it in /proc. psutil does not report it, and `resource.getrusage` may include the
+    memory of the process that started this one.
+
+    Args:
+        pid: Id of the process; this process by default.
+    """
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # the process ended, or this is not Linux
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None

@@ -1,4 +1,4 @@
-"""ONNX Runtime as anyone would use it: the bundle's graph in a session, Pillow before it."""
+"""ONNX Runtime as it is usually used: the bundle's graph in a session, and Pillow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class OnnxRuntime(loop.Engine):
     """A session on the CPU."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        """Open `onnx`."""
+        """Open the graph at the path `onnx`."""
         import onnxruntime
 
         told = onnxruntime.SessionOptions()
@@ -24,7 +24,7 @@ class OnnxRuntime(loop.Engine):
         self._session = onnxruntime.InferenceSession(
             options["onnx"], told, providers=["CPUExecutionProvider"]
         )
-        # the graph can project onto bases; none are given
+        # the graph can project onto bases; no basis is given
         self._none = {"weight": np.zeros((DIM, 0), np.float32), "bias": np.zeros(0, np.float32)}
         self.settings = "all graph optimisations (default), sequential, intra-op threads = cores"
 

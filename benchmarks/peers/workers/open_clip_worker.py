@@ -1,4 +1,4 @@
-"""open_clip: eager, or compiled by inductor; its own transform before it."""
+"""open_clip with its own transform, eager or compiled by inductor."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from PIL import Image
 
 
 class OpenClip(loop.Engine):
-    """A model of open_clip on the CPU."""
+    """An open_clip model on the CPU."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        """Load `weights` into `architecture`; `compile` it or not, in `precision`."""
+        """Load `weights` into `architecture` in `precision`, and compile it if `compile` is set."""
         import open_clip
         import torch
 
@@ -29,7 +29,7 @@ class OpenClip(loop.Engine):
         if options["compile"]:
             from torch._inductor import config
 
-            config.freezing = True  # as torch advises for inference on CPUs
+            config.freezing = True  # torch recommends this for inference on CPUs
             self._encode = torch.compile(self._encode, dynamic=False)
             self.settings += ", torch.compile with inductor's freezing, one graph per batch size"
 

@@ -1,4 +1,4 @@
-"""OpenVINO on the bundle's fp32 graph: f32, bf16, or int8 as NNCF quantises a transformer."""
+"""OpenVINO with the bundle's fp32 graph in f32 or bf16, or quantised to int8 by NNCF."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pillow_pixels
 
 
 class OpenVino(loop.Engine):
-    """A compiled model on the CPU, for one request at a time."""
+    """A compiled model on the CPU that serves one request at a time."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        """Compile `onnx` in `precision`."""
+        """Compile the graph at the path `onnx` in `precision`."""
         import openvino
 
         core, precision = openvino.Core(), options["precision"]
@@ -49,18 +49,18 @@ class OpenVino(loop.Engine):
         import nncf
         import openvino
 
-        pictures = [self.decode(Path(file).read_bytes())[None] for file in options["calibration"]]
+        images = [self.decode(Path(file).read_bytes())[None] for file in options["calibration"]]
         quantised = nncf.quantize(
             _tower(core.read_model(options["onnx"])),
-            nncf.Dataset(pictures),
+            nncf.Dataset(images),
             model_type=nncf.ModelType.TRANSFORMER,
-            subset_size=len(pictures),
+            subset_size=len(images),
         )
         openvino.save_model(quantised, kept, compress_to_fp16=False)
 
 
 def _tower(model: Any) -> Any:
-    """Cut the graph down to pixels in, embedding out: OpenVINO takes no bases of zero texts."""
+    """Reduce the graph to the image tower, since OpenVINO does not accept a basis of zero texts."""
     import openvino
 
     embedding = next(each for each in model.outputs if "embedding" in each.get_names())

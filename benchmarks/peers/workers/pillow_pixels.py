@@ -1,4 +1,4 @@
-"""Preprocessing for the peers that bring none: Pillow, as open_clip's own transform has it."""
+"""Preprocessing with Pillow for peers without their own, equal to open_clip's transform."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ SIDE = 224
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Decode an RGB image, scale its shorter side to 224 by bicubic, and cut out the centre.
+    """Decode an image as RGB, scale its shorter side to 224 (bicubic), and crop the centre.
 
     Returns:
-        (224, 224, 3) uint8.
+        Pixels, shape (224, 224, 3), uint8.
     """
     image = Image.open(io.BytesIO(data)).convert("RGB")
     width, height = image.size

@@ -1,4 +1,4 @@
-"""PyTriton: Triton's server with a Python callable that decodes JPEGs and runs the ONNX graph."""
+"""PyTriton: Triton with a Python callable that decodes JPEGs and runs the ONNX graph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DIM = 512
 
 
 def main() -> None:
-    """Serve until a signal."""
+    """Serve until the process receives a signal."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--onnx", required=True)
     parser.add_argument("--threads", type=int, required=True)

@@ -1,4 +1,4 @@
-"""transformers' CLIPModel, with its own processor before it."""
+"""`CLIPModel` of transformers with its own processor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Transformers(loop.Engine):
     """A `CLIPModel` on the CPU."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        """Load the directory `model`."""
+        """Load the model in the directory `model`."""
         import torch
         from transformers import AutoImageProcessor, CLIPModel
 
@@ -39,7 +39,7 @@ class Transformers(loop.Engine):
         """See `loop.Engine.run`."""
         with self._torch.inference_mode():
             features = self._model.get_image_features(pixel_values=batch)
-        # a tensor before transformers 5, an output with the projected pooling since
+        # transformers before 5 returns a tensor, later versions an output object
         return getattr(features, "pooler_output", features).numpy()
 
 

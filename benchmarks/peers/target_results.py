@@ -1,4 +1,4 @@
-"""The targets, computed from the rows: held, or missed by how much."""
+"""Checks the targets of this project against the measurements."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from crl_benchmarks.peers.catalogue import CRL_AUTO, CRL_FP32
-from crl_benchmarks.peers.records import EngineRow, ServiceRow, ServiceRun, Verdict, ratios
+from crl_benchmarks.peers.records import EngineRow, ServiceRow, ServiceRun, TargetResult, ratios
 from crl_benchmarks.peers.services import PYTRITON
 
 COMPARABLE = 0.002
-"""A peer's cosine is comparable with ours if its mean is not lower by more than this."""
+"""Largest difference by which the mean cosine of a comparable peer may be lower than ours."""
 
 ACCEPTED = 0.99
-"""Mean cosine that crl asks of its own int8 graphs; whoever has it is compared with too."""
+"""Mean cosine that crl requires of its int8 graphs. Peers that reach it are compared too."""
 
 AUTO_OVER_FP32 = 3.0
 
@@ -27,37 +27,42 @@ START_SECONDS = 2.0
 BATCHES = (1, 16)
 
 
-def judge(engines: Sequence[EngineRow], services: Sequence[ServiceRow]) -> list[Verdict]:
-    """Evaluate all targets.
+def check_targets(
+    engines: Sequence[EngineRow], services: Sequence[ServiceRow]
+) -> list[TargetResult]:
+    """Check all targets.
 
     Args:
-        engines: rows of engines; those that were skipped or are void are left out.
-        services: likewise.
+        engines: Rows of engines. Rows that were skipped or are void are ignored.
+        services: Rows of services. Rows that were skipped or are void are ignored.
+
+    Returns:
+        One result per target.
     """
     measured = {row.name: row for row in engines if row.counts}
     served = {row.name: row for row in services if row.counts}
     return [
-        *_engine_verdicts(measured),
-        *_service_verdicts(measured, served),
-        *_pytriton_verdicts(served),
-        *_start_verdicts(served),
-        *_memory_verdicts(measured, served),
+        *_check_engine(measured),
+        *_check_service(measured, served),
+        *_check_pytriton(served),
+        *_check_start(served),
+        *_check_memory(measured, served),
     ]
 
 
 def compared(ours: EngineRow, peer: EngineRow, batch: int) -> tuple[float, str] | None:
-    """Give how many times as fast as a peer ours is, as the median of the rounds' ratios.
+    """Return how many times as fast as a peer crl is: the median of the rounds' ratios.
 
-    With pixels ready where the peer can be timed so; else decoding is in on both sides: of one
-    image, or of batches of 16.
+    Runs on decoded pixels are compared if the peer can be timed so. Otherwise decoding is included
+    on both sides.
 
     Args:
-        ours: row of crl.
-        peer: to compare with.
-        batch: images of a run.
+        ours: Row of crl.
+        peer: Row to compare with.
+        batch: Batch size of a run.
 
     Returns:
-        The ratio, and what was compared; None where one of them was not measured.
+        The ratio and the kind of work compared, or None if one of them was not measured.
     """
     works = [f"run {batch}", "image" if batch == 1 else f"embed {batch}"]
     for work in works:
@@ -67,10 +72,16 @@ def compared(ours: EngineRow, peer: EngineRow, batch: int) -> tuple[float, str] 
 
 
 def closest(ours: EngineRow, peers: Iterable[EngineRow], batch: int) -> tuple[float | None, str]:
-    """Find the peer that comes closest to ours, or passes it by most.
+    """Find the fastest peer.
+
+    Args:
+        ours: Row of crl.
+        peers: Rows to compare with.
+        batch: Batch size of a run.
 
     Returns:
-        Ratio (None where there is no peer), and the peer's name with what was compared.
+        Our speed divided by that of the fastest peer (None without a peer), and the peer's name
+        with the kind of work compared.
     """
     found = [
         (ratio[0], f"{peer.name}, {ratio[1]}")
@@ -80,17 +91,17 @@ def closest(ours: EngineRow, peers: Iterable[EngineRow], batch: int) -> tuple[fl
     return min(found, default=(None, ""))
 
 
-def _engine_verdicts(measured: dict[str, EngineRow]) -> Iterable[Verdict]:
+def _check_engine(measured: dict[str, EngineRow]) -> Iterable[TargetResult]:
     peers = [row for row in measured.values() if not row.ours]
     exact = [row for row in peers if row.precision == "fp32"]
     for batch in BATCHES:
         target = f"engine fp32, batch {batch}: at least as fast as the best fp32 peer"
         ratio, against = _of(measured, CRL_FP32, partial(closest, peers=exact, batch=batch))
-        yield Verdict(target=target, measured=ratio, against=against)
+        yield TargetResult(target=target, measured=ratio, against=against)
     for batch in BATCHES:
         target = f"engine auto, batch {batch}: {AUTO_OVER_FP32:g} times the best fp32 peer"
         ratio, against = _of(measured, CRL_AUTO, partial(closest, peers=exact, batch=batch))
-        yield Verdict(target=target, measured=ratio, required=AUTO_OVER_FP32, against=against)
+        yield TargetResult(target=target, measured=ratio, required=AUTO_OVER_FP32, against=against)
     auto = measured.get(CRL_AUTO)
     ours = (auto.cosine_mean or 0.0) if auto is not None else 1.0
     for least, told in (
@@ -101,18 +112,18 @@ def _engine_verdicts(measured: dict[str, EngineRow]) -> Iterable[Verdict]:
         for batch in BATCHES:
             target = f"engine auto, batch {batch}: no slower than any peer {told}"
             ratio, against = _of(measured, CRL_AUTO, partial(closest, peers=alike, batch=batch))
-            yield Verdict(target=target, measured=ratio, against=against)
+            yield TargetResult(target=target, measured=ratio, against=against)
 
 
-def _service_verdicts(
+def _check_service(
     measured: dict[str, EngineRow], served: dict[str, ServiceRow]
-) -> Iterable[Verdict]:
+) -> Iterable[TargetResult]:
     for name in (CRL_FP32, CRL_AUTO):
         engine, service = measured.get(name), served.get(name)
         target = f"service, {name}: throughput at saturation of the engine's own, decoding included"
         best = max((_rates(engine, "embed ") if engine else []), default=None)
         ratio = service.saturation / best if service and best else None
-        yield Verdict(
+        yield TargetResult(
             target=target, measured=ratio, required=SERVICE_OF_ENGINE, against="its best batch"
         )
     for name in (CRL_FP32, CRL_AUTO):
@@ -124,18 +135,18 @@ def _service_verdicts(
         extra = None
         if alone and alone.p50_ms is not None and decode is not None and run is not None:
             extra = round(alone.p50_ms - decode - run, 3)
-        yield Verdict(
+        yield TargetResult(
             target=target, measured=extra, required=OVERHEAD_MS, at_least=False, unit="ms",
             against=f"{decode:.1f} + {run:.1f} ms" if decode and run else "",
         )  # fmt: skip
 
 
-def _pytriton_verdicts(served: dict[str, ServiceRow]) -> Iterable[Verdict]:
+def _check_pytriton(served: dict[str, ServiceRow]) -> Iterable[TargetResult]:
     peer = served.get(PYTRITON)
     for name in (CRL_FP32, CRL_AUTO):
         ours = served.get(name)
         ratio = ours.saturation / peer.saturation if ours and peer and peer.saturation else None
-        yield Verdict(
+        yield TargetResult(
             target=f"service, {name}: higher throughput than {PYTRITON}",
             measured=ratio,
             against="closed loops, the best of each",
@@ -143,7 +154,7 @@ def _pytriton_verdicts(served: dict[str, ServiceRow]) -> Iterable[Verdict]:
         shares = [run for run in peer.runs if run.share is not None] if peer else []
         for run in shares:
             mine = ours.find("open", run.load) if ours else None
-            yield Verdict(
+            yield TargetResult(
                 target=f"service, {name}: lower p99 than {PYTRITON} at {run.share:.0%} of its "
                 "saturation",
                 measured=_tail_ratio(mine, run),
@@ -151,13 +162,15 @@ def _pytriton_verdicts(served: dict[str, ServiceRow]) -> Iterable[Verdict]:
                 against=f"{run.load:g} calls/s",
             )
         if not shares:
-            yield Verdict(target=f"service, {name}: lower p99 than {PYTRITON}", missing="no run")
+            yield TargetResult(
+                target=f"service, {name}: lower p99 than {PYTRITON}", missing="no run"
+            )
 
 
-def _start_verdicts(served: dict[str, ServiceRow]) -> Iterable[Verdict]:
+def _check_start(served: dict[str, ServiceRow]) -> Iterable[TargetResult]:
     for name in (CRL_FP32, CRL_AUTO):
         ours = served.get(name)
-        yield Verdict(
+        yield TargetResult(
             target=f"service, {name}: start to first served embedding",
             measured=statistics.median(ours.start_seconds) if ours else None,
             required=START_SECONDS, at_least=False, unit="s",
@@ -165,9 +178,9 @@ def _start_verdicts(served: dict[str, ServiceRow]) -> Iterable[Verdict]:
         )  # fmt: skip
 
 
-def _memory_verdicts(
+def _check_memory(
     measured: dict[str, EngineRow], served: dict[str, ServiceRow]
-) -> Iterable[Verdict]:
+) -> Iterable[TargetResult]:
     both: list[tuple[str, dict[str, EngineRow] | dict[str, ServiceRow]]]
     both = [("engine", measured), ("service", served)]
     for kind, rows in both:
@@ -179,7 +192,7 @@ def _memory_verdicts(
         least = min(peers, default=None)
         for name in (CRL_FP32, CRL_AUTO):
             ours = rows[name].peak_bytes if name in rows else None
-            yield Verdict(
+            yield TargetResult(
                 target=f"{kind}, {name}: peak memory below every peer's",
                 measured=ours / least[0] if ours and least else None,
                 at_least=False,
