@@ -1,13 +1,16 @@
-"""`crl classify`: learn classes from a handful of labelled pictures, and name others by them."""
+"""`crl classify`: learn classes from a few labelled images, and classify other images."""
 
 from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table
 
@@ -25,39 +28,52 @@ from crl_sdk.cli._options import (
 from crl_sdk.cli._sources import (
     BasisOption,
     CriterionOption,
+    LazyEmbedder,
     PromptOption,
     TextsOption,
     require_same_model,
     require_tasks,
-    workbench,
 )
 from crl_sdk.errors import ImageError, InvalidInputError
 from crl_sdk.model._image_files import find_image_files
 from crl_sdk.storage._atomic_files import write_atomically
 from crl_sdk.storage._checksummed_safetensors import SUFFIX
-from crl_sdk.stored._reader import SUFFIXES as STORED
+from crl_sdk.stored._reader import SUFFIXES as STORED_SUFFIXES
 from crl_sdk.tasks._few_shot import FewShotClassifier
 
-app = typer.Typer(help="Learn classes from a few pictures; classify others.", no_args_is_help=True)
+app = typer.Typer(
+    help="Learn classes from a few labelled images, and classify others.", no_args_is_help=True
+)
 
 
 @app.command("fit")
 def fit(
     directory: Annotated[
-        Path, typer.Argument(help="One sub-folder of pictures for each class; or see --labels.")
+        Path,
+        typer.Argument(
+            help="Directory with one subdirectory of images per class; or use --labels."
+        ),
     ],
-    out_file: Annotated[Path, typer.Option("--out", "-o", help=f"The {SUFFIX} file to write.")],
+    out_file: Annotated[
+        Path, typer.Option("--out", "-o", help=f"Classifier file to write, {SUFFIX}.")
+    ],
     criterion: CriterionOption = "",
     labels: Annotated[
         Path | None,
-        typer.Option(help="CSV file with a header: `file`, relative to DIR, and `label`."),
+        typer.Option(
+            help="CSV file with a header and the columns `file`, relative to DIRECTORY, and "
+            "`label`."
+        ),
     ] = None,
-    column: Annotated[str, typer.Option(help="With --labels: the column of the label.")] = "label",
+    column: Annotated[
+        str, typer.Option(help="With --labels: name of the column with the labels.")
+    ] = "label",
     standardise: Annotated[
-        bool, typer.Option(help="Bring rows to the paper's form before learning.")
+        bool, typer.Option(help="Standardise the rows first, as in the paper.")
     ] = True,
     regularisation: Annotated[
-        float, typer.Option("-C", help="Of the regression, above 0; less regularises more.")
+        float,
+        typer.Option("-C", help="C of the regression, above 0. Smaller values regularise more."),
     ] = 1.0,
     basis_file: BasisOption = None,
     texts: TextsOption = None,
@@ -70,22 +86,24 @@ def fit(
     decode: DecodeOption = "exact",
     as_json: JsonOption = False,
 ) -> None:
-    """Learn classes from labelled pictures, by one criterion; five of each are often enough.
+    """Learn classes from labelled images by one criterion. Five images per class often suffice.
 
-    Unreadable pictures are named and left out, and the exit status is then 1.
+    Images that cannot be read are listed and left out, and the exit status is then 1.
     """
     require_tasks("crl classify fit")
     if out_file.suffix != SUFFIX:
         raise InvalidInputError(f"--out: expected a {SUFFIX} file, got {str(out_file)!r}")
     given = _from_folders(directory) if labels is None else _from_table(directory, labels, column)
-    with workbench(bundle, engine, threads, decode) as bench:
-        basis = bench.basis(criterion, bases, file=basis_file, texts=texts, prompt=prompt, llm=llm)
-        material = bench.pictures(list(given))
-    require_same_model(material, [basis])
+    with LazyEmbedder(bundle, engine, threads, decode) as model:
+        basis = model.find_or_make_basis(
+            criterion, bases, file=basis_file, texts=texts, prompt=prompt, llm=llm
+        )
+        images = model.embed_files(list(given))
+    require_same_model(images, [basis])
     classifier = FewShotClassifier(basis, standardise=standardise, regularisation=regularisation)
-    rows = classifier.project(material.universal)
-    assert material.files is not None
-    names = [given[file] for file in material.files]
+    rows = classifier.project(images.universal)
+    assert images.files is not None
+    names = [given[file] for file in images.files]
     classifier.fit(rows, names, classes=sorted(set(given.values())))
     accuracy = classifier.cross_validate(rows, names)
     classifier.save(out_file)
@@ -96,32 +114,35 @@ def fit(
         "singletons": list(classifier.singletons),
         "cross_validated_accuracy": accuracy,
         "fingerprint": basis.fingerprint,
-        "failed": material.failed,
+        "failed": images.failed,
     }
     if as_json:
         print_json(facts)
     else:
-        told = "none: a class has one picture only" if accuracy is None else f"{accuracy:.3f}"
+        unknown = "not measured: a class has only one image"
         counts = ", ".join(f"{name} {count}" for name, count in classifier.counts.items())
         print_facts(
             str(out_file),
-            {**facts, "classes": counts, "cross_validated_accuracy": told,
+            {**facts, "classes": counts,
+             "cross_validated_accuracy": unknown if accuracy is None else f"{accuracy:.3f}",
              "singletons": ", ".join(classifier.singletons) or "none",
-             "failed": len(material.failed)},
+             "failed": len(images.failed)},
         )  # fmt: skip
-    if material.failed:
+    if images.failed:
         raise typer.Exit(1)
 
 
 @app.command("predict")
 def predict(
-    model: Annotated[Path, typer.Argument(help="A file of `crl classify fit`.")],
+    classifier_file: Annotated[
+        Path, typer.Argument(metavar="CLASSIFIER", help="Classifier file from `crl classify fit`.")
+    ],
     images: Annotated[
         list[Path],
-        typer.Argument(help="Pictures, directories of them, or one file of stored embeddings."),
+        typer.Argument(help="Images and directories of images, or one file of stored embeddings."),
     ],
     table: Annotated[
-        Path | None, typer.Option("--csv", help="Write all probabilities to this CSV file.")
+        Path | None, typer.Option("--csv", help="CSV file to write with all probabilities.")
     ] = None,
     bundle: BundleOption = None,
     engine: EngineOption = "auto",
@@ -129,36 +150,32 @@ def predict(
     decode: DecodeOption = "exact",
     as_json: JsonOption = False,
 ) -> None:
-    """Classify pictures. Probabilities say which class is likelier; they are not calibrated.
+    """Classify images.
 
-    Unreadable pictures are named and left out, and the exit status is then 1.
+    The probabilities say which class is more likely. They are not calibrated. Images that cannot
+    be read are listed and left out, and the exit status is then 1.
     """
-    classifier = FewShotClassifier.load(model)
+    classifier = FewShotClassifier.load(classifier_file)
     if classifier.basis is None:
         raise InvalidInputError(
-            f"{model}: holds no basis, so that it takes conditional rows alone; fit it with "
-            "crl classify fit, or use FewShotClassifier.predict"
+            f"{classifier_file}: holds no basis and can only classify conditional embeddings: fit "
+            "it again with crl classify fit, or use FewShotClassifier.predict"
         )
-    with workbench(bundle, engine, threads, decode) as bench:
-        if not all(path.suffix in STORED for path in images):
-            classifier.require_fingerprint(bench.embedder.bundle.fingerprint)
-        material = bench.material(images)
-    require_same_model(material, [classifier.basis])
-    chances = classifier.predict_proba(classifier.project(material.universal))
+    with LazyEmbedder(bundle, engine, threads, decode) as model:
+        if not all(path.suffix in STORED_SUFFIXES for path in images):
+            classifier.require_fingerprint(model.embedder.bundle.fingerprint)
+        source = model.read(images)
+    require_same_model(source, [classifier.basis])
+    probabilities = classifier.predict_proba(classifier.project(source.universal))
     classes = classifier.classes
-    best = [classes[i] for i in chances.argmax(axis=1)]
+    best = [classes[i] for i in probabilities.argmax(axis=1)]
     if table is not None:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["file", "label", "probability", *classes])
-        for name, label, row in zip(material.names, best, chances, strict=True):
-            writer.writerow([name, label, f"{row.max():.6f}", *(f"{p:.6f}" for p in row)])
-        data = text.getvalue().encode("utf-8", "surrogateescape")
+        data = _csv(source.names, best, classes, probabilities)
         write_atomically(table, data, InvalidInputError)
     if as_json:
         print_json(
             {
-                "model": str(model),
+                "classifier": str(classifier_file),
                 "criterion": classifier.basis.criterion,
                 "classes": list(classes),
                 "calibrated": False,
@@ -169,35 +186,46 @@ def predict(
                         "probability": float(row.max()),
                         "probabilities": dict(zip(classes, map(float, row), strict=True)),
                     }
-                    for name, label, row in zip(material.names, best, chances, strict=True)
+                    for name, label, row in zip(source.names, best, probabilities, strict=True)
                 ],
-                "failed": material.failed,
+                "failed": source.failed,
             }
         )
     else:
         shown = Table()
         shown.add_column("file", overflow="fold")
-        for heading in (classifier.basis.criterion, "probability, not calibrated", "next"):
+        for heading in (classifier.basis.criterion, "probability, not calibrated", "second"):
             shown.add_column(heading)
-        for name, label, row in zip(material.names, best, chances, strict=True):
+        for name, label, row in zip(source.names, best, probabilities, strict=True):
             second = row.argsort()[-2]
             runner_up = f"{escape(classes[second])} {row[second]:.3f}"
             shown.add_row(escape(name), escape(label), f"{row.max():.3f}", runner_up)
         out.print(shown)
-    if material.failed:
+    if source.failed:
         raise typer.Exit(1)
 
 
+def _csv(
+    names: Sequence[str], best: Sequence[str], classes: Sequence[str], probabilities: NDArray[Any]
+) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "label", "probability", *classes])
+    for name, label, row in zip(names, best, probabilities, strict=True):
+        writer.writerow([name, label, f"{np.max(row):.6f}", *(f"{p:.6f}" for p in row)])
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
 def _from_folders(directory: Path) -> dict[Path, str]:
-    """Give each picture's class: the sub-folder that it is in."""
+    """Return the class of each image: the name of the subdirectory that holds it."""
     if not directory.is_dir():
         raise InvalidInputError(
-            f"{directory}: expected a directory with one sub-folder of pictures for each class"
+            f"{directory}: expected a directory with one subdirectory of images per class"
         )
     folders = sorted(p for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(folders) < 2:
         raise InvalidInputError(
-            f"{directory}: expected one sub-folder of pictures for each of two classes or more, "
+            f"{directory}: expected one subdirectory of images for each of two or more classes, "
             f"found {[folder.name for folder in folders]}; or pass --labels FILE"
         )
     given: dict[Path, str] = {}
@@ -206,24 +234,27 @@ def _from_folders(directory: Path) -> dict[Path, str]:
             given.update(dict.fromkeys(find_image_files([folder]), folder.name))
         except ImageError as error:
             raise InvalidInputError(
-                f"class {folder.name!r} has no picture: {error}; add one or remove the folder"
+                f"class {folder.name!r} has no image: {error}; add one or remove the directory"
             ) from error
     loose = [p for p in directory.iterdir() if p.is_file() and not p.name.startswith(".")]
     if loose:
-        warn(f"{directory}: {len(loose)} files in no sub-folder are not used, as {loose[0].name}")
+        warn(
+            f"{directory}: {len(loose)} files outside the subdirectories are not used, for example "
+            f"{loose[0].name}"
+        )
     return given
 
 
 def _from_table(directory: Path, path: Path, column: str) -> dict[Path, str]:
-    """Give each picture's class out of a CSV file."""
+    """Return the class of each image from a CSV file."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             header = list(reader.fieldnames or ())
             if "file" not in header or column not in header:
                 raise InvalidInputError(
-                    f"{path}: expected a first line that names the columns 'file' and {column!r}, "
-                    f"separated by commas, found {header}; --column names another one"
+                    f"{path}: expected a first line with the columns 'file' and {column!r}, "
+                    f"separated by commas, found {header}; --column chooses the column of labels"
                 )
             lines = [(reader.line_num, line) for line in reader]
     except OSError as error:
@@ -240,9 +271,9 @@ def _from_table(directory: Path, path: Path, column: str) -> dict[Path, str]:
             )
         if given.setdefault(directory / name, label) != label:
             raise InvalidInputError(
-                f"{path}, line {number}: {name!r} is {label!r} here and "
+                f"{path}, line {number}: {name!r} has the label {label!r} here and "
                 f"{given[directory / name]!r} before: keep one"
             )
     if not given:
-        raise InvalidInputError(f"{path}: expected a line for each labelled picture, found none")
+        raise InvalidInputError(f"{path}: expected a line for each labelled image, found none")
     return given

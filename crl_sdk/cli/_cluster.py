@@ -1,4 +1,4 @@
-"""`crl cluster`: pictures, or stored embeddings, in named groups by one criterion."""
+"""`crl cluster`: group images or stored embeddings by a criterion, and name the groups."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from crl_sdk.cli._report_content import (
 from crl_sdk.cli._sources import (
     BasisOption,
     CriterionOption,
-    Material,
+    ImageSource,
+    LazyEmbedder,
     PromptOption,
     TextsOption,
     require_same_model,
     require_tasks,
-    workbench,
 )
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._project_rows import project_rows
@@ -54,18 +54,23 @@ def cluster(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A directory of pictures; or embeddings: .npz or .parquet of `crl embed`, .npy."
+            help="A directory of images, or a file of embeddings: .npz or .parquet from "
+            "`crl embed`, or .npy."
         ),
     ],
     criterion: CriterionOption = "",
     k: Annotated[
-        int | None, typer.Option("--k", "-k", min=1, help="Clusters; chosen if not given.")
+        int | None,
+        typer.Option("--k", "-k", min=1, help="Number of groups. Default: chosen by silhouette."),
     ] = None,
     max_k: Annotated[
-        int, typer.Option("--max-k", min=2, help="Clusters at most, where they are chosen.")
+        int, typer.Option("--max-k", min=2, help="Largest number of groups to choose without --k.")
     ] = MAX_CLUSTERS,
     directory: Annotated[
-        Path, typer.Option("--out", "-o", help=f"For {TABLE} and {REPORT}; made if missing.")
+        Path,
+        typer.Option(
+            "--out", "-o", help=f"Directory for {TABLE} and {REPORT}. Created if missing."
+        ),
     ] = Path("clusters"),
     basis_file: BasisOption = None,
     texts: TextsOption = None,
@@ -76,53 +81,58 @@ def cluster(
     engine: EngineOption = "auto",
     threads: ThreadsOption = None,
     decode: DecodeOption = "exact",
-    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal clusters.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal groups.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Group pictures by a criterion in words, name the groups, and write a table and a report.
+    """Group images by a criterion in words, name the groups, and write a table and a report.
 
-    Without --basis or --texts the criterion's basis is taken from the directory of bases; if there
-    is none, the local language model writes its texts. Unreadable pictures are named and left out,
-    and the exit status is then 1.
+    Without --basis and --texts, the basis of the criterion is read from --bases. If it is not
+    there, the local language model writes its texts. Images that cannot be read are listed and
+    left out, and the exit status is then 1.
     """
     require_tasks("crl cluster")
-    with workbench(bundle, engine, threads, decode) as bench:
-        material = bench.material([source])
-        basis = bench.basis(criterion, bases, file=basis_file, texts=texts, prompt=prompt, llm=llm)
-    require_same_model(material, [basis])
+    with LazyEmbedder(bundle, engine, threads, decode) as model:
+        images = model.read([source])
+        basis = model.find_or_make_basis(
+            criterion, bases, file=basis_file, texts=texts, prompt=prompt, llm=llm
+        )
+    require_same_model(images, [basis])
     with spinner("grouping …"):
-        universal = check_rows(material.universal)
+        universal = check_rows(images.universal)
         rows = project_rows(universal, [basis.projection])[0]
         found = cluster_rows(rows, k, basis=basis, universal=universal, max_k=max_k, seed=seed)
-        trust = assess_clusters(universal, rows, basis.text_embeddings, seed=seed)
-        doubts = (*trust.reasons, *_unlike_any(found))
+        quality = assess_clusters(universal, rows, basis.text_embeddings, seed=seed)
+        reasons = (*quality.reasons, *_undescribed_groups(found))
     make_directory(directory, InvalidInputError)
-    write_atomically(directory / TABLE, _csv(material, found), InvalidInputError)
+    write_atomically(directory / TABLE, _csv(images, found), InvalidInputError)
     page = None
-    if material.files is not None:
+    if images.files is not None:
         page = directory / REPORT
-        _write_report(page, material, basis, found, universal, doubts)
-    _tell(material, basis, found, trust, doubts, directory / TABLE, page, as_json)
-    if material.failed:
+        _write_report(page, images, basis, found, universal, reasons)
+    if as_json:
+        print_json(_document(images, basis, found, quality, reasons, directory / TABLE, page))
+    else:
+        _print(images, basis, found, reasons, directory / TABLE, page)
+    if images.failed:
         raise typer.Exit(1)
 
 
-def _unlike_any(found: Clustering) -> tuple[str, ...]:
-    """Tell of groups that no text sets apart."""
+def _undescribed_groups(found: Clustering) -> tuple[str, ...]:
+    """Return a sentence about the groups that no text describes, if there are any."""
     count = sum(each.name is not None and not each.name.fits for each in found.clusters)
     if not count:
         return ()
     return (
-        f"{count} of {len(found.clusters)} groups {'are' if count > 1 else 'is'} like none of the "
-        "texts: a word for what pictures there share may be missing",
+        f"no text describes {count} of {len(found.clusters)} groups: a text for what the images "
+        f"of {'these groups' if count > 1 else 'this group'} have in common may be missing",
     )
 
 
-def _csv(material: Material, found: Clustering) -> bytes:
+def _csv(images: ImageSource, found: Clustering) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", "cluster", "name", "distance", "typicality"])
-    for i, name in enumerate(material.names):
+    for i, name in enumerate(images.names):
         number = int(found.labels[i])
         writer.writerow(
             [name, number + 1, _name(found, number), f"{found.distances[i]:.6f}",
@@ -132,11 +142,11 @@ def _csv(material: Material, found: Clustering) -> bytes:
 
 
 def _write_report(
-    page: Path, material: Material, basis: Basis, found: Clustering, universal: Any,
-    doubts: tuple[str, ...],
+    page: Path, images: ImageSource, basis: Basis, found: Clustering, universal: Any,
+    reasons: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Write the demo's page: on the left what the universal embeddings would group."""
-    assert material.files is not None
+    """Write the report, which also shows groups of the universal embeddings for comparison."""
+    assert images.files is not None
     plain = cluster_rows(universal, len(found.clusters), basis=basis, universal=universal)
     section = ReportSection(
         criterion=basis.criterion,
@@ -145,71 +155,75 @@ def _write_report(
         universal=described_groups(plain),
         conditional=described_groups(found),
         remark=describe_cluster_count(found.choice, found.stability),
-        reasons=doubts,
+        reasons=reasons,
     )
-    title = f"{len(material.names)} images, grouped by {basis.criterion}"
-    write_report(page, title, [section], material.files)
+    title = f"{len(images.names)} images, grouped by {basis.criterion}"
+    write_report(page, title, [section], images.files)
 
 
-def _tell(
-    material: Material, basis: Basis, found: Clustering, trust: ClusterQuality,
-    doubts: tuple[str, ...], table: Path, page: Path | None, as_json: bool,
-) -> None:  # fmt: skip
+def _document(
+    images: ImageSource, basis: Basis, found: Clustering, quality: ClusterQuality,
+    reasons: tuple[str, ...], table: Path, page: Path | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the result as JSON values."""
     choice = found.choice
-    if as_json:
-        print_json(
-            {
-                "pictures": len(material.names),
-                "failed": material.failed,
-                "criterion": basis.criterion,
-                "texts": list(basis.texts),
-                "fingerprint": basis.fingerprint,
-                "basis_sha256": basis.sha256(),
-                "k": found.k,
-                "chosen": None
-                if choice is None
-                else {
-                    "agreement": choice.agreement,
-                    "margin": choice.margin,
-                    "runner_up": choice.runner_up,
-                    "weak": choice.weak,
-                    "silhouettes": {str(k): value for k, value in choice.silhouettes.items()},
-                    "resamples": choice.resamples,
-                    "resample_rows": choice.resample_rows,
-                },
-                "stability": found.stability,
-                "trust": {
-                    "separation": trust.separation,
-                    "stability": trust.stability,
-                    "doubts": list(doubts),
-                },
-                "clusters": [_document(material, found, i) for i in range(len(found.clusters))],
-                "table": str(table),
-                "report": None if page is None else str(page),
-            }
-        )
-        return
-    shown = Table("cluster", "name", "pictures", "cohesion", "apart by", "most typical")
+    return {
+        "images": len(images.names),
+        "failed": images.failed,
+        "criterion": basis.criterion,
+        "texts": list(basis.texts),
+        "fingerprint": basis.fingerprint,
+        "basis_sha256": basis.sha256(),
+        "k": found.k,
+        "chosen": None
+        if choice is None
+        else {
+            "agreement": choice.agreement,
+            "margin": choice.margin,
+            "runner_up": choice.runner_up,
+            "weak": choice.weak,
+            "silhouettes": {str(k): value for k, value in choice.silhouettes.items()},
+            "resamples": choice.resamples,
+            "resample_rows": choice.resample_rows,
+        },
+        "stability": found.stability,
+        "quality": {
+            "separation": quality.separation,
+            "stability": quality.stability,
+            "reasons": list(reasons),
+        },
+        "clusters": [_cluster_document(images, found, i) for i in range(len(found.clusters))],
+        "table": str(table),
+        "report": None if page is None else str(page),
+    }
+
+
+def _print(
+    images: ImageSource, basis: Basis, found: Clustering, reasons: tuple[str, ...],
+    table: Path, page: Path | None,
+) -> None:  # fmt: skip
+    """Print the result as a table, with notes and warnings."""
+    shown = Table("group", "name", "images", "cohesion", "name strength", "most typical image")
     for i, each in enumerate(found.clusters):
         strength = each.name.strengths[0] if each.name is not None else 0.0
         shown.add_row(
             str(i + 1), escape(_name(found, i)), str(each.size), f"{each.cohesion:.2f}",
-            f"{strength:.1f} σ", escape(Path(material.names[each.typical[0]]).name),
+            f"{strength:.1f} σ", escape(Path(images.names[each.typical[0]]).name),
         )  # fmt: skip
     out.print(shown)
-    if told := describe_cluster_count(choice, found.stability):
-        note(told)
+    if remark := describe_cluster_count(found.choice, found.stability):
+        note(remark)
     if len(found.clusters) < found.k:
         warn(
-            f"{found.k} clusters were asked for, there are {len(found.clusters)}: so few pictures "
+            f"expected {found.k} groups, got {len(found.clusters)}, because only that many images "
             "are distinct"
         )
-    for doubt in doubts:
-        warn(f"{basis.criterion}: {doubt}")
+    for reason in reasons:
+        warn(f"{basis.criterion}: not reliable: {reason}")
     out.print(f"{table}" + ("" if page is None else f" and {page}"), highlight=False)
 
 
-def _document(material: Material, found: Clustering, number: int) -> dict[str, Any]:
+def _cluster_document(images: ImageSource, found: Clustering, number: int) -> dict[str, Any]:
     each = found.clusters[number]
     return {
         "cluster": number + 1,
@@ -219,8 +233,8 @@ def _document(material: Material, found: Clustering, number: int) -> dict[str, A
         "fits": each.name is None or each.name.fits,
         "size": each.size,
         "cohesion": each.cohesion,
-        "typical": [material.names[i] for i in each.typical],
-        "edge": [material.names[i] for i in each.edge],
+        "typical": [images.names[i] for i in each.typical],
+        "edge": [images.names[i] for i in each.edge],
     }
 
 

@@ -1,18 +1,19 @@
-"""`crl demo` and `crl demo-data`: pictures regrouped by criteria in words, through the service."""
+"""`crl demo` and `crl demo-data`: group images by criteria in words, through the service."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from numpy.typing import NDArray
+from rich.markup import escape
 from rich.table import Table
 
 from crl_sdk._criterion import normalise_criterion
@@ -39,72 +40,85 @@ from crl_sdk.storage._checksummed_safetensors import SUFFIX
 from crl_sdk.tasks._clustering import cluster
 from crl_sdk.tasks._kmeans import kmeans
 
-_TRUE = "{} true words"
+_TRUE_WORDS = "{} true words"  # name of the basis made from the words of the demo world
 
 
 @dataclass(frozen=True, slots=True)
-class _Pictures:
-    """What is grouped.
+class _DemoImages:
+    """Images to group.
 
     Attributes:
-        files: the pictures.
-        criteria: by which.
-        labels: criterion → each picture's value (n,) int64; empty for the user's own pictures.
-        values: criterion → names of the values; likewise.
-        words: criterion → the words the pictures were made from; likewise.
-        prompt: for all bases.
+        files: The n image files.
+        criteria: Criteria to group them by.
+        prompt: Prompt of all bases.
+        labels: Label of each image for each criterion, shape (n,), int64. Empty for the user's own
+            images, like the next two.
+        values: Names of the labels of each criterion.
+        words: Words of the demo world that the images of each criterion were made from.
     """
 
     files: list[Path]
     criteria: tuple[str, ...]
-    labels: dict[str, NDArray[np.int64]]
-    values: dict[str, tuple[str, ...]]
-    words: dict[str, tuple[str, ...]]
     prompt: str
+    labels: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    values: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    words: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def demo_data(
-    directory: Annotated[Path, typer.Argument(help="Directory to fill; made if missing.")],
-    count: Annotated[int, typer.Option("-n", min=1, max=1_000_000, help="Pictures.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal pictures.")] = 0,
+    directory: Annotated[Path, typer.Argument(help="Directory to fill. Created if missing.")],
+    count: Annotated[
+        int, typer.Option("-n", min=1, max=1_000_000, help="Number of images.")
+    ] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal images.")] = 0,
 ) -> None:
-    """Render scenes of the demo world as JPEG files, with their factors in labels.csv."""
+    """Render scenes of the demo world as JPEG files, with their labels in labels.csv."""
     note(f"wrote {_render(directory, count, seed)}")
 
 
 def demo(
     images: Annotated[
-        Path | None, typer.Option(help="Directory of your own pictures; else some are rendered.")
+        Path | None,
+        typer.Option(help="Directory of your own images. Default: rendered demo scenes."),
     ] = None,
     criteria: Annotated[
-        str, typer.Option(help="With --images: what matters about them, separated by commas.")
+        str, typer.Option(help="With --images: criteria to group by, separated by commas.")
     ] = "",
     groups: Annotated[
-        int, typer.Option(min=0, max=50, help="With --images: how many; 0 lets the pictures tell.")
+        int,
+        typer.Option(
+            min=0, max=50, help="With --images: number of groups. 0 chooses it by silhouette."
+        ),
     ] = 0,
     prompt: Annotated[
-        str, typer.Option(help="With --images: template for the texts, with one {}.")
+        str, typer.Option(help="With --images: prompt for the texts, with one {}.")
     ] = DEFAULT_PROMPT,
     bundle: BundleOption = None,
-    count: Annotated[int, typer.Option("-n", min=100, max=20_000, help="Pictures.")] = 1500,
+    count: Annotated[
+        int, typer.Option("-n", min=100, max=20_000, help="Number of demo scenes.")
+    ] = 1500,
     directory: Annotated[
-        Path, typer.Option("--out", "-o", help="For pictures, bases and the report.")
+        Path, typer.Option("--out", "-o", help="Directory for scenes, bases and the report.")
     ] = Path("demo-output"),
     generate: Annotated[
-        bool, typer.Option(help="Let the language model write the texts, beside the true ones.")
+        bool,
+        typer.Option(help="Let the language model write texts, in addition to the true words."),
     ] = True,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Ask the language model again, instead of reusing.")
+        bool, typer.Option("--fresh", help="Ask the language model again. Ignore earlier texts.")
     ] = False,
     llm: generation.LlmOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Criteria in words → a language model → bases → `crl serve` → pictures, grouped by each.
+    """Group images by criteria in words, through the service, and write a report.
 
-    Without --images, on rendered scenes with known answers: the accuracy of k-means with the true
-    number of clusters, under the best assignment of clusters to labels, seeds 0-4. They are held
-    out of the demo model's training. The report shows what is grouped, beside the universal
-    embedding's groups.
+    The language model writes texts for each criterion, bases are made from them, `crl serve`
+    embeds the images, and the images are grouped by each criterion. The report shows the groups
+    beside those of the universal embedding.
+
+    Without --images, scenes of the demo world are rendered, which the demo model was not trained
+    on. Their labels are known, so the accuracy of k-means is measured: with the true number of
+    clusters, the best assignment of clusters to labels, and seeds 0 to 4.
     """
     started = time.perf_counter()
     if (images is None) != (not criteria):
@@ -113,19 +127,20 @@ def demo(
         given = _scenes(directory, count) if images is None else _own(images, criteria, prompt)
         path = demo_bundle() if images is None else bundle_or_demo(bundle)
         step = _steps()
-        bases = _bases(step, path, given, llm, directory, generate, fresh)
-        step(f"embedding {len(given.files)} pictures over gRPC")
+        bases = _make_bases(step, path, given, llm, directory, generate, fresh)
+        step(f"embedding {len(given.files)} images over gRPC")
         seconds, result = _embed(path, directory, given.files, bases)
         step("grouping")
         sections, rows = _group(given, bases, result, groups)
         shown = [file for i, file in enumerate(given.files) if i not in result.errors]
         page = directory / "report.html"
         step("writing the report")
-        write_report(page, f"{len(shown)} images, grouped by what matters", sections, shown)
+        title = f"{len(shown)} images, grouped by {', '.join(each.criterion for each in sections)}"
+        write_report(page, title, sections, shown)
     summary = {
         "images": len(shown),
         "images_per_second": round(len(shown) / seconds, 1),
-        "pictures": str(given.files[0].parent),
+        "directory": str(given.files[0].parent),
         "prompt": given.prompt,
         "criteria": rows,
         "report": str(page),
@@ -137,8 +152,8 @@ def demo(
         _print_table(summary)
 
 
-def _steps() -> Any:
-    """Give what tells the user on stderr, step by step, what is being done."""
+def _steps() -> Callable[[str], None]:
+    """Return a function that prints numbered steps on stderr."""
     number = 0
 
     def step(what: str) -> None:
@@ -149,7 +164,7 @@ def _steps() -> Any:
     return step
 
 
-def _scenes(directory: Path, count: int) -> _Pictures:
+def _scenes(directory: Path, count: int) -> _DemoImages:
     from crl_export.demo.captions import NEUTRAL_PROMPT
     from crl_export.demo.dataset import TEST_SEED, labels_of, read_labels
     from crl_export.demo.evaluate import own_words
@@ -159,13 +174,17 @@ def _scenes(directory: Path, count: int) -> _Pictures:
     if not (folder / "labels.csv").exists():
         _render(folder, count, TEST_SEED)
     files, codes = read_labels(folder / "labels.csv")
-    return _Pictures(
-        files, CRITERIA, labels_of(codes), {name: FACTORS[name] for name in CRITERIA},
-        {name: own_words(name) for name in CRITERIA}, NEUTRAL_PROMPT,
-    )  # fmt: skip
+    return _DemoImages(
+        files,
+        CRITERIA,
+        NEUTRAL_PROMPT,
+        labels=labels_of(codes),
+        values={name: FACTORS[name] for name in CRITERIA},
+        words={name: own_words(name) for name in CRITERIA},
+    )
 
 
-def _own(folder: Path, criteria: str, prompt: str) -> _Pictures:
+def _own(folder: Path, criteria: str, prompt: str) -> _DemoImages:
     names = tuple(normalise_criterion(name) for name in criteria.split(",") if name.strip())
     if not folder.is_dir():
         raise InvalidInputError(f"{folder}: expected a directory of images")
@@ -174,42 +193,46 @@ def _own(folder: Path, criteria: str, prompt: str) -> _Pictures:
     files = find_image_files([folder])
     if len(files) < 2:
         raise InvalidInputError(f"{folder}: expected two images or more, found one")
-    return _Pictures(files, names, {}, {}, {}, prompt)
+    return _DemoImages(files, names, prompt)
 
 
-def _bases(
-    step: Any, path: Path, given: _Pictures, llm: str | None, directory: Path,
+def _make_bases(
+    step: Callable[[str], None], path: Path, given: _DemoImages, llm: str | None, directory: Path,
     generate: bool, fresh: bool,
 ) -> dict[str, Basis]:  # fmt: skip
-    """Make the bases: the language model's by their criteria, and those of the true words."""
+    """Make a basis per criterion from the language model's texts, and one from the true words."""
     bases: dict[str, Basis] = {}
     with Embedder.open(path) as embedder:
         if generate:
-            step("asking the language model what matters")
+            step("asking the language model for texts")
             for name in given.criteria:
-                basis = _written(name, llm, embedder, given.prompt, directory / "bases", fresh)
+                basis = _generate_or_reuse(
+                    name, llm, embedder, given.prompt, directory / "bases", fresh
+                )
                 if basis is not None:
                     bases[name] = basis
         for name, words in given.words.items():
-            true = _TRUE.format(name)
+            true = _TRUE_WORDS.format(name)
             bases[true] = embedder.create_basis(true, list(words), prompts=[given.prompt])
     if not bases:
-        raise GenerationError("there is no basis to group by: the language model knew no criterion")
+        raise GenerationError(
+            "there is no basis to group by: the language model wrote no texts for any criterion"
+        )
     return bases
 
 
-def _written(
+def _generate_or_reuse(
     name: str, llm: str | None, embedder: Embedder, prompt: str, kept: Path, fresh: bool
 ) -> Basis | None:
-    """Give the basis the language model writes, or wrote before; None if it cannot."""
+    """Return a basis from the language model, or one from an earlier run. None if that fails."""
     key = hashlib.sha256(f"{embedder.bundle.fingerprint} {llm} {prompt}".encode()).hexdigest()
     file = kept / f"{name}.{key[:12]}{SUFFIX}"
     if file.exists() and not fresh:
         try:
             basis = Basis.load(file)
-            note(f"{name}: texts of an earlier run ({file}); --fresh asks again")
+            note(f"{name}: using the texts of an earlier run ({file}); --fresh asks again")
         except CrlError:
-            return _written(name, llm, embedder, prompt, kept, fresh=True)
+            return _generate_or_reuse(name, llm, embedder, prompt, kept, fresh=True)
     else:
         try:
             basis = generation.generate_basis(embedder, name, llm, prompts=[prompt])
@@ -225,7 +248,7 @@ def _written(
 def _embed(
     path: Path, directory: Path, files: Sequence[Path], bases: dict[str, Basis]
 ) -> tuple[float, Embeddings]:
-    """Serve the model in a process of its own, send bases and pictures; give seconds and rows."""
+    """Embed images with a server in a separate process. Return the seconds and the embeddings."""
     directory.mkdir(parents=True, exist_ok=True)
     with local_server(path, directory / "serve.log") as server, Client(server.address) as client:
         for basis in bases.values():
@@ -237,19 +260,19 @@ def _embed(
     for position, error in result.errors.items():
         warn(f"{files[position]}: left out: {error.reason}")
     if len(result.errors) > len(files) - 2:
-        raise InvalidInputError("expected two pictures or more that can be read")
+        raise InvalidInputError("expected two images or more that can be read: check the files")
     return seconds, result
 
 
 def _group(
-    given: _Pictures, bases: dict[str, Basis], result: Embeddings, count: int
+    given: _DemoImages, bases: dict[str, Basis], result: Embeddings, count: int
 ) -> tuple[list[ReportSection], list[dict[str, Any]]]:
-    """Cluster by every criterion: what the report shows, and the rows of the table."""
+    """Group the images by each criterion. Return sections of the report and rows of the table."""
     sections, rows = [], []
     good = [i for i in range(len(given.files)) if i not in result.errors]
     universal = result.universal[good]
     for name in given.criteria:
-        own = _TRUE.format(name)
+        own = _TRUE_WORDS.format(name)
         used = name if name in bases else own
         if used not in bases:
             continue
@@ -317,13 +340,13 @@ def _print_table(summary: dict[str, Any]) -> None:
     rows = summary["criteria"]
     table = Table("criterion", title_justify="left")
     if "groups" in rows[0]:
-        table.add_column("groups by it, with their pictures")
+        table.add_column("groups and their number of images")
         for row in rows:
-            told = ", ".join(f"{name} {size}" for name, size in row["groups"].items())
-            table.add_row(row["criterion"], told)
+            groups = ", ".join(f"{name} {size}" for name, size in row["groups"].items())
+            table.add_row(row["criterion"], escape(groups))
     else:
-        table.title = f"Clustering accuracy on {summary['images']} pictures"
-        table.add_column("universal", justify="right")
+        table.title = f"Clustering accuracy on {summary['images']} images"
+        table.add_column("universal embedding", justify="right")
         table.add_column(
             "conditional, texts from the language model", justify="right", style="bold"
         )
@@ -336,6 +359,6 @@ def _print_table(summary: dict[str, Any]) -> None:
     out.print(table)
     out.print(f"report: {summary['report']}", highlight=False)
     note(
-        f"{summary['images_per_second']} pictures a second over gRPC, decoding included; "
-        f"{summary['seconds']} s in all"
+        f"{summary['images_per_second']} images per second over gRPC, including decoding; "
+        f"{summary['seconds']} s in total"
     )

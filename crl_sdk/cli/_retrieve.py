@@ -1,4 +1,4 @@
-"""`crl retrieve`: the pictures nearest to one, by criteria; or like it, but with something else."""
+"""`crl retrieve`: find the images nearest to a query by criteria, or like it but with something."""
 
 from __future__ import annotations
 
@@ -23,37 +23,39 @@ from crl_sdk.cli._options import (
     EngineOption,
     ThreadsOption,
 )
-from crl_sdk.cli._sources import (
-    PromptOption,
-    require_same_model,
-    workbench,
-)
+from crl_sdk.cli._sources import LazyEmbedder, PromptOption, require_same_model
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.tasks._retrieval import PAPER_WEIGHT, Index, condition_captions
 
 
 def retrieve(
-    query: Annotated[Path, typer.Argument(help="The picture to compare with.")],
+    query: Annotated[Path, typer.Argument(help="The image to compare with.")],
     source: Annotated[
-        Path, typer.Argument(help="Where to look: a directory of pictures, or stored embeddings.")
+        Path, typer.Argument(help="Where to search: a directory of images or stored embeddings.")
     ],
     criteria: Annotated[
-        str, typer.Option(help="By what, with weights: 'color:2, shape'; not 0, 1 if not given.")
+        str,
+        typer.Option(
+            help="Criteria with optional non-zero weights (default 1), such as `color:2, shape`."
+        ),
     ] = "",
     but_with: Annotated[
-        str, typer.Option("--but-with", help="Like the picture's scene, but with this: 'a dog'.")
+        str,
+        typer.Option(
+            "--but-with", help="Find images of the query's scene, but with this: `a dog`."
+        ),
     ] = "",
     scene: Annotated[
-        str, typer.Option(help="With --but-with: the criterion that says what a scene is.")
+        str, typer.Option(help="With --but-with: the criterion that describes scenes.")
     ] = "scene",
     scene_weight: Annotated[
         float | None,
         typer.Option(
-            help="With --but-with: of the scene; by default 10, as in the paper, for a basis by "
-            "`cosine`, else so much that scene and words count alike."
+            help="With --but-with: weight of the scene. Default: 10 for a basis made by `cosine`, "
+            "as in the paper; otherwise such that scene and words count equally."
         ),
     ] = None,
-    count: Annotated[int, typer.Option("-n", min=1, help="Pictures at most.")] = 10,
+    count: Annotated[int, typer.Option("-n", min=1, help="Largest number of results.")] = 10,
     prompt: PromptOption = DEFAULT_PROMPT,
     llm: generation.LlmOption = None,
     bundle: BundleOption = None,
@@ -63,77 +65,84 @@ def retrieve(
     decode: DecodeOption = "exact",
     as_json: JsonOption = False,
 ) -> None:
-    """Find the pictures nearest to one; it is left out itself if it is among them.
+    """Find the images nearest to a query. The query itself is left out of the results.
 
-    Bases are taken from the directory of bases; where there is none of a criterion, the local
-    language model writes its texts. Unreadable pictures are named and left out, and the exit
-    status is then 1.
+    Bases are read from --bases. If there is none for a criterion, the local language model writes
+    its texts. Images that cannot be read are listed and left out, and the exit status is then 1.
     """
     if bool(criteria.strip()) == bool(but_with.strip()):
         raise InvalidInputError(
             "expected --criteria 'color:2, shape', or --but-with 'a dog' with --scene"
         )
     weights = parse_weights(criteria) if criteria.strip() else {normalise_criterion(scene): 1.0}
-    with workbench(bundle, engine, threads, decode) as bench:
-        asked = bench.pictures([query])
-        material = bench.material([source])
-        loaded = [bench.basis(name, bases, prompt=prompt, llm=llm) for name in weights]
-        require_same_model(asked, loaded)
-        require_same_model(material, loaded)
-        condition = (
-            bench.embedder.embed_text(condition_captions(but_with)) if but_with.strip() else None
-        )
-    index = Index.project(material.universal, loaded)
-    rows = {basis.criterion: basis.projection.apply(asked.universal) for basis in loaded}
-    own = [i for i, name in enumerate(material.names) if _same(Path(name), query)]
+    with LazyEmbedder(bundle, engine, threads, decode) as model:
+        queries = model.embed_files([query])
+        images = model.read([source])
+        loaded = [model.find_or_make_basis(name, bases, prompt=prompt, llm=llm) for name in weights]
+        require_same_model(queries, loaded)
+        require_same_model(images, loaded)
+        condition = None
+        if but_with.strip():
+            condition = model.embedder.embed_text(condition_captions(but_with))
+    index = Index.project(images.universal, loaded)
+    rows = {basis.criterion: basis.projection.apply(queries.universal) for basis in loaded}
+    own = [i for i, name in enumerate(images.names) if _same_file(Path(name), query)]
     if condition is None:
-        hits = index.nearest(rows, weights, count + len(own))
+        found = index.nearest(rows, weights, count + len(own))
     else:
         weight = scene_weight
         if weight is None and loaded[0].method == PAPER_METHOD:
             weight = PAPER_WEIGHT
         name = loaded[0].criterion
-        hits = index.but_with(rows[name], condition, scene=name, weight=weight, n=count + len(own))
-    found: list[dict[str, Any]] = [
+        found = index.but_with(rows[name], condition, scene=name, weight=weight, n=count + len(own))
+    results: list[dict[str, Any]] = [
         {
-            "file": material.names[position],
-            "score": float(hits.scores[rank]),
-            "parts": {name: float(values[rank]) for name, values in hits.parts.items()},
+            "file": images.names[position],
+            "score": float(found.scores[rank]),
+            "parts": {name: float(values[rank]) for name, values in found.parts.items()},
         }
-        for rank, position in enumerate(hits.positions)
+        for rank, position in enumerate(found.positions)
         if position not in own
     ][:count]
     if as_json:
         print_json(
             {
                 "query": str(query),
-                "weights": dict(hits.weights),
+                "weights": dict(found.weights),
                 "but_with": but_with or None,
-                "pictures": len(index),
-                "hits": found,
-                "failed": material.failed,
+                "images": len(index),
+                "results": results,
+                "failed": images.failed,
             }
         )
     else:
-        names = [f"{name} × {weight:.3g}" for name, weight in hits.weights.items()]
+        names = [f"{name} × {weight:.3g}" for name, weight in found.weights.items()]
         shown = Table("")
         shown.add_column("file", overflow="fold")
         for heading in ("score", *names):
             shown.add_column(heading, justify="right")
-        for rank, hit in enumerate(found):
-            parts = (f"{value:.3f}" for value in hit["parts"].values())
-            shown.add_row(str(rank + 1), escape(hit["file"]), f"{hit['score']:.3f}", *parts)
+        for rank, result in enumerate(results):
+            parts = (f"{value:.3f}" for value in result["parts"].values())
+            shown.add_row(str(rank + 1), escape(result["file"]), f"{result['score']:.3f}", *parts)
         out.print(shown)
-    if material.failed:
+    if images.failed:
         raise typer.Exit(1)
 
 
 def parse_weights(criteria: str) -> dict[str, float]:
-    """Read `color:2, shape` as criterion → weight, 1 where none is given.
+    """Return the weight of each criterion in a text such as `color:2, shape`.
+
+    Args:
+        criteria: Criteria separated by commas, each with an optional weight. The default is 1.
 
     Raises:
-        CriterionError: a name is malformed.
-        InvalidInputError: a weight is not a number other than 0, or a criterion is there twice.
+        CriterionError: If the name of a criterion is malformed.
+        InvalidInputError: If a weight is not a number other than 0, or a criterion occurs twice.
+
+    Example:
+        >>> from crl_sdk.cli._retrieve import parse_weights
+        >>> parse_weights("color:2, shape")
+        {'color': 2.0, 'shape': 1.0}
     """
     weights: dict[str, float] = {}
     for part in criteria.split(","):
@@ -150,11 +159,11 @@ def parse_weights(criteria: str) -> dict[str, float]:
                 f"{part.strip()!r}"
             )
         if weights.setdefault(normalise_criterion(name), weight) != weight:
-            raise InvalidInputError(f"--criteria: {name.strip()!r} is there twice")
+            raise InvalidInputError(f"--criteria: {name.strip()!r} occurs twice: keep one")
     return weights
 
 
-def _same(path: Path, query: Path) -> bool:
+def _same_file(path: Path, query: Path) -> bool:
     try:
         return path.samefile(query)
     except OSError:

@@ -1,12 +1,12 @@
-"""What the tasks' commands work on: pictures or stored embeddings, and the basis of a criterion."""
+"""Inputs of the task commands: images or stored embeddings, and the basis of a criterion."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any
 
 import numpy as np
@@ -24,33 +24,34 @@ from crl_sdk.cli._options import open_embedder
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.model._image_files import find_image_files
 from crl_sdk.model._preprocess import Decode
-from crl_sdk.stored._reader import SUFFIXES as STORED
+from crl_sdk.stored._reader import SUFFIXES as STORED_SUFFIXES
 from crl_sdk.stored._reader import StoredEmbeddings
 
 CriterionOption = Annotated[
-    str, typer.Option(help="What matters, in words, such as `animal habitat`.")
+    str, typer.Option(help="What matters about the images, in words, such as `animal habitat`.")
 ]
 BasisOption = Annotated[
-    Path | None, typer.Option("--basis", help="Basis file, instead of the one of that name.")
+    Path | None, typer.Option("--basis", help="Basis file to use, instead of one from --bases.")
 ]
 TextsOption = Annotated[
-    Path | None, typer.Option(help="Your own texts for the criterion: UTF-8, one a line.")
+    Path | None, typer.Option(help="File with your own texts for the criterion: UTF-8, one a line.")
 ]
 PromptOption = Annotated[
-    str, typer.Option(help="Template with one {} for texts that are made or given here.")
+    str, typer.Option(help="Prompt for texts from --texts or the language model, with one {}.")
 ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Material:
-    """Pictures or stored embeddings.
+class ImageSource:
+    """Embeddings of images, from image files or from a file of stored embeddings.
 
     Attributes:
-        names: what each row is called: the picture's path, or `row 3` where none is known.
-        files: the pictures; None for stored embeddings.
-        universal: (n, d) float, unit rows, of the pictures that could be read; may be mapped.
-        failed: path and reason of each picture that could not.
-        fingerprint: of the model; None where the file does not tell.
+        names: Name of each row: the path of the image, or `row 3` if the path is unknown.
+        files: Image files. None for stored embeddings.
+        universal: Universal embeddings of the images that could be read, shape (n, d), of a float
+            dtype, unit rows. May be memory-mapped.
+        failed: Path and reason for each image that could not be read.
+        fingerprint: Fingerprint of the model. None if the file does not contain it.
     """
 
     names: list[str]
@@ -60,57 +61,80 @@ class Material:
     fingerprint: str | None
 
 
-class Workbench:
-    """A model that is opened when it is first needed, and what is made with it."""
+class LazyEmbedder:
+    """An embedder that is opened when it is first needed. Use it as a context manager."""
 
     def __init__(
-        self, bundle: Path | None, engine: str, threads: int | None, decode: Decode
+        self,
+        bundle: Path | None,
+        engine: str = "auto",
+        threads: int | None = None,
+        decode: Decode = "exact",
     ) -> None:
-        """Store how to open it; the arguments are those of `open_embedder`."""
-        self._how = (bundle, engine, threads, decode)
+        """Store the arguments, which are those of `open_embedder`."""
+        self._arguments = (bundle, engine, threads, decode)
         self._embedder: Embedder | None = None
 
-    @property
-    def embedder(self) -> Embedder:
-        """The opened model."""
-        if self._embedder is None:
-            bundle, engine, threads, decode = self._how
-            self._embedder = open_embedder(bundle, engine, threads, decode=decode)
-        return self._embedder
+    def __enter__(self) -> LazyEmbedder:
+        """Return the object itself."""
+        return self
 
-    def close(self) -> None:
-        """Close the model if it was opened."""
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the embedder if it was opened."""
         if self._embedder is not None:
             self._embedder.close()
 
-    def material(self, sources: Sequence[Path]) -> Material:
-        """Embed pictures and directories of them, or open one file of stored embeddings.
+    @property
+    def embedder(self) -> Embedder:
+        """The embedder. It is opened on first use."""
+        if self._embedder is None:
+            bundle, engine, threads, decode = self._arguments
+            self._embedder = open_embedder(bundle, engine, threads, decode=decode)
+        return self._embedder
 
-        Pictures that cannot be read are named on stderr and left out.
+    def read(self, paths: Sequence[Path]) -> ImageSource:
+        """Embed image files and directories, or open one file of stored embeddings.
+
+        Images that cannot be read are listed on stderr and left out.
+
+        Args:
+            paths: Image files and directories, or one file of stored embeddings.
 
         Raises:
-            ImageError: a directory without pictures.
-            InvalidInputError: nothing is there, no picture can be read, or the file is malformed.
+            ImageError: If a directory has no images.
+            InvalidInputError: If a path does not exist, no image can be read, or a file is
+                malformed.
         """
-        if any(source.suffix in STORED for source in sources):
-            if len(sources) > 1:
+        if any(path.suffix in STORED_SUFFIXES for path in paths):
+            if len(paths) > 1:
                 raise InvalidInputError(
-                    "expected pictures, directories of them, or one file of embeddings; got "
-                    f"{len(sources)} of them mixed"
+                    "expected images and directories, or one file of embeddings; got "
+                    f"{len(paths)} paths with at least one file of embeddings"
                 )
-            opened = StoredEmbeddings.open(sources[0])
-            names = _stored_names(sources[0], len(opened.embeddings))
-            return Material(names, None, opened.embeddings, [], opened.fingerprint)
-        for source in sources:
-            if not source.exists():
+            opened = StoredEmbeddings.open(paths[0])
+            names = _stored_names(paths[0], len(opened.embeddings))
+            return ImageSource(names, None, opened.embeddings, [], opened.fingerprint)
+        for path in paths:
+            if not path.exists():
                 raise InvalidInputError(
-                    f"{source}: expected a directory of pictures, a picture, or a file of "
-                    f"embeddings ({', '.join(STORED)}); there is nothing"
+                    f"{path}: expected a directory of images, an image, or a file of embeddings "
+                    f"({', '.join(STORED_SUFFIXES)}); this path does not exist"
                 )
-        return self.pictures(find_image_files(sources))
+        return self.embed_files(find_image_files(paths))
 
-    def pictures(self, files: Sequence[Path]) -> Material:
-        """Embed pictures; see `material`."""
+    def embed_files(self, files: Sequence[Path]) -> ImageSource:
+        """Embed image files.
+
+        Images that cannot be read are listed on stderr and left out.
+
+        Raises:
+            InvalidInputError: If no image can be read.
+        """
         embedder = self.embedder
         with progress_bar() as progress:
             task = progress.add_task("embedding", total=len(files))
@@ -124,17 +148,17 @@ class Workbench:
         good = [file for file, ok in zip(files, result.ok, strict=True) if ok]
         if not good:
             raise InvalidInputError(
-                f"none of {len(files)} pictures can be read, the first is {files[0]}: check them"
+                f"none of {len(files)} images can be read, the first is {files[0]}: check the files"
             )
         failed = [
             {"path": str(files[i]), "reason": error.reason} for i, error in result.errors.items()
         ]
-        return Material(
+        return ImageSource(
             [str(file) for file in good], good, result.universal[result.ok], failed,
             embedder.bundle.fingerprint,
         )  # fmt: skip
 
-    def basis(
+    def find_or_make_basis(
         self,
         criterion: str,
         bases: Path,
@@ -144,30 +168,32 @@ class Workbench:
         prompt: str = DEFAULT_PROMPT,
         llm: str | None = None,
     ) -> Basis:
-        """Give a criterion's basis: of a file, of given texts, of the bases there are, or made.
+        """Return the basis of a criterion.
 
-        What the language model makes is kept in the directory of bases, as by `crl basis create`.
+        The first of these is used: `file`; a basis made from `texts`; the basis of that name in
+        `bases`; a basis whose texts the language model writes. The last is saved in `bases`, as
+        `crl basis create` does.
 
         Args:
-            criterion: in words; may be empty with `file`.
-            bases: the directory.
-            file: a basis file.
-            texts: a file of texts.
-            prompt: template for texts.
+            criterion: Criterion in words. May be empty with `file`.
+            bases: Directory of bases.
+            file: Basis file.
+            texts: File of texts.
+            prompt: Prompt for the texts.
             llm: Language model, see `crl_sdk.basis.LanguageModel.open`.
 
         Raises:
-            InvalidInputError: file and texts at once, or a criterion is missing.
-            BasisError: the file cannot be read, or the language model gives nothing usable.
-            IntegrityError: it is not a basis file.
+            InvalidInputError: If `file` and `texts` are both given, or the criterion is missing.
+            BasisError: If the file cannot be read or the language model writes no usable text.
+            IntegrityError: If the file is not a basis file.
         """
         if file is not None and texts is not None:
-            raise InvalidInputError("expected --basis or --texts, got both")
+            raise InvalidInputError("expected --basis or --texts, got both: leave one out")
         if file is not None:
             return Basis.load(file)
         if not criterion.strip():
             raise InvalidInputError(
-                "expected --criterion, what matters in words, such as 'color'; or --basis FILE"
+                "expected --criterion in words, such as 'color', or --basis FILE; got neither"
             )
         name = normalise_criterion(criterion)
         if texts is not None:
@@ -186,44 +212,37 @@ class Workbench:
 
 
 def require_tasks(purpose: str) -> None:
-    """Refuse before the work begins if what it ends with is not installed.
+    """Check that the packages of the extra `tasks` are installed, before any work is done.
+
+    Args:
+        purpose: Command that needs them, for the message.
 
     Raises:
-        MissingDependencyError: If scikit-learn, scipy or Jinja2 is not installed.
+        MissingDependencyError: If scikit-learn, SciPy or Jinja2 is not installed.
     """
     for module, package in (("sklearn", "scikit-learn"), ("scipy", "scipy"), ("jinja2", "jinja2")):
         if find_spec(module) is None:
             raise MissingDependencyError(package, "tasks", purpose)
 
 
-@contextmanager
-def workbench(
-    bundle: Path | None, engine: str = "auto", threads: int | None = None, decode: Decode = "exact"
-) -> Iterator[Workbench]:
-    """Give a workbench and close it in the end."""
-    made = Workbench(bundle, engine, threads, decode)
-    try:
-        yield made
-    finally:
-        made.close()
+def require_same_model(source: ImageSource, bases: Sequence[Basis]) -> None:
+    """Check that the bases were made for the model of the embeddings.
 
-
-def require_same_model(material: Material, bases: Sequence[Basis]) -> None:
-    """Refuse to mix models.
+    A warning is printed if the file of embeddings does not name its model.
 
     Raises:
-        BasisMismatchError: a basis was made for another model than the embeddings or another basis.
+        BasisMismatchError: If a basis was made for another model.
     """
-    if material.fingerprint is None:
+    if source.fingerprint is None:
         warn(
-            "the file of embeddings does not tell which model made it; taken on trust to be that "
-            f"of the basis, {bases[0].fingerprint[:12]}…"
+            "the file of embeddings does not name the model that made it; it is assumed to be the "
+            f"model of the basis, {bases[0].fingerprint[:12]}…"
         )
-    require_one_model(bases, material.fingerprint)
+    require_one_model(bases, source.fingerprint)
 
 
 def _stored_names(path: Path, count: int) -> list[str]:
-    """Give the pictures' paths that `crl embed` kept beside the embeddings, else numbers."""
+    """Return the image paths that `crl embed` stored with the embeddings, or row numbers."""
     names: list[str] = []
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as arrays:

@@ -1,4 +1,4 @@
-"""`crl demo` on a user's own pictures: through a server of its own, which is gone afterwards."""
+"""`crl demo` on a user's own images: through a server of its own, which is gone afterwards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from support import generated_texts
 
 @pytest.fixture
 def folder(tmp_path, pictures) -> Path:
-    """Nine good pictures and a bad one."""
+    """Nine good images and a bad one."""
     for path in pictures:
         shutil.copy(path, tmp_path / path.name)
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff broken")
@@ -40,8 +40,8 @@ def scripted(name, _model, embedder, prompt, kept, fresh):
     return embedder.create_basis(name, ["red", "green", "blue"], prompts=[prompt])
 
 
-def test_a_users_own_pictures(folder, monkeypatch, capsys):
-    monkeypatch.setattr(demo_module, "_written", scripted)
+def test_a_users_own_images(folder, monkeypatch, capsys):
+    monkeypatch.setattr(demo_module, "_generate_or_reuse", scripted)
     out = folder / "out"
     demo(
         images=folder, criteria="Colour", groups=3, prompt="{}", bundle=None, count=1500,
@@ -127,11 +127,16 @@ def drafted(monkeypatch) -> list[str]:
 def test_a_kept_basis_is_reused_only_for_the_same_command(tmp_path, drafted):
     with Embedder.open(demo_bundle()) as embedder:
         for prompt, fresh in (("{}", False), ("{}", False), ("a {}", False), ("{}", True)):
-            basis = demo_module._written("colour", None, embedder, prompt, tmp_path, fresh)
+            basis = demo_module._generate_or_reuse(
+                "colour", None, embedder, prompt, tmp_path, fresh
+            )
             assert basis is not None and basis.texts
         for kept in tmp_path.iterdir():
             kept.write_bytes(b"damaged")
-        assert demo_module._written("colour", None, embedder, "{}", tmp_path, False) is not None
+        assert (
+            demo_module._generate_or_reuse("colour", None, embedder, "{}", tmp_path, False)
+            is not None
+        )
     assert len(drafted) == 4
 
 

@@ -42,7 +42,7 @@ def crl(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path, pictures) -> Path:
-    """Nine pictures of three colours."""
+    """Nine images of three colours."""
     made = tmp_path / "photos"
     made.mkdir()
     for path in pictures:
@@ -79,34 +79,34 @@ def test_cluster_a_folder(crl, folder, colours, tmp_path):
     assert "cohesion" in shown and len(table(tmp_path / "clusters" / "clusters.csv")) == 9
 
 
-def test_an_unreadable_picture_is_named_and_left_out(crl, folder, colours):
+def test_an_unreadable_image_is_named_and_left_out(crl, folder, colours):
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff broken")
     told = crl("cluster", folder, "--criterion", "color", "--texts", colours, "--json", status=1)
-    assert told["pictures"] == 9 and told["failed"][0]["path"].endswith("broken.jpg")
+    assert told["images"] == 9 and told["failed"][0]["path"].endswith("broken.jpg")
     assert Path(told["report"]).exists()
 
 
-def test_a_missing_word_is_told_on_the_page_too(crl, folder, tmp_path):
+def test_a_missing_word_is_reported_on_the_page_too(crl, folder, tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("red\ngreen\nyellow\n")  # there is no word for the blue ones
     ask = ["cluster", folder, "--criterion", "color", "--texts", words, "-k", 3, "--json"]
     told = crl(*ask)
     fitting = {each["name"]: each["fits"] for each in told["clusters"]}
     assert fitting == {"red": True, "green": True, "no matching text": False}
-    (doubt,) = told["trust"]["doubts"]
-    assert doubt.startswith("1 of 3 groups is like none of the texts")
-    assert doubt in Path(told["report"]).read_text(encoding="utf-8")
+    (reason,) = told["quality"]["reasons"]
+    assert reason.startswith("no text describes 1 of 3 groups")
+    assert reason in Path(told["report"]).read_text(encoding="utf-8")
 
 
-def test_doubts_are_told(crl, colours):
-    """Pictures that differ in everything alike differ no more in colour."""
+def test_reasons_are_printed(crl, colours):
+    """Images that differ equally in all directions do not differ more in colour."""
     rows = np.random.default_rng(0).standard_normal((60, 128)).astype(np.float32)
     np.save("x.npy", rows / np.linalg.norm(rows, axis=1, keepdims=True))
     ask = ["cluster", "x.npy", "--criterion", "color", "--texts", colours, "-k", 4]
     told = crl(*ask, "--json")
-    assert told["trust"]["separation"] < 0.1 and "may not see" in told["trust"]["doubts"][0]
-    assert "color: the groups are hardly better separated" in " ".join(CliRunner().invoke(
-        app, [str(each) for each in ask]).output.split())  # fmt: skip
+    assert told["quality"]["separation"] < 0.1 and "may not see" in told["quality"]["reasons"][0]
+    output = CliRunner().invoke(app, [str(each) for each in ask]).output
+    assert "color: not reliable: the groups are hardly better" in " ".join(output.split())
 
 
 def test_cluster_stored_embeddings(crl, folder, colours, tmp_path):
@@ -210,10 +210,10 @@ def test_models_are_not_mixed(crl, folder, colours, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere", "--criterion", "color"], "there is nothing"),
+        (["nowhere", "--criterion", "color"], "does not exist"),
         (["empty", "--criterion", "color"], "no image files in this directory"),
         (["textual", "--criterion", "color"], "no image files in this directory"),
-        (["broken", "--criterion", "color"], "none of 1 pictures can be read"),
+        (["broken", "--criterion", "color"], "none of 1 images can be read"),
         (["photos"], "expected --criterion"),
         (["photos", "--criterion", "../x", "--texts", "colours.txt"], "expected a criterion"),
         (["photos", "--basis", "b", "--texts", "t", "--criterion", "x"], "got both"),
@@ -237,7 +237,7 @@ def test_what_cluster_refuses(crl, folder, colours, arguments, words):
 
 
 def sorted_folder(folder: Path) -> Path:
-    """The pictures in one sub-folder for each colour, the last of each left outside."""
+    """One subdirectory of images for each colour, without the last image of each."""
     made = folder.with_name("classes")
     for path in folder.iterdir():
         name, _, number = path.stem.partition("-")
@@ -280,7 +280,7 @@ def test_classify(crl, folder, colours, tmp_path):
     assert told["classes"] == {"blue": 1, "red": 1} and told["singletons"] == ["blue", "red"]
     assert told["cross_validated_accuracy"] is None
     assert crl(*fit, "--column", "mood", "--json")["classes"] == {"x": 1, "y": 1}
-    assert "one picture only" in crl(*fit)
+    assert "not measured" in crl(*fit)
 
 
 @pytest.mark.parametrize(
@@ -289,14 +289,17 @@ def test_classify(crl, folder, colours, tmp_path):
         ("file;label\na;b\n", r"columns 'file' and 'label'.*found \['file;label'\]"),
         ("red-0.jpg,red\nblue-0.jpg,blue\n", r"found \['red-0.jpg', 'red'\]"),
         ("", r"found \[\]"),
-        ("file,label\n", "a line for each labelled picture"),
+        ("file,label\n", "a line for each labelled image"),
         ("file,label\nred-0.jpg,\n", "line 2: expected a file and a label"),
         ("file,label\nred-0.jpg\n", "line 2: expected a file and a label"),
         ("file,label\nred-0.jpg,a,b\n", "line 2: expected a file and a label and 2 columns"),
-        ("file,label\nred-0.jpg,a\nred-0.jpg,b\n", "line 3: 'red-0.jpg' is 'b' here and 'a'"),
+        (
+            "file,label\nred-0.jpg,a\nred-0.jpg,b\n",
+            "line 3: 'red-0.jpg' has the label 'b' here and 'a'",
+        ),
         ("file,label\nred-0.jpg,a\nred-1.jpg,a\n", "two classes or more, got only 'a'"),
         ("file,label\nred-0.jpg,a\nnone.jpg,b\n", "there is none of b"),
-        ("file,label\nno.jpg,a\nnone.jpg,b\n", "none of 2 pictures can be read"),
+        ("file,label\nno.jpg,a\nnone.jpg,b\n", "none of 2 images can be read"),
         (b"file,label\ngr\xfcn.jpg,a\n", "expected CSV in UTF-8"),
         ('file,label\n"red-0.jpg,a\n', "expected CSV in UTF-8"),
     ],
@@ -315,9 +318,9 @@ def test_tables_in_the_wrong_layout(crl, folder, colours, content, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["fit", "photos", "-o", "m.safetensors"], r"one sub-folder.*found \[\]"),
+        (["fit", "photos", "-o", "m.safetensors"], r"one subdirectory.*found \[\]"),
         (["fit", "nowhere", "-o", "m.safetensors"], "expected a directory"),
-        (["fit", "hollow", "-o", "m.safetensors"], "class 'a' has no picture"),
+        (["fit", "hollow", "-o", "m.safetensors"], "class 'a' has no image"),
         (["fit", "photos", "-o", "m.pkl"], "expected a .safetensors file"),
         (["predict", "colours.txt", "photos"], "not a valid classifier file"),
         (["predict", "nowhere", "photos"], "cannot be read"),
@@ -341,19 +344,19 @@ def test_retrieve(crl, folder, colours, tmp_path):
     query, options = folder / "red-1.jpg", ("--criteria", "color:2, shape", "--json", "-n", 4)
     for source in (folder, "x.npz"):
         told = crl("retrieve", query, source, *options)
-        names = [Path(hit["file"]).name for hit in told["hits"]]
+        names = [Path(each["file"]).name for each in told["results"]]
         assert set(names[:2]) == {"red-0.jpg", "red-2.jpg"} and len(names) == 4
         assert told["weights"] == {"color": 2.0, "shape": 1.0}
-        for hit in told["hits"]:
-            score = 2 * hit["parts"]["color"] + hit["parts"]["shape"]
-            assert hit["score"] == pytest.approx(score, abs=1e-5)
+        for each in told["results"]:
+            score = 2 * each["parts"]["color"] + each["parts"]["shape"]
+            assert each["score"] == pytest.approx(score, abs=1e-5)
     unlike = crl("retrieve", query, folder, "--criteria", "color:-1", "--json", "-n", 6)
-    assert not any("red" in hit["file"] for hit in unlike["hits"])
+    assert not any("red" in each["file"] for each in unlike["results"])
     but = ("retrieve", query, folder, "--but-with", "a green square", "--scene", "shape")
     told = crl(*but, "--json", "--scene-weight", 0.0)
-    assert "green" in told["hits"][0]["file"] and told["weights"]["shape"] == 0.0
+    assert "green" in told["results"][0]["file"] and told["weights"]["shape"] == 0.0
     told = crl(*but, "--json")
-    assert set(told["hits"][0]["parts"]) == {"shape", "condition"} and told["but_with"]
+    assert set(told["results"][0]["parts"]) == {"shape", "condition"} and told["but_with"]
     assert 0 < told["weights"]["shape"] != 10.0  # centred: both parts alike
     crl("basis", "create", "plain", "--texts", colours, "--method", "cosine")
     told = crl("retrieve", query, folder, "--but-with", "a dog", "--scene", "plain", "--json")
@@ -369,7 +372,7 @@ def test_retrieve(crl, folder, colours, tmp_path):
         (["--criteria", "color:x"], "got 'color:x'"),
         (["--criteria", "color:0"], "other than 0"),
         (["--criteria", "color:nan"], "other than 0"),
-        (["--criteria", "color:1, Color:2"], "there twice"),
+        (["--criteria", "color:1, Color:2"], "occurs twice"),
         (["--criteria", "../x"], "expected a criterion"),
     ],
 )
