@@ -54,7 +54,7 @@ class Embedder:
         ...     basis = embedder.create_basis("color", ["red", "green", "blue"])
         ...     result = embedder.embed([np.full((96, 96, 3), 200, np.uint8)], ["color"])
         >>> result.universal.shape, result["color"].shape
-        ((1, 64), (1, 3))
+        ((1, 128), (1, 3))
     """
 
     def __init__(

@@ -45,3 +45,24 @@ def generated_texts(criterion: str, texts: Sequence[str]) -> GeneratedTexts:
             "dropped": [],
         },
     )
+
+
+class Scripted:
+    """A model that repeats the given answers in a cycle."""
+
+    name, follows_instructions = "scripted", False
+    tokens, seconds = 0, 0.0
+
+    def __init__(self, *answers: str) -> None:
+        self.answers, self.asked = answers, []
+
+    def complete(self, prompt, grammar, sampling, on_token=None):
+        self.asked.append((prompt, sampling))
+        if on_token is not None:
+            on_token(len(self.asked), 0.5)
+        return self.answers[(len(self.asked) - 1) % len(self.answers)]
+
+    chat = complete
+
+    def describe(self):
+        return {"name": self.name}

@@ -8,16 +8,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from crl_export.demo.dataset import TEST_SEED, read_labels, write_dataset
 from crl_sdk import Embedder, demo_bundle
+from crl_sdk.basis import GenerationOptions, GenerationProgress
 from crl_sdk.basis._build import build_basis
 from crl_sdk.errors import (
     BasisMismatchError,
     BundleError,
     CriterionError,
     EngineError,
+    GenerationError,
     ImageBatchError,
     InvalidInputError,
+    UnknownCriterionError,
 )
+from crl_sdk.tasks import cluster
+from support import Scripted
 
 COLOURS = ["red", "green", "blue", "yellow"]
 SHAPES = ["circle", "square", "star"]
@@ -212,3 +218,48 @@ def test_precisions_of_the_bundle_agree(embedder, pictures):
             assert other.engine == f"onnx/cpu/{graph.precision}"
             cosines = (other.embed(pictures).universal * reference).sum(axis=1)
         assert cosines.min() > (0.98 if graph.precision == "int8" else 0.9995)
+
+
+def test_one_call_from_a_criterion_in_words_to_its_basis(embedder, pictures):
+    """The texts come from a model with known answers; the rest is the real chain."""
+    llm = Scripted(" red, green, blue, yellow, pink\n")
+    seen = []
+    with Embedder.open(embedder.bundle) as own:
+        own.create_basis("shape", SHAPES)
+        basis = own.generate_basis(
+            "Main  color", llm=llm, options=GenerationOptions(max_answers=3, exclude=("pink",)),
+            prompts=["a photo of {} things"], against=["shape"], progress=seen.append,
+        )  # fmt: skip
+        assert basis.criterion == "main color" and basis.texts == ("red", "green", "blue", "yellow")
+        assert basis.method == "exclusive-weighted" and basis.provenance["against"] == ["shape"]
+        assert basis.provenance["votes"] == dict.fromkeys(basis.texts, 3)
+        assert basis.provenance["model"] == {"name": "scripted"}
+        assert seen[-1] == GenerationProgress(answers=2, max_answers=3, tokens=3, seconds=0.5)
+        assert own.embed(pictures[:2], ["main color"])["main color"].shape == (2, 4)
+
+
+def test_generated_texts_can_be_seen_and_edited_before_a_basis_is_made(embedder):
+    llm = Scripted(" red, green, blue, yellow, pink\n")
+    with Embedder.open(embedder.bundle) as own:
+        texts = own.generate_texts("color", llm=llm, options=GenerationOptions(max_answers=3))
+        assert not own.bases
+        basis = own.create_basis("color", texts, load=False, provenance={"checked by": "me"})
+        assert not own.bases
+        assert basis.provenance == {**texts.provenance, "checked by": "me"}
+        edited = own.create_basis("color", [each.text for each in texts.texts[:3]])
+        assert edited.texts == ("red", "green", "blue") and own.bases["color"] is edited
+        with pytest.raises(UnknownCriterionError, match="no basis 'mood' is loaded"):
+            own.generate_basis("color", llm=llm, against=["mood"])
+        with pytest.raises(GenerationError, match="no such file"):
+            own.generate_basis("color", llm="nowhere.gguf")
+
+
+def test_from_words_to_named_clusters_with_the_default_language_model(tmp_path):
+    """The example of README.md on few scenes, with few answers."""
+    files, _ = read_labels(write_dataset(tmp_path, 60, TEST_SEED))
+    with Embedder.open(demo_bundle()) as own:
+        basis = own.generate_basis("color", options=GenerationOptions(max_answers=4))
+        result = own.embed(files, [basis])
+    found = cluster(result["color"], 5, basis=basis, universal=result.universal)
+    assert {"red", "blue"} & set(basis.texts)
+    assert any(group.name.text in basis.texts for group in found.clusters)

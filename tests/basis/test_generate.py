@@ -21,27 +21,7 @@ from crl_sdk.basis._generate import (
 )
 from crl_sdk.basis._votes import text_key
 from crl_sdk.errors import CriterionError, GenerationError, InvalidInputError
-
-
-class Scripted:
-    """A model that repeats the given answers in a cycle."""
-
-    name, follows_instructions = "scripted", False
-    tokens, seconds = 0, 0.0
-
-    def __init__(self, *answers: str) -> None:
-        self.answers, self.asked = answers, []
-
-    def complete(self, prompt, grammar, sampling, on_token=None):
-        self.asked.append((prompt, sampling))
-        if on_token is not None:
-            on_token(len(self.asked), 0.5)
-        return self.answers[(len(self.asked) - 1) % len(self.answers)]
-
-    chat = complete
-
-    def describe(self):
-        return {"name": self.name}
+from support import Scripted
 
 
 def test_texts_are_ranked_by_votes_over_their_spellings():
