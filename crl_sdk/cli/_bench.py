@@ -1,4 +1,4 @@
-"""`crl bench`: how fast a server is, measured so that the figures can be trusted."""
+"""`crl bench`: latency and throughput of a server or an engine."""
 
 from __future__ import annotations
 
@@ -25,51 +25,61 @@ if TYPE_CHECKING:
 
 def bench(
     address: Annotated[
-        str | None, typer.Argument(help="host:port or unix:PATH of a running server.")
+        str | None, typer.Argument(help="Address of a running server, host:port or unix:PATH.")
     ] = None,
     bundle: Annotated[
-        Path | None, typer.Option("--bundle", "-b", help="Time its engine in this process instead.")
+        Path | None, typer.Option("--bundle", "-b", help="Time an engine of this bundle instead.")
     ] = None,
     engine: EngineOption = "auto",
     threads: ThreadsOption = None,
-    batches: Annotated[str, typer.Option(help="With --bundle: images of a run.")] = "1,8,16,32",
+    batches: Annotated[
+        str, typer.Option(help="With --bundle: batch sizes, comma-separated.")
+    ] = "1,8,16,32",
     api: Annotated[
-        Literal["crl", "kserve"], typer.Option(help="Its contract; kserve: KServe v2, Triton's.")
+        Literal["crl", "kserve"],
+        typer.Option(help="API of the server; kserve is KServe v2, as in Triton."),
     ] = "crl",
-    criteria: Annotated[str, typer.Option(help="Comma-separated, for crl.")] = "",
-    model: Annotated[str, typer.Option(help="For kserve, such as crl.color.")] = "",
+    criteria: Annotated[str, typer.Option(help="For --api crl: criteria, comma-separated.")] = "",
+    kserve_model: Annotated[
+        str, typer.Option(help="For --api kserve: name of the model, such as crl.color.")
+    ] = "",
     images: Annotated[
         Path | None, typer.Option(help="Directory of pictures; synthetic JPEGs without one.")
     ] = None,
-    size: Annotated[str, typer.Option(help="Of synthetic JPEGs, width x height.")] = "640x480",
-    count: Annotated[int, typer.Option(min=1, help="Different synthetic JPEGs.")] = 256,
-    batch: Annotated[int, typer.Option(min=1, help="Images of a call.")] = 1,
+    size: Annotated[
+        str, typer.Option(help="Size of the synthetic JPEGs, width x height.")
+    ] = "640x480",
+    count: Annotated[int, typer.Option(min=1, help="Number of different synthetic JPEGs.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Number of images per call.")] = 1,
     concurrency: Annotated[
-        str, typer.Option(help="Closed loop: callers, comma-separated, such as 1,2,4,8.")
+        str, typer.Option(help="Closed loop: numbers of callers, such as 1,2,4,8.")
     ] = "",
-    rate: Annotated[str, typer.Option(help="Open loop: calls a second, comma-separated.")] = "",
+    rate: Annotated[str, typer.Option(help="Open loop: calls per second, such as 50,100.")] = "",
     slo: Annotated[
-        str | None, typer.Option(help="Find the highest rate that holds, such as 'p99<50ms'.")
+        str | None, typer.Option(help="Find the highest rate that meets this, such as 'p99<50ms'.")
     ] = None,
     warm_up: Annotated[float, typer.Option(min=0, help="Seconds before anything counts.")] = 2.0,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Measured, of each run.")] = 10.0,
-    processes: Annotated[int, typer.Option(min=1, help="Of the load generator.")] = 1,
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds of a call.")] = 10.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Measured seconds of each run.")] = 10.0,
+    processes: Annotated[int, typer.Option(min=1, help="Number of load generators.")] = 1,
+    timeout: Annotated[
+        float, typer.Option(min=0.001, help="Time limit of a call in seconds.")
+    ] = 10.0,
     out_file: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write the report (JSON) there.")
+        Path | None, typer.Option("--out", "-o", help="Write the report to this JSON file.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw latency against throughput, to a .png or .html.")
+        Path | None, typer.Option(help="Plot latency over throughput to this .png or .html file.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Put load on a server: latency, throughput, failures, and the server's own account of them.
+    """Measure latency, throughput and failures of a server under load.
 
-    Bearer tokens come from CRL_TOKEN. Known images are answered from the server's cache: start it
-    with --cache-mb 0, or send more different ones than it holds, to measure the engine.
+    The report also shows the times that the server reports. A bearer token is read from CRL_TOKEN.
+    The server answers repeated images from its cache: start it with --cache-mb 0 to measure its
+    engine.
     """
     if (address is None) == (bundle is None):
-        raise InvalidInputError("expected the address of a server or --bundle, one of them")
+        raise InvalidInputError("expected either the address of a server or --bundle")
     try:
         from crl_benchmarks.bench import BenchSettings, Objective, report
         from crl_benchmarks.images import read_images, synthetic_jpegs
@@ -81,12 +91,14 @@ def bench(
     objective = Objective.parse(slo) if slo is not None else None
     best: LoadResult | None = None
     if bundle is not None:
-        told, rows = _engine(
+        described, rows = _engine(
             bundle, engine, threads, _numbers("--batches", batches, whole=True), settings
         )
     elif address is not None:
-        if (api == "kserve") != bool(model):
-            raise InvalidInputError("expected --model with --api kserve, and only there")
+        if (api == "kserve") != bool(kserve_model):
+            raise InvalidInputError(
+                "--kserve-model: required with --api kserve, and not allowed without it"
+            )
         loads = [("closed", each) for each in _numbers("--concurrency", concurrency, whole=True)]
         loads += [("open", each) for each in _numbers("--rate", rate, whole=False)]
         if not loads and objective is None:
@@ -97,13 +109,13 @@ def bench(
             kind=api,
             batch=batch,
             criteria=tuple(part.strip() for part in criteria.split(",") if part.strip()),
-            model=model,
+            model=kserve_model,
             timeout=timeout,
             token=os.environ.get("CRL_TOKEN"),
         )
-        told, rows, best = _server(target, settings, loads, objective)
+        described, rows, best = _server(target, settings, loads, objective)
     command = shlex.join(["crl", *sys.argv[1:]])
-    document = report(command, told, rows, objective=slo, best=best)
+    document = report(command, described, rows, objective=slo, best=best)
     if out_file is not None:
         write_record(out_file, document, InvalidInputError)
         note(f"wrote {out_file}")
@@ -128,18 +140,18 @@ def _engine(
         sizes = [int(each) for each in batches]
         try:
             rows = engine_rows(
-                bundle, opened, sizes, settings, lambda each: status.update(f"batches of {each}")
+                bundle, opened, sizes, settings, lambda size: status.update(f"batches of {size}")
             )
         finally:
             opened.close()
-    told = {
+    described = {
         "model": bundle.manifest.name,
         "engine": str(opened.name),
         "threads": str(threads or "one per core"),
         "warm-up": f"{settings.warm_up:g} s",
         "measured": f"{settings.seconds:g} s",
     }
-    return told, rows
+    return described, rows
 
 
 def _server(
@@ -177,27 +189,27 @@ def _plot(document: Report, path: Path) -> None:
 
 def _print(document: Report) -> None:
     print_facts(document.command, dict(document.settings))
-    headings = ("load", "calls/s", "images/s", "p50 ms", "p90", "p99", "p99.9", "of p99", "failed")
+    headings = ("load", "calls/s", "images/s", "p50 ms", "p90", "p99", "p99.9", "95 %", "failed")
     table = Table(*headings)
     for row in document.rows:
         table.add_row(*_cells(row))
     out.print(table)
-    out.print("of p99: its 95 % interval, - where there are too few calls for one; --json has all")
+    out.print("95 %: interval of p99; - if there are too few calls. --json has all intervals")
     for row in document.rows:
         stages = ", ".join(f"{name} {ms:.1f}" for name, ms in row.stages_ms.items())
-        remarks = [f"server's own account, p50 ms: {stages}"] if stages else []
+        remarks = [f"reported by the server, p50 ms: {stages}"] if stages else []
         remarks += [] if row.steady else ["not steady"]
-        remarks += [f"not quoted: {row.why}"] if row.why else []
+        remarks += [f"not quotable: {row.why}"] if row.why else []
         if remarks:
             out.print(f"{_load(row)}: {'; '.join(remarks)}")
     if document.objective is not None and document.best is not None:
         best = document.best
         out.print(
-            f"{document.objective}: held at {best.calls_per_second:.4g} calls/s "
+            f"{document.objective}: met at {best.calls_per_second:.4g} calls/s "
             f"({best.images_per_second:.4g} images/s)"
         )
     elif document.objective is not None:
-        out.print(f"{document.objective}: held at no rate")
+        out.print(f"{document.objective}: met at no rate")
 
 
 def _load(row: LoadResult) -> str:
@@ -214,8 +226,8 @@ def _cells(row: LoadResult) -> Iterable[str]:
         known = tail.low is not None and tail.high is not None
         figures.append(f"{tail.low:.0f}–{tail.high:.0f}" if known else "-")
     failed = {"rejected": row.rejected, **row.errors}
-    told = ", ".join(f"{name} {count}" for name, count in failed.items() if count)
-    return (_load(row), *figures, told or "0")
+    failures = ", ".join(f"{name} {count}" for name, count in failed.items() if count)
+    return (_load(row), *figures, failures or "0")
 
 
 def _numbers(option: str, text: str, *, whole: bool) -> list[float]:
@@ -225,12 +237,12 @@ def _numbers(option: str, text: str, *, whole: bool) -> list[float]:
         values = [0.0]
     if any(not 0 < value < 1e6 or (whole and value != int(value)) for value in values):
         example = "1,2,4" if whole else "50,100"
-        raise InvalidInputError(f"{option}: expected numbers such as {example}, got {text!r}")
+        raise InvalidInputError(f"{option}: expected numbers, such as {example}; got {text!r}")
     return values
 
 
 def _size(text: str) -> tuple[int, int]:
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
-        raise InvalidInputError(f"--size: expected width x height such as 640x480, got {text!r}")
+        raise InvalidInputError(f"--size: expected width x height, such as 640x480; got {text!r}")
     return int(parts[0]), int(parts[1])

@@ -11,7 +11,7 @@ from crl_sdk.cli._bench import bench
 from crl_sdk.errors import InvalidInputError, ServiceError
 
 DEFAULTS = {
-    "api": "crl", "criteria": "", "model": "", "images": None, "size": "64x48", "count": 8,
+    "api": "crl", "criteria": "", "kserve_model": "", "images": None, "size": "64x48", "count": 8,
     "batch": 1, "concurrency": "", "rate": "", "slo": None, "warm_up": 0.1, "seconds": 0.6,
     "processes": 1, "timeout": 5.0, "out_file": None, "plot": None, "as_json": True,
     "bundle": None, "engine": "auto", "threads": None, "batches": "1,3",
@@ -31,7 +31,7 @@ def test_both_contracts_and_both_loops(server, capsys, tmp_path):
         assert row["served"] > 0 and not row["errors"]
         assert row["images_per_second"] == pytest.approx(2 * row["calls_per_second"], rel=0.01)
         assert row["stages_ms"].keys() >= {"preprocess", "queue", "infer", "total"}
-    kserve = {"api": "kserve", "model": "crl.color", "concurrency": "2", "as_json": False}
+    kserve = {"api": "kserve", "kserve_model": "crl.color", "concurrency": "2", "as_json": False}
     bench(server.address, **{**DEFAULTS, **kserve})
     told = capsys.readouterr().out
     assert "kserve" in told and "2 callers" in told
@@ -43,7 +43,7 @@ def test_what_cannot_be_measured_says_why(server):
     with pytest.raises(ServiceError, match="UNAVAILABLE"):
         bench("127.0.0.1:1", **{**DEFAULTS, "concurrency": "1", "seconds": 0.3})
     for wrong, words in [
-        ({"api": "kserve"}, "--model"),
+        ({"api": "kserve"}, "--kserve-model"),
         ({"concurrency": "0"}, "--concurrency"),
         ({"concurrency": "1.5"}, "--concurrency"),
         ({"rate": "x"}, "--rate"),
@@ -68,5 +68,5 @@ def test_an_engine_in_process(capsys, tmp_path):
         )
     for address in (None, "127.0.0.1:1"):
         bundle = None if address is None else demo_bundle()
-        with pytest.raises(InvalidInputError, match="one of them"):
+        with pytest.raises(InvalidInputError, match="expected either"):
             bench(address, **{**DEFAULTS, "bundle": bundle})
