@@ -31,21 +31,26 @@ app = typer.Typer(
     help="Conditional image embeddings: say in words what matters about your images.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # Rich's tables of options are too narrow at 80 columns
     add_completion=False,
 )
 app.command("export")(models.export)
 app.command("info")(models.info)
-app.command("doctor")(doctor.doctor)
+app.command("doctor", short_help="Show this machine and the engines that run on it.")(doctor.doctor)
 app.command("compile")(compile.compile_bundle)
 app.add_typer(basis.app, name="basis")
 app.command("embed")(embed.embed)
-app.command("project")(project.project)
+app.command("project", short_help="Project stored embeddings onto criteria, without images.")(
+    project.project
+)
 app.command("cluster")(cluster.cluster)
 app.add_typer(classify.app, name="classify")
 app.command("retrieve")(retrieve.retrieve)
 app.command("verify")(verify.verify)
 app.command("serve")(serve.serve)
-app.command("bench")(bench.bench)
+app.command("bench", short_help="Measure latency, throughput and failures of a server.")(
+    bench.bench
+)
 app.command("eval")(evaluate.evaluate)
 app.command("demo")(demo.demo)
 app.command("demo-data")(demo.demo_data)

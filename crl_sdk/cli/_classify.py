@@ -61,8 +61,8 @@ def fit(
     labels: Annotated[
         Path | None,
         typer.Option(
-            help="CSV file with a header and the columns `file`, relative to DIRECTORY, and "
-            "`label`."
+            help="CSV file with a header and the columns `file`, relative to the directory, "
+            "and `label`."
         ),
     ] = None,
     column: Annotated[
@@ -135,7 +135,7 @@ def fit(
 @app.command("predict")
 def predict(
     classifier_file: Annotated[
-        Path, typer.Argument(metavar="CLASSIFIER", help="Classifier file from `crl classify fit`.")
+        Path, typer.Argument(metavar="classifier", help="Classifier file from `crl classify fit`.")
     ],
     images: Annotated[
         list[Path],

@@ -84,11 +84,11 @@ def cluster(
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal groups.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Group images by a criterion in words, name the groups, and write a table and a report.
+    """Group images by a criterion in words, and name the groups.
 
-    Without --basis and --texts, the basis of the criterion is read from --bases. If it is not
-    there, the local language model writes its texts. Images that cannot be read are listed and
-    left out, and the exit status is then 1.
+    The result is a table and, for image files, a report. Without --basis and --texts, the basis
+    of the criterion is read from --bases. If it is not there, the local language model writes its
+    texts. Images that cannot be read are listed and left out, and the exit status is then 1.
     """
     require_tasks("crl cluster")
     with LazyEmbedder(bundle, engine, threads, decode) as model:

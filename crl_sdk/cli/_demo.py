@@ -72,7 +72,10 @@ def demo_data(
     ] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal images.")] = 0,
 ) -> None:
-    """Render scenes of the demo world as JPEG files, with their labels in labels.csv."""
+    """Render labelled scenes of the demo world.
+
+    The scenes are JPEG files. Their labels are in labels.csv.
+    """
     note(f"wrote {_render(directory, count, seed)}")
 
 
@@ -110,11 +113,11 @@ def demo(
     llm: generation.LlmOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Group images by criteria in words, through the service, and write a report.
+    """Group images by criteria in words, and write a report.
 
-    The language model writes texts for each criterion, bases are made from them, `crl serve`
-    embeds the images, and the images are grouped by each criterion. The report shows the groups
-    beside those of the universal embedding.
+    The language model writes texts for each criterion, and bases are made from the texts. Then
+    `crl serve` embeds the images, and the images are grouped by each criterion. The report shows
+    the groups beside those of the universal embedding.
 
     Without --images, scenes of the demo world are rendered, which the demo model was not trained
     on. Their labels are known, so the accuracy of k-means is measured: with the true number of

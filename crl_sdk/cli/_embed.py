@@ -29,7 +29,7 @@ from crl_sdk.model._image_files import find_image_files
 
 def embed(
     images: Annotated[
-        list[Path], typer.Argument(help="Image files, or directories to search for image files.")
+        list[Path], typer.Argument(help="Image files, and directories to search for image files.")
     ],
     out_file: Annotated[
         Path, typer.Option("--out", "-o", help="The .npz or .parquet file to write.")

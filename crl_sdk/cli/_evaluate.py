@@ -1,4 +1,4 @@
-"""`crl eval`: the paper's benchmarks with a model and bases of yours."""
+"""`crl eval`: run the paper's benchmarks with your model and your bases."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from crl_sdk.cli._evaluation_bases import (
     texts_of,
 )
 from crl_sdk.cli._generation import LlmOption
-from crl_sdk.cli._options import EngineOption, ThreadsOption, open_embedder
+from crl_sdk.cli._options import BundleOption, EngineOption, ThreadsOption, open_embedder
 from crl_sdk.cli._sources import require_tasks
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.evaluation import _protocols as run
@@ -47,12 +47,12 @@ from crl_sdk.evaluation._published_scores import read_published
 from crl_sdk.model._bundle import ModelBundle, demo_bundle
 
 _RENDERED = 1000
-"""Scenes of the demo world where nothing else is asked for."""
+"""Default number of scenes of the demo world."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """The options of the protocols, as given on the command line."""
+class _Options:
+    """Options of the protocols."""
 
     method: Method
     protocols: tuple[str, ...]
@@ -66,69 +66,73 @@ def evaluate(
     name: Annotated[BenchmarkName, typer.Argument(help="The benchmark.")],
     data: Annotated[
         Path | None,
-        typer.Option(help="Directory of the data set; the demo world is rendered without one."),
+        typer.Option(help="Directory of the data set. Default for demo: scenes are rendered."),
     ] = None,
-    bundle: Annotated[
-        Path | None,
-        typer.Option(
-            "--bundle",
-            "-b",
-            envvar="CRL_BUNDLE",
-            help="Model bundle, from `crl export`. Without one the small demo model is used.",
-        ),
-    ] = None,
+    bundle: BundleOption = None,
     texts: Annotated[
         list[str] | None,
-        typer.Option(help="CRITERION=FILE with its texts, one a line; repeat for more."),
+        typer.Option(help="CRITERION=FILE with its texts, one a line. Repeat for more criteria."),
     ] = None,
-    basis: Annotated[list[str] | None, typer.Option(help="A basis file; repeat for more.")] = None,
+    basis: Annotated[list[str] | None, typer.Option(help="Basis file. Repeat for more.")] = None,
     bases: Annotated[Path | None, typer.Option(help="Directory of basis files.")] = None,
     generate: Annotated[
         bool, typer.Option("--generate", help="Let the local language model write the texts.")
     ] = False,
     llm: LlmOption = None,
     own_words: Annotated[
-        bool, typer.Option("--own-words", help="demo only: the words the scenes are made from.")
+        bool,
+        typer.Option("--own-words", help="demo only: use the words that the scenes are made from."),
     ] = False,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="CRITERION=TEMPLATE in place of the paper's; one {} for the text."),
+        typer.Option(
+            help="CRITERION=PROMPT instead of the paper's prompt, with one {} for the text."
+        ),
     ] = None,
-    criteria: Annotated[str, typer.Option(help="Some of the criteria, separated by commas.")] = "",
+    criteria: Annotated[
+        str, typer.Option(help="Criteria to run, separated by commas. Default: all.")
+    ] = "",
     method: Annotated[
-        Method, typer.Option(help="How texts become a map; cosine is the paper's.")
+        Method, typer.Option(help="Projection method. The paper uses cosine.")
     ] = PAPER_METHOD,
     protocol: Annotated[
         str, typer.Option(help="clustering, few-shot or both, separated by commas.")
     ] = ",".join(run.PROTOCOLS),
-    seeds: Annotated[int, typer.Option(min=1, help="Of k-means.")] = 20,
-    shots: Annotated[str, typer.Option(help="Pictures of a class to learn from.")] = "1,5,10",
-    splits: Annotated[int, typer.Option(min=1, help="Random choices of them.")] = 20,
-    split: Annotated[str, typer.Option(help="deepfashion: test or valid.")] = "test",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of k-means seeds.")] = 20,
+    shots: Annotated[str, typer.Option(help="Numbers of training images per class.")] = "1,5,10",
+    splits: Annotated[
+        int, typer.Option(min=1, help="Number of random choices of the training images.")
+    ] = 20,
+    split: Annotated[str, typer.Option(help="deepfashion only: test or valid.")] = "test",
     components: Annotated[
         int | None,
-        typer.Option(min=1, help="deepfashion: size of reduced bases; the smallest's by default."),
+        typer.Option(
+            min=1, help="deepfashion only: size of reduced bases. Default: that of the smallest."
+        ),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Pictures (queries of GeneCIS) to take at random: for trying."),
+        typer.Option(
+            min=1, help="Use a random sample of so many images (GeneCIS: queries), for trying."
+        ),
     ] = None,
     published: Annotated[
         Path | None,
-        typer.Option(help="CSV of figures from a paper, to print beside: docs/EVAL.md."),
+        typer.Option(help="CSV file of published scores to print beside ours, see docs/EVAL.md."),
     ] = None,
     engine: EngineOption = "auto",
     threads: ThreadsOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per engine run.")] = 32,
     out_file: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write the results: .md or .json.")
+        Path | None, typer.Option("--out", "-o", help="File to write the results to: .md or .json.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a benchmark of the paper: universal embeddings beside conditional ones.
+    """Run a benchmark of the paper.
 
-    Data sets are read in their official layouts and never downloaded; docs/EVAL.md says where to
-    get them, what is the authors' choice, and which tables nobody has run here.
+    Universal and conditional embeddings are compared. Data sets are read in their official layouts
+    and never downloaded. docs/EVAL.md says where to get them, which choices are the authors', and
+    which tables have not been run here.
     """
     started = time.perf_counter()
     benchmark = BENCHMARKS[name]
@@ -143,12 +147,10 @@ def evaluate(
         raise InvalidInputError(f"--split: expected test or valid, got {split!r}")
     if benchmark.task == "deepfashion" and (method != PAPER_METHOD or len(wanted) < len(known)):
         raise InvalidInputError(
-            "deepfashion is measured with the method cosine, reduced bases and all its attributes"
+            "deepfashion runs only with --method cosine and all criteria: leave both options out"
         )
     if own_words and name != "demo":
-        raise InvalidInputError(
-            f"--own-words: only the demo world has words of its own, not {name}"
-        )
+        raise InvalidInputError(f"--own-words: only the benchmark demo has such words, not {name}")
     own_prompts = pairs("--prompt", prompt, known)
     prompts = {**benchmark.prompts, **own_prompts}
     lists = {c: Path(path) for c, path in pairs("--texts", texts, known).items()}
@@ -170,9 +172,9 @@ def evaluate(
                     embedder, read.files, batch_size=batch_size,
                     progress=lambda done: bar.update(task, completed=done),
                 )  # fmt: skip
-            asked = _Asked(method, protocols, seeds, numbers, splits, components)
+            options = _Options(method, protocols, seeds, numbers, splits, components)
             with spinner("measuring") as status:
-                rows, settings = _measure(read, universal, used, embedder, asked, status.update)
+                rows, settings = _measure(read, universal, used, embedder, options, status.update)
             found = report.make_document(
                 name, benchmark, rows=rows, texts=used, bundle=embedder.bundle,
                 engine=embedder.engine, images=len(read.files), settings=settings,
@@ -194,36 +196,36 @@ def _measure(
     universal: NDArray[np.float32],
     texts: Mapping[str, CriterionTexts],
     embedder: Embedder,
-    asked: _Asked,
+    options: _Options,
     step: run.Step,
 ) -> tuple[list[run.ResultRow], dict[str, Any]]:
-    """Run the protocols that the data set is for; give the rows, and the settings that count."""
-    settings: dict[str, Any] = {"method": asked.method}
+    """Run the protocols of a data set. Return the rows and the settings that matter."""
+    settings: dict[str, Any] = {"method": options.method}
     if isinstance(read, LabelledImages):
-        settings |= {"protocols": list(asked.protocols)}
-        if "clustering" in asked.protocols:
-            settings |= {"seeds": asked.seeds}
-        if "few-shot" in asked.protocols:
-            settings |= {"shots": list(asked.shots), "splits": asked.splits}
+        settings |= {"protocols": list(options.protocols)}
+        if "clustering" in options.protocols:
+            settings |= {"seeds": options.seeds}
+        if "few-shot" in options.protocols:
+            settings |= {"shots": list(options.shots), "splits": options.splits}
         rows = run.run_labelled(
-            read, universal, texts, method=asked.method, protocols=asked.protocols,
-            seeds=asked.seeds, shots=asked.shots, splits=asked.splits, step=step,
+            read, universal, texts, method=options.method, protocols=options.protocols,
+            seeds=options.seeds, shots=options.shots, splits=options.splits, step=step,
         )  # fmt: skip
     elif isinstance(read, GeneCis):
         rows = run.run_genecis(
             read, universal, texts["scene"], partial(embedder.embed_text, truncate=True),
-            method=asked.method, step=step,
+            method=options.method, step=step,
         )  # fmt: skip
     else:
-        settings |= {"components": run.reduced_size(texts, asked.components)}
-        rows = run.run_deepfashion(read, universal, texts, components=asked.components, step=step)
+        settings |= {"components": run.reduced_size(texts, options.components)}
+        rows = run.run_deepfashion(read, universal, texts, components=options.components, step=step)
     return rows, settings
 
 
 def _require_data(name: BenchmarkName, benchmark: Benchmark, data: Path | None) -> None:
     if data is None and name != "demo":
         raise InvalidInputError(
-            f"--data: expected a directory with {benchmark.layout}; {name} comes from "
+            f"--data: expected a directory with {benchmark.layout}; get {name} from "
             f"{benchmark.source}, see docs/EVAL.md"
         )
 
@@ -232,7 +234,7 @@ def _require_data(name: BenchmarkName, benchmark: Benchmark, data: Path | None) 
 def _data(
     name: BenchmarkName, wanted: Sequence[str], data: Path | None, split: str, limit: int | None
 ) -> Iterator[LabelledImages | GeneCis | DeepFashion]:
-    """Give the data set; the demo world is rendered where there is none, and removed again."""
+    """Yield the data set. Without a directory, render scenes in a temporary one."""
     if data is not None:
         read = _read(name, wanted, data, split)
         yield read if limit is None else read.sample(limit)
@@ -241,7 +243,7 @@ def _data(
         from crl_export.demo.dataset import TEST_SEED, write_dataset
 
         count = limit or _RENDERED
-        note(f"rendering {count} scenes, held out of the demo model's training")
+        note(f"rendering {count} scenes that the demo model was not trained on")
         write_dataset(Path(scratch), count, TEST_SEED)
         yield _read(name, wanted, Path(scratch), split)
 
@@ -249,7 +251,7 @@ def _data(
 def _read(
     name: BenchmarkName, wanted: Sequence[str], data: Path, split: str
 ) -> LabelledImages | GeneCis | DeepFashion:
-    """Read a directory in the layout of the benchmark; of labels, those of some criteria."""
+    """Read a data set. Of labelled images, keep the wanted criteria."""
     benchmark = BENCHMARKS[name]
     try:
         if benchmark.task == "genecis":
@@ -264,29 +266,29 @@ def _read(
 
 
 def _require_shots(data: LabelledImages, wanted: Sequence[str], shots: Sequence[int]) -> None:
-    """Refuse, before anything is embedded, more shots than the smallest class allows."""
+    """Check, before images are embedded, that each class has enough images for the shots."""
     for criterion in wanted:
         labels = data.labels[criterion]
         classes, sizes = np.unique(labels.codes, return_counts=True)
         if len(classes) < 2:
             raise InvalidInputError(
-                f"{criterion}: expected pictures of two classes or more, found {len(classes)}"
+                f"{criterion}: expected images of two classes or more, found {len(classes)}"
             )
         if shots and sizes.min() <= max(shots):
             smallest = labels.values[int(classes[sizes.argmin()])]
             raise InvalidInputError(
-                f"{criterion}: {max(shots)} shots need {max(shots) + 1} pictures of each class, "
+                f"{criterion}: {max(shots)} shots need {max(shots) + 1} images of each class, "
                 f"{smallest!r} has {sizes.min()}: pass fewer with --shots, or --protocol clustering"
             )
 
 
 def _remarks(name: BenchmarkName, benchmark: Benchmark, bundle: ModelBundle) -> list[str]:
-    """Say what the figures do not mean."""
+    """Return remarks on the limits of the results."""
     remarks = [benchmark.remark] if benchmark.remark else []
     if name != "demo" and bundle.fingerprint == ModelBundle.open(demo_bundle()).fingerprint:
         remarks.append(
-            "the demo model has never seen such pictures: these figures show that the command "
-            "runs, and nothing about the method"
+            "the demo model has never seen such images: the results only show that the command "
+            "runs, and say nothing about the method"
         )
     return remarks
 
@@ -330,10 +332,10 @@ def _print(found: Mapping[str, Any]) -> None:
         out.print(table)
         title = ""
     if found["paper_encoder"]:
-        note(f"the paper's encoder here: {found['paper_encoder']}")
+        note(f"the paper uses {found['paper_encoder']} for this benchmark")
     if found["published"]:
-        note(f"published figures, in brackets, are from {'; '.join(found['published'])}")
-    note(f"model {model['fingerprint'][:12]}…; {report.format_settings(found)}; figures in percent")
+        note(f"published scores, in brackets, are from {'; '.join(found['published'])}")
+    note(f"model {model['fingerprint'][:12]}…; {report.format_settings(found)}; scores in percent")
     for each in found["notes"]:
         note(each)
     for each in found["remarks"]:

@@ -37,9 +37,10 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Export an open_clip model to a bundle, and compare the graphs with torch.
+    """Export an open_clip model to a bundle.
 
-    Nothing is written if a graph differs from torch by more than its tolerance.
+    The graphs are compared with torch. Nothing is written if one differs by more than its
+    tolerance.
     """
     try:
         from crl_export.exporter import export_model

@@ -101,7 +101,7 @@ def test_clevr4(clevr4, words, tmp_path):
     assert found["paper_encoder"] == "OpenAI's CLIP ViT-B/32"
     assert found["texts"]["color"]["prompts"] == ["objects with the color of {}"]
     assert (found["texts"]["color"]["count"], found["texts"]["color"]["repeated"]) == (4, 1)
-    assert any("never seen such pictures" in remark for remark in found["remarks"])
+    assert any("never seen such images" in remark for remark in found["remarks"])
     assert figures(found)["color", "clustering", "conditional"]["ACC"] == 1
     assert json.loads(out.read_text())["rows"] == found["rows"]
 
@@ -128,7 +128,7 @@ def test_published_figures_stand_beside(clevr4, words, tmp_path):
     shown = CliRunner().invoke(
         app, ["eval", *map(str, (*given, *short)), "--published", str(others)]
     )
-    assert "published figures, in brackets, are from Table 1" in " ".join(shown.output.split())
+    assert "published scores, in brackets, are from Table 1" in " ".join(shown.output.split())
     head = "criterion,embeddings,measure,percent,source\n"
     for content, what in (
         ("a,b\n1,2\n", "expected the header criterion,embeddings"),
@@ -237,7 +237,7 @@ def test_cards_photos_say_that_the_model_never_saw_a_card(tmp_path, words):
         "--seeds", 1, "--splits", 1, "--shots", 1,
     )  # fmt: skip
     assert any("for trying the command" in remark for remark in found["remarks"])
-    assert any("never seen such pictures" in remark for remark in found["remarks"])
+    assert any("never seen such images" in remark for remark in found["remarks"])
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_cards_photos_say_that_the_model_never_saw_a_card(tmp_path, words):
         (["genecis-change", "--generate"], r"genecis/change_object\.json"),
         (["deepfashion", "--generate"], r"filenames_test\.txt"),
         (["clevr4", "--data", "nowhere", "--generate"], "found nothing there"),
-        (["clevr4", "--data", ".", "--own-words"], "only the demo world"),
+        (["clevr4", "--data", ".", "--own-words"], "only the benchmark demo"),
         (["demo"], "or --own-words"),
         (["demo", "--criteria", "mood"], "expected some of shape, colour"),
         (["demo", "--protocol", "guess"], "expected some of clustering, few-shot"),
@@ -273,9 +273,9 @@ def test_misuse_says_what_to_do(tmp_path, monkeypatch, arguments, what):
 
 def test_too_many_shots_are_refused_before_anything_is_embedded(clevr4, words):
     given = ["clevr4", "--data", clevr4, "--texts", f"color={words}", "--criteria", "color"]
-    with pytest.raises(CrlError, match="color: 10 shots need 11 pictures of each class, 'red' has"):
+    with pytest.raises(CrlError, match="color: 10 shots need 11 images of each class, 'red' has"):
         crl_eval(*given)
-    with pytest.raises(CrlError, match="expected pictures of two classes"):
+    with pytest.raises(CrlError, match="expected images of two classes"):
         crl_eval(*given, "--limit", 1)
 
 
