@@ -174,12 +174,20 @@ def test_names_in_the_prose_are_public():
     wrong = []
     for page in FOR_USERS:
         for span in inline(page):
-            found = re.match(r"(crl_sdk(?:\.\w+)+)", span)
-            if found is None:
+            found = re.match(r"crl_sdk(?:\.\w+)+", span)
+            if found is None or is_public(found[0]) is None:
                 continue
-            module, _, name = found[1].rpartition(".")
-            if is_public(found[1]) and (what := is_public(module, name)):
+            module, *names = re.split(r"\.(?=[A-Z])", found[0], maxsplit=1)  # a class, its method
+            if not names:
+                module, _, name = found[0].rpartition(".")
+                names = [name]
+            name, _, attribute = names[0].partition(".")
+            if what := is_public(module, name):
                 wrong.append(f"{page.name}: {what}")
+            elif attribute and not hasattr(
+                getattr(importlib.import_module(module), name), attribute
+            ):
+                wrong.append(f"{page.name}: {found[0]} does not exist")
     assert not wrong, "\n".join(wrong)
 
 
