@@ -1,4 +1,4 @@
-"""Model bundles: a directory with a manifest and the files it lists, verified before use."""
+"""Model bundles: directories with a manifest and the files it lists, verified before use."""
 
 from __future__ import annotations
 
@@ -21,15 +21,25 @@ from crl_sdk.model._tokenizer import Tokenizer
 
 
 class ModelBundle:
-    """A verified bundle on disk. Reading it needs no torch and starts no engine."""
+    """A verified model bundle on disk. Opening it needs no torch and starts no engine.
+
+    Attributes:
+        path: Directory of the bundle.
+        manifest: Description of the bundle.
+
+    Example:
+        >>> bundle = ModelBundle.open(demo_bundle())
+        >>> bundle.embedding_dim, bundle.precisions
+        (128, ('fp32',))
+    """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
-        """Store a directory and its manifest; `ModelBundle.open` reads and verifies them."""
+        """Store a directory and its manifest. `ModelBundle.open` reads and verifies them."""
         self.path = path
         self.manifest = manifest
 
     def __repr__(self) -> str:
-        """Name, fingerprint and place."""
+        """Return the name, fingerprint and path."""
         return (
             f"ModelBundle({self.manifest.name!r}, fingerprint={self.fingerprint[:12]}…, "
             f"path={str(self.path)!r})"
@@ -37,15 +47,15 @@ class ModelBundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> ModelBundle:
-        """Read a bundle's manifest and verify every file it lists.
+        """Read the manifest of a bundle and verify every file it lists.
 
         Args:
-            path: the bundle's directory.
+            path: Directory of the bundle.
 
         Raises:
-            BundleError: there is no bundle at `path`, or its manifest is malformed.
-            UnsupportedSchemaError: the manifest's schema is not the one this SDK reads.
-            IntegrityError: a file is missing, changed or truncated, or a path leads out of the
+            BundleError: If there is no bundle at `path`, or its manifest is malformed.
+            UnsupportedSchemaError: If this SDK does not read the schema of the manifest.
+            IntegrityError: If a file is missing, changed or truncated, or a path leads out of the
                 bundle.
         """
         directory = Path(path)
@@ -53,11 +63,11 @@ class ModelBundle:
             text = (directory / MANIFEST).read_bytes()
         except OSError as error:
             raise BundleError(
-                f"{directory}: no readable {MANIFEST} there ({error.strerror}); expected the "
+                f"{directory}: no readable {MANIFEST} ({error.strerror}); expected the "
                 "directory that `crl export` wrote"
             ) from error
         manifest = parse_manifest(text, where=str(directory / MANIFEST))
-        with ThreadPoolExecutor() as pool:  # digests are computed without Python's lock
+        with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             checks = [
                 pool.submit(_verify, directory, name, entry)
                 for name, entry in manifest.files.items()
@@ -68,7 +78,7 @@ class ModelBundle:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the embedding space; a basis carries the same."""
+        """Identity of the embedding space. A basis for this model has the same fingerprint."""
         return self.manifest.fingerprint
 
     @property
@@ -78,19 +88,19 @@ class ModelBundle:
 
     @property
     def preprocess(self) -> PreprocessSpec:
-        """How images become the pixels of the graph."""
+        """How images are converted to the input of the image tower."""
         return self.manifest.preprocess
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
-        """The precisions this bundle has image graphs for."""
+        """Precisions that the bundle has image graphs for."""
         return tuple(graph.precision for graph in self.manifest.images)
 
     def image_graph(self, precision: Precision) -> Path:
-        """Give the path of the image graph in one precision.
+        """Return the path of the image graph of a precision.
 
         Raises:
-            BundleError: the bundle has none; the message lists those it has.
+            BundleError: If the bundle has no graph of this precision.
         """
         for graph in self.manifest.images:
             if graph.precision == precision:
@@ -102,10 +112,10 @@ class ModelBundle:
         )
 
     def text_graph(self) -> Path:
-        """Give the path of the text graph.
+        """Return the path of the text graph.
 
         Raises:
-            BundleError: the bundle is image-only.
+            BundleError: If the bundle has no text tower.
         """
         return self.path / self._text().file
 
@@ -113,7 +123,7 @@ class ModelBundle:
         """Load the tokenizer of the text tower.
 
         Raises:
-            BundleError: the bundle is image-only.
+            BundleError: If the bundle has no text tower.
         """
         text = self._text()
         return Tokenizer.open(
@@ -133,19 +143,15 @@ class ModelBundle:
 
 
 def demo_bundle() -> Path:
-    """Give the directory of the small model that ships with the package.
+    """Return the directory of the small demo model that ships with the package.
 
-    It knows rendered scenes of coloured shapes only; see the model card beside it.
+    It knows rendered scenes of coloured shapes only, see the README.md in that directory.
     """
     return Path(__file__).parents[1] / "bundles" / "demo"
 
 
 def sha256_file(path: Path) -> str:
-    """Digest a file.
-
-    Returns:
-        SHA-256, 64 hex digits.
-    """
+    """Return the SHA-256 of a file, 64 hex digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

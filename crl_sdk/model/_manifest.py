@@ -1,6 +1,6 @@
-"""The manifest of a model bundle: what `manifest.json` holds, and the checks it must pass.
+"""The manifest of a model bundle: the fields of `manifest.json` and their checks.
 
-Unknown keys are refused: a misspelt field must not pass in silence.
+Unknown keys are refused, so that a misspelt field is noticed.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a file must be: its SHA-256 in hex and its size in bytes."""
+    """The expected SHA-256 (64 hex digits) and size in bytes of a file."""
 
     sha256: str
     bytes: int
 
 
 class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How far a graph's unit embeddings were from torch fp32 when it was exported.
+    """Agreement of a graph's unit embeddings with the reference in fp32.
 
     Attributes:
-        samples: images or texts compared.
-        cosine_mean: mean cosine of corresponding rows.
-        cosine_min: the worst of them.
-        max_abs: the largest absolute difference of any element.
-        centred_cosine_min: the worst cosine once torch's mean row is taken from both sides, which
-            also tells graphs apart whose embeddings are all nearly alike.
+        samples: Number of images or texts compared.
+        cosine_mean: Mean cosine of corresponding rows.
+        cosine_min: Smallest cosine of corresponding rows.
+        max_abs: Largest absolute difference of any element.
+        centred_cosine_min: Smallest cosine after the mean row of the reference is subtracted from
+            both sides. It detects a graph that ignores its input even if all embeddings of the
+            model are similar.
     """
 
     samples: int
@@ -52,10 +53,15 @@ class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class ImageGraph(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """An image tower with preprocessing and projection fused in.
+    """An image tower with fused preprocessing and projection.
 
-    Inputs: `image` uint8 (B, H, W, 3), `weight` float32 (d, K), `bias` float32 (K).
-    Outputs: `embedding` float32 (B, d) with unit rows, `projected` float32 (B, K).
+    Inputs: `image` (B, H, W, 3) uint8, `weight` (d, K) float32, `bias` (K,) float32.
+    Outputs: `embedding` (B, d) float32 with unit rows, `projected` (B, K) float32.
+
+    Attributes:
+        file: Path in the bundle.
+        precision: Precision of the graph.
+        parity: Agreement with torch fp32, measured at the export.
     """
 
     file: str
@@ -66,7 +72,15 @@ class ImageGraph(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 class TextGraph(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A text tower with its tokenizer.
 
-    Input: `tokens` int64 (B, context_length). Output: `embedding` float32 (B, d) with unit rows.
+    Input: `tokens` (B, context_length) int64. Output: `embedding` (B, d) float32 with unit rows.
+
+    Attributes:
+        file: Path of the graph in the bundle.
+        tokenizer: Path of `tokenizer.json` in the bundle.
+        context_length: Number of tokens per text, start and end included.
+        pad_id: Token id that fills the rest of a row.
+        clean: How texts are cleaned before they are tokenised.
+        parity: Agreement with torch fp32, measured at the export.
     """
 
     file: str
@@ -78,14 +92,14 @@ class TextGraph(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The checkpoint a bundle was made from.
+    """The checkpoint that a bundle was made from.
 
     Attributes:
-        architecture: open_clip's name of the model, or a digest of its configuration.
-        pretrained: open_clip's tag, the name of a file or directory, or `none` for random weights.
-        weights_sha256: digest of the state dict, names and dtypes included.
-        quick_gelu: whether its activations are QuickGELU, which the weights do not tell.
-        license: of the weights, as told at the export.
+        architecture: Name of the model in open_clip, or a digest of its configuration.
+        pretrained: Tag in open_clip, the name of a file or directory, or `none` for random weights.
+        weights_sha256: SHA-256 of the state dict, including names and dtypes.
+        quick_gelu: Whether the activations are QuickGELU, which the weights do not show.
+        license: License of the weights, as given at the export.
     """
 
     architecture: str
@@ -99,16 +113,16 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """The description of a bundle, `manifest.json`.
 
     Attributes:
-        schema: version of this format.
-        name: for people; not part of the fingerprint.
-        fingerprint: identity of the embedding space, see `fingerprint_of`.
-        embedding_dim: d.
-        preprocess: how images become pixels, and mean and std inside the graph.
-        images: the image tower in one or several precisions.
-        text: the text tower, or None in an image-only bundle.
-        files: every file of the bundle but the manifest, by relative POSIX path.
-        source: what it was exported from.
-        made_by: versions of the tools that made it.
+        schema: Version of the manifest format.
+        name: Name for people. It is not part of the fingerprint.
+        fingerprint: Identity of the embedding space, see `fingerprint_of`.
+        embedding_dim: Length d of the universal embedding.
+        preprocess: How images are converted to the input of the image tower.
+        images: Image tower in one or several precisions.
+        text: Text tower; None if the bundle has none.
+        files: All files of the bundle except the manifest, by relative POSIX path.
+        source: Checkpoint that the bundle was made from.
+        made_by: Versions of the tools that made the bundle.
     """
 
     schema: int
@@ -124,18 +138,19 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 def fingerprint_of(source: Source, preprocess: PreprocessSpec, tokenizer_sha256: str | None) -> str:
-    """Name an embedding space: two bundles of one fingerprint may share bases and embeddings.
+    """Return the fingerprint of an embedding space.
 
-    It covers the weights, the preprocessing and the tokenizer; not the precision or the tools,
-    whose effect is bounded by the recorded parity.
+    Bundles with the same fingerprint may share bases and embeddings. The fingerprint covers the
+    weights, the preprocessing and the tokenizer. It does not cover the precision and the tools,
+    because the recorded parity bounds their effect.
 
     Args:
-        source: the checkpoint.
-        preprocess: of its image tower.
-        tokenizer_sha256: digest of `tokenizer.json`, None without a text tower.
+        source: Checkpoint of the bundle.
+        preprocess: Preprocessing of the image tower.
+        tokenizer_sha256: SHA-256 of `tokenizer.json`; None without a text tower.
 
     Returns:
-        64 hex digits.
+        SHA-256, 64 hex digits.
     """
     identity = {
         "architecture": source.architecture,
@@ -149,16 +164,16 @@ def fingerprint_of(source: Source, preprocess: PreprocessSpec, tokenizer_sha256:
 
 
 def parse_manifest(data: bytes, *, where: str = MANIFEST) -> Manifest:
-    """Read and check a manifest; files are not touched.
+    """Parse and check a manifest. The files of the bundle are not read.
 
     Args:
-        data: JSON.
-        where: the name used in errors.
+        data: Content of `manifest.json`.
+        where: Name of the file, for error messages.
 
     Raises:
-        BundleError: not JSON, or a field is missing, unknown or of a wrong type.
-        UnsupportedSchemaError: written in a schema this SDK does not read.
-        IntegrityError: the parts contradict each other.
+        BundleError: If it is not JSON, or a field is missing, unknown or of a wrong type.
+        UnsupportedSchemaError: If this SDK does not read its schema.
+        IntegrityError: If its parts contradict each other.
     """
     try:
         raw: Any = msgspec.json.decode(data)
@@ -179,10 +194,10 @@ def parse_manifest(data: bytes, *, where: str = MANIFEST) -> Manifest:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`, readable and in a fixed order.
+    """Write `manifest.json`, indented and with keys in a fixed order.
 
     Raises:
-        IntegrityError: the manifest contradicts itself.
+        IntegrityError: If the parts of the manifest contradict each other.
     """
     _check_manifest(manifest, str(directory / MANIFEST))
     text = msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=2)

@@ -1,4 +1,4 @@
-"""How far embeddings are from a reference in float32, on fixed pictures and texts."""
+"""Compare embeddings with a float32 reference, on fixed images and texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from crl_sdk.model._preprocess import PreprocessSpec
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 BATCHES = (1, 3, 12)
-"""Sizes of the checked runs; none is the size that was traced."""
+"""Batch sizes of the checked runs. None of them is the size that the export traced."""
 
 COLUMNS = 7
 
@@ -31,15 +31,16 @@ TEXTS = (
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """What a graph must reach.
+    """Bounds on the parity of a graph.
 
     Attributes:
-        cosine_min: of any row with torch's.
-        cosine_mean: over all rows.
-        max_abs: largest difference of any element.
-        centred_cosine_min: of any row, once torch's mean row is taken from both sides. Towers with
-            random weights give nearly the same embedding for all images, so that a graph which
-            ignored its input would pass the plain cosine; it does not pass this one.
+        cosine_min: Lower bound of the cosine of any row with the reference.
+        cosine_mean: Lower bound of the mean cosine.
+        max_abs: Upper bound of the absolute difference of any element.
+        centred_cosine_min: Lower bound of the cosine of any row, after the mean row of the
+            reference is subtracted from both sides. A tower with random weights gives nearly the
+            same embedding for all images, so a graph that ignores its input would pass the plain
+            cosine. It does not pass this one.
     """
 
     cosine_min: float = -1.0
@@ -53,21 +54,26 @@ TOLERANCES = {
     "fp16": Tolerance(cosine_min=0.9995),
     "int8": Tolerance(cosine_mean=0.99),
 }
-"""By precision of a graph, how far its embeddings may be from those of torch in float32."""
+"""Tolerances by precision of a graph, compared with torch in float32."""
 
 
 def images(spec: PreprocessSpec, count: int = sum(BATCHES), seed: int = 0) -> NDArray[np.uint8]:
-    """Make pictures with the statistics of photographs: 1/f noise in colour, and hard edges.
+    """Return images with the statistics of photographs: coloured 1/f noise and hard edges.
+
+    Args:
+        spec: Preprocessing of the model, which sets the size.
+        count: Number of images.
+        seed: Random seed.
 
     Returns:
-        (count, spec.height, spec.width, 3) uint8, the same for the same arguments.
+        Images, shape (count, spec.height, spec.width, 3), uint8.
     """
     rng = np.random.default_rng(seed)
     height, width = spec.height, spec.width
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None, :])
     falloff = 1 / np.maximum(frequency, 1 / max(height, width))
-    pictures = np.empty((count, height, width, 3), np.uint8)
-    for picture in pictures:
+    made = np.empty((count, height, width, 3), np.uint8)
+    for image in made:
         noise = rng.standard_normal((3, height, width))
         smooth = np.fft.ifft2(np.fft.fft2(noise) * falloff).real.transpose(1, 2, 0)
         smooth = (smooth - smooth.mean()) / smooth.std()
@@ -77,21 +83,21 @@ def images(spec: PreprocessSpec, count: int = sum(BATCHES), seed: int = 0) -> ND
             values[y : y + rng.integers(4, height), x : x + rng.integers(4, width)] = rng.uniform(
                 0, 255, 3
             )
-        picture[...] = np.clip(values, 0, 255).astype(np.uint8)
-    return pictures
+        image[...] = np.clip(values, 0, 255).astype(np.uint8)
+    return made
 
 
 def batched(
     run: Callable[[NDArray[Scalar]], NDArray[np.float32]], rows: NDArray[Scalar]
 ) -> NDArray[np.float32]:
-    """Run a graph over rows in batches of `BATCHES`, then what is left.
+    """Run a graph on rows in batches of the sizes in `BATCHES`; the last batch has the rest.
 
     Args:
-        run: from some rows to their embeddings.
-        rows: (n, …).
+        run: Function from a batch of rows to their embeddings.
+        rows: Inputs of the graph, shape (n, …).
 
     Returns:
-        (n, d) float32.
+        Embeddings, shape (n, d), float32.
     """
     ends = np.minimum(np.cumsum((*BATCHES, len(rows))), len(rows))
     starts = (0, *ends[:-1])
@@ -103,8 +109,11 @@ def compare(reference: NDArray[np.float32], measured: NDArray[np.float32]) -> Pa
     """Compare embeddings row by row.
 
     Args:
-        reference: (n, d), in float32, unit rows.
-        measured: (n, d), of what is compared.
+        reference: Reference embeddings, shape (n, d), float32, unit rows.
+        measured: Embeddings to compare, shape (n, d).
+
+    Returns:
+        The agreement of the two.
     """
     exact, other = reference.astype(np.float64), measured.astype(np.float64)
     cosines = _cosines(exact, other)
@@ -120,7 +129,7 @@ def compare(reference: NDArray[np.float32], measured: NDArray[np.float32]) -> Pa
 
 
 def failures(parity: Parity, tolerance: Tolerance) -> list[str]:
-    """Tell what does not reach a tolerance, with what was measured and what is required."""
+    """Return the figures outside a tolerance, each with the measured and the required value."""
     return [
         f"{name} {getattr(parity, name):.7g} (required {sign} {getattr(tolerance, name):g})"
         for name, sign in (
@@ -134,15 +143,20 @@ def failures(parity: Parity, tolerance: Tolerance) -> list[str]:
 
 
 def require(parity: Parity, tolerance: Tolerance, graph: str) -> None:
-    """Fail where a graph does not reach its tolerance.
+    """Raise an error if the parity of a graph is outside a tolerance.
+
+    Args:
+        parity: Measured parity.
+        tolerance: Required parity.
+        graph: Name of the graph, for the error message.
 
     Raises:
-        ParityError: names the graph, what was measured and what is required.
+        ParityError: If a figure is outside the tolerance.
     """
-    if told := failures(parity, tolerance):
+    if failed := failures(parity, tolerance):
         raise ParityError(
             f"{graph} does not agree with torch fp32 on {parity.samples} samples: "
-            f"{', '.join(told)}; nothing was written. Try another precision"
+            f"{', '.join(failed)}; nothing was written. Try another precision"
         )
 
 

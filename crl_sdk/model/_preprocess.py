@@ -1,7 +1,7 @@
-"""Image bytes, files, PIL images or arrays → the uint8 pixels (H, W, 3) a model's graph takes.
+"""Convert images to the uint8 pixels (H, W, 3) that a model's image tower takes.
 
-This is the only copy of preprocessing in the project. On RGB input it equals open_clip's
-evaluation transform bit for bit; scaling to floats and mean/std are inside the exported graph.
+This is the only preprocessing code of the project. On RGB input it equals the evaluation transform
+of open_clip bit for bit. Scaling to floats, mean and std are part of the exported graph.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, KeyError, struct.error)
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _ORIENTATION = 0x0112
-"""The EXIF tag. What has to be done to a picture of each of its values:"""
+"""EXIF tag of the orientation. The following tuples list its values by their effect."""
 _TURNED, _MIRRORED, _FLIPPED = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
-"""Width and height change places; what is on the right then comes to the left; below to above."""
+"""Values that swap width and height; that then mirror left and right; and top and bottom."""
 
 _CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 @dataclass(frozen=True, slots=True)
 class PreprocessSpec:
-    """How a model wants its images, in open_clip's terms.
+    """The preprocessing of a model, in the terms of open_clip.
 
     Attributes:
-        height: pixels of the model's input.
-        width: pixels of the model's input.
-        mean: per channel, subtracted after scaling to [0, 1]; applied inside the graph.
-        std: per channel, divided by after `mean`; applied inside the graph.
-        interpolation: resampling filter, always with antialiasing.
-        resize_mode: `shortest` scales the shorter side and crops the centre, `longest` scales
-            the longer side and pads, `squash` ignores the aspect ratio.
-        fill: grey level 0-255 of the padding of `longest`.
+        height: Height of the model's input in pixels.
+        width: Width of the model's input in pixels.
+        mean: Mean of each channel after scaling to [0, 1]. The graph subtracts it.
+        std: Standard deviation of each channel. The graph divides by it.
+        interpolation: Resampling filter, always with antialiasing.
+        resize_mode: `shortest` scales the shorter side and crops the centre, `longest` scales the
+            longer side and pads, `squash` ignores the aspect ratio.
+        fill: Grey level 0-255 of the padding of `longest`.
     """
 
     height: int
@@ -63,12 +63,12 @@ class PreprocessSpec:
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """What an image may cost before it is refused; checked before its pixels are decoded.
+    """Limits on images. They are checked before any pixel is decoded.
 
     Attributes:
-        max_bytes: size of the encoded image.
-        max_pixels: width × height, of the image itself and of its resized intermediate.
-        min_side: shorter side in pixels; below it there is nothing to see.
+        max_bytes: Largest size of an encoded image in bytes.
+        max_pixels: Largest width × height in pixels, of the image and of the image after resizing.
+        min_side: Smallest length of the shorter side in pixels.
     """
 
     max_bytes: int = 64 * 2**20
@@ -87,29 +87,36 @@ def load_pixels(
     source: str | None = None,
     decode: Decode = "exact",
 ) -> NDArray[np.uint8]:
-    """Decode one image and bring it to the model's input size.
+    """Decode one image and convert it to the input size of a model.
 
-    EXIF orientation is applied. Transparent images are laid on white. 16-bit images are scaled
-    to 8 bits, CMYK and palettes become RGB, and of an animation the first frame is taken.
+    EXIF orientation is applied. Transparent images get a white background. 16-bit images are
+    scaled to 8 bits. CMYK and palettes are converted to RGB. Of an animation the first frame is
+    used.
 
     Args:
-        image: a path, encoded bytes (JPEG, PNG, WebP, BMP, GIF, TIFF), a PIL image, or a uint8
+        image: A path, encoded bytes (JPEG, PNG, WebP, BMP, GIF, TIFF), a PIL image, or a uint8
             array of shape (h, w), (h, w, 1), (h, w, 2), (h, w, 3) or (h, w, 4): grey,
             grey+alpha, RGB or RGBA.
-        spec: the model's preprocessing.
-        limits: what to refuse.
-        source: the name used in errors; a path's own name by default.
-        decode: `exact` is what models were trained with. `fast` lets libjpeg decode JPEGs at a
-            half, a quarter or an eighth of their size while that is no smaller than what the model
-            takes, and resizes what is not cropped away alone; the pixels differ a little
-            (benchmarks/LOG.md has by how much).
+        spec: Preprocessing of the model.
+        limits: Limits above which an image is refused.
+        source: Name of the image in error messages; the path by default.
+        decode: `exact` decodes as in the training of the models. `fast` lets libjpeg decode large
+            JPEGs at a half, a quarter or an eighth of their size, but no smaller than the model's
+            input, and resizes only the part that is not cropped. The pixels differ slightly, see
+            benchmarks/LOG.md.
 
     Returns:
-        (spec.height, spec.width, 3) uint8, RGB, C-contiguous.
+        RGB pixels, shape (spec.height, spec.width, 3), uint8, C-contiguous.
 
     Raises:
-        ImageTooLargeError: the image is over one of `limits`.
-        ImageError: it is missing, empty, truncated, of no known format, or of a wrong dtype.
+        ImageTooLargeError: If the image exceeds a limit.
+        ImageError: If the image is missing, empty, truncated, of an unknown format, or of a wrong
+            dtype or shape.
+
+    Example:
+        >>> spec = PreprocessSpec(64, 64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        >>> load_pixels(np.zeros((100, 80, 3), np.uint8), spec).shape
+        (64, 64, 3)
     """
     name = source or (str(image) if isinstance(image, str | os.PathLike) else "image")
     opened = _open(image, limits, name)
@@ -130,14 +137,14 @@ def load_pixels(
 
 
 def fit(image: Image.Image, spec: PreprocessSpec) -> NDArray[np.uint8]:
-    """Resize and crop (or pad) an RGB image to the model's input size, as open_clip does.
+    """Resize and crop or pad an RGB image to the input size of a model, as open_clip does.
 
     Args:
-        image: mode RGB, any size.
-        spec: the model's preprocessing.
+        image: Image of mode RGB and any size.
+        spec: Preprocessing of the model.
 
     Returns:
-        (spec.height, spec.width, 3) uint8, C-contiguous.
+        Pixels, shape (spec.height, spec.width, 3), uint8, C-contiguous.
     """
     width, height = resized_size(image.size, spec)
     if image.size != (width, height):
@@ -155,13 +162,13 @@ def fit(image: Image.Image, spec: PreprocessSpec) -> NDArray[np.uint8]:
 
 
 def _load_fast(opened: Image.Image, spec: PreprocessSpec) -> NDArray[np.uint8]:
-    """Decode a JPEG no larger than needed, then resize the part that is kept."""
+    """Decode a JPEG at a reduced size, then resize the part that is not cropped."""
     orientation = opened.getexif().get(_ORIENTATION)
     turned = orientation in _TURNED
     width, height = resized_size(opened.size[::-1] if turned else opened.size, spec)
     drafted = opened.draft(None, (height, width) if turned else (width, height))
-    # what the whole picture measures in pixels of the smaller one, which need not be whole pixels:
-    # its last ones may hold less than others
+    # size of the whole image in pixels of the reduced one; it may be fractional, because the last
+    # row and column of the reduced image can cover fewer pixels
     across, down = drafted[1][2:] if drafted is not None else opened.size
     if turned:
         across, down = down, across
@@ -170,7 +177,7 @@ def _load_fast(opened: Image.Image, spec: PreprocessSpec) -> NDArray[np.uint8]:
     x = image.width - across if orientation in _MIRRORED else 0.0
     y = image.height - down if orientation in _FLIPPED else 0.0
     left, top = _crop_offset(width, spec.width), _crop_offset(height, spec.height)
-    if width < spec.width or height < spec.height:  # it is padded, not cropped
+    if width < spec.width or height < spec.height:  # padded, not cropped
         whole = (x, y, x + across, y + down)
         return fit(image.resize((width, height), _interpolation(spec), box=whole), spec)
     per_x, per_y = across / width, down / height
@@ -185,14 +192,14 @@ def _load_fast(opened: Image.Image, spec: PreprocessSpec) -> NDArray[np.uint8]:
 
 
 def resized_size(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int]:
-    """Give the size an image is scaled to before cropping or padding.
+    """Return the size that an image is scaled to before cropping or padding.
 
     Args:
-        size: (width, height) in pixels.
-        spec: the model's preprocessing.
+        size: Width and height in pixels.
+        spec: Preprocessing of the model.
 
     Returns:
-        (width, height) in pixels.
+        Width and height in pixels.
     """
     width, height = size
     if spec.resize_mode == "squash":
@@ -208,13 +215,13 @@ def resized_size(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any Pillow mode to RGB without losing range or showing hidden colours.
+    """Convert an image of any mode to RGB, with its full range and without transparency.
 
     Args:
-        image: any mode; 16-bit modes hold 0-65535, 32-bit float mode holds 0-255.
+        image: Image of any mode. 16-bit modes hold 0-65535, the 32-bit float mode holds 0-255.
 
     Returns:
-        The image in mode RGB; transparent parts are laid on white.
+        Image of mode RGB. Transparent parts are white.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -230,7 +237,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _open(image: ImageInput, limits: ImageLimits, name: str) -> Image.Image:
-    """Get a PIL image whose header is read and whose pixels, if encoded, are not yet decoded."""
+    """Open an image. Its header is read; encoded pixels are not decoded yet."""
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, np.ndarray):
@@ -303,7 +310,7 @@ def _check_size(
     if min(size) < limits.min_side:
         raise ImageError(
             f"{width}×{height} pixels: the shorter side must have at least {limits.min_side}; "
-            "there is nothing to see in it",
+            "send a larger image",
             source=name,
         )
     resized_width, resized_height = resized_size(size, spec)
@@ -321,14 +328,14 @@ def _check_size(
 
 
 def _crop_offset(size: int, target: int) -> int:
-    """Where the centre crop starts; negative when padding is due (torchvision's roundings)."""
+    """Return the start of the centre crop, rounded as in torchvision; negative for padding."""
     if size < target:
         return -((target - size) // 2)
     return round((size - target) / 2.0)
 
 
 def _interpolation(spec: PreprocessSpec) -> Image.Resampling:
-    # open_clip's transform for non-square targets always resizes by bicubic.
+    # For non-square targets the transform of open_clip always uses bicubic interpolation.
     if spec.resize_mode == "shortest" and spec.width != spec.height:
         return Image.Resampling.BICUBIC
     return _RESAMPLING[spec.interpolation]

@@ -1,4 +1,4 @@
-"""Texts → token ids (n, L), equal to open_clip's own tokenizer for the exported model."""
+"""Convert texts to token ids, exactly as open_clip's tokenizer of the exported model does."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class Tokenizer:
-    """A `tokenizers` file with the cleaning, padding and context length of its model."""
+    """The tokenizer of a model, with its cleaning, padding and context length."""
 
     def __init__(
         self, fast: _FastTokenizer, *, context_length: int, pad_id: int, clean: Clean
     ) -> None:
-        """Store an already loaded tokenizer; `Tokenizer.open` reads one from a file.
+        """Store a loaded tokenizer. `Tokenizer.open` reads one from a file.
 
         Args:
-            fast: adds the start and end tokens itself; does not pad or truncate.
-            context_length: tokens per text, start and end included.
-            pad_id: the id that fills the rest of a row.
-            clean: open_clip's name of the text cleaning that comes first.
+            fast: Tokenizer that adds start and end tokens, and neither pads nor truncates.
+            context_length: Number of tokens per text, start and end included.
+            pad_id: Token id that fills the rest of a row.
+            clean: Cleaning applied to texts first, see `clean_text`.
         """
         self._fast = fast
         self.context_length = context_length
@@ -42,10 +42,16 @@ class Tokenizer:
 
     @classmethod
     def open(cls, path: Path, *, context_length: int, pad_id: int, clean: Clean) -> Tokenizer:
-        """Load `tokenizer.json`; the other arguments are those of the constructor.
+        """Load a tokenizer from a file.
+
+        Args:
+            path: Path of `tokenizer.json`.
+            context_length: Number of tokens per text, start and end included.
+            pad_id: Token id that fills the rest of a row.
+            clean: Cleaning applied to texts first, see `clean_text`.
 
         Raises:
-            IntegrityError: the file is not a `tokenizers` file.
+            IntegrityError: If the file is not a file of the `tokenizers` library.
         """
         from tokenizers import Tokenizer as FastTokenizer
 
@@ -59,18 +65,19 @@ class Tokenizer:
         return cls(fast, context_length=context_length, pad_id=pad_id, clean=clean)
 
     def encode(self, texts: Sequence[str], *, truncate: bool = False) -> NDArray[np.int64]:
-        """Tokenise texts.
+        """Return the token ids of texts.
 
         Args:
-            texts: n texts, each with at least one visible character.
-            truncate: cut texts longer than the context, as open_clip does, instead of refusing.
+            texts: The n texts, each with at least one visible character.
+            truncate: Whether to cut texts that are longer than the context, as open_clip does.
+                Otherwise they are refused.
 
         Returns:
-            (n, context_length) int64.
+            Token ids, shape (n, context_length), int64.
 
         Raises:
-            InvalidInputError: `texts` is a single string or empty, holds a blank text, something
-                that is not text, or a text longer than the context.
+            InvalidInputError: If `texts` is a single string or empty, or an item is blank, not a
+                string or longer than the context.
         """
         if isinstance(texts, str):
             raise InvalidInputError(
@@ -107,15 +114,19 @@ class Tokenizer:
 
 
 def clean_text(text: str, clean: Clean) -> str:
-    """Clean a text as open_clip does first: repair Unicode, unescape HTML, then `clean`.
+    """Clean a text as open_clip does: repair Unicode, unescape HTML, then apply `clean`.
 
     Args:
-        text: any string.
-        clean: `lower` collapses white space and lower-cases, `whitespace` only collapses,
+        text: Any string.
+        clean: `whitespace` collapses white space. `lower` also converts to lower case.
             `canonicalize` also removes ASCII punctuation (SigLIP).
 
     Returns:
-        The cleaned text; empty if nothing visible was in it.
+        The cleaned text; empty if the text has no visible character.
+
+    Example:
+        >>> clean_text(" A  Red   CAT ", "lower")
+        'a red cat'
     """
     import ftfy
 

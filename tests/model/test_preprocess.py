@@ -32,7 +32,7 @@ def gradient(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
 def test_every_way_in_gives_the_same_pixels(tmp_path, kind):
     data = encode(gradient(100, 80), kind)
-    path = tmp_path / "picture"
+    path = tmp_path / "image"
     path.write_bytes(data)
     decoded = Image.open(io.BytesIO(data)).convert("RGB")
     expected = load_pixels(decoded, SPEC)
@@ -231,7 +231,7 @@ def test_resized_size_covers_or_fits_the_target(width, height, mode, target):
     "size", [(640, 480), (479, 641), (131, 129), (64, 64), (40, 30), (900, 64)]
 )
 @pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
-def test_fast_decoding_gives_nearly_the_same_picture(mode, target, size, orientation):
+def test_fast_decoding_gives_nearly_the_same_image(mode, target, size, orientation):
     spec = PreprocessSpec(*target, (0, 0, 0), (1, 1, 1), resize_mode=mode, fill=77)
     exif = Image.Exif()
     exif[0x0112] = orientation

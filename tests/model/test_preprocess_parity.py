@@ -26,7 +26,7 @@ def test_pixels_equal_open_clips(mode, interpolation, target):
     spec = PreprocessSpec(*target, (0, 0, 0), (1, 1, 1), interpolation, mode, 7)
     rng = np.random.default_rng(0)
     for width, height in SIZES:
-        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
-        floats = transform(picture).permute(1, 2, 0)
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+        floats = transform(image).permute(1, 2, 0)
         expected = torch.round(floats * 255).to(torch.uint8).numpy()
-        np.testing.assert_array_equal(load_pixels(picture, spec), expected)
+        np.testing.assert_array_equal(load_pixels(image, spec), expected)
