@@ -1,15 +1,17 @@
-"""Stored universal embeddings → conditional embeddings: many rows, many criteria, at memory speed.
+"""Project many rows of universal embeddings onto many criteria, at the speed of memory.
 
-The specification is `Projection.apply`; the tests hold this to it. What makes it fast:
+The specification is `Projection.apply`, and tests compare this code with it. It is fast because:
 
-- Blocks of rows that fit a core's caches, one thread to a block. Each row is read from memory once,
-  whatever the number of criteria, and each result is written once: the product goes straight to
-  its place, where bias and normalisation find it in the cache.
-- One number of each cache line of a block is read before the product. These reads do not wait for
-  one another, those of a matrix product mostly do: 1.4 times as fast where memory is the limit.
-- Slices of a block small enough that BLAS neither copies nor shares them out (`_slice_rows`).
+- Threads work on blocks of rows that fit the caches of a core. Each row is read from memory once
+  for all criteria. Each result is written once, and bias and normalisation are applied to it while
+  it is in the cache.
+- One number of each cache line of a block is read before the product. These reads run in parallel,
+  while most reads of a matrix product wait for each other. This is 1.4 times as fast if memory is
+  the limit.
+- Products are computed in slices of rows small enough that BLAS neither copies them nor starts
+  threads (`_slice_rows`).
 - A row that is not finite gives a product that is not finite, so the products are checked instead
-  of the much longer rows.
+  of the rows, which are much longer.
 """
 
 from __future__ import annotations
@@ -31,13 +33,13 @@ from crl_sdk.projection._projection import EPSILON, Post, Projection
 
 OUTPUT_DTYPES = ("float32", "float16")
 
-_BLOCK_BYTES = 1 << 21  # of float32 rows: stays in a core's share of the caches
-_PART_BYTES = 1 << 20  # of float32 results, which stay there too
-_SLICE = 64  # rows of a small product, at most; blocks are multiples of it
-_LARGE_SLICE = 512  # rows of a product that is not small anyway
-_SLICE_FLOPS = 1_000_000  # OpenBLAS works on up to so many multiplications without copying
+_BLOCK_BYTES = 1 << 21  # of float32 rows, which stay in the caches of a core
+_PART_BYTES = 1 << 20  # of float32 results, which also stay there
+_SLICE = 64  # largest number of rows of a small product; blocks are multiples of it
+_LARGE_SLICE = 512  # number of rows of a product that cannot be small
+_SLICE_FLOPS = 1_000_000  # OpenBLAS does not copy the matrices up to this many multiplications
 _CACHE_LINE = 64
-_FEW_BLOCKS = 8  # up to here threads are not worth starting
+_FEW_BLOCKS = 8  # up to this many blocks, starting threads takes longer than it saves
 _SECONDS_BETWEEN_PROGRESS = 0.1
 
 
@@ -51,25 +53,25 @@ def project_rows(
 ) -> list[NDArray[Any]]:
     """Project rows onto several projections at once.
 
-    While several threads work, BLAS runs single-threaded in the whole process; afterwards it has
-    as many threads as before, also if calls overlap. With `threads=1` nothing of the process is
-    changed.
+    While several threads work, BLAS is limited to one thread in the whole process. Afterwards its
+    number of threads is restored, even if calls overlap. `threads=1` changes nothing in the
+    process.
 
     Args:
-        embeddings: (n, d) float16, float32 or float64, unit rows; may be memory-mapped, and is
-            never held in memory whole.
-        projections: at least one, all of dimension d.
-        out: for each projection a writable (n, m) float32 or float16 array, such as a memory map;
-            None makes float32 arrays. After an error they hold some of the rows.
-        threads: None for one per core, and one alone for few rows.
-        progress: called in the calling thread now and then with the number of rows done so far.
+        embeddings: Universal embeddings, shape (n, d), float16, float32 or float64, unit rows.
+            They may be memory-mapped and are read in blocks.
+        projections: Projections of input dimension d, at least one.
+        out: Writable array for each projection, such as a memory map, shape (n, m), float32 or
+            float16. None creates float32 arrays. After an error they hold some of the rows.
+        threads: Number of threads. None chooses one per core, or one for few rows.
+        progress: Called in the calling thread from time to time with the number of finished rows.
 
     Returns:
-        `out`.
+        The arrays in `out`.
 
     Raises:
-        InvalidInputError: a wrong shape or dtype, or a row that holds NaN or infinity, which is
-            named; or a value does not fit float16.
+        InvalidInputError: If a shape or dtype is wrong, a row is not finite, or a value does not
+            fit into float16.
     """
     rows = check_rows(embeddings, projections)
     if out is None:
@@ -85,13 +87,18 @@ def project_rows(
 
 
 def check_rows(embeddings: NDArray[Any], projections: Sequence[Projection]) -> NDArray[Any]:
-    """Check shape and dtype of embeddings, not their values.
+    """Check the shape and dtype of embeddings, not their values.
+
+    Args:
+        embeddings: Universal embeddings, shape (n, d).
+        projections: Projections that they are meant for.
 
     Returns:
-        the same memory as a plain array.
+        The embeddings as a plain array on the same memory.
 
     Raises:
-        InvalidInputError: they are not (n, d) floats, or the projections do not take dimension d.
+        InvalidInputError: If the embeddings are not floats of shape (n, d), or a projection does
+            not have the input dimension d.
     """
     dims = sorted({projection.input_dim for projection in projections})
     if len(dims) != 1:
@@ -123,21 +130,23 @@ def _check_out(
         if not array.flags.writeable:
             raise InvalidInputError("an output is read-only: open the memory map with mode 'r+'")
         if np.may_share_memory(array, rows):
-            raise InvalidInputError("an output lies in the memory of the embeddings: copy them")
+            raise InvalidInputError("an output shares memory with the embeddings: copy them")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Step:
-    """One projection, prepared, and where its rows go.
+    """One projection, prepared for computation, and its output.
+
+    `standardise` is computed as `l2` of centred rows, times `length`.
 
     Attributes:
-        weight: (d, m) float32.
-        bias: (slice_rows, m) float32, the same in each row; None where it is zero.
-        post: `standardise` is `l2` here of centred columns, times `length`.
-        length: of the normalised rows.
-        slice_rows: rows of one product.
-        out: (n, m) float32 or float16.
-        direct: products can be written to `out` as they are.
+        weight: Weight matrix, shape (d, m), float32.
+        bias: Bias repeated in each row, shape (slice_rows, m), float32; None if it is zero.
+        post: Row normalisation.
+        length: Length of the normalised rows.
+        slice_rows: Number of rows of one product.
+        out: Output array, shape (n, m), float32 or float16.
+        direct: Whether products can be written to `out` without conversion.
     """
 
     weight: NDArray[np.float32]
@@ -150,9 +159,9 @@ class _Step:
 
 
 class _Job:
-    """The parts of one call. Several threads may run parts at once, each with its own buffers.
+    """The work of one call, divided into parts. Each thread has its own buffers.
 
-    A part is one block or several: so many that their results are worth working on at once.
+    A part has as many blocks as are needed for results of about `_PART_BYTES`.
     """
 
     def __init__(
@@ -166,7 +175,7 @@ class _Job:
         self.parts = -(-len(rows) // self.part_rows)
 
     def buffers(self) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
-        """Give memory for one block of rows and one part of results, used where it is needed."""
+        """Return memory for one block of rows and for one part of each result."""
         return (
             np.empty((self.block_rows, self.rows.shape[1]), np.float32),
             [np.empty((self.part_rows, step.weight.shape[1]), np.float32) for step in self.steps],
@@ -175,7 +184,7 @@ class _Job:
     def run(
         self, number: int, copy: NDArray[np.float32], buffers: Sequence[NDArray[np.float32]]
     ) -> InvalidInputError | None:
-        """Project one part; an error is given back, since one in an earlier part may yet come."""
+        """Project one part. An error is returned, because an earlier part may still fail too."""
         start = number * self.part_rows
         rows = self.rows[start : start + self.part_rows]
         targets = [step.out[start : start + len(rows)] for step in self.steps]
@@ -199,13 +208,13 @@ class _Job:
                 except FloatingPointError:
                     return InvalidInputError(
                         f"a value in rows {start} to {start + len(rows) - 1} does not fit "
-                        "float16: take float32"
+                        "float16: use float32"
                     )
         return None
 
 
 def _load(block: NDArray[Any], copy: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Bring a block into the cache, as float32."""
+    """Load a block into the cache as float32."""
     if block.dtype == np.float32 and block.flags.c_contiguous and block.flags.aligned:
         np.maximum.reduce(block.reshape(-1)[:: _CACHE_LINE // 4])
         return block
@@ -217,7 +226,9 @@ def _load(block: NDArray[Any], copy: NDArray[np.float32]) -> NDArray[np.float32]
 def _prepare(projection: Projection, out: NDArray[Any]) -> _Step:
     dim, columns = projection.weight.shape
     weight, bias, length = projection.weight, projection.bias, 1.0
-    if projection.post == "standardise":  # a row's mean is affine as well: it goes into the map
+    if (
+        projection.post == "standardise"
+    ):  # subtracting the mean of a row is affine, so it becomes part of the map
         wide, wide_bias = weight.astype(np.float64), bias.astype(np.float64)
         weight = (wide - wide.mean(axis=1, keepdims=True)).astype(np.float32)
         bias = (wide_bias - wide_bias.mean()).astype(np.float32)
@@ -235,17 +246,18 @@ def _prepare(projection: Projection, out: NDArray[Any]) -> _Step:
 
 
 def _slice_rows(dim: int, columns: int) -> int:
-    """Give the rows of one product.
+    """Return the number of rows of one product.
 
-    BLAS copies both matrices into an order of its own, which takes longer than the product if one
-    of them is narrow. OpenBLAS leaves that out for small products: 1.6 times as fast at 40.
+    BLAS copies both matrices into another memory layout. If one of them is narrow, the copy takes
+    longer than the product. OpenBLAS does not copy for small products, which are 1.6 times as fast
+    with 40 columns.
     """
     fitting = _SLICE_FLOPS // (dim * columns)
     return max((each for each in (8, 16, 32, _SLICE) if each <= fitting), default=_LARGE_SLICE)
 
 
 def _multiply(block: NDArray[np.float32], step: _Step, values: NDArray[np.float32]) -> None:
-    """Write `block @ weight` to `values`: the whole slices in one call, then the rest."""
+    """Write `block @ weight` to `values`: all complete slices in one call, then the rest."""
     size, (dim, columns) = step.slice_rows, step.weight.shape
     whole = len(block) // size * size
     if whole:
@@ -256,7 +268,7 @@ def _multiply(block: NDArray[np.float32], step: _Step, values: NDArray[np.float3
 
 
 def _finish(values: NDArray[np.float32], step: _Step) -> None:
-    """Add the bias and normalise, in place."""
+    """Add the bias and normalise the rows, in place."""
     if step.bias is not None:
         size = step.slice_rows
         whole = len(values) // size * size
@@ -283,8 +295,8 @@ def _not_finite(row: NDArray[np.float32], number: int) -> InvalidInputError:
 
 
 def _run(job: _Job, threads: int, progress: Callable[[int], None]) -> None:
-    """Run all parts, begun in their order, so that the first bad row is found; then raise it."""
-    numbers = iter(range(job.parts))  # several threads may take from a range's iterator
+    """Run all parts in order, and raise the error of the first bad row."""
+    numbers = iter(range(job.parts))  # next() on a range iterator is thread-safe
     bad: dict[int, InvalidInputError] = {}
     finished: list[int] = []
     stopped = threading.Event()
@@ -311,7 +323,7 @@ def _run(job: _Job, threads: int, progress: Callable[[int], None]) -> None:
                     for future in done:
                         future.result()
                     progress(min(len(finished) * job.part_rows, len(job.rows)))
-            finally:  # also on Ctrl-C: the threads end with the parts they are at
+            finally:  # also on Ctrl-C: threads stop after their current part
                 stopped.set()
     if bad:
         raise bad[min(bad)]
@@ -319,10 +331,10 @@ def _run(job: _Job, threads: int, progress: Callable[[int], None]) -> None:
 
 
 class _SingleThreadedBlas:
-    """While anyone is within it, BLAS runs on the thread that calls it, in the whole process.
+    """Context manager that limits BLAS to one thread in the whole process.
 
-    The limit is the process's, so uses that overlap must not each restore what they found: the
-    first sets it and the last takes it back.
+    The limit applies to the process. If several contexts overlap, the first sets the limit and the
+    last removes it.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""Projections: one affine map of unit embeddings and a row post-normalisation.
+"""Projections: an affine map of unit embeddings, followed by a row normalisation.
 
-The NumPy code here is the specification of every kernel and graph in the project. How a map was
-made from texts is told in `crl_sdk.basis`; nothing here knows of texts.
+The NumPy code in this module is the specification of every kernel and graph of the project.
+`crl_sdk.basis` makes projections from texts; this package does not know about texts.
 """
 
 from __future__ import annotations
@@ -21,17 +21,22 @@ Post: TypeAlias = Literal["l2", "standardise", "none"]
 POSTS: tuple[Post, ...] = get_args(Post)
 
 EPSILON = 1e-12
-"""Floor of a row's norm or standard deviation, so that a zero row stays zero."""
+"""Smallest divisor in a row normalisation, so that a zero row stays zero."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Projection:
-    """`post(embedding @ weight + bias)`: a unit embedding (d,) to a conditional one (m,).
+    """The map `post(embedding @ weight + bias)` from universal to conditional embeddings.
 
     Attributes:
-        weight: (d, m) float32.
-        bias: (m,) float32.
-        post: normalisation of each row of the result.
+        weight: Weight matrix, shape (d, m), float32.
+        bias: Bias, shape (m,), float32.
+        post: Row normalisation of the result.
+
+    Example:
+        >>> identity = Projection(np.eye(2, dtype=np.float32), np.zeros(2, np.float32), "l2")
+        >>> identity.apply(np.array([[3.0, 4.0]], np.float32)).round(1)
+        array([[0.6, 0.8]], dtype=float32)
     """
 
     weight: NDArray[np.float32]
@@ -42,7 +47,7 @@ class Projection:
         """Check shapes, dtypes and values.
 
         Raises:
-            InvalidInputError: they do not fit together or are not finite.
+            InvalidInputError: If a shape, dtype or `post` is wrong, or a value is not finite.
         """
         d_m, m = np.shape(self.weight), np.shape(self.bias)
         if len(d_m) != 2 or 0 in d_m or m != d_m[1:]:
@@ -60,41 +65,41 @@ class Projection:
 
     @property
     def input_dim(self) -> int:
-        """Length d of the embeddings it takes."""
+        """Length d of a universal embedding."""
         return int(self.weight.shape[0])
 
     @property
     def output_dim(self) -> int:
-        """Length m of the conditional embeddings it gives."""
+        """Length m of a conditional embedding."""
         return int(self.weight.shape[1])
 
     def apply(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
         """Project universal embeddings.
 
         Args:
-            embeddings: (n, d) float, unit rows.
+            embeddings: Universal embeddings, shape (n, d), a float dtype, unit rows.
 
         Returns:
-            (n, m) float32.
+            Conditional embeddings, shape (n, m), float32.
 
         Raises:
-            InvalidInputError: the shape or dtype is wrong, or a row is not finite.
+            InvalidInputError: If the shape or dtype is wrong, or a value is not finite.
         """
         checked = check_embeddings(embeddings, self.input_dim)
         return normalise_rows(checked @ self.weight + self.bias, self.post)
 
 
 def normalise_rows(rows: NDArray[np.float32], post: Post) -> NDArray[np.float32]:
-    """Apply a post-normalisation to each row.
+    """Normalise each row.
 
     Args:
-        rows: (n, m) float32.
-        post: `l2` gives unit rows, `standardise` rows of mean 0 and unbiased standard deviation 1,
-            `none` leaves them.
+        rows: Rows, shape (n, m), float32.
+        post: `l2` scales rows to length 1. `standardise` gives rows of mean 0 and unbiased
+            standard deviation 1. `none` returns the rows unchanged.
 
     Returns:
-        (n, m) float32; a row with nothing to scale (all zero, or all equal under `standardise`)
-        becomes zeros.
+        Normalised rows, shape (n, m), float32. A row of zeros stays zero, and so does a constant
+        row with `standardise`.
     """
     if post == "standardise":
         rows = rows - rows.mean(axis=1, keepdims=True)
@@ -109,17 +114,17 @@ def normalise_rows(rows: NDArray[np.float32], post: Post) -> NDArray[np.float32]
 def pack(
     projections: Sequence[Projection],
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], list[slice]]:
-    """Lay projections side by side, so that one matrix product serves all of them.
+    """Concatenate projections, so that one matrix product computes all of them.
 
     Args:
-        projections: of one input dimension d.
+        projections: Projections of the same input dimension d, at least one.
 
     Returns:
-        weight (d, K) and bias (K,) float32, K being the sum of all output dimensions, and for each
-        projection the slice of the K columns that is its own.
+        Weight (d, K) and bias (K,), both float32, where K is the sum of the output dimensions; and
+        for each projection the slice of its columns.
 
     Raises:
-        InvalidInputError: the list is empty or the input dimensions differ.
+        InvalidInputError: If the list is empty or the input dimensions differ.
     """
     dims = sorted({projection.input_dim for projection in projections})
     if len(dims) != 1:
@@ -135,17 +140,17 @@ def pack(
 
 
 def check_embeddings(embeddings: NDArray[np.floating], dim: int) -> NDArray[np.float32]:
-    """Check embeddings that come from outside, and give them as float32.
+    """Check embeddings from the user and convert them to float32.
 
     Args:
-        embeddings: (n, dim), float16, float32 or float64.
-        dim: the length that is expected.
+        embeddings: Embeddings, shape (n, dim), float16, float32 or float64.
+        dim: Expected length of an embedding.
 
     Returns:
-        (n, dim) float32; the same memory if it was that already.
+        Embeddings, shape (n, dim), float32. A float32 array is not copied.
 
     Raises:
-        InvalidInputError: the shape or dtype is wrong, or a row holds NaN or infinity.
+        InvalidInputError: If the shape or dtype is wrong, or a value is NaN or infinite.
     """
     array = np.asarray(embeddings)
     if array.ndim != 2 or array.shape[1] != dim:
