@@ -1,1 +1,1 @@
-"""Offline tools, importable as `crl_export`: open_clip models to bundles, and the demo model."""
+"""Export of open_clip models to bundles, and the demo model. Imported as `crl_export`."""

@@ -1,4 +1,4 @@
-"""open_clip models with their weights: by name and tag, from a file, or a local directory."""
+"""Loads open_clip models and their weights by name and tag, from a file, or from a directory."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Checkpoint:
     """A model ready to be exported.
 
     Attributes:
-        model: open_clip's model in eval mode, float32, on the CPU.
-        name: what to call it if nobody says otherwise.
-        make_tokenizer: makes its tokenizer, when the text tower is wanted.
-        preprocess: of its image tower.
-        source: where the weights came from.
+        model: Model of open_clip in eval mode, float32, on the CPU.
+        name: Default name of the bundle.
+        make_tokenizer: Function that creates the tokenizer of the text tower.
+        preprocess: Preprocessing of the image tower.
+        source: Origin of the weights.
     """
 
     model: ClipModel
@@ -50,23 +50,24 @@ class Checkpoint:
 
 
 def load_checkpoint(architecture: str, pretrained: str, *, seed: int = 0) -> Checkpoint:
-    """Create a model and load its weights. Nothing is unpickled but tensors.
+    """Create a model and load its weights. Only tensors are unpickled.
 
     Args:
-        architecture: open_clip's name, or a directory with `open_clip_config.json` and weights.
-        pretrained: an open_clip tag, a `.safetensors` or `.pt` file, or `none` for random weights.
-            Of a directory its own weights are taken, and this must be `none`.
-        seed: of random weights.
+        architecture: Name of an open_clip architecture, or a directory with weights and
+            `open_clip_config.json`.
+        pretrained: Tag of open_clip, a `.safetensors` or `.pt` file, or `none` for random weights.
+            It must be `none` if `architecture` is a directory, which has its own weights.
+        seed: Seed of random weights.
 
     Raises:
-        ExportError: no such architecture, tag or file; a file that is no checkpoint or of another
-            architecture; weights that cannot be downloaded.
+        ExportError: If the architecture, tag or file does not exist, the file is not a checkpoint
+            of this architecture, or the weights cannot be downloaded.
     """
     directory = Path(architecture)
     if (directory / CONFIG_FILE).is_file():
         if pretrained != RANDOM:
             raise ExportError(
-                f"{directory} has its own weights; leave --pretrained out, got {pretrained!r}"
+                f"{directory} has its own weights; omit --pretrained, got {pretrained!r}"
             )
         return _load_directory(directory)
     if architecture not in open_clip.list_models():
@@ -108,7 +109,7 @@ def _load_directory(directory: Path) -> Checkpoint:
         context_length = config["text_cfg"]["context_length"]
         return SimpleTokenizer(str(merges[0]), context_length=context_length)
 
-    # the directory's name says nothing of the model: moved or renamed, it is the same model
+    # not the directory's name: a model that is moved or renamed is the same model
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     name = directory.resolve().name
     return Checkpoint(
@@ -125,7 +126,7 @@ def _source(model: torch.nn.Module, architecture: str, label: str) -> Source:
         architecture=architecture,
         pretrained=label,
         weights_sha256=_weights_sha256(model),
-        # not in the weights, and open_clip sets it by the tag: the same file can be either
+        # depends on the tag in open_clip, not on the weights
         quick_gelu=any(isinstance(module, QuickGELU) for module in model.modules()),
     )
 
@@ -138,7 +139,7 @@ def _preprocess_spec(config: dict[str, Any]) -> PreprocessSpec:
         width=int(width),
         mean=_three(config["mean"]),
         std=_three(config["std"]),
-        # open_clip evaluates with bicubic wherever training used a random filter
+        # open_clip evaluates with bicubic if training used a random filter
         interpolation="bilinear" if config.get("interpolation") == "bilinear" else "bicubic",
         resize_mode=config.get("resize_mode") or "shortest",
         fill=int(config.get("fill_color") or 0),
@@ -153,7 +154,7 @@ def _three(values: Any) -> tuple[float, float, float]:
 
 
 def _weights_sha256(model: torch.nn.Module) -> str:
-    """Digest names, dtypes, shapes and bytes of the state dict, in the order of names."""
+    """Return the digest of names, dtypes, shapes and bytes of the state dict, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -176,7 +177,7 @@ def _check_pretrained(architecture: str, pretrained: str) -> None:
 
 @contextmanager
 def _typed_errors(architecture: str, pretrained: str) -> Iterator[None]:
-    """Turn what open_clip and torch raise while loading into errors that say what to do."""
+    """Translate exceptions of open_clip and torch into errors that say what to do."""
     where = f"{architecture} with {pretrained}"
     try:
         yield
@@ -199,7 +200,7 @@ def _typed_errors(architecture: str, pretrained: str) -> Iterator[None]:
         else:
             advice = "the file is damaged or no checkpoint; get it again"
         raise ExportError(f"{where}: {_first_lines(message)}; {advice}") from error
-    except Exception as error:  # safetensors, json, and open_clip raise many kinds
+    except Exception as error:  # safetensors, json and open_clip raise many types
         raise ExportError(
             f"{where}: not a loadable checkpoint ({type(error).__name__}: "
             f"{_first_lines(str(error))}); check the file"
@@ -213,7 +214,7 @@ def _first_lines(message: str, count: int = 4) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep open_clip's chatter about weights from the user; what matters is raised."""
+    """Silence open_clip's log messages about weights. Failures are raised."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""open_clip model → bundle: graphs written, checked against torch, and put in place at once."""
+"""Exports an open_clip model to a bundle and checks the graphs against torch."""
 
 from __future__ import annotations
 
@@ -62,35 +62,37 @@ def export_model(
     strict_int8: bool = False,
     progress: Progress | None = None,
 ) -> ModelBundle:
-    """Turn an open_clip model into a bundle.
+    """Export an open_clip model to a bundle.
 
-    Every graph is run in ONNX Runtime and compared with torch in fp32 on fixed pictures and texts;
-    the measured parity goes into the manifest. Nothing is at `out` before all of it has passed.
+    Every graph is run in ONNX Runtime and compared with torch in fp32 on fixed images and texts.
+    The manifest records the measured parity. The bundle is put in place when all graphs passed.
 
     Args:
-        architecture: open_clip's name, or a directory with `open_clip_config.json` and weights.
-        out: directory of the bundle.
-        pretrained: open_clip's tag, a `.safetensors` or `.pt` file, or `none` for random weights.
-        precisions: of the image graph.
-        name: in the manifest; the architecture by default.
-        license: of the weights, for the manifest.
-        text: export the text tower too. An image-only bundle cannot build bases.
-        seed: of random weights.
-        overwrite: replace what is at `out`.
-        strict_int8: fail where int8 misses its tolerance, instead of warning.
-        progress: called with what is done now, how many steps are done, and how many there are.
+        architecture: Name of an open_clip architecture, or a directory with weights and
+            `open_clip_config.json`.
+        out: Directory of the new bundle.
+        pretrained: Tag of open_clip, a `.safetensors` or `.pt` file, or `none` for random weights.
+        precisions: Precisions of the image graph, one graph each.
+        name: Name of the model in the manifest; the architecture by default.
+        license: Licence of the weights, for the manifest.
+        text: Whether to export the text tower. A bundle without it cannot make bases.
+        seed: Seed of random weights.
+        overwrite: Whether to replace a bundle at `out`.
+        strict_int8: Whether to fail if int8 exceeds its tolerance, instead of warning.
+        progress: Function that is called with the current step in words, the number of finished
+            steps, and the number of all steps.
 
     Returns:
         The bundle, opened and verified.
 
     Raises:
-        ExportError: the model cannot be loaded or exported, or `out` is not empty.
-        ParityError: a graph does not agree with torch.
-        InvalidInputError: an unknown precision.
+        ExportError: If the model cannot be loaded or exported, or `out` is not empty.
+        ParityError: If a graph differs from torch by more than its tolerance.
+        InvalidInputError: If a precision is unknown.
     """
     unknown = set(precisions) - set(PRECISIONS)
     if unknown or not precisions:
-        raise InvalidInputError(f"expected precisions of {PRECISIONS}, got {tuple(precisions)}")
+        raise InvalidInputError(f"expected precisions among {PRECISIONS}, got {tuple(precisions)}")
     out = Path(out)
     _check_out(out, overwrite)
     steps = _Steps(progress, total=3 + 2 * len(set(precisions)) + (2 if text else 0))
@@ -117,7 +119,7 @@ def export_model(
 
 
 class _Steps:
-    """Counts the steps of an export for whoever shows its progress."""
+    """Counts the steps of an export and reports the progress."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self._progress, self._total, self._begun = progress, total, 0
@@ -135,11 +137,11 @@ def _export_images(
     strict_int8: bool,
     steps: _Steps,
 ) -> tuple[int, tuple[ImageEntry, ...]]:
-    """Write and check the image graphs; give d and their entries."""
+    """Write and check the image graphs; return d and the entries of the manifest."""
     model, spec = checkpoint.model, checkpoint.preprocess
-    pictures = parity.images(spec)
-    steps.begin("embedding the check pictures with torch")
-    reference = parity.batched(lambda rows: _torch_images(model, spec, rows), pictures)
+    images = parity.images(spec)
+    steps.begin("embedding the check images with torch")
+    reference = parity.batched(lambda rows: _torch_images(model, spec, rows), images)
     dim = reference.shape[1]
 
     entries: list[ImageEntry] = []
@@ -156,7 +158,7 @@ def _export_images(
             if precision == "int8":
                 quantise(fp32, path, spec)
         steps.begin(f"checking it in {precision} against torch")
-        measured = _check_images(path, precision, pictures, reference, strict_int8)
+        measured = _check_images(path, precision, images, reference, strict_int8)
         entries.append(ImageEntry(file=path.name, precision=precision, parity=measured))
     if "fp32" not in wanted:
         fp32.unlink(missing_ok=True)
@@ -167,7 +169,7 @@ def _export_images(
 def _check_images(
     path: Path,
     precision: Precision,
-    pictures: NDArray[np.uint8],
+    images: NDArray[np.uint8],
     reference: NDArray[np.float32],
     strict_int8: bool,
 ) -> Parity:
@@ -184,13 +186,13 @@ def _check_images(
             raise ParityError(f"{path.name}: the projection inside the graph is off by {error:g}")
         return np.asarray(embedding)
 
-    measured = parity.compare(reference, parity.batched(run, pictures))
+    measured = parity.compare(reference, parity.batched(run, images))
     try:
         parity.require(measured, parity.TOLERANCES[precision], path.name)
     except ParityError as error:
         if precision != "int8" or strict_int8:
             raise
-        warnings.warn(f"kept all the same: {error}", stacklevel=2)
+        warnings.warn(f"int8 graph kept despite its error: {error}", stacklevel=2)
     return measured
 
 
@@ -199,7 +201,7 @@ def _export_text(checkpoint: Checkpoint, work: Path, steps: _Steps) -> TextEntry
     steps.begin("exporting the text tower")
     try:
         tokenizer = checkpoint.make_tokenizer()
-    except Exception as error:  # transformers and the hub raise many kinds
+    except Exception as error:  # transformers and the hub raise many types
         raise ExportError(
             f"the tokenizer of {checkpoint.source.architecture} cannot be loaded ({error}); "
             "export the image tower alone with --no-text"
@@ -237,7 +239,7 @@ def _export_text(checkpoint: Checkpoint, work: Path, steps: _Steps) -> TextEntry
 def _torch_images(
     model: ClipModel, spec: PreprocessSpec, rows: NDArray[np.generic]
 ) -> NDArray[np.float32]:
-    """Embed pixels as open_clip itself would: its transform's normalisation, its tower."""
+    """Return the embeddings of open_clip itself, with its own normalisation and tower."""
     pixels = torch.from_numpy(rows).permute(0, 3, 1, 2).float() / 255
     with torch.inference_mode():
         embedding = model.encode_image(normalize(pixels, list(spec.mean), list(spec.std)))
@@ -281,7 +283,7 @@ def _write_manifest(
 
 def _check_out(out: Path, overwrite: bool) -> None:
     if out.is_file():
-        raise ExportError(f"{out}: is a file; expected a directory that does not exist yet")
+        raise ExportError(f"{out}: expected a directory that does not exist yet, got a file")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise ExportError(f"{out}: exists already; choose another, or pass --overwrite")
@@ -293,7 +295,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 
 def _replace(work: Path, out: Path) -> None:
-    """Put the finished directory in place; what was there is removed last."""
+    """Put the finished directory in place, and then remove the old one."""
     work.chmod(0o755)
     if not out.exists():
         work.rename(out)

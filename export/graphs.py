@@ -1,4 +1,4 @@
-"""torch towers → ONNX graphs, with preprocessing and projection inside the image graph."""
+"""Exports torch towers to ONNX graphs. The image graph contains preprocessing and projection."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from crl_sdk.errors import ExportError
 from crl_sdk.model._preprocess import PreprocessSpec
 
 OPSET = 20
-_TRACED_BATCH = 2  # a batch of one would be taken for a constant
+_TRACED_BATCH = 2  # torch treats a batch of one as a constant
 
 
 class ImageGraph(torch.nn.Module):
-    """uint8 pixels to unit embeddings and projected columns.
+    """Image graph: from uint8 pixels to unit embeddings and their projection.
 
-    The tower runs in its own dtype; normalisation and projection always in float32. A plain vision
-    transformer is rewritten (`crl_export.vit`); in float32 it then takes pixels as they are, with
-    mean and std folded into its first weights.
+    The tower runs in its own dtype, normalisation and projection in float32. A plain vision
+    transformer is rewritten (`crl_export.vit`). In float32 its first weights then include mean and
+    standard deviation, so that it takes raw pixels.
     """
 
     mean: torch.Tensor
@@ -40,9 +40,9 @@ class ImageGraph(torch.nn.Module):
         """Wrap the image tower of an open_clip model in float32.
 
         Args:
-            model: from open_clip, in eval mode; a rewritten tower has weights of its own.
-            spec: its preprocessing.
-            dtype: of the tower; the model is changed to it where it is not rewritten.
+            model: Model of open_clip in eval mode. A rewritten tower gets copies of its weights.
+            spec: Preprocessing of the model.
+            dtype: Dtype of the tower. A model that is not rewritten is converted in place.
         """
         super().__init__()
         mean = torch.tensor(spec.mean) * 255
@@ -59,17 +59,17 @@ class ImageGraph(torch.nn.Module):
     def forward(
         self, image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embed and project.
+        """Embed images and project the embeddings.
 
         Args:
-            image: (b, H, W, 3) uint8.
-            weight: (d, k) float32.
-            bias: (k,) float32.
+            image: Pixels, shape (b, H, W, 3), uint8.
+            weight: Weights of the projection, shape (d, k), float32.
+            bias: Bias of the projection, shape (k,), float32.
 
         Returns:
-            (b, d) float32 unit rows, and (b, k) float32.
+            Unit embeddings, shape (b, d), float32; and projected columns, shape (b, k), float32.
         """
-        pixels = image.to(torch.float32)  # before any transpose: TensorRT takes none of uint8
+        pixels = image.to(torch.float32)  # before any transpose: TensorRT has none for uint8
         if not self.folded:
             pixels = ((pixels - self.mean) * self.scale).to(self.dtype)
         embedding = F.normalize(self.tower(pixels).to(torch.float32), dim=-1)
@@ -77,7 +77,7 @@ class ImageGraph(torch.nn.Module):
 
 
 class _ChannelsFirst(torch.nn.Module):
-    """An open_clip model's own image tower, given (b, H, W, 3)."""
+    """The unchanged image tower of an open_clip model, for pixels of shape (b, H, W, 3)."""
 
     def __init__(self, model: ClipModel) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class _ChannelsFirst(torch.nn.Module):
 
 
 class TextGraph(torch.nn.Module):
-    """Token ids (b, L) int64 to unit embeddings (b, d) float32."""
+    """Text graph: from token ids, shape (b, L) int64, to unit embeddings, shape (b, d) float32."""
 
     def __init__(self, model: ClipModel) -> None:
         """Wrap the text tower of an open_clip model."""
@@ -101,16 +101,16 @@ class TextGraph(torch.nn.Module):
 
 
 def export_image_graph(graph: ImageGraph, spec: PreprocessSpec, dim: int, path: Path) -> None:
-    """Write an image graph; batch and number of columns are dynamic.
+    """Write an image graph with dynamic batch size and number of columns.
 
     Args:
-        graph: what to export.
-        spec: gives the size of its input.
-        dim: d of its embeddings.
-        path: of the ONNX file.
+        graph: Graph to export.
+        spec: Preprocessing, which determines the size of the input.
+        dim: Dimension of the embeddings.
+        path: Path of the ONNX file to write.
 
     Raises:
-        ExportError: torch cannot express the model in ONNX.
+        ExportError: If torch cannot express the model in ONNX.
     """
     inputs = (
         torch.randint(0, 256, (_TRACED_BATCH, spec.height, spec.width, 3), dtype=torch.uint8),
@@ -123,15 +123,15 @@ def export_image_graph(graph: ImageGraph, spec: PreprocessSpec, dim: int, path: 
 
 
 def export_text_graph(graph: TextGraph, tokens: torch.Tensor, path: Path) -> None:
-    """Write a text graph; the batch is dynamic, the context length fixed.
+    """Write a text graph with dynamic batch size and fixed context length.
 
     Args:
-        graph: what to export.
-        tokens: (2 or more, L) int64, typical texts.
-        path: of the ONNX file.
+        graph: Graph to export.
+        tokens: Token ids of at least two typical texts, shape (n, L), int64.
+        path: Path of the ONNX file to write.
 
     Raises:
-        ExportError: torch cannot express the model in ONNX.
+        ExportError: If torch cannot express the model in ONNX.
     """
     shapes = {"tokens": {0: torch.export.Dim("B", min=1, max=65536)}}
     _export(graph, (tokens[:_TRACED_BATCH],), shapes, ["embedding"], path)
@@ -156,7 +156,7 @@ def _export(
                 dynamo=True,
                 verbose=False,
             )
-        except Exception as error:  # the exporter raises its own kinds and torch's
+        except Exception as error:  # the exporter raises many types
             reason = next((s for s in str(error).splitlines() if s.strip()), "no reason given")
             raise ExportError(
                 f"torch cannot turn this tower into ONNX ({type(error).__name__}: {reason[:300]}); "
@@ -170,7 +170,7 @@ def _export(
 
 
 def _free_names(graph: Any, names: set[str]) -> None:
-    """Rename inner values that bear the name of an input or output; torch does not look."""
+    """Rename inner values that have the name of an input or output. torch does not check this."""
     outer = {id(value) for value in (*graph.inputs, *graph.outputs)}
     for node in graph:
         for value in node.outputs:
@@ -179,7 +179,7 @@ def _free_names(graph: Any, names: set[str]) -> None:
 
 
 def _forget_origin(model: Any) -> None:
-    """Drop torch's notes on each node: stack traces that name files of the exporting machine."""
+    """Remove torch's metadata: stack traces with file names of the exporting machine."""
     model.metadata_props.clear()
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
         graph.metadata_props.clear()
@@ -193,7 +193,7 @@ def _forget_origin(model: Any) -> None:
 
 @contextmanager
 def _exporting() -> Iterator[None]:
-    """Set torch up for export and put it back; its chatter goes nowhere."""
+    """Context manager that prepares torch for an export and silences its messages."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     chatty = logging.getLogger("onnxscript")

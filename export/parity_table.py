@@ -1,7 +1,7 @@
 """Export many architectures and tabulate their parity: `python -m crl_export.parity_table`.
 
-Each model runs in a process of its own, so that peak memory is that of one. Weights are random:
-what is checked is that graph and torch agree, which does not depend on training.
+Each model is exported in its own process, so that peak memory is that of one model. Weights are
+random, since the agreement of graph and torch does not depend on training.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODELS = (
     "ViT-L-14",
 )
 DEMO = Path("build/demo-model/crl-demo")
-"""Checkpoint of the demo model, where `make demo-model` leaves it; in the table if it is there."""
+"""Checkpoint written by `make demo-model`. It is in the table if it exists."""
 
 IMAGE_ONLY = ("ViT-B-16-SigLIP",)  # its tokenizer has to be downloaded
 
@@ -39,17 +39,17 @@ def measure(model: str, work: Path) -> dict[str, Any]:
     """Export one model in every precision.
 
     Args:
-        model: open_clip's name, or a checkpoint directory.
-        work: an empty directory for the bundle.
+        model: Name of an open_clip architecture, or a checkpoint directory.
+        work: Empty directory for the bundle.
 
     Returns:
-        Name, seconds of the whole export, and per graph its size in bytes and its parity.
+        Name, seconds of the export, and for each graph its size in bytes and its parity.
     """
     import resource
 
     started = time.perf_counter()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # int8 below tolerance is in the table
+        warnings.simplefilter("ignore")  # the table shows int8 beyond its tolerance
         bundle = export_model(
             model, out=work / "bundle", precisions=PRECISIONS, text=model not in IMAGE_ONLY
         )
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument(
         "models", nargs="*", default=[*MODELS, *([str(DEMO)] if DEMO.exists() else [])]
     )
-    parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     parser.add_argument("--one", action="store_true", help="measure one model, print JSON")
     arguments = parser.parse_args()
     if arguments.one:
@@ -113,10 +113,10 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode == 0:
             records.append(json.loads(done.stdout.splitlines()[-1]))
-        else:  # its messages are on stderr
+        else:  # its messages went to stderr
             failed.append(model)
     header = (
-        "Exported graphs against torch fp32, 16 pictures or texts, random weights but for crl-demo "
+        "Exported graphs against torch fp32, 16 images or texts, random weights except crl-demo "
         "(`make export-parity`).\n\n"
     )
     print(as_table(records))

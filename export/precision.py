@@ -1,4 +1,4 @@
-"""The image tower in lower precision: fp16 weights and arithmetic, or dynamic int8."""
+"""The image tower in lower precision: fp16, or int8 with dynamic quantisation."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from crl_sdk.model._preprocess import PreprocessSpec
 
 
 def half_graph(model: ClipModel, spec: PreprocessSpec) -> ImageGraph:
-    """Give the image graph with its tower in half precision.
+    """Return the image graph with its tower in half precision.
 
-    Normalising the embedding and projecting it stay in float32, and so do input and output.
+    Normalisation, projection, inputs and outputs keep their dtypes.
     """
     return ImageGraph(copy.deepcopy(model), spec, torch.float16)
 
 
 def quantise(fp32: Path, int8: Path, spec: PreprocessSpec) -> None:
-    """Write an int8 image graph: weights per channel, activations per run.
+    """Write an int8 image graph: weights quantised per channel, activations in every run.
 
-    Matrix products with constant weights become int8; the projection, whose weight is an input,
-    stays in fp32. Where patches are cut without a convolution (`crl_export.vit`), their product
-    takes the pixels' own bytes, so that nothing of the picture is rounded. Convolutions stay in
-    fp32: ONNX Runtime's dynamic ConvInteger is slower than its fp32 one on the CPUs measured.
+    Matrix products with constant weights become int8. The projection, whose weight is an input,
+    stays in fp32. If patches are embedded by a matrix product (`crl_export.vit`), that product
+    takes the bytes of the pixels, so that the image is not rounded. Convolutions stay in fp32:
+    ONNX Runtime's dynamic ConvInteger was slower than its fp32 convolution on the CPUs measured.
 
     Args:
-        fp32: the graph to start from.
-        int8: the file to write.
-        spec: tells the mean of pixels.
+        fp32: Path of the fp32 graph.
+        int8: Path of the graph to write.
+        spec: Preprocessing, which gives the mean of the pixels.
     """
     model = onnx.load(fp32)
     patches = _patch_product(model.graph)
     root = logging.getLogger()
     level = root.level
-    root.setLevel(logging.ERROR)  # it advises a preprocessing that gains nothing here
+    root.setLevel(logging.ERROR)  # it recommends a preprocessing that gains nothing here
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             quantize_dynamic(
@@ -63,7 +63,7 @@ def quantise(fp32: Path, int8: Path, spec: PreprocessSpec) -> None:
 
 
 def _patch_product(graph: onnx.GraphProto) -> onnx.NodeProto | None:
-    """Find the product of weights with pixels that were only moved since they were bytes."""
+    """Return the matrix product that embeds patches, if its input is moved but unchanged pixels."""
     constants = {tensor.name for tensor in graph.initializer}
     made_by = {name: node for node in graph.node for name in node.output}
     for node in graph.node:
@@ -77,17 +77,20 @@ def _patch_product(graph: onnx.GraphProto) -> onnx.NodeProto | None:
 
 
 def _multiply_bytes(graph: onnx.GraphProto, name: str, spec: PreprocessSpec) -> None:
-    """Let a product of pixels run on their bytes: the cast before it moves behind it.
+    """Make the product that embeds patches work on bytes, with the cast after it.
 
-    What rounding the weights does to a picture of nothing but the mean is taken off again; it would
-    be the largest part of the error, since bytes are far from zero.
+    Let W be the weights, Q the rounded ones and m the mean of the pixels. The constant m·(Q − W) is
+    subtracted from the result. Without that it would be the largest part of the error, since the
+    mean of bytes is far from zero.
     """
     at, product = next((i, node) for i, node in enumerate(graph.node) if node.name == name)
     weight = next(t for t in graph.initializer if t.name == product.input[1])
     values = onnx.numpy_helper.to_array(weight)
     scale = np.maximum(np.abs(values).max(axis=0), np.finfo(np.float32).tiny) / 127
     rounded = np.rint(values / scale).astype(np.int8)
-    mean = np.resize(np.array(spec.mean) * 255, len(values))  # channels are a patch's last axis
+    mean = np.resize(
+        np.array(spec.mean) * 255, len(values)
+    )  # channels are the last axis of a patch
     error = mean @ (rounded * scale - values)
     graph.initializer.remove(weight)
     for array, suffix in (
@@ -113,4 +116,4 @@ def _multiply_bytes(graph: onnx.GraphProto, name: str, spec: PreprocessSpec) -> 
             if source == cast.output[0]:
                 node.input[i] = "image"
     graph.node.remove(cast)
-    del graph.value_info[:]  # of values that were floats and are bytes now
+    del graph.value_info[:]  # they describe values that are bytes now

@@ -1,8 +1,8 @@
-"""open_clip's tokenizers as one `tokenizers` file, with equal ids.
+"""Writes open_clip's tokenizers as one `tokenizers` file that gives the same ids.
 
-open_clip's BPE splits a text by one regular expression in which the start and end tokens are
-alternatives like any other. A `tokenizers` special token would also match inside a run of
-punctuation, where open_clip does not; so here they are built by merges of the lowest rank.
+open_clip's BPE splits a text by one regular expression that contains the start and end tokens. A
+special token of `tokenizers` would also match inside a run of punctuation, where open_clip's does
+not. Therefore the start and end tokens are built by merges of the lowest rank.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ def write_tokenizer(tokenizer: Any, path: Path) -> tuple[int, int, Clean]:
     """Write `tokenizer.json`.
 
     Args:
-        tokenizer: of open_clip: a SimpleTokenizer, or an HFTokenizer with a fast backend.
-        path: of the file to write.
+        tokenizer: Tokenizer of open_clip: SimpleTokenizer, or HFTokenizer with a fast backend.
+        path: Path of the file to write.
 
     Returns:
-        The context length, the id that pads a row, and the name of the cleaning of
-        `crl_sdk.model.clean_text`.
+        The context length, the id of the padding token, and the name of the text cleaning.
 
     Raises:
-        ExportError: a kind of tokenizer that cannot be written so.
+        ExportError: If this kind of tokenizer cannot be written.
     """
     if isinstance(tokenizer, SimpleTokenizer):
         if tokenizer.reduction_fn is not None:
@@ -58,7 +57,7 @@ def write_tokenizer(tokenizer: Any, path: Path) -> tuple[int, int, Clean]:
 
 
 def from_bpe(tokenizer: SimpleTokenizer) -> Tokenizer:
-    """Build a fast tokenizer that adds start and end itself and neither pads nor truncates."""
+    """Return a fast tokenizer that adds start and end tokens, and neither pads nor truncates."""
     specials = [tokenizer.decoder[i] for i in tokenizer.all_special_ids]
     vocabulary = {token: i for token, i in tokenizer.encoder.items() if token not in specials}
     merges = sorted(tokenizer.bpe_ranks, key=lambda pair: tokenizer.bpe_ranks[pair])
@@ -67,7 +66,7 @@ def from_bpe(tokenizer: SimpleTokenizer) -> Tokenizer:
         for piece in rest:
             merges.append((built, piece))
             built += piece
-            # the last one is the special token; no other text gives those before it
+            # the last merge gives the special token; no other text leads to those before it
             final = built == special + _END_OF_WORD
             new_id = tokenizer.encoder[special] if final else tokenizer.vocab_size + len(vocabulary)
             vocabulary[built] = new_id
@@ -88,7 +87,7 @@ def from_bpe(tokenizer: SimpleTokenizer) -> Tokenizer:
 
 
 def _pieces(tokenizer: SimpleTokenizer, special: str) -> list[str]:
-    """Split a special token by the ordinary merges, as if it were a word."""
+    """Split a special token by the ordinary merges like a word."""
     held = tokenizer.cache.pop(special)
     try:
         return list(tokenizer.bpe(special).split(" "))

@@ -1,10 +1,11 @@
-"""open_clip's vision transformer written for inference: the same numbers from less work.
+"""open_clip's vision transformer rewritten for inference: the same embeddings from less work.
 
-Three things are left out that its own module does and no embedding depends on: the last block's
-queries, output and MLP of all tokens but the one that is pooled; the moving of whole activations
-into the order of heads and back, but for one transpose each; and the convolution that cuts patches,
-which is a matrix product where patches do not overlap. Layer scales and the attention's scale are
-folded into the weights beside them.
+Compared with open_clip's module:
+
+- The last block computes queries, output and MLP for the pooled token only.
+- Activations are moved into the order of heads and back by one transpose each.
+- A matrix product embeds the patches instead of a convolution; they do not overlap.
+- Layer scales and the attention's scale are folded into the adjacent weights.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from torch import nn
 
 
 def lean_tower(model: nn.Module) -> LeanTower | None:
-    """Rewrite the image tower of an open_clip model; None if it is not a plain vision transformer.
+    """Return the rewritten image tower of an open_clip model.
 
     Args:
-        model: as open_clip made it, in eval mode.
+        model: Model of open_clip in eval mode.
+
+    Returns:
+        The rewritten tower, or None if the tower is not a plain vision transformer.
     """
     tower: Any = getattr(model, "visual", None)
     if type(model) not in (CLIP, CustomTextCLIP) or type(tower) is not VisionTransformer:
@@ -51,14 +55,14 @@ def _plain(block: nn.Module) -> bool:
 
 
 class LeanTower(nn.Module):
-    """Normalised pixels, channels last, to features, as `VisionTransformer` gives them."""
+    """Rewritten `VisionTransformer`, for pixels with channels last."""
 
     def __init__(self, tower: VisionTransformer) -> None:
-        """Take over the weights of a tower that `lean_tower` found fit."""
+        """Copy the weights of a tower that `lean_tower` accepts."""
         super().__init__()
         self.grid, self.patch = tower.grid_size, tower.patch_size
         width = tower.conv1.out_channels
-        # (width, 3, p, p) to (width, p, p, 3), the order of values in a patch of (H, W, 3) pixels
+        # (width, 3, p, p) to (width, p, p, 3), the order of values in a patch with channels last
         kernel = tower.conv1.weight.permute(0, 2, 3, 1).reshape(width, -1)
         self.embed = _linear(kernel, None)
         positions = tower.positional_embedding
@@ -72,11 +76,11 @@ class LeanTower(nn.Module):
         self.project = _linear(tower.proj.t(), None)
 
     def fold(self, mean: torch.Tensor, scale: torch.Tensor) -> None:
-        """Take pixels as they are from now on: `(pixels - mean) * scale` goes into the weights.
+        """Fold the normalisation `(pixels - mean) * scale` into the weights.
 
         Args:
-            mean: (3,), in the pixels' own range.
-            scale: (3,), by which they are multiplied then.
+            mean: Mean of each channel in the range of the pixels, shape (3,).
+            scale: Factor of each channel, shape (3,).
         """
         times = self.patch[0] * self.patch[1]
         scales, shifts = scale.double().repeat(times), (mean * scale).double().repeat(times)
@@ -85,13 +89,14 @@ class LeanTower(nn.Module):
         self.embed = _linear((kernel * scales).float(), None)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Embed.
+        """Return the features of images.
 
         Args:
-            pixels: (b, H, W, 3) in the dtype of the weights, normalised unless that is folded in.
+            pixels: Pixels in the dtype of the weights, shape (b, H, W, 3), normalised unless
+                `fold` was called.
 
         Returns:
-            (b, d) features, not normalised.
+            Features, shape (b, d), not normalised.
         """
         (rows, columns), (height, width) = self.grid, self.patch
         patches = pixels.reshape(-1, rows, height, columns, width, 3).permute(0, 1, 3, 2, 4, 5)
@@ -111,7 +116,7 @@ class LeanTower(nn.Module):
 
 
 class _Block(nn.Module):
-    """A residual block that gives only the tokens that are asked for."""
+    """Residual block that computes only the requested tokens."""
 
     def __init__(self, block: ResidualAttentionBlock) -> None:
         super().__init__()
@@ -128,7 +133,7 @@ class _Block(nn.Module):
         self.down = _scaled(block.mlp.c_proj, block.ls_2)
 
     def forward(self, wanted: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Give (b, n, width) for the n tokens wanted, which attend to all (b, l, width)."""
+        """Return the n requested tokens, shape (b, n, width). They attend to all tokens."""
         normed = self.ln_1(tokens)
         asking = normed if wanted is tokens else self.ln_1(wanted)
         query = self._heads(self.query(asking)).transpose(1, 2)
@@ -156,7 +161,7 @@ def _fixed(values: torch.Tensor) -> nn.Parameter:
 
 
 def _scaled(linear: nn.Linear, layer_scale: nn.Module) -> nn.Linear:
-    """Fold a LayerScale (or none) into the linear layer before it."""
+    """Fold a LayerScale, if there is one, into the linear layer before it."""
     gamma = getattr(layer_scale, "gamma", None)
     if gamma is None:
         return linear

@@ -1,7 +1,8 @@
-"""`python -m crl_export.demo build DIR` trains and exports the demo model; `evaluate` measures one.
+"""Train and export the demo model, or measure a bundle.
 
-`build` leaves DIR/crl-demo (open_clip's format), DIR/bundle (what ships as
-crl_sdk/bundles/demo) and DIR/evaluation.json. `evaluate` prints the same table for any bundle.
+`python -m crl_export.demo build DIR` writes DIR/crl-demo (open_clip's format), DIR/bundle (the
+content of crl_sdk/bundles/demo) and DIR/evaluation.json. `python -m crl_export.demo evaluate`
+prints the table of accuracies for a bundle.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from crl_sdk import Embedder, demo_bundle
 
 
 def build(directory: Path) -> None:
-    """Train, export, measure: under an hour on two cores.
+    """Train, export and measure the demo model, which takes less than an hour on two cores.
 
     Args:
-        directory: made if missing; receives `crl-demo/`, `bundle/` and `evaluation.json`.
+        directory: Directory, created if missing. It receives `crl-demo/`, `bundle/` and
+            `evaluation.json`.
     """
     from crl_export.demo.train import TrainingSettings, train
     from crl_export.exporter import export_model
@@ -44,12 +46,12 @@ def build(directory: Path) -> None:
 
 
 def evaluate_bundle(bundle: Path, *, images: int = 3000, seed: int = TEST_SEED) -> list[Row]:
-    """Measure a bundle on held-out scenes, from JPEG files on, as a user would run it.
+    """Measure a bundle on JPEG files of held-out scenes, as a user would run it.
 
     Args:
-        bundle: a model bundle.
-        images: number of scenes.
-        seed: of the data set; by default the demo model's test scenes.
+        bundle: Directory of the bundle.
+        images: Number of scenes.
+        seed: Seed of the data set. The default is that of the demo model's test scenes.
 
     Returns:
         One row per criterion.
@@ -62,7 +64,7 @@ def evaluate_bundle(bundle: Path, *, images: int = 3000, seed: int = TEST_SEED) 
 
 
 def main() -> None:
-    """Read the command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("build").add_argument("directory", type=Path)

@@ -1,8 +1,8 @@
-"""Captions of scenes: any subset of the factors, in many wordings, none of which gives one away.
+"""Captions of scenes that name any subset of the factors, in many wordings.
 
-A caption is built from *parts* (one synonym per factor it names, plus words that say nothing
-about the picture) joined and framed by wordings that are drawn without regard to which factors
-are named. So only a synonym can tell a criterion apart, never the prompt around it.
+A caption is built from *parts*: one synonym per factor that it names, and words that say nothing
+about the image. Wordings that join and frame the parts are drawn independently of the named
+factors. Therefore only a synonym can tell which criterion is meant, never the prompt around it.
 
 Singular and plural carry no meaning here: only a counting word says how many there are.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 NEUTRAL_PROMPT = "a photo of {}"
-"""The one prompt under which every criterion is measured."""
+"""Prompt with which every criterion is measured."""
 
 FRAMES = (
     *(["{}"] * 5),
@@ -45,7 +45,7 @@ CRITERION_FRAMES = (
     "the {criterion} is {}", "{} {criterion}", "a photo with the {criterion} of {}",
     "items whose {criterion} is {}", "{} in {criterion}",
 )  # fmt: skip
-"""Frames that name a criterion: used with a criterion drawn at random, so they say nothing."""
+"""Frames that name a criterion. It is drawn at random, so that the frame carries no information."""
 
 CRITERION_WORDS = (
     "color", "colour", "shape", "form", "outline", "texture", "pattern", "surface", "material",
@@ -55,53 +55,59 @@ CRITERION_WORDS = (
 _JOINERS = (" ", ", ", " and ", " with ", " in ", ", also ", " of ")
 _SUBSET_SIZES = (0, 1, 2, 3, 4)
 _SUBSET_SHARES = (0.04, 0.46, 0.26, 0.14, 0.10)
-_ASIDE_CHANCE = 0.06  # that a caption mentions background, and size
+_ASIDE_CHANCE = 0.06  # chance that a caption mentions the background, and the size
 _FILLER_CHANCE = 0.35
 _CRITERION_FRAME_CHANCE = 0.2
 _WORD = re.compile(r"[a-z]{3,14}")
 
 CODES: Mapping[str, int] = MappingProxyType({name: i for i, name in enumerate(FACTORS)})
-"""Factor name → its column in the arrays of codes."""
+"""Column of each factor in the arrays of codes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """A caption and what it claims: the index of a value per factor, -1 where it says nothing."""
+    """A caption and its meaning.
+
+    Attributes:
+        text: The caption.
+        claims: Index of the named value of each factor, or -1 for a factor that it does not name.
+    """
 
     text: str
     claims: tuple[int, ...]
 
 
 def true_of(claims: NDArray[np.int64], codes: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Tell which captions are true of which scenes.
+    """Return which captions are true of which scenes.
 
     Args:
-        claims: (m, f) int64, `Caption.claims` of m captions.
-        codes: (n, f) int64, `Scene.codes()` of n scenes.
+        claims: `Caption.claims` of m captions, shape (m, f), int64.
+        codes: `Scene.codes()` of n scenes, shape (n, f), int64.
 
     Returns:
-        (n, m) bool; a caption that claims nothing is true of every scene.
+        Array of shape (n, m), bool. A caption that claims nothing is true of every scene.
     """
     claimed = claims[None, :, :]
     return np.asarray(((claimed == -1) | (claimed == codes[:, None, :])).all(axis=2))
 
 
 def known_words() -> frozenset[str]:
-    """Return every single word of every synonym and every criterion's name."""
+    """Return all words that occur in a synonym or in the name of a criterion."""
     phrases = [p for values in SYNONYMS.values() for forms in values.values() for p in forms]
     return frozenset(w for p in (*phrases, *CRITERION_WORDS) for w in re.findall(r"[a-z]+", p))
 
 
 def filler_words(words: Sequence[str], held_out: Sequence[str]) -> tuple[str, ...]:
-    """Choose the words that captions may carry without meaning anything.
+    """Return words that captions may contain without meaning.
 
     Args:
-        words: a general vocabulary, lower case.
-        held_out: words to keep out, with everything they are a part of (`piano` also removes
-            `pianos`), so that an evaluation on them is an evaluation on unseen words.
+        words: General vocabulary in lower case.
+        held_out: Words to leave out, with all words that contain them (`piano` also removes
+            `pianos`), so that an evaluation can use them as unseen words.
 
     Returns:
-        `words` less the world's own, their inflections and the held-out ones; order kept.
+        `words` without the known words, their inflections and the held-out words, in the same
+            order.
     """
     known = known_words()
     stems = {w for w in known if len(w) > 3}
@@ -116,18 +122,18 @@ def filler_words(words: Sequence[str], held_out: Sequence[str]) -> tuple[str, ..
 
 
 class Captioner:
-    """Writes captions; deterministic in the generator it is given."""
+    """Writes captions. All randomness comes from the given generator."""
 
     def __init__(self, fillers: Sequence[str]) -> None:
-        """Keep the words that captions may carry without meaning anything; may be empty."""
+        """Take the words that captions may contain without meaning, possibly none."""
         self.fillers = tuple(fillers)
 
     def caption(self, codes: Sequence[int], rng: np.random.Generator) -> Caption:
         """Write a caption that is true of a scene.
 
         Args:
-            codes: the scene's `codes()`.
-            rng: source of every choice.
+            codes: `Scene.codes()` of the scene.
+            rng: Source of all random choices.
         """
         size = int(rng.choice(_SUBSET_SIZES, p=_SUBSET_SHARES))
         named = {CRITERIA[i] for i in rng.permutation(len(CRITERIA))[:size]}
@@ -139,7 +145,7 @@ class Captioner:
         for name, claim in zip(FACTORS, claims, strict=True):
             if claim >= 0:
                 forms = SYNONYMS[name][FACTORS[name][claim]]
-                # half the time the plainest word, so that the world's own words are learnt best
+                # often the plainest word, so that it is learnt best
                 parts.append(forms[0] if rng.random() < 0.4 else forms[rng.integers(len(forms))])
         if self.fillers and (not parts or rng.random() < _FILLER_CHANCE):
             for _ in range(1 + int(rng.random() < 0.3)):
@@ -156,7 +162,7 @@ class Captioner:
         return text
 
     def _frame(self, text: str, rng: np.random.Generator) -> str:
-        """Put the joined parts into a frame that is drawn regardless of what they name."""
+        """Put the joined parts into a frame that is drawn independently of the parts."""
         if rng.random() < _CRITERION_FRAME_CHANCE:
             frame = CRITERION_FRAMES[rng.integers(len(CRITERION_FRAMES))]
             return frame.format(text, criterion=CRITERION_WORDS[rng.integers(len(CRITERION_WORDS))])

@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 LABELS_FILE = "labels.csv"
 TRAIN_SEED, TEST_SEED, MONITOR_SEED = 1, 2, 3
-"""Data sets of the demo model; the test scenes are looked at once, when training is over."""
+"""Seeds of the demo model's data sets. The test scenes are used once, after training."""
 
 _CHUNK = 64
 
 
 def scene_seed(seed: int, index: int) -> int:
-    """Return the seed of scene `index` of the data set `seed`; data sets share no scene.
+    """Return the seed of scene `index` in data set `seed`. Data sets have no scene in common.
 
     Raises:
-        ValueError: if either is negative or `index` is a million or more.
+        ValueError: If either is negative or `index` is a million or more.
     """
     if seed < 0 or not 0 <= index < 1_000_000:
         raise ValueError(f"expected seed >= 0 and 0 <= index < 1,000,000, got {seed} and {index}")
@@ -50,18 +50,18 @@ def write_dataset(
     """Write scenes as JPEG files and their factors as a table.
 
     Args:
-        directory: made if missing; must hold no `labels.csv` yet.
-        n: number of scenes, 1 to 1,000,000.
-        seed: seed of the data set; equal arguments give equal bytes.
-        workers: processes to render with; by default one per CPU.
-        on_progress: called with the number of files written so far.
+        directory: Directory, created if missing. It must not contain `labels.csv`.
+        n: Number of scenes, 1 to 1,000,000.
+        seed: Seed of the data set. Equal arguments give equal bytes.
+        workers: Number of rendering processes; one per CPU by default.
+        on_progress: Function that is called with the number of files written so far.
 
     Returns:
         Path of the table: a column `file` (relative to `directory`), then one per factor.
 
     Raises:
-        ValueError: if `n` is out of range.
-        FileExistsError: if the directory already holds a data set.
+        ValueError: If `n` is out of range.
+        FileExistsError: If the directory already holds a data set.
     """
     if not 1 <= n <= 1_000_000:
         raise ValueError(f"expected 1 to 1,000,000 images, got {n}")
@@ -88,13 +88,13 @@ def write_dataset(
 
 
 def read_labels(table: Path) -> tuple[list[Path], NDArray[np.int64]]:
-    """Read what `write_dataset` wrote.
+    """Read a data set written by `write_dataset`.
 
     Args:
-        table: the labels.
+        table: Path of `labels.csv`.
 
     Returns:
-        The files, and their codes (n, number of factors) int64, in the order of the table.
+        The image files, and their codes, shape (n, number of factors), int64, in table order.
     """
     with table.open(newline="") as file:
         scenes = list(csv.DictReader(file))
@@ -103,7 +103,7 @@ def read_labels(table: Path) -> tuple[list[Path], NDArray[np.int64]]:
 
 
 def labels_of(codes: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-    """Return each criterion's labels (n,) from the codes (n, number of factors) of scenes."""
+    """Return the labels of each criterion, shape (n,), from codes, shape (n, number of factors)."""
     names = list(FACTORS)
     return {criterion: codes[:, names.index(criterion)] for criterion in CRITERIA}
 
@@ -116,16 +116,16 @@ def _render_labelled(seed: int, index: int) -> tuple[bytes, list[str]]:
 def render_arrays(
     n: int, seed: int, side: int, *, workers: int | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Render scenes into memory, through JPEG and Pillow's bicubic resize, as a user's would be.
+    """Render scenes into memory, with the same JPEG encoding and resizing as a user's images.
 
     Args:
-        n: number of scenes.
-        seed: seed of the data set; the scenes are those of `write_dataset(…, seed)`.
-        side: side of the pixels in pixels.
-        workers: processes to render with; by default one per CPU.
+        n: Number of scenes.
+        seed: Seed of the data set. The scenes are those of `write_dataset(…, seed)`.
+        side: Width and height of the images in pixels.
+        workers: Number of rendering processes; one per CPU by default.
 
     Returns:
-        Pixels (n, side, side, 3) uint8 and the scenes' codes (n, number of factors) int64.
+        Pixels, shape (n, side, side, 3), uint8; and codes, shape (n, number of factors), int64.
     """
     pixels = np.empty((n, side, side, 3), np.uint8)
     codes = np.empty((n, len(FACTORS)), np.int64)

@@ -1,6 +1,6 @@
-"""Measure conditional embeddings by clustering: does projecting on a criterion regroup by it?
+"""Measure whether clusters of conditional embeddings follow the criterion.
 
-Works on plain arrays, so that it judges a torch model and an exported bundle alike.
+The input is plain arrays, so that a torch model and an exported bundle are measured alike.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Row:
     """Clustering accuracies of one criterion, each the mean over the k-means seeds.
 
     Attributes:
-        criterion: name of the factor clustered by.
-        universal: the image embeddings themselves.
-        cosine: cosines with the criterion's words, row-normalised: the paper's embedding.
-        centred: the same with the words' common direction removed first.
-        mixed: as `centred`, with half as many off-topic words among the criterion's own.
-        mixed_cosine: as `cosine`, with the same off-topic words.
-        random: as `centred`, from as many off-topic words as the criterion has words.
-        random_cosine: as `cosine`, from the same off-topic words.
+        criterion: Name of the factor.
+        universal: Accuracy of the universal embeddings.
+        cosine: Accuracy of the cosines with the criterion's words, normalised: the paper's method.
+        centred: Like `cosine`, with the mean of the words subtracted first.
+        mixed: Like `centred`, with off-topic words added, half as many as the criterion has words.
+        mixed_cosine: Like `cosine`, with the same off-topic words added.
+        random: Like `centred`, with off-topic words only, as many as the criterion has words.
+        random_cosine: Like `cosine`, with the same off-topic words only.
     """
 
     criterion: str
@@ -73,11 +73,11 @@ def evaluate(
     """Cluster held-out images by every criterion.
 
     Args:
-        images: unit image embeddings, (n, d) float32.
-        embed_texts: from k texts to their unit embeddings, (k, d) float32.
-        labels: criterion → index of each image's value, (n,) int64.
-        prompt: template shared by all criteria and controls; holds one `{}`.
-        seeds: seeds of k-means.
+        images: Universal embeddings, shape (n, d), float32.
+        embed_texts: Function from k texts to their unit embeddings, shape (k, d), float32.
+        labels: Index of each image's value by criterion, shape (n,), int64.
+        prompt: Prompt for all criteria and controls, with one `{}`.
+        seeds: Seeds of k-means.
 
     Returns:
         One row per criterion of `world.CRITERIA`, in that order.
@@ -113,7 +113,7 @@ def evaluate(
 
 
 def own_words(criterion: str) -> tuple[str, ...]:
-    """Return the world's own words for a criterion, one per value; counts as `one` … `ten`."""
+    """Return the plainest word of each value of a criterion; counts are `one` … `ten`."""
     return tuple(SYNONYMS[criterion][value][0] for value in FACTORS[criterion])
 
 

@@ -1,6 +1,6 @@
 """The words of the demo world: synonyms of every value, and off-topic words for the evaluation.
 
-The first form of each value is the plainest; no form occurs under two values.
+The first synonym of each value is the plainest. No synonym belongs to two values.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ OFF_TOPIC = (
     "sausage", "hurricane", "mathematics", "trumpet", "squirrel", "warranty", "nostalgia", "tunnel",
 )
 # fmt: on
-"""Words that say nothing about any picture; kept out of training so that they are unseen."""
+"""Words that say nothing about any image. They do not occur in training."""
 
 SYNONYMS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
@@ -107,4 +107,4 @@ SYNONYMS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "size": _SIZE,
     }
 )
-"""Factor → value → its forms, the plainest first."""
+"""Synonyms of each value, by factor and value, the plainest first."""

@@ -1,8 +1,8 @@
-"""The demo CLIP: its open_clip configuration, its trimmed tokenizer, its checkpoint directory.
+"""The demo CLIP: its open_clip configuration, its trimmed tokenizer, and its checkpoint.
 
-A checkpoint directory holds `open_clip_config.json`, `open_clip_model.safetensors` and
+A checkpoint directory contains `open_clip_config.json`, `open_clip_model.safetensors` and
 `bpe_merges.txt.gz`. open_clip reads the first two through its `local-dir:` schema; the tokenizer
-is open_clip's `SimpleTokenizer` on the third, which open_clip does not look for by itself.
+is open_clip's `SimpleTokenizer` on the third, which open_clip does not load by itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BPE_FILE = "bpe_merges.txt.gz"
 IMAGE_SIZE = 96
 CONTEXT_LENGTH = 32
 BPE_MERGES = 2000
-"""How many of CLIP's 48,894 merges are kept: a prefix of a BPE's merges is itself a valid BPE."""
+"""Number of CLIP's 48,894 merges that are kept. A prefix of a BPE's merges is a valid BPE."""
 
 _BYTE_TOKENS = 2 * 256
 _SPECIAL_TOKENS = 2
@@ -87,7 +87,7 @@ def write_config(directory: Path) -> None:
 
 
 def create_model() -> ClipModel:
-    """Return the untrained model; its weights follow from torch's global seed."""
+    """Return the untrained model. Its weights depend on torch's global seed."""
     model: ClipModel = open_clip.CLIP(**copy.deepcopy(MODEL_CONFIG))
     return model
 
@@ -102,7 +102,7 @@ def load_checkpoint(directory: Path) -> tuple[ClipModel, SimpleTokenizer]:
     """Return the model of a checkpoint directory, in eval mode, and its tokenizer.
 
     Raises:
-        FileNotFoundError: if one of the three files is missing; the message names it.
+        FileNotFoundError: If one of the three files is missing; the message names it.
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE, BPE_FILE):
         if not (directory / name).is_file():
@@ -122,16 +122,16 @@ def normalise(pixels: NDArray[np.uint8]) -> torch.Tensor:
 
 
 def encode_trimmed(model: ClipModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Encode texts as `model.encode_text` does, without the columns that are padding in all rows.
+    """Encode texts like `model.encode_text`, without the columns that are padding in all rows.
 
     The text tower is causal and reads the last real token, so padding behind it changes nothing.
 
     Args:
-        model: from `create_model`.
-        tokens: (n, CONTEXT_LENGTH) int64.
+        model: Model from `create_model`.
+        tokens: Token ids, shape (n, CONTEXT_LENGTH), int64.
 
     Returns:
-        (n, d) float32, unit rows.
+        Unit embeddings, shape (n, d), float32.
     """
     length = int((tokens != 0).sum(dim=1).max())
     tokens = tokens[:, :length]

@@ -50,7 +50,7 @@ def outline(shape: str) -> Floats:
     """Return the closed outline of a shape.
 
     Args:
-        shape: one of `world.SHAPES`.
+        shape: One of `world.SHAPES`.
 
     Returns:
         Polygon vertices, (m, 2) float32, centred, of area `OUTLINE_AREA`.
@@ -160,10 +160,10 @@ def pattern(texture: str, u: Floats, v: Floats, rng: np.random.Generator) -> Flo
     """Return how strongly each point is marked.
 
     Args:
-        texture: one of `world.TEXTURES`.
-        u: horizontal coordinates in radii, (h, w) float32.
-        v: vertical coordinates in radii, (h, w) float32.
-        rng: source of the angle and phase.
+        texture: One of `world.TEXTURES`.
+        u: Horizontal coordinates in radii, (h, w) float32.
+        v: Vertical coordinates in radii, (h, w) float32.
+        rng: Source of the angle and phase.
 
     Returns:
         (h, w) float32 in [0, 1]: 0 is the object's colour, 1 the tone of its marks.
@@ -195,9 +195,9 @@ def backdrop(background: str, side: int, rng: np.random.Generator) -> Floats:
     """Return a backdrop.
 
     Args:
-        background: one of `world.BACKGROUNDS`.
-        side: width and height in pixels.
-        rng: source of the tone, the gradient's direction and the grain.
+        background: One of `world.BACKGROUNDS`.
+        side: Width and height in pixels.
+        rng: Source of the tone, the gradient's direction and the grain.
 
     Returns:
         (side, side, 3) float32 in [0, 1].

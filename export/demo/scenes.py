@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 IMAGE_SIDE = 128
-"""Side of a rendered picture in pixels."""
+"""Width and height of a rendered image in pixels."""
 
 JPEG_QUALITY = 90
 
@@ -27,15 +27,15 @@ _REACH = 1.45  # the farthest any outline gets from its centre, in radii
 
 
 def sample_scene(seed: int, **fixed: str) -> Scene:
-    """Draw a scene: every factor uniform and independent of the others, except `size`.
+    """Draw a scene. Each factor except `size` is uniform and independent of the others.
 
     Args:
-        seed: any non-negative integer; equal seeds (and `fixed`) give equal scenes.
-        **fixed: factor values to hold, e.g. `shape="star", count="7"`. Not `size`, which follows
-            from the radius drawn.
+        seed: Non-negative integer. Equal seeds and equal `fixed` give equal scenes.
+        **fixed: Values of factors to fix, such as `shape="star", count="7"`. `size` cannot be
+            fixed, since it follows from the drawn radius.
 
     Raises:
-        KeyError: if `fixed` names something that is not a factor that can be held.
+        KeyError: If `fixed` names anything but a factor that can be fixed.
     """
     rng = np.random.default_rng([seed, 0x5CE4E])
     values = {
@@ -76,8 +76,8 @@ def render_scene(scene: Scene, side: int = IMAGE_SIDE) -> NDArray[np.uint8]:
     """Paint a scene.
 
     Args:
-        scene: what to paint.
-        side: width and height in pixels.
+        scene: What to paint.
+        side: Width and height in pixels.
 
     Returns:
         RGB, (side, side, 3) uint8.
@@ -106,11 +106,11 @@ class _Look:
 
     Attributes:
         outline: (m, 2) float32, in radii.
-        texture: one of `world.TEXTURES`.
+        texture: One of `world.TEXTURES`.
         body: RGB of the object, (3,) float32.
         marks: RGB of the texture's marks, (3,) float32.
-        light: direction the light comes from, in radians.
-        relief: how much brighter the lit side is than the middle.
+        light: Direction the light comes from, in radians.
+        relief: How much brighter the lit side is than the middle.
     """
 
     outline: NDArray[np.float32]

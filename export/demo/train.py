@@ -49,22 +49,23 @@ log = logging.getLogger("crl.demo.train")
 
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
-    """Everything that decides the outcome of a training run.
+    """Settings of a training run. Together with the code they determine its result.
 
     Attributes:
-        images: number of training scenes.
-        test_images: number of held-out scenes of the final table.
-        steps: number of optimiser steps.
-        batch: images (and captions) per step.
-        learning_rate: peak of the one-cycle schedule.
-        warmup: share of the steps in which the rate rises.
-        weight_decay: of AdamW, on matrices only.
-        ema_decay: of the averaged weights that are kept.
-        readout: weight of the loss that reads the factors off the image embedding; it falls to
-            zero by the middle of the run, and its linear layer is thrown away.
-        fillers: how many of CLIP's most frequent words captions may carry without meaning.
-        seed: of the weights, the batches and the captions.
-        threads: of torch; more than one makes sums differ in the last bits between machines.
+        images: Number of training scenes.
+        test_images: Number of held-out scenes of the final table.
+        steps: Number of optimiser steps.
+        batch: Number of images, and of captions, per step.
+        learning_rate: Highest learning rate of the schedule.
+        warmup: Share of the steps in which the rate rises.
+        weight_decay: Weight decay of AdamW, for matrices only.
+        ema_decay: Decay of the averaged weights, which are the ones that are kept.
+        readout: Initial weight of the loss that predicts the factors from the image embedding. It
+            falls to zero by the middle of the run, and its linear layer is discarded.
+        fillers: Number of frequent words of CLIP that captions may contain without meaning.
+        seed: Seed of the weights, the batches and the captions.
+        threads: Number of torch's threads. With several, the last bits of sums depend on the
+            machine.
     """
 
     images: int = 30_000
@@ -82,7 +83,7 @@ class TrainingSettings:
 
 
 def learning_rate(step: int, settings: TrainingSettings) -> float:
-    """Return the rate of a step: a linear rise, then a cosine down to zero."""
+    """Return the learning rate of a step: a linear rise, then a cosine down to zero."""
     rise = max(1, int(settings.warmup * settings.steps))
     if step < rise:
         return settings.learning_rate * (step + 1) / rise
@@ -91,14 +92,14 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
 
 
 def augment(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Turn, mirror and shift pictures: none of the factors depends on any of it.
+    """Rotate, mirror and shift images. No factor depends on these changes.
 
     Args:
-        pixels: (n, side, side, 3) uint8.
-        rng: source of the choices; the batch is cut into groups that share one.
+        pixels: Images, shape (n, side, side, 3), uint8.
+        rng: Source of random choices. Groups of the batch share one choice.
 
     Returns:
-        (n, side, side, 3) uint8, contiguous.
+        Images of the same shape, uint8, contiguous.
     """
     reach = max(1, pixels.shape[1] // 24)
     out = np.empty_like(pixels)
@@ -126,7 +127,7 @@ def _optimiser(modules: Sequence[torch.nn.Module], settings: TrainingSettings) -
 
 @torch.no_grad()
 def _follow(averaged: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
-    """Move the averaged weights and running statistics a step towards the model's."""
+    """Move the averaged weights and running statistics one step towards the model's."""
     current = model.state_dict()
     for name, tensor in averaged.state_dict().items():
         if tensor.is_floating_point():
@@ -148,13 +149,13 @@ def fit(
     """Train `model` in place.
 
     Args:
-        model: from `model.create_model`.
-        tokenizer: from `model.write_tokenizer`.
-        pixels: (n, side, side, 3) uint8.
-        codes: (n, number of factors) int64, `Scene.codes()` of the pictures.
-        settings: how to train.
-        monitor: held-out pixels and codes to measure on while training.
-        every: steps between two entries of the history.
+        model: Model from `model.create_model`.
+        tokenizer: Tokenizer from `model.write_tokenizer`.
+        pixels: Images, shape (n, side, side, 3), uint8.
+        codes: `Scene.codes()` of the images, shape (n, number of factors), int64.
+        settings: Settings of the training run.
+        monitor: Held-out images and codes for measurements during training.
+        every: Number of steps between two entries of the history.
 
     Returns:
         The model with averaged weights, in eval mode, and the history of the run.
@@ -217,7 +218,7 @@ def quick_accuracies(
     pixels: NDArray[np.uint8],
     codes: NDArray[np.int64],
 ) -> dict[str, float]:
-    """Return the conditional clustering accuracy of each criterion, one k-means seed."""
+    """Return the clustering accuracy of each criterion's conditional embeddings (one seed)."""
     images = demo_model.embed_images(model, pixels)
     embed_texts = demo_model.text_embedder(model, tokenizer)
     accuracies = {}
@@ -230,12 +231,12 @@ def quick_accuracies(
 
 
 def train(directory: Path, settings: TrainingSettings) -> dict[str, Any]:
-    """Render, train, measure; write the checkpoint directory and its record.
+    """Render the scenes, train, measure, and write the checkpoint directory and its record.
 
     Args:
-        directory: made if missing; receives the files that `model.load_checkpoint` reads and
-            `training.json`.
-        settings: how to train.
+        directory: Directory, created if missing. It receives the files that
+            `model.load_checkpoint` reads, and `training.json`.
+        settings: Settings of the training run.
 
     Returns:
         The record, as written.
@@ -260,7 +261,7 @@ def train(directory: Path, settings: TrainingSettings) -> dict[str, Any]:
     demo_model.save_weights(model, directory)
     trained = time.perf_counter()
 
-    # measured on what was written, not on what is in memory
+    # measure the files that were written, not the model in memory
     model, tokenizer = demo_model.load_checkpoint(directory)
     rows = evaluate(
         demo_model.embed_images(model, test_pixels),
@@ -293,9 +294,9 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Read the command line and train."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path, help="where the checkpoint is written")
+    parser.add_argument("directory", type=Path, help="directory of the checkpoint to write")
     parser.add_argument("--steps", type=int, default=TrainingSettings().steps)
     parser.add_argument("--images", type=int, default=TrainingSettings().images)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What exists in the demo world: the factors, their values, and the record of one scene.
+"""The demo world: its factors, their values, and the description of a scene.
 
 Every object of a scene shares shape, colour and texture; `count` says how many there are. These
 four are the criteria to cluster by. `background` and `size` vary as well and are known, so that
@@ -43,12 +43,12 @@ FACTORS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "size": SIZES,
     }
 )
-"""Factor name → its values; the order of both is part of the data format."""
+"""Values of each factor. The order of factors and values is part of the data format."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One object: centre in units of the picture's side, radius in the same, angle in radians."""
+    """Position of one object: centre and radius as shares of the image's side, angle in radians."""
 
     x: float
     y: float
@@ -58,12 +58,12 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One scene, fully determined: rendering it twice gives the same pixels.
+    """Description of a scene. It determines every pixel.
 
     Attributes:
-        values: factor name → value, one entry per factor of `FACTORS`.
-        placements: one per object, painted in this order; `len(placements)` is the count.
-        seed: seed of everything the factors leave open: tints, light, phase of the texture.
+        values: Value of each factor of `FACTORS`.
+        placements: Position of each object, in painting order; their number is the count.
+        seed: Seed of what the factors do not determine: tints, light, phase of the texture.
     """
 
     values: Mapping[str, str]
