@@ -56,9 +56,8 @@ def parse_ready_line(output: str) -> LocalServer | None:
     Returns:
         The facts in that line, or None if it is not there yet.
     """
-    for line in output.splitlines(keepends=True):
-        if not line.endswith("\n"):
-            return None  # the end of the line is still to come
+    *lines, _ = output.split("\n")  # the last line has no end yet; `splitlines` splits at more
+    for line in lines:
         try:
             ready: Any = json.loads(line)
         except ValueError:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -28,6 +29,8 @@ from crl_sdk.errors import InvalidInputError, MissingDependencyError
 
 if TYPE_CHECKING:
     from crl_sdk.serving import RunningServer
+
+_log = logging.getLogger(__name__)
 
 
 def serve(
@@ -142,4 +145,11 @@ def _print_ready_line(server: RunningServer) -> None:
         "engine": embedder.engine,
         "pid": os.getpid(),
     }
-    print(json.dumps(ready), flush=True)
+    try:
+        print(json.dumps(ready), flush=True)
+    except OSError as error:  # the reader of stdout has gone, or the disk is full
+        _log.warning("the ready line could not be printed (%s)", error.strerror)
+        # The line is still in the buffer. Writing it at exit would fail again, with status 120.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import grpc
@@ -13,6 +14,9 @@ ERROR_KEY = "crl-error"
 
 RETRY_KEY = "retry-after-ms"
 """Trailer with the milliseconds after which an overloaded server should be called again."""
+
+_DEFAULT_RETRY_MS = 100
+_MILLISECONDS = re.compile(r"[0-9]{1,9}")
 
 _CODES: dict[type[errors.CrlError], grpc.StatusCode] = {
     errors.CrlError: grpc.StatusCode.INTERNAL,
@@ -86,7 +90,9 @@ def error_from_status(
     trailers = {key: value for key, value in metadata or () if isinstance(value, str)}
     kind = _BY_NAME.get(trailers.get(ERROR_KEY, "")) or _FALLBACKS.get(code, errors.ServiceError)
     if issubclass(kind, errors.OverloadedError):
-        return kind(message, retry_after=int(trailers.get(RETRY_KEY, "100")) / 1000)
+        sent = trailers.get(RETRY_KEY, "")
+        milliseconds = int(sent) if _MILLISECONDS.fullmatch(sent) else _DEFAULT_RETRY_MS
+        return kind(message, retry_after=milliseconds / 1000)
     if kind is errors.ServiceError or kind is errors.CrlError:
         return errors.ServiceError(f"{code.name}: {message}")
     return kind(message)

@@ -56,4 +56,9 @@ def decode_tensor(tensor: embedding_pb2.Tensor) -> NDArray[Any]:
         raise InvalidInputError(
             f"expected {expected} bytes for shape {shape} of {dtype}, got {len(tensor.data)}"
         )
-    return np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
+    try:
+        return np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
+    except (ValueError, OverflowError) as error:  # NumPy bounds the sizes and their number
+        raise InvalidInputError(
+            f"expected the shape of an array, got {shape[:8]} ({error})"
+        ) from error

@@ -167,8 +167,10 @@ class Batcher:
         """
         now = time.monotonic()
         with self._changed:
-            if self.failed is not None:
-                raise self.failed
+            failed = self.failed  # read once: the engine's thread may reset it at any time
+            if failed is not None:
+                # Always a new error: the traceback of one that is raised again and again grows.
+                raise EngineError(str(failed))
             if self._stopping:
                 raise EngineError("the server is shutting down: send the request to another one")
             items = [

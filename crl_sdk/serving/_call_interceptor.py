@@ -176,7 +176,8 @@ def _begin(context: Any) -> float:
 
 async def _abort_if_unexpected(context: Any, method: str, error: BaseException) -> None:
     """Log an unexpected exception and end the call with INTERNAL."""
-    expected = isinstance(error, grpc.aio.AbortError | asyncio.CancelledError | GeneratorExit)
+    # gRPC raises InternalError if the client has gone before its status could be sent.
+    expected = isinstance(error, grpc.aio.AbortError | grpc.aio.InternalError)
     if expected or not isinstance(error, Exception):
         return
     await context.abort(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import hashlib
 import threading
@@ -22,6 +23,8 @@ from crl_sdk.serving._batcher import Batcher, EmbeddedImage
 from crl_sdk.serving._cache import EmbeddingCache
 from crl_sdk.serving._cpu_turns import CpuTurns, NoTurns
 from crl_sdk.serving._results import EmbedResult, ImageOutcome, ImageSource, RequestTiming
+
+_CLOSED = "the embedder was closed while the server used it: restart the server"
 
 
 class Pipeline:
@@ -156,9 +159,24 @@ class Pipeline:
                     timing.preprocess_seconds = time.monotonic() - started
                     self._enqueue(decoded, futures, deadline, client)
 
+        def fail(error: BaseException) -> None:
+            for future in futures:
+                if not future.done():
+                    future.set_exception(error)
+
+        def check(task: concurrent.futures.Future[None]) -> None:
+            # An image that is never decoded must fail the request, which would wait for it.
+            error = EngineError(_CLOSED) if task.cancelled() else task.exception()
+            if error is not None:
+                with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
+                    loop.call_soon_threadsafe(fail, error)
+
         self._turns.announce(len(missing))
-        for i in range(len(missing)):
-            self.embedder.decode_pool.submit(decode, i)
+        try:
+            for i in range(len(missing)):
+                self.embedder.decode_pool.submit(decode, i).add_done_callback(check)
+        except RuntimeError as error:  # the pool is shut down
+            fail(EngineError(f"{_CLOSED} ({error})"))
         try:
             rows = await asyncio.gather(*futures)
         finally:

@@ -61,6 +61,13 @@ def test_the_time_to_wait_comes_back():
     assert again.retry_after == 0.25
 
 
+@pytest.mark.parametrize("sent", ["soon", "", "-5", "1e3", "nan"])
+def test_a_malformed_time_to_wait_is_ignored(sent):
+    trailers = (("crl-error", "OverloadedError"), ("retry-after-ms", sent))
+    again = error_from_status(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", trailers)
+    assert type(again) is errors.OverloadedError and again.retry_after == 0.1
+
+
 @pytest.mark.parametrize(
     ("code", "kind"),
     [

@@ -37,7 +37,16 @@ def test_views_are_encoded_by_value():
 
 @pytest.mark.parametrize(
     ("dtype", "shape", "data"),
-    [(0, [1], b"x"), (9, [1], b"x"), (1, [2], b"1234"), (3, [2**63, 2**63], b""), (1, [], b"")],
+    [
+        (0, [1], b"x"),
+        (9, [1], b"x"),
+        (1, [2], b"1234"),
+        (3, [2**63, 2**63], b""),
+        (1, [], b""),
+        (3, [2**62, 0, 3], b""),
+        (3, [2**63, 0], b""),
+        (3, [1] * 100, b"x"),
+    ],
 )
 def test_malformed_messages(dtype, shape, data):
     with pytest.raises(InvalidInputError, match="expected"):

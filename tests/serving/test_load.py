@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -245,6 +246,72 @@ def test_clients_take_turns():
     asyncio.run(work())
     assert seen[0].tolist() == [1, 2, 1, 2]
     assert sum(len(batch) for batch in seen) == 202
+
+
+def make_batcher() -> Batcher:
+    return Batcher(
+        lambda pixels: np.ones((len(pixels), 4), np.float32),
+        np.zeros((1, 2, 2, 3), np.uint8),
+        drop=Admission(ServerLimits(), queued=lambda: 0).drop,
+    )
+
+
+def test_refusals_while_the_engine_fails_do_not_pile_up_in_memory():
+    """An exception that is raised again keeps the frames of every earlier raise, with pixels."""
+    batcher = make_batcher()
+    batcher.failed = EngineError("the accelerator fell off the bus")
+    for _ in range(3):
+        with pytest.raises(EngineError, match="fell off the bus"):
+            batcher.enqueue([], [], deadline=None, client="")
+    assert batcher.failed.__traceback__ is None
+
+
+def test_an_engine_that_recovers_during_a_refusal():
+    class Recovering(Batcher):
+        reads = 0
+
+        @property
+        def failed(self):
+            self.reads += 1
+            return EngineError("it failed") if self.reads == 1 else None
+
+        @failed.setter
+        def failed(self, error):
+            pass
+
+    batcher = make_batcher()
+    batcher.__class__ = Recovering
+    with pytest.raises(EngineError, match="it failed"):
+        batcher.enqueue([], [], deadline=None, client="")
+
+
+@pytest.mark.parametrize("when", ["while images wait to be decoded", "before the call"])
+def test_a_call_fails_if_the_embedder_is_closed(serve, faked, engine, when, monkeypatch):
+    """The call must not wait for ever for images that nobody will decode."""
+    server = serve(faked, drain_seconds=0.1)
+    gate, decoding = threading.Event(), threading.Event()
+
+    def held(source):
+        decoding.set()
+        gate.wait(30)
+        return source
+
+    monkeypatch.setattr(faked, "load_pixels", held)
+    with Client(server.address, ClientOptions(retries=0, batch_size=64)) as client:
+        with ThreadPoolExecutor(1) as callers:
+            if when == "before the call":
+                faked.close()
+            call = callers.submit(client.embed, [unseen_image() for _ in range(64)])
+            if when != "before the call":
+                decoding.wait(30)
+                wait_until(lambda: faked.decode_pool._work_queue.qsize() > 16)
+                faked.close()
+            try:
+                with pytest.raises(EngineError, match="the embedder was closed"):
+                    call.result(timeout=5)
+            finally:
+                gate.set()
+        assert server.pipeline.admission.in_progress == 0
 
 
 def test_stopping_finishes_what_waits_and_refuses_the_rest(serve, faked, engine):

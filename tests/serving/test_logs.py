@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+from types import SimpleNamespace
 
 import grpc
 import pytest
 
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
-from crl_sdk.serving._call_interceptor import REQUEST_ID_KEY, request_id
+from crl_sdk.serving._call_interceptor import REQUEST_ID_KEY, CallInterceptor, request_id
 from crl_sdk.serving._logs import make_log_handler
 from crl_sdk.serving._security import Token
 
@@ -62,6 +64,40 @@ def test_an_unexpected_exception_is_logged_and_its_text_is_not_sent(server, monk
     assert error.code() is grpc.StatusCode.INTERNAL
     assert "unlucky" in error.details() and "secret" not in error.details()
     assert "the secret of the house" in caplog.text and "Traceback" in caplog.text
+
+
+def test_a_client_that_leaves_before_it_is_refused_is_no_failure_of_the_server(caplog):
+    """gRPC then fails to send the status, and ends the call itself."""
+    ended = []
+
+    class Context:
+        def invocation_metadata(self):
+            return ()
+
+        def peer(self):
+            return "ipv4:127.0.0.1:1"
+
+        def set_trailing_metadata(self, _):
+            pass
+
+        def code(self):
+            return grpc.StatusCode.RESOURCE_EXHAUSTED
+
+        async def abort(self, *_):
+            raise grpc.aio.InternalError("the call is over")
+
+    async def call_it():
+        async def find(_):
+            return grpc.unary_unary_rpc_method_handler(lambda _, context: context.abort())
+
+        details = SimpleNamespace(method="/crl.v1.EmbeddingService/Embed")
+        handler = await CallInterceptor([ended.append]).intercept_service(find, details)
+        await handler.unary_unary(b"", Context())
+
+    with caplog.at_level(logging.WARNING, "crl_sdk"), pytest.raises(grpc.aio.InternalError):
+        asyncio.run(call_it())
+    assert not caplog.records
+    assert [call.code for call in ended] == [grpc.StatusCode.RESOURCE_EXHAUSTED]
 
 
 def test_the_access_log_has_a_line_per_call(serve, embedder, caplog):

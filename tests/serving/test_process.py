@@ -77,6 +77,46 @@ def test_it_ends_with_a_message_if_it_cannot_start(crl_serve, arguments, words):
     assert "it ended with 1" in str(caught.value) and "Traceback" not in str(caught.value)
 
 
+@pytest.mark.parametrize("stdout", ["closed pipe", "full disk"])
+def test_it_serves_on_if_nobody_reads_its_ready_line(tmp_path, stdout):
+    if stdout == "closed pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open("/dev/full", os.O_WRONLY)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "crl_sdk", "serve", "--address", "127.0.0.1:0"],
+        cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(writer)
+    timer = threading.Timer(30, process.kill)  # ends the reading below
+    timer.start()
+    try:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "the ready line could not be printed" in line:
+                break
+        (address,) = re.findall(r"serving .* on (\S+),", "".join(lines))
+        with Client(address) as client:
+            assert client.model().name == "crl-demo"
+        process.send_signal(signal.SIGTERM)
+        _, rest = process.communicate(timeout=30)
+    finally:
+        timer.cancel()
+        process.kill()
+        process.communicate()
+    assert process.returncode == 0 and "stopped" in rest
+    assert "Traceback" not in "".join(lines) + rest
+
+
+@pytest.mark.parametrize("noise", ["noise\n", "a form feed \f\n", "10 %\r20 %\r\n", "\u2028\x85\n"])
+def test_the_ready_line_is_found_after_any_other_line(noise):
+    ready = {"address": "h:1", "model": "m", "engine": "onnx/cpu/fp32", "metrics": None, "pid": 7}
+    line = json.dumps({"event": "serving", **ready})
+    assert parse_ready_line(f"{noise}{line}\n") == LocalServer(**ready)
+
+
 def test_the_ready_line_is_found_among_other_output():
     ready = {"address": "h:1", "model": "m", "engine": "onnx/cpu/fp32", "metrics": None, "pid": 7}
     line = json.dumps({"event": "serving", **ready})
