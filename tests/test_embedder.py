@@ -1,4 +1,4 @@
-"""The in-process API on the shipped model: results, bad images, bad criteria, threads."""
+"""The in-process API with the demo model: results, bad images, bad criteria, threads."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_one_pass_serves_every_criterion(embedder, bases, pictures):
 
 
 def test_fused_projection_equals_numpy_on_the_stored_embeddings(embedder, bases, pictures):
-    """The fast path against its reference, `Projection.apply`; tolerance 1e-5."""
+    """The projection in the graph equals `Projection.apply`; tolerance 1e-5."""
     result = embedder.embed(pictures, bases)
     for basis in bases:
         stored = embedder.project(result.universal, basis)
@@ -211,7 +211,7 @@ def test_threads_share_an_embedder(embedder, bases, pictures):
 
 
 def test_precisions_of_the_bundle_agree(embedder, pictures):
-    """Each precision against fp32, by the parity the manifest records (and a margin)."""
+    """Each precision agrees with fp32 within the recorded parity and a margin."""
     reference = embedder.embed(pictures).universal
     for graph in embedder.bundle.manifest.images:
         with Embedder.open(demo_bundle(), engine=f"onnx/cpu/{graph.precision}") as other:
@@ -221,7 +221,7 @@ def test_precisions_of_the_bundle_agree(embedder, pictures):
 
 
 def test_one_call_from_a_criterion_in_words_to_its_basis(embedder, pictures):
-    """The texts come from a model with known answers; the rest is the real chain."""
+    """The language model has known answers; everything else is real."""
     llm = Scripted(" red, green, blue, yellow, pink\n")
     seen = []
     with Embedder.open(embedder.bundle) as own:

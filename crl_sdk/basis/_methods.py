@@ -53,6 +53,7 @@ class ProjectionMethod:
         name: Name of the method, as in `method="centred"`.
         function: Function that returns the weight, shape (d, m), and the origin, shape (d,). The
             map is `(embedding - origin) @ weight`.
+        columns: What the columns of the map are, in words.
         source: Where the method comes from.
         min_texts: Smallest number of distinct texts.
         needs_against: Whether the method needs the texts of other criteria.
@@ -65,6 +66,7 @@ class ProjectionMethod:
 
     name: Method
     function: Callable[[MethodInputs], tuple[Rows, Rows]]
+    columns: str
     source: str
     min_texts: int = 2
     needs_against: bool = False
@@ -258,23 +260,48 @@ def exclusive_weighted(inputs: MethodInputs) -> tuple[Rows, Rows]:
 
 PROJECTION_METHODS: tuple[ProjectionMethod, ...] = (
     ProjectionMethod(
-        "cosine", cosine, "Conditional Representation Learning, arXiv 2510.04564",
+        "cosine", cosine,
+        "the texts",
+        "Conditional Representation Learning, arXiv 2510.04564",
         min_texts=1, takes_reference=False, columns_are_texts=True,
     ),
-    ProjectionMethod("centred", centred, "this project", columns_are_texts=True, default=True),
-    ProjectionMethod("orthogonal", orthogonal, "OD-CRL, arXiv 2602.05464"),
-    ProjectionMethod("pca", pca, "InDiReCT, arXiv 2211.12760"),
-    ProjectionMethod("tangent", tangent, "CLAY, arXiv 2604.11539"),
     ProjectionMethod(
-        "exclusive", exclusive, "OD-CRL, arXiv 2602.05464",
+        "centred", centred,
+        "the texts minus their mean",
+        "this project",
+        columns_are_texts=True, default=True,
+    ),
+    ProjectionMethod(
+        "orthogonal", orthogonal,
+        "leading directions of the centred texts",
+        "OD-CRL, arXiv 2602.05464",
+    ),
+    ProjectionMethod(
+        "pca", pca,
+        "principal components of the texts, at most 128",
+        "InDiReCT, arXiv 2211.12760",
+    ),
+    ProjectionMethod(
+        "tangent", tangent,
+        "leading directions in the sphere's tangent space at the mean text",
+        "CLAY, arXiv 2604.11539",
+    ),
+    ProjectionMethod(
+        "exclusive", exclusive,
+        "as `centred`, without the directions that other criteria's texts span",
+        "OD-CRL, arXiv 2602.05464",
         needs_against=True, columns_are_texts=True,
     ),
     ProjectionMethod(
-        "exclusive-orthogonal", exclusive_orthogonal, "OD-CRL, arXiv 2602.05464",
+        "exclusive-orthogonal", exclusive_orthogonal,
+        "as `orthogonal`, without those directions: the whole of OD-CRL",
+        "OD-CRL, arXiv 2602.05464",
         needs_against=True,
     ),
     ProjectionMethod(
-        "exclusive-weighted", exclusive_weighted, "this project",
+        "exclusive-weighted", exclusive_weighted,
+        "the texts, each weighted by the share of it that other criteria's texts do not explain",
+        "this project",
         needs_against=True, columns_are_texts=True, weights_texts=True, default=True,
     ),
 )  # fmt: skip

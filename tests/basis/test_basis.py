@@ -1,4 +1,4 @@
-"""Bases: building them from texts, the file format with its golden file, and bad input."""
+"""Bases: built from texts, stored in files (with a golden file), and bad input."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GOLDEN = Path(__file__).parent / "golden" / "basis.safetensors"
 
 
 def embed_text(texts):
-    """A text tower of eight dimensions: each text a fixed random direction."""
+    """A text tower of eight dimensions that gives each text a fixed random direction."""
     rows = []
     for text in texts:
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

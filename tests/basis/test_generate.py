@@ -1,4 +1,4 @@
-"""Generating texts, with a model whose answers are known."""
+"""Text generation, with a language model of known answers."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ def test_texts_are_ranked_by_votes_over_their_spellings():
         " summer, winters, springs, monday\n",
         " winter, summer, autumn-time, fall\n",
     )
-    draft = generate_texts("season", model, GenerationOptions(max_answers=3))
-    assert [(c.text, c.votes) for c in draft.texts] == [
+    found = generate_texts("season", model, GenerationOptions(max_answers=3))
+    assert [(c.text, c.votes) for c in found.texts] == [
         ("summer", 3), ("winter", 3), ("spring", 2), ("fall", 2),
     ]  # fmt: skip
-    reasons = {d.text: d.reason for d in draft.dropped}
+    reasons = {d.text: d.reason for d in found.dropped}
     assert set(reasons) == {"monday", "autumn-time"}
     assert all("fewer than 2 of 3" in reason for reason in reasons.values())
 
 
 def test_an_answer_votes_once_and_its_cut_off_end_not_at_all():
     model = Scripted(" red, red, reds, blue, green\n", " red, blue, green, yel")
-    draft = generate_texts("color", model, GenerationOptions(max_answers=2))
-    assert {c.text: c.votes for c in draft.texts} == {"red": 2, "blue": 2, "green": 2}
-    assert not draft.dropped
+    found = generate_texts("color", model, GenerationOptions(max_answers=2))
+    assert {c.text: c.votes for c in found.texts} == {"red": 2, "blue": 2, "green": 2}
+    assert not found.dropped
 
 
 def test_echoes_are_dropped_with_their_reason():
     example = next(iter(EXAMPLES.values()))[0]
     model = Scripted(f" colors, color, red, blue, green, {example}\n")
-    draft = generate_texts("color", model, GenerationOptions(max_answers=2))
-    assert [c.text for c in draft.texts] == ["red", "blue", "green"]
-    assert {d.text: d.reason for d in draft.dropped} == {
+    found = generate_texts("color", model, GenerationOptions(max_answers=2))
+    assert [c.text for c in found.texts] == ["red", "blue", "green"]
+    assert {d.text: d.reason for d in found.dropped} == {
         "color": "echoes the criterion", example: "echoes an example",
     }  # fmt: skip
 
@@ -59,8 +59,8 @@ def test_echoes_are_dropped_with_their_reason():
 def test_a_users_own_example_is_no_echo_and_an_example_of_the_criterion_is_left_out():
     own = {"pattern": ("striped", "dotted", "plain")}
     model = Scripted(" striped, dotted, plain\n")
-    draft = generate_texts("texture", model, GenerationOptions(max_answers=2, examples=own))
-    assert [c.text for c in draft.texts] == ["striped", "dotted", "plain"]
+    found = generate_texts("texture", model, GenerationOptions(max_answers=2, examples=own))
+    assert [c.text for c in found.texts] == ["striped", "dotted", "plain"]
     assert "pattern: " in model.asked[0][0]
     assert "material:" not in compose_completion("materials", GenerationOptions(), 0)
 
@@ -68,28 +68,28 @@ def test_a_users_own_example_is_no_echo_and_an_example_of_the_criterion_is_left_
 def test_the_users_own_texts_come_first_and_theirs_to_leave_out_go():
     model = Scripted(" red, blue, green, pink\n")
     options = GenerationOptions(max_answers=2, include=("teal", "Green"), exclude=("reds",))
-    draft = generate_texts("color", model, options, embed_text=lambda t: np.eye(9)[: len(t)])
-    assert [(c.text, c.votes) for c in draft.texts] == [
+    found = generate_texts("color", model, options, embed_text=lambda t: np.eye(9)[: len(t)])
+    assert [(c.text, c.votes) for c in found.texts] == [
         ("teal", 0), ("Green", 2), ("blue", 2), ("pink", 2),
     ]  # fmt: skip
-    assert [(d.text, d.reason) for d in draft.dropped] == [("red", "excluded by the user")]
+    assert [(d.text, d.reason) for d in found.dropped] == [("red", "excluded by the user")]
 
 
 def test_it_stops_when_answers_add_nothing_and_says_how_often_it_asked():
     model = Scripted(" red, blue, green\n")
-    draft = generate_texts("color", model, GenerationOptions(max_answers=24, patience=3))
-    assert draft.answers == len(model.asked) == 5  # two make a vote trusted, three add nothing
-    assert draft.provenance["seeds"] == [0, 1, 2, 3, 4]
+    found = generate_texts("color", model, GenerationOptions(max_answers=24, patience=3))
+    assert found.answers == len(model.asked) == 5  # two make a vote trusted, three add nothing
+    assert found.provenance["seeds"] == [0, 1, 2, 3, 4]
     assert [s.seed for _, s in model.asked] == [0, 1, 2, 3, 4]
     assert len({s.temperature for _, s in model.asked}) == 3
-    json.dumps(draft.provenance)
+    json.dumps(found.provenance)
 
 
 def test_the_number_of_texts_is_the_users():
     model = Scripted(" " + ", ".join("abcdefgh") + "\n")
-    draft = generate_texts("letter", model, GenerationOptions(count=4, max_answers=2))
-    assert len(draft.texts) == 4 and len(draft.dropped) == 4
-    assert {d.reason for d in draft.dropped} == {"over the number asked for"}
+    found = generate_texts("letter", model, GenerationOptions(count=4, max_answers=2))
+    assert len(found.texts) == 4 and len(found.dropped) == 4
+    assert {d.reason for d in found.dropped} == {"over the number asked for"}
 
 
 def test_a_model_that_does_not_know_is_an_error_that_quotes_it():
@@ -110,7 +110,7 @@ def test_a_flat_list_is_called_unsure():
 
 
 def test_outliers_in_the_space_of_the_model_are_dropped():
-    """Two of twelve answers name algebra; where more do, its votes outweigh its place."""
+    """Two of twelve answers name algebra. With three, it has enough votes to be kept."""
     words = ["red", "blue", "green", "pink", "brown", "gold", "algebra"]
     rng = np.random.default_rng(0)
     rows = np.eye(8, dtype=np.float32)[[0] * 6 + [7]] + rng.normal(0, 0.1, (7, 8))
@@ -122,9 +122,9 @@ def test_outliers_in_the_space_of_the_model_are_dropped():
     def embed(texts):
         return np.array([table[text] for text in texts])
 
-    draft = generate_texts("color", Scripted(*[every] * 2, *[most] * 10), options, embed_text=embed)
-    assert [c.text for c in draft.texts] == words[:-1]
-    (outlier,) = draft.dropped
+    found = generate_texts("color", Scripted(*[every] * 2, *[most] * 10), options, embed_text=embed)
+    assert [c.text for c in found.texts] == words[:-1]
+    (outlier,) = found.dropped
     assert outlier.text == "algebra" and "far from the others" in outlier.reason
     sure = generate_texts("color", Scripted(*[every] * 3, *[most] * 9), options, embed_text=embed)
     assert len(sure.texts) == 7 and not sure.dropped
@@ -171,7 +171,7 @@ def test_markup_in_a_hint_or_example_is_refused(hint):
 
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_nothing_a_user_types_leaves_its_line(criterion, hint):
-    """Whatever is accepted adds no line to the prompt and no markup of any model."""
+    """Accepted criteria and hints add neither a line nor a model's markup to the prompt."""
     model = Scripted(" red, blue, green\n")
     with contextlib.suppress(InvalidInputError, GenerationError):
         generate_texts(criterion, model, GenerationOptions(hint=hint, max_answers=1, min_share=0))
@@ -212,10 +212,10 @@ def test_the_order_of_examples_follows_the_seed():
 def test_a_model_that_follows_instructions_is_asked_through_its_template():
     model = Scripted(" red, blue, green\n")
     model.follows_instructions = True
-    draft = generate_texts(
+    found = generate_texts(
         "color", model, GenerationOptions(max_answers=2, hint="as a painter would")
     )
-    assert draft.provenance["form"] == "chat"
+    assert found.provenance["form"] == "chat"
     assert model.asked[0][0] == compose_chat(
         "color", GenerationOptions(hint="as a painter would"), 0
     )

@@ -1,4 +1,4 @@
-"""The local language model: what is refused before llama.cpp sees it, and what it gives."""
+"""The local language model: files that are refused, and answers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,12 @@
-"""Methods of making a projection: each against its definition written out, and what it promises."""
+"""Projection methods: each compared with a second implementation of its definition.
+
+`python tests/basis/test_methods.py --write` writes the table of methods to docs/PROJECTIONS.md.
+"""
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -25,7 +30,7 @@ from crl_sdk.model._bundle import demo_bundle
 from crl_sdk.projection._projection import normalise_rows
 
 D = 24
-ROOT = Path(__file__).parents[2]
+PAGE = Path(__file__).parents[2] / "docs" / "PROJECTIONS.md"
 
 
 def unit(rows):
@@ -33,7 +38,7 @@ def unit(rows):
 
 
 def texts_of(k=9, seed=0, towards=3.0):
-    """Unit rows around one direction, as a text tower gives them."""
+    """Unit rows around one direction, like those of a text tower."""
     rng = np.random.default_rng(seed)
     return unit(rng.standard_normal((k, D)) + towards * rng.standard_normal(D))
 
@@ -47,7 +52,7 @@ def options_of(method):
 
 
 def definition(method, texts, images, mean=None):  # noqa: PLR0911
-    """Each method once more, from its description, on float64 and without an affine map."""
+    """Each method implemented from its description, in float64 and without an affine map."""
     x, t = images.astype(np.float64), texts.astype(np.float64)
     centred = t - t.mean(axis=0)
     # eigenvectors of the texts' covariance, not the singular vectors of the texts
@@ -102,7 +107,7 @@ def definition(method, texts, images, mean=None):  # noqa: PLR0911
 
 
 def alike(rows, expected, atol=2e-5):
-    """Equal up to the sign of each column, which no decomposition fixes."""
+    """Compare up to the sign of each column, which a decomposition leaves open."""
     signs = np.sign((rows * expected).sum(axis=0))
     np.testing.assert_allclose(rows, expected * signs, atol=atol)
 
@@ -166,7 +171,6 @@ def test_the_record_of_a_method_is_true(method):
     if method.columns_are_texts:
         assert projection.output_dim == 5
     assert method.source == "this project" or "arXiv" in method.source
-    assert f"`{method.name}`" in (ROOT / "docs" / "PROJECTIONS.md").read_text()
 
 
 def test_the_default_method():
@@ -194,7 +198,7 @@ def test_the_bend_of_a_spectrum():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("k", [1, 2, 3, 200])
 def test_any_number_of_texts(method, k):
-    """Two texts have one direction, and more than the space has are none too many."""
+    """From two texts, which have one direction, to more texts than dimensions."""
     if k < find_method(method).min_texts:
         with pytest.raises(InvalidInputError, match="at least 2 distinct texts, got 1"):
             make_projection(texts_of(1), method, **options_of(method))
@@ -259,7 +263,7 @@ def test_a_basis_remembers_what_it_was_made_with(tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_graph_knows_no_method(method):
-    """One engine run serves bases of all methods; 1e-5 against NumPy's own."""
+    """One engine run computes bases of all methods; tolerance 1e-5 to NumPy."""
     with Embedder.open(demo_bundle(), engine="onnx/cpu/fp32") as embedder:
         other = embedder.create_basis("count", ["one", "two", "three"])
         against = {"against": [other]} if find_method(method).needs_against else {}
@@ -271,3 +275,37 @@ def test_the_graph_knows_no_method(method):
         expected = embedder.project(result.universal, "color")
         np.testing.assert_allclose(result["color"], expected, atol=1e-5)
         assert result["color"].shape == (3, embedder.bases["color"].projection.output_dim)
+
+
+def table_of_methods() -> str:
+    """The records of all methods as a Markdown table."""
+    lines = ["| method | columns | source | takes |", "|---|---|---|---|"]
+    for method in PROJECTION_METHODS:
+        default = " (default with other criteria)" if method.needs_against else " (default)"
+        source = re.sub(
+            r"arXiv (\S+)", r"[arXiv \1](https://arxiv.org/abs/\1)",
+            method.source.replace("this project", "ours"),
+        )  # fmt: skip
+        takes = ["other criteria"] * method.needs_against + ["references"] * method.takes_reference
+        lines.append(
+            f"| `{method.name}`{default * method.default} | {method.columns} | {source} "
+            f"| {', '.join(takes)} |".replace("|  |", "| |")
+        )
+    return "\n".join(lines) + "\n"
+
+
+def table_on_the_page() -> str:
+    text = PAGE.read_text(encoding="utf-8")
+    start = text.index("| method | columns |")
+    return text[start : text.index("\n\n", start) + 1]
+
+
+def test_the_page_has_the_table_of_methods():
+    assert table_on_the_page() == table_of_methods(), (
+        "run: python tests/basis/test_methods.py --write"
+    )
+
+
+if __name__ == "__main__" and "--write" in sys.argv:
+    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(text.replace(table_on_the_page(), table_of_methods()), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Bundles: opened whole or refused with the file and the remedy named."""
+"""Bundles: opened, or refused with an error that names the file and the remedy."""
 
 from __future__ import annotations
 

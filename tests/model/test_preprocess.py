@@ -1,4 +1,4 @@
-"""Preprocessing: what a careful user expects of odd images, and typed errors for bad ones."""
+"""Preprocessing: unusual images, and typed errors for bad ones."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_missing_file_and_directory(tmp_path):
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG whose header claims a size and whose data are a few bytes: a bomb."""
+    """A decompression bomb: a PNG of a few bytes with a header that claims a size."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return (

@@ -1,4 +1,4 @@
-"""The tokenizer: what it refuses; that its ids equal open_clip's is a parity test."""
+"""The tokenizer. A parity test of the export compares its ids with open_clip's."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Stored embeddings, the fast path against `Projection.apply`: parity, what it refuses, threads.
+"""`project_rows` compared with `Projection.apply`: results, bad arguments, threads.
 
-Tolerance 1e-5 of values of about 1: products are summed in another order. 1e-4 for random shapes,
-where normalised rows may have lost digits to cancellation; 2e-3 in float16.
+The tolerance is 1e-5 for values of about 1, because products are summed in another order. It is
+1e-4 for random shapes, where cancellation may cost digits, and 2e-3 for float16.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def projection(rng: np.random.Generator, d: int, m: int, post: str, bias: bool =
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Many parts of few rows, so that small arrays take the way of large ones."""
+    """Use small blocks, so that small arrays are divided like large ones."""
     monkeypatch.setattr(reproject, "_BLOCK_BYTES", 1)
     monkeypatch.setattr(reproject, "_PART_BYTES", 1)
     monkeypatch.setattr(reproject, "_FEW_BLOCKS", 0)
@@ -129,7 +129,7 @@ def test_one_array_may_take_all_results(small_blocks):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_a_row_that_is_not_finite_is_named(small_blocks, post, bad, weight):
-    """The products are checked, not the rows: holds for every dtype and even for weights of 0."""
+    """The products are checked instead of the rows. This works even for weights of 0."""
     each = Projection(np.full((48, 7), weight, np.float32), np.zeros(7, np.float32), post)
     for dtype in ("float16", "float32", "float64"):
         for n, first in [(300, 0), (300, 299), (300, 130), (1, 0)]:
@@ -240,7 +240,7 @@ def test_embedder_projects_onto_one_or_several(embedder, tmp_path):
 
 
 def test_the_limit_on_blas_is_taken_back(small_blocks):
-    """The limit is the whole process's: calls overlap, and the last one restores it."""
+    """The BLAS limit applies to the process. If calls overlap, the last one removes it."""
     before = blas_threads()
     first, second = reproject.single_threaded_blas, reproject.single_threaded_blas
     first.__enter__()

@@ -1,4 +1,4 @@
-"""Projections: the NumPy specification of every kernel, and what it refuses."""
+"""Projections: the NumPy specification of every kernel, and bad arguments."""
 
 from __future__ import annotations
 

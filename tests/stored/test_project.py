@@ -1,4 +1,4 @@
-"""`crl project`: what it reads, writes and refuses; nothing half is ever left."""
+"""`crl project`: files it reads, writes and refuses. No incomplete result is left."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make_basis(criterion: str, m: int, post: str = "l2", fingerprint: str = MODE
 
 @pytest.fixture
 def bases(tmp_path, monkeypatch) -> dict[str, Basis]:
-    """Two bases in `bases/` of an empty directory, which is the working one."""
+    """Two bases in `bases/` of an empty working directory."""
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("CRL_")]:
         monkeypatch.delenv(name)
@@ -145,7 +145,7 @@ def test_what_is_there_is_kept_unless_told(bases, rows):
 
 
 def damaged(kind: str, rows: np.ndarray) -> None:
-    """Write `x.npy` or `x.npz`, bad in one way."""
+    """Write `x.npy` or `x.npz` with one fault."""
     if kind == "wrong d":
         rows = rows[:, :50]
     if kind == "a NaN row":
@@ -272,7 +272,10 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(bases, rows, monkeypatch):
 
 
 def test_a_disk_that_is_really_full(bases, rows):
-    """A mapping without space would end the process by a signal; a limit on files is alike."""
+    """Without space on disk, writing to a memory map would kill the process.
+
+    A limit on the file size has the same effect as a full disk.
+    """
     np.save("x.npy", rows)
     done = subprocess.run(
         [sys.executable, "-c",
