@@ -85,6 +85,10 @@ def definition(method, texts, images, mean=None):  # noqa: PLR0911
         normal = (point - at) / np.linalg.norm(point - at)
         turned = logarithm(x, point) @ (np.eye(D) - 2 * np.outer(normal, normal))
         return turned @ axes
+    if not find_method(method).needs_against:
+        raise NotImplementedError(
+            f"write the definition of {method!r} here, independently of the SDK"
+        )
     against = [each.astype(np.float64) for each in options_of(method)["against"]]
     if method == "exclusive-weighted":
         theirs = [np.cov(each.T, bias=True) for each in against]
