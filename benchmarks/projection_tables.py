@@ -274,15 +274,15 @@ def _warning(runs: Sequence[Run]) -> str:
         for own in (whole, lacking)
     ]
     together = " and ".join(map(str, _best_thresholds(bases, bad)))
-    told = ", ".join(f"{_said(factor)}: {a} and {b}" for factor, (a, b) in pairs.items())
+    thresholds = ", ".join(f"{_said(factor)}: {a} and {b}" for factor, (a, b) in pairs.items())
     return (
         f"A basis is not worth it if its accuracy is less than {100 * USEFUL:.0f} points above "
         "that of the universal embedding or that of random words. `crl_sdk.tasks.assess_clusters` "
         f"warns, without labels, if the separation is below {MIN_SEPARATION} or the stability is "
         f"below {MIN_STABILITY}, and always with two texts. For the shares below, each criterion "
         "has its own thresholds: the pair with the best Youden's J on the five others. Left out "
-        f"and thresholds: {told}. All six together give {together}. The last column is another "
-        "sign: if the images are clustered into as many groups as the criterion has values, no "
+        f"and thresholds: {thresholds}. All six together give {together}. The last column is "
+        "another sign: if the images are clustered into as many groups as the criterion has values, no "
         "text describes at least one of the groups. On the four criteria above this happens with "
         f"{unlike[0]} bases that have all the words, and with {unlike[1]} that have two or four "
         f"of them.\n\n{_table(head, rows)}"

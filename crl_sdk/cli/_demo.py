@@ -117,7 +117,7 @@ def demo(
 
     The language model writes texts for each criterion, and bases are made from the texts. Then
     `crl serve` embeds the images, and the images are grouped by each criterion. The report shows
-    the groups beside those of the universal embedding.
+    them next to the groups of the universal embedding.
 
     Without --images, scenes of the demo world are rendered, which the demo model was not trained
     on. Their labels are known, so the accuracy of k-means is measured: with the true number of

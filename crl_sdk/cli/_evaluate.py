@@ -118,7 +118,7 @@ def evaluate(
     ] = None,
     published: Annotated[
         Path | None,
-        typer.Option(help="CSV file of published scores to print beside ours, see docs/EVAL.md."),
+        typer.Option(help="CSV file of published scores to print next to ours, see docs/EVAL.md."),
     ] = None,
     engine: EngineOption = "auto",
     threads: ThreadsOption = None,

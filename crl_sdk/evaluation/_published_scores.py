@@ -1,4 +1,4 @@
-"""Read published results that a user copied from a paper, to show them beside measured ones."""
+"""Read published results that a user copied from a paper, to compare them with measured ones."""
 
 from __future__ import annotations
 

@@ -48,13 +48,13 @@ def make_document(
         settings: Method, number of seeds, number of splits and other settings.
         notes: Remarks on how the data set was read.
         remarks: Limits of what the results mean.
-        published: Published scores to show beside the measured ones.
+        published: Published scores to show next to the measured ones.
 
     Returns:
         Document of JSON values.
     """
     source = bundle.manifest.source
-    beside = {} if published is None else published.scores
+    published_scores = {} if published is None else published.scores
     remarks = list(remarks)
     if published is not None and (left := published.without_a_row(rows)):
         remarks.append(f"published but not measured here: {'; '.join(map(', '.join, left))}")
@@ -94,7 +94,9 @@ def make_document(
                     measure: {
                         "mean": score.mean,
                         "std": score.std,
-                        "published": beside.get((row.criterion, row.representation, measure)),
+                        "published": published_scores.get(
+                            (row.criterion, row.representation, measure)
+                        ),
                     }
                     for measure, score in row.scores.items()
                 },

@@ -1,4 +1,4 @@
-"""The command line: what it writes, its JSON, and errors that say what to do."""
+"""Command line: files that it writes, its JSON output, and its errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from crl_sdk import Basis, demo_bundle
 
 @pytest.fixture
 def crl(tmp_path, monkeypatch):
-    """Run `crl` in a process of its own, in an empty directory."""
+    """Return a function that runs `crl` as a process in an empty directory."""
     monkeypatch.chdir(tmp_path)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("CRL_")}
 

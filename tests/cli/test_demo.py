@@ -1,4 +1,4 @@
-"""`crl demo` on a user's own images: through a server of its own, which is gone afterwards."""
+"""`crl demo` on a user's own images, with a server that must end with the command."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from support import generated_texts
 
 @pytest.fixture
 def folder(tmp_path, pictures) -> Path:
-    """Nine good images and a bad one."""
+    """Return a directory with nine good images and a bad one."""
     for path in pictures:
         shutil.copy(path, tmp_path / path.name)
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff broken")
@@ -36,7 +36,7 @@ def folder(tmp_path, pictures) -> Path:
 
 
 def scripted(name, _model, embedder, prompt, kept, fresh):
-    """Stand in for the language model."""
+    """Return a basis without asking the language model."""
     return embedder.create_basis(name, ["red", "green", "blue"], prompts=[prompt])
 
 
@@ -93,7 +93,7 @@ def test_the_servers_process_ends_with_the_block(tmp_path):
     assert tried.returncode != 0
 
 
-def test_groups_are_named_by_labels_or_by_the_text_that_sets_them_apart():
+def test_groups_are_named_by_labels_or_by_texts():
     rows = np.repeat(np.eye(3, dtype=np.float32), 6, axis=0)
     rows += np.random.default_rng(0).normal(0, 0.05, rows.shape).astype(np.float32)
     texts = np.eye(3, dtype=np.float32)

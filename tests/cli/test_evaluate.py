@@ -1,4 +1,4 @@
-"""`crl eval` as a whole: on the demo world, on small trees in the official layouts, and misused."""
+"""`crl eval` on the demo world, on small data sets in the official layouts, and misused."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def words(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def clevr4(tmp_path: Path) -> Path:
-    """24 plain pictures of three of Clevr4's colours; the other criteria have three values too."""
+    """Write 24 plain images with three of Clevr4's colours and three values of the others."""
     root = tmp_path / "clevr_4_10k_v1"
     (root / "images").mkdir(parents=True)
     annotations = {}
@@ -183,8 +183,8 @@ def test_a_basis_of_another_model_is_refused(clevr4, tmp_path, embedder):
 
 def test_genecis(tmp_path, pictures):
     (tmp_path / "val2017").mkdir()
-    for i, picture in enumerate(pictures):
-        (tmp_path / "val2017" / f"{i:012d}.jpg").write_bytes(picture.read_bytes())
+    for i, image in enumerate(pictures):
+        (tmp_path / "val2017" / f"{i:012d}.jpg").write_bytes(image.read_bytes())
     entries = [
         {
             "reference": {"val_image_id": i},
@@ -207,8 +207,8 @@ def test_genecis(tmp_path, pictures):
 
 def test_deepfashion(tmp_path, pictures):
     (tmp_path / "img").mkdir()
-    for i, picture in enumerate(pictures):
-        (tmp_path / "img" / f"{i}.jpg").write_bytes(picture.read_bytes())
+    for i, image in enumerate(pictures):
+        (tmp_path / "img" / f"{i}.jpg").write_bytes(image.read_bytes())
     (tmp_path / "filenames_test.txt").write_text("".join(f"img/{i}.jpg\n" for i in range(9)))
     for kind, which in (("query", range(0, 9, 3)), ("candidate", (1, 2, 4, 5, 7, 8))):
         lines = [f"{i} {a} {i // 3}" for i in which for a in range(5)]
@@ -279,7 +279,7 @@ def test_too_many_shots_are_refused_before_anything_is_embedded(clevr4, words):
         crl_eval(*given, "--limit", 1)
 
 
-def test_too_few_texts_are_refused_before_pictures_are_embedded(clevr4, tmp_path, monkeypatch):
+def test_too_few_texts_are_refused_before_images_are_embedded(clevr4, tmp_path, monkeypatch):
     one = tmp_path / "one.txt"
     one.write_text("red\n")
     given = ["clevr4", "--data", clevr4, "--texts", f"color={one}", "--criteria", "color"]

@@ -12,8 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from crl_sdk import Basis, Embedder, demo_bundle
-from crl_sdk.cli import _sources as material
-from crl_sdk.cli import app
+from crl_sdk.cli import _sources, app
 from crl_sdk.errors import BasisMismatchError, CrlError
 from crl_sdk.tasks import FewShotClassifier
 from support import generated_texts
@@ -25,7 +24,7 @@ COLOURS = ("red", "green", "blue")
 
 @pytest.fixture
 def crl(tmp_path, monkeypatch):
-    """Run `crl` in this process, in an empty directory; give its JSON, or raise its error."""
+    """Return a function that runs `crl` in this process. It returns JSON or raises an error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CRL_BUNDLE", str(demo_bundle()))
     monkeypatch.delenv("CRL_BASES", raising=False)
@@ -171,7 +170,7 @@ def test_copies_and_tiny_folders(crl, folder, colours, tmp_path):
 
 
 def foreign(path: Path) -> Path:
-    """A basis file of another model."""
+    """Return the path of a copy of a basis file that names another model."""
     basis = Basis.load(path)
     changed = {name: getattr(basis, name) for name in basis.__dataclass_fields__}
     other = Basis(**{**changed, "fingerprint": "0" * 64})
@@ -180,7 +179,7 @@ def foreign(path: Path) -> Path:
 
 
 def test_without_scikit_learn_nothing_is_embedded(crl, folder, colours, monkeypatch):
-    monkeypatch.setattr(material, "find_spec", lambda name: None if name == "sklearn" else name)
+    monkeypatch.setattr(_sources, "find_spec", lambda name: None if name == "sklearn" else name)
     for command in (("cluster", folder), ("classify", "fit", folder, "-o", "m.safetensors")):
         with pytest.raises(CrlError, match=r"pip install 'crl-embeddings\[tasks\]'"):
             crl(*command, "--criterion", "color", "--texts", colours)

@@ -1,4 +1,4 @@
-"""Data sets in their official layouts, written small, and in every wrong one we thought of."""
+"""Readers of data sets: small data sets in the official layouts, and wrong layouts."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def test_genecis_with_a_damaged_entry(tmp_path, change):
 
 
 def write_deepfashion(root: Path, split: str = "test") -> None:
-    """Ten images: five candidates, then five queries, each with a value of each attribute."""
+    """Write ten images: five candidates, then five queries, with a value of each attribute."""
     names = [f"img/Dress/img_{i:08d}.jpg" for i in range(10)]
     for name in names:
         paint(root / name)
@@ -351,7 +351,7 @@ def test_a_directory_without_a_table(tmp_path):
         read_table(tmp_path, COLUMNS)
 
 
-def test_some_criteria_keep_their_own_pictures(tmp_path):
+def test_some_criteria_keep_their_own_images(tmp_path):
     write_cards(tmp_path)
     suits = read_cards(tmp_path).select(["suits"])
     assert set(suits.labels) == {"suits"} and len(suits.files) == 8
@@ -361,7 +361,7 @@ def test_some_criteria_keep_their_own_pictures(tmp_path):
         suits.select(["number"])
 
 
-def test_a_part_keeps_each_pictures_labels(tmp_path):
+def test_a_sample_keeps_the_labels_of_each_image(tmp_path):
     write_cards(tmp_path)
     data = read_cards(tmp_path)
     part = data.sample(20, seed=1)

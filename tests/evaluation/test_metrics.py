@@ -1,4 +1,4 @@
-"""The measures against independent implementations: brute force, scikit-learn, cases by hand."""
+"""Measures compared with brute force, scikit-learn and cases computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The protocols on planted data with known answers, and against NumPy and scikit-learn."""
+"""Protocols on planted data with known answers, and compared with NumPy and scikit-learn."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ sklearn = pytest.importorskip("sklearn")
 
 
 def planted(classes: int = 4, each: int = 15, noise: float = 0.01, seed: int = 0):
-    """Rows near the corners of a simplex, and which corner each is near."""
+    """Return rows near the corners of a simplex, and the corner of each row."""
     labels = np.repeat(np.arange(classes), each)
     rows = np.eye(classes, classes + 3)[labels]
     rows = rows + noise * np.random.default_rng(seed).standard_normal(rows.shape)
@@ -235,20 +235,20 @@ def test_attribute_map_uses_cosines_and_means_weigh_queries():
         search_attribute(queries * np.nan, candidates, np.array([0, 1]), np.array([0, 1, 1]))
 
 
-def world(pictures: int = 120, values: int = 3, seed: int = 0):
-    """Unit pictures with a shape and a colour, the colour weaker; and the texts of both."""
+def world(images: int = 120, values: int = 3, seed: int = 0):
+    """Return labelled unit rows with a strong shape and a weak colour, and the texts of both."""
     rng = np.random.default_rng(seed)
-    shape, colour = rng.integers(0, values, (2, pictures))
-    rows = 0.02 * rng.standard_normal((pictures, 8))
-    rows[np.arange(pictures), shape] += 1.0
-    rows[np.arange(pictures), 3 + colour] += 0.3
+    shape, colour = rng.integers(0, values, (2, images))
+    rows = 0.02 * rng.standard_normal((images, 8))
+    rows[np.arange(images), shape] += 1.0
+    rows[np.arange(images), 3 + colour] += 0.3
     rows[:, 7] += 1.0
     own = np.eye(8, dtype=np.float32)
     texts = {
         "shape": CriterionTexts(("a", "b", "c"), own[0:3], ("{}",), "planted"),
         "color": CriterionTexts(("d", "e", "f"), own[3:6], ("{}",), "planted"),
     }
-    every = np.arange(pictures)
+    every = np.arange(images)
     labels = {
         "shape": Labels(every, shape, ("a", "b", "c")),
         "color": Labels(every, colour, ("d", "e", "f")),
@@ -366,9 +366,9 @@ def test_lists_of_texts_keep_what_is_repeated(embedder):
         texts_from_basis(basis, embedder.bundle.fingerprint, "file")
 
 
-def test_a_picture_that_cannot_be_read_stops_the_benchmark(embedder, pictures, tmp_path):
+def test_an_image_that_cannot_be_read_stops_the_benchmark(embedder, pictures, tmp_path):
     broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     with pytest.raises(CrlError, match=r"1 of 2 images cannot be read.*broken\.jpg"):
         run.embed_files(embedder, [pictures[0], broken])
     assert run.embed_files(embedder, pictures[:2]).shape == (2, embedder.bundle.embedding_dim)

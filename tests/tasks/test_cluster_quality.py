@@ -1,4 +1,4 @@
-"""Signals of whether a basis tells images apart: on planted data, and on the demo world."""
+"""Checks of cluster quality, on planted data and on the demo world."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ D = 32
 
 
 def planted(n=300, seed=0):
-    """Images in five groups along the first four axes, noise along all others."""
+    """Return images in five groups along the first four axes, with noise along all others."""
     rng = np.random.default_rng(seed)
     rows = 0.05 * rng.standard_normal((n, D))
     rows[:, :4] += np.concatenate([np.eye(4), -np.ones((1, 4))])[rng.integers(0, 5, n)]
     return rows.astype(np.float32)
 
 
-def test_separation_is_the_silhouette_over_that_of_directions_that_say_nothing():
+def test_separation_is_the_silhouette_minus_that_of_random_directions():
     rng = np.random.default_rng(1)
     noise = rng.standard_normal((300, D)).astype(np.float32)
     drawn = normalise_rows(noise @ rng.standard_normal((D, 5)).astype(np.float32), "l2")
     labels, _ = kmeans(drawn, 5, starts=3)
-    assert abs(separation_gain(noise, drawn, labels, 5)) < 0.05  # it says no more than they do
+    assert abs(separation_gain(noise, drawn, labels, 5)) < 0.05  # these are random directions too
     images = planted()
     rows = normalise_rows(images[:, :4], "l2")
     labels, _ = kmeans(rows, 5, starts=3)
@@ -40,7 +40,7 @@ def test_separation_is_the_silhouette_over_that_of_directions_that_say_nothing()
     assert silhouette(rows, np.zeros(300, np.int64)) == 0.0
 
 
-def test_a_basis_along_what_differs_is_not_doubted_and_one_across_it_is():
+def test_a_basis_along_the_differences_is_reliable_and_one_across_them_is_not():
     images, axes = planted(), np.eye(D, dtype=np.float32)
     good = assess_clusters(images, images @ axes[:, :4], axes[:4], k=5)
     assert good.reasons == () and good.separation > 0.2 and good.stability > 0.95
@@ -49,7 +49,7 @@ def test_a_basis_along_what_differs_is_not_doubted_and_one_across_it_is():
 
 
 def test_the_demo_world():
-    """Shapes are trusted; backgrounds, which the model hardly sees, are not."""
+    """Clusters by shape are reliable. Those by background, which the model hardly sees, are not."""
     with Embedder.open(demo_bundle(), engine="onnx/cpu/fp32") as embedder:
         side = embedder.bundle.preprocess.height
         scenes = np.stack([render_scene(sample_scene(seed), side) for seed in range(200)])
@@ -60,12 +60,12 @@ def test_the_demo_world():
             ["on grey", "on sand", "in the sky", "on grass", "on wood"],
             merge_threshold=1.0,  # it has nearly one embedding for all of them
         )
-        trusted, doubted = (
+        reliable, unreliable = (
             assess_clusters(universal, embedder.project(universal, basis), basis.text_embeddings)
             for basis in (shape, other)
         )
-    assert trusted.reasons == () and doubted.reasons
-    assert trusted.separation > doubted.separation
+    assert reliable.reasons == () and unreliable.reasons
+    assert reliable.separation > unreliable.separation
 
 
 def test_few_images_and_bad_input():

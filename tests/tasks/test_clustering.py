@@ -1,4 +1,4 @@
-"""Clusters: planted ones are found and counted, named by what sets them apart, and bad input."""
+"""Clustering: planted clusters are found, counted and named, and bad input is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FINGERPRINT = "f" * 64
 
 
 def planted(k: int, each: int, noise: float = 0.1, dim: int = 8, seed: int = 0):
-    """k clusters around the first unit vectors; rows (k·each, dim) and their true clusters."""
+    """Return rows (k·each, dim) in k clusters around unit vectors, and their true clusters."""
     truth = np.repeat(np.arange(k), each)
     rows = np.eye(dim, dtype=np.float32)[truth]
     rows += np.random.default_rng(seed).normal(0, noise, rows.shape).astype(np.float32)
@@ -35,7 +35,7 @@ def basis_of(texts: list[str], dim: int = 8, **options: object) -> Basis:
 
 
 @pytest.mark.parametrize("k", [2, 6])
-def test_planted_clusters_are_counted_and_that_is_sure(k):
+def test_planted_clusters_are_counted_with_certainty(k):
     rows, truth = planted(k, 20)
     choice = choose_k(rows, 9)
     assert choice.k == k and choice.agreement == 1.0
@@ -103,7 +103,7 @@ def test_clusters_are_numbered_by_size_and_described():
         assert each.cohesion == pytest.approx(mean, abs=1e-5)
 
 
-def test_set_apart_is_the_standardised_difference_to_outside():
+def test_strength_is_the_standardised_difference_to_outside():
     rng = np.random.default_rng(2)
     labels, scores = rng.integers(0, 3, 40), rng.normal(size=(40, 5)).astype(np.float32)
     standard = (scores - scores.mean(0)) / scores.std(0)
@@ -113,7 +113,7 @@ def test_set_apart_is_the_standardised_difference_to_outside():
     assert not text_strengths(labels, scores)[:, 2].any()
 
 
-def test_what_all_pictures_share_is_no_name():
+def test_what_all_images_share_is_no_name():
     labels = np.repeat([0, 1], 10)
     scores = np.zeros((20, 3), np.float32)
     scores[:, 0] = 0.9  # the text that is near everything
@@ -136,20 +136,20 @@ def test_clusters_of_one_name_get_the_next_text():
     assert [name.text for name in same] == ["no matching text (1)", "no matching text (2)"]
 
 
-def test_a_cluster_that_no_text_sets_apart_is_called_so():
+def test_a_cluster_that_no_text_describes_is_named_so():
     labels = np.repeat([0, 1, 2], 10)
     scores = np.zeros((30, 2), np.float32)
-    scores[:10, 0] = scores[10:20, 1] = 1.0  # of the third cluster there is no word
+    scores[:10, 0] = scores[10:20, 1] = 1.0  # no text describes the third cluster
     scores += np.random.default_rng(0).normal(0, 0.01, scores.shape).astype(np.float32)
     names = name_clusters(labels, scores, ["cat", "dog"])
     assert [name.fits for name in names] == [True, True, False]
     assert names[2].text == "no matching text" and names[2].strengths[0] < MIN_STRENGTH
     (alone,) = name_clusters(np.zeros(30, np.int64), scores, ["cat", "dog"])
-    assert alone.fits and alone.text in ("cat", "dog")  # there is nothing it could be apart from
+    assert alone.fits and alone.text in ("cat", "dog")  # there is no other cluster to compare with
 
 
 @pytest.mark.parametrize("method", ["cosine", "centred", "orthogonal", "pca", "tangent"])
-def test_names_do_not_hang_on_the_method(method):
+def test_names_do_not_depend_on_the_method(method):
     universal, truth = planted(4, 15)
     basis = basis_of(COLOURS, method=method)
     rows = basis.projection.apply(universal)
@@ -170,7 +170,7 @@ def test_rows_name_clusters_only_where_their_columns_are_texts():
         text_scores(basis, universal=universal[:, :5])
 
 
-def test_copies_are_shown_once_and_do_not_hang_it():
+def test_copies_are_shown_once_and_take_no_time():
     rows, _ = planted(2, 6)
     rows = np.concatenate([rows, np.repeat(rows[:1], 2500, axis=0)])
     found = cluster(rows, 2)

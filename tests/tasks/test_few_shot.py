@@ -1,4 +1,4 @@
-"""The few-shot classifier: the paper's normalisation, its probabilities, its file, bad input."""
+"""Few-shot classifier: normalisation of the paper, probabilities, file, bad input."""
 
 from __future__ import annotations
 
@@ -96,19 +96,19 @@ def test_unlabelled_rows_take_part_in_the_mean_alone():
     assert means[0] == pytest.approx(rows.mean(), abs=1e-6)
     assert means[1] == pytest.approx(np.concatenate([rows, others]).mean(), abs=1e-6)
     assert transductive.counts == inductive.counts
-    # a prediction does not hang on the rows it is made with
+    # a prediction does not depend on the other rows
     alone = np.concatenate([inductive.predict_proba(others[i : i + 1]) for i in range(4)])
     np.testing.assert_allclose(alone, inductive.predict_proba(others)[:4], atol=1e-6)
 
 
-def test_one_picture_of_a_class_works_and_is_told(caplog):
+def test_one_image_of_a_class_works_and_is_logged(caplog):
     rows, labels = labelled()
     made = FewShotClassifier().fit(rows[:11], labels[:11])
     assert made.singletons == ("red",) and "only one labelled image of: red" in caplog.text
     assert made.cross_validate(rows[:11], labels[:11]) is None
 
 
-def test_cross_validation_holds_pictures_out(caplog):
+def test_cross_validation_holds_images_out(caplog):
     rows, labels = labelled(each=10)
     made = FewShotClassifier()
     assert made.cross_validate(rows, labels) > 0.9
@@ -166,7 +166,7 @@ def test_without_a_basis_it_takes_rows_alone(tmp_path):
 
 
 def changed(data: bytes, key: str, value: object) -> bytes:
-    """The file with one field of its header changed, everything else as it was."""
+    """Return the file with one field of its header changed."""
     head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     told = json.loads(head["__metadata__"]["crl_classifier"])
     told[key] = value

@@ -1,4 +1,4 @@
-"""Retrieval against a brute-force loop: cosines, weights, ties, blocks, and bad input."""
+"""Retrieval compared with a brute-force loop: cosines, weights, ties, blocks, bad input."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_it_finds_what_a_loop_finds(dtype):
     assert found.weights == weights
 
 
-def test_a_picture_of_the_index_is_left_out_of_its_own_hits():
+def test_an_image_of_the_index_is_left_out_of_its_own_results():
     rows = {"color": rows_of(4, 0)}
     index = Index(rows)
     by_place, by_row = index.nearest(7, n=5), index.nearest({"color": rows["color"][7]}, n=6)

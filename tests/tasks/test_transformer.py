@@ -1,4 +1,4 @@
-"""The scikit-learn transformer: scikit-learn's own checks, pipelines, names and its errors."""
+"""scikit-learn transformer: scikit-learn's own checks, pipelines, names, errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def basis_of(criterion: str, texts: list[str], **options: object) -> Basis:
 
 
 class AnyWidth(ConditionalTransformer):
-    """The same with texts for X of any width, which scikit-learn's checks bring."""
+    """Transformer with random texts for X of any width, as scikit-learn's checks need."""
 
     def _source(self, dim):
         return unit(3, dim), ("a", "b", "c"), None, self.method or "centred", self.post or "none"
