@@ -282,10 +282,10 @@ def _warning(runs: Sequence[Run]) -> str:
         f"below {MIN_STABILITY}, and always with two texts. For the shares below, each criterion "
         "has its own thresholds: the pair with the best Youden's J on the five others. Left out "
         f"and thresholds: {thresholds}. All six together give {together}. The last column is "
-        "another sign: if the images are clustered into as many groups as the criterion has values, no "
-        "text describes at least one of the groups. On the four criteria above this happens with "
-        f"{unlike[0]} bases that have all the words, and with {unlike[1]} that have two or four "
-        f"of them.\n\n{_table(head, rows)}"
+        "another sign: if the images are clustered into as many groups as the criterion has "
+        "values, no text describes at least one of the groups. On the four criteria above this "
+        f"happens with {unlike[0]} bases that have all the words, and with {unlike[1]} that have "
+        f"two or four of them.\n\n{_table(head, rows)}"
     )
 
 

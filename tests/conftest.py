@@ -1,4 +1,4 @@
-"""Fixtures that every kind of test uses: the shipped bundle, and pictures it understands."""
+"""Fixtures that every kind of test uses: the shipped bundle, and images it understands."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def bundle_copy(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def image_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Nine JPEGs: squares of three colours at three places."""
-    directory = tmp_path_factory.mktemp("pictures")
+    directory = tmp_path_factory.mktemp("images")
     paths = []
     for name, colour in COLOURS.items():
         for place in range(3):

@@ -43,9 +43,9 @@ def bases(embedder):
     return [make("color", COLOURS), make("shape", SHAPES, method="cosine", post="standardise")]
 
 
-def test_one_pass_serves_every_criterion(embedder, bases, pictures):
-    together = embedder.embed(pictures, bases)
-    plain = embedder.embed(pictures)
+def test_one_pass_serves_every_criterion(embedder, bases, image_files):
+    together = embedder.embed(image_files, bases)
+    plain = embedder.embed(image_files)
     assert together.universal.shape == (9, embedder.bundle.embedding_dim)
     assert together["Color"].shape == (9, 4) and together["shape"].shape == (9, 3)
     assert all(a.dtype == np.float32 for a in (together.universal, together["color"]))
@@ -54,37 +54,37 @@ def test_one_pass_serves_every_criterion(embedder, bases, pictures):
     assert plain.conditional == {} and together.ok.all() and not together.errors
 
 
-def test_fused_projection_equals_numpy_on_the_stored_embeddings(embedder, bases, pictures):
+def test_fused_projection_equals_numpy_on_the_stored_embeddings(embedder, bases, image_files):
     """The projection in the graph equals `Projection.apply`; tolerance 1e-5."""
-    result = embedder.embed(pictures, bases)
+    result = embedder.embed(image_files, bases)
     for basis in bases:
         stored = embedder.project(result.universal, basis)
         np.testing.assert_allclose(result[basis.criterion], stored, atol=1e-5, rtol=1e-4)
 
 
-def test_color_regroups_the_pictures(embedder, bases, pictures):
-    rows = embedder.embed(pictures, bases[:1])["color"]
+def test_color_regroups_the_pictures(embedder, bases, image_files):
+    rows = embedder.embed(image_files, bases[:1])["color"]
     similarity = rows @ rows.T
     same = np.kron(np.eye(3), np.ones((3, 3))).astype(bool)
     assert similarity[same].min() > similarity[~same].max()
 
 
-def test_batching_and_kinds_of_input_change_nothing(embedder, bases, pictures):
-    expected = embedder.embed(pictures, bases)
+def test_batching_and_kinds_of_input_change_nothing(embedder, bases, image_files):
+    expected = embedder.embed(image_files, bases)
     mixed = [
-        pictures[0],
-        str(pictures[1]),
-        pictures[2].read_bytes(),
-        Image.open(pictures[3]),
-        np.asarray(Image.open(pictures[4])),
-        *pictures[5:],
+        image_files[0],
+        str(image_files[1]),
+        image_files[2].read_bytes(),
+        Image.open(image_files[3]),
+        np.asarray(Image.open(image_files[4])),
+        *image_files[5:],
     ]
     seen = []
     for size in (1, 2, 4, 9, 100):
         result = embedder.embed(iter(mixed), bases, batch_size=size, progress=seen.append)
         np.testing.assert_allclose(result["color"], expected["color"], atol=1e-4)
         assert seen[-1] == 9
-    stacked = np.stack([np.asarray(Image.open(path)) for path in pictures])
+    stacked = np.stack([np.asarray(Image.open(path)) for path in image_files])
     np.testing.assert_allclose(embedder.embed(stacked).universal, expected.universal, atol=1e-4)
 
 
@@ -108,12 +108,19 @@ def test_no_images(embedder, bases):
     assert result["color"].shape == (0, 4) and result.ok.shape == (0,)
 
 
-def test_one_bad_image_loses_nothing(embedder, bases, pictures, tmp_path):
+def test_one_bad_image_loses_nothing(embedder, bases, image_files, tmp_path):
     truncated = tmp_path / "truncated.jpg"
-    truncated.write_bytes(pictures[0].read_bytes()[:300])
-    images = [pictures[0], truncated, pictures[1], b"", np.zeros((4, 4), np.float32), pictures[2]]
+    truncated.write_bytes(image_files[0].read_bytes()[:300])
+    images = [
+        image_files[0],
+        truncated,
+        image_files[1],
+        b"",
+        np.zeros((4, 4), np.float32),
+        image_files[2],
+    ]
     good = [True, False, True, False, False, True]
-    expected = embedder.embed(pictures[:3], bases)
+    expected = embedder.embed(image_files[:3], bases)
 
     collected = embedder.embed(images, bases, on_error="collect", batch_size=2)
     with pytest.raises(ImageBatchError) as caught:
@@ -126,34 +133,34 @@ def test_one_bad_image_loses_nothing(embedder, bases, pictures, tmp_path):
     assert str(truncated) in message and "image 3" in message and "on_error" in message
 
 
-def test_criteria_that_are_not_there(embedder, bases, pictures):
+def test_criteria_that_are_not_there(embedder, bases, image_files):
     with pytest.raises(
         CriterionError, match=r"no basis 'mood' is loaded, the loaded ones are \[\]"
     ):
-        embedder.embed(pictures, ["mood"])
+        embedder.embed(image_files, ["mood"])
     with pytest.raises(CriterionError, match="expected a criterion"):
-        embedder.embed(pictures, ["../mood"])
+        embedder.embed(image_files, ["../mood"])
     with pytest.raises(InvalidInputError, match="each criterion once"):
-        embedder.embed(pictures, [bases[0], bases[0]])
+        embedder.embed(image_files, [bases[0], bases[0]])
     with pytest.raises(CriterionError, match=r"it has \['color'\]"):
-        _ = embedder.embed(pictures, bases[:1])["shape"]
+        _ = embedder.embed(image_files, bases[:1])["shape"]
 
 
-def test_named_bases(tmp_path, pictures):
+def test_named_bases(tmp_path, image_files):
     with Embedder.open(demo_bundle(), threads=1) as own:
         made = own.create_basis("color", COLOURS, prompts=["a photo of {} things"])
         made.save(tmp_path / "color.safetensors")
-        first = own.embed(pictures, ["COLOR"])["color"]
+        first = own.embed(image_files, ["COLOR"])["color"]
     with Embedder.open(demo_bundle()) as other:
         other.add_basis(tmp_path / "color.safetensors")
         assert list(other.bases) == ["color"]
-        np.testing.assert_allclose(other.embed(pictures, ["color"])["color"], first, atol=1e-5)
+        np.testing.assert_allclose(other.embed(image_files, ["color"])["color"], first, atol=1e-5)
 
 
-def test_a_basis_of_another_model(embedder, bases, pictures):
+def test_a_basis_of_another_model(embedder, bases, image_files):
     foreign = build_basis("color", COLOURS, embedder.embed_text, fingerprint="00" * 32)
     for use in (
-        lambda: embedder.embed(pictures, [foreign]),
+        lambda: embedder.embed(image_files, [foreign]),
         lambda: embedder.add_basis(foreign),
         lambda: embedder.project(np.zeros((1, embedder.bundle.embedding_dim)), foreign),
     ):
@@ -161,14 +168,14 @@ def test_a_basis_of_another_model(embedder, bases, pictures):
             use()
 
 
-def test_bad_arguments(embedder, bases, pictures):
-    for single in (pictures[0], str(pictures[0]), b"jpeg", np.zeros((8, 8, 3), np.uint8), 7):
+def test_bad_arguments(embedder, bases, image_files):
+    for single in (image_files[0], str(image_files[0]), b"jpeg", np.zeros((8, 8, 3), np.uint8), 7):
         with pytest.raises(InvalidInputError, match=r"pass \[image\]"):
             embedder.embed(single)
     with pytest.raises(InvalidInputError, match="batch_size"):
-        embedder.embed(pictures, batch_size=0)
+        embedder.embed(image_files, batch_size=0)
     with pytest.raises(InvalidInputError, match="on_error"):
-        embedder.embed(pictures, on_error="ignore")
+        embedder.embed(image_files, on_error="ignore")
     d = embedder.bundle.embedding_dim
     for embeddings, words in [
         (np.full((2, d), np.nan, np.float32), "the first at row 0"),
@@ -202,25 +209,25 @@ def test_a_failing_engine_is_a_typed_error(embedder):
         )
 
 
-def test_threads_share_an_embedder(embedder, bases, pictures):
-    expected = embedder.embed(pictures, bases)["color"]
+def test_threads_share_an_embedder(embedder, bases, image_files):
+    expected = embedder.embed(image_files, bases)["color"]
     with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda _: embedder.embed(pictures, bases)["color"], range(8)))
+        results = list(pool.map(lambda _: embedder.embed(image_files, bases)["color"], range(8)))
     for result in results:
         np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
-def test_precisions_of_the_bundle_agree(embedder, pictures):
+def test_precisions_of_the_bundle_agree(embedder, image_files):
     """Each precision agrees with fp32 within the recorded parity and a margin."""
-    reference = embedder.embed(pictures).universal
+    reference = embedder.embed(image_files).universal
     for graph in embedder.bundle.manifest.images:
         with Embedder.open(demo_bundle(), engine=f"onnx/cpu/{graph.precision}") as other:
             assert other.engine == f"onnx/cpu/{graph.precision}"
-            cosines = (other.embed(pictures).universal * reference).sum(axis=1)
+            cosines = (other.embed(image_files).universal * reference).sum(axis=1)
         assert cosines.min() > (0.98 if graph.precision == "int8" else 0.9995)
 
 
-def test_one_call_from_a_criterion_in_words_to_its_basis(embedder, pictures):
+def test_one_call_from_a_criterion_in_words_to_its_basis(embedder, image_files):
     """The language model has known answers; everything else is real."""
     llm = Scripted(" red, green, blue, yellow, pink\n")
     seen = []
@@ -235,7 +242,7 @@ def test_one_call_from_a_criterion_in_words_to_its_basis(embedder, pictures):
         assert basis.provenance["votes"] == dict.fromkeys(basis.texts, 3)
         assert basis.provenance["model"] == {"name": "scripted"}
         assert seen[-1] == GenerationProgress(answers=2, max_answers=3, tokens=3, seconds=0.5)
-        assert own.embed(pictures[:2], ["main color"])["main color"].shape == (2, 4)
+        assert own.embed(image_files[:2], ["main color"])["main color"].shape == (2, 4)
 
 
 def test_generated_texts_can_be_seen_and_edited_before_a_basis_is_made(embedder):

@@ -55,7 +55,7 @@ def test_info(crl):
     assert error["type"] == "BundleError" and "nowhere" in error["message"]
 
 
-def test_basis_then_embed(crl, pictures, tmp_path):
+def test_basis_then_embed(crl, image_files, tmp_path):
     texts = tmp_path / "colours.txt"
     texts.write_text("red\ngreen\n\nblue\nRED\n", encoding="utf-8")
     made = document(crl("basis", "create", "Main Color", "--texts", texts, "-t", "pink", "--json"))
@@ -70,14 +70,14 @@ def test_basis_then_embed(crl, pictures, tmp_path):
 
     for name in ("x.npz", "x.parquet"):
         summary = document(
-            crl("embed", pictures[0].parent, "--criteria", "main color", "--out", name, "--json")
+            crl("embed", image_files[0].parent, "--criteria", "main color", "--out", name, "--json")
         )
         assert summary["images"] == 9 and summary["failed"] == []
         assert summary["conditional"] == {"main color": 2}
     arrays = np.load("x.npz")
     assert arrays["universal"].shape == (9, summary["universal"])
     assert arrays["main color"].shape == (9, 2)
-    assert arrays["path"].tolist() == sorted(map(str, pictures))
+    assert arrays["path"].tolist() == sorted(map(str, image_files))
     assert str(arrays["fingerprint"]) == summary["fingerprint"]
 
     from pyarrow import parquet
@@ -95,12 +95,12 @@ def test_the_environment_names_bundle_and_bases(crl, tmp_path):
     assert "nowhere" in wrong.stderr
 
 
-def test_one_bad_image_is_named_and_the_others_written(crl, pictures, tmp_path):
+def test_one_bad_image_is_named_and_the_others_written(crl, image_files, tmp_path):
     bad = tmp_path / "bad.jpg"
-    bad.write_bytes(pictures[0].read_bytes()[:200])
-    done = crl("embed", pictures[0], bad, pictures[1], "--out", "x.npz", "--json", status=1)
+    bad.write_bytes(image_files[0].read_bytes()[:200])
+    done = crl("embed", image_files[0], bad, image_files[1], "--out", "x.npz", "--json", status=1)
     assert document(done)["failed"][0]["path"] == str(bad)
-    assert np.load("x.npz")["path"].tolist() == [str(pictures[0]), str(pictures[1])]
+    assert np.load("x.npz")["path"].tolist() == [str(image_files[0]), str(image_files[1])]
     assert "bad.jpg" in crl("embed", bad, "--out", "y.npz", status=1).stderr
     assert not Path("y.npz").exists()
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]

@@ -27,9 +27,9 @@ from support import generated_texts
 
 
 @pytest.fixture
-def folder(tmp_path, pictures) -> Path:
+def folder(tmp_path, image_files) -> Path:
     """Return a directory with nine good images and a bad one."""
-    for path in pictures:
+    for path in image_files:
         shutil.copy(path, tmp_path / path.name)
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff broken")
     return tmp_path

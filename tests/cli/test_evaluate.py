@@ -181,9 +181,9 @@ def test_a_basis_of_another_model_is_refused(clevr4, tmp_path, embedder):
         crl_eval("clevr4", "--data", clevr4, "--basis", path, "--criteria", "color", "--shots", 1)
 
 
-def test_genecis(tmp_path, pictures):
+def test_genecis(tmp_path, image_files):
     (tmp_path / "val2017").mkdir()
-    for i, image in enumerate(pictures):
+    for i, image in enumerate(image_files):
         (tmp_path / "val2017" / f"{i:012d}.jpg").write_bytes(image.read_bytes())
     entries = [
         {
@@ -205,9 +205,9 @@ def test_genecis(tmp_path, pictures):
     assert any("4 of 9 queries" in note for note in part["notes"])
 
 
-def test_deepfashion(tmp_path, pictures):
+def test_deepfashion(tmp_path, image_files):
     (tmp_path / "img").mkdir()
-    for i, image in enumerate(pictures):
+    for i, image in enumerate(image_files):
         (tmp_path / "img" / f"{i}.jpg").write_bytes(image.read_bytes())
     (tmp_path / "filenames_test.txt").write_text("".join(f"img/{i}.jpg\n" for i in range(9)))
     for kind, which in (("query", range(0, 9, 3)), ("candidate", (1, 2, 4, 5, 7, 8))):

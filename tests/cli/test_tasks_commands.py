@@ -40,11 +40,11 @@ def crl(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def folder(tmp_path, pictures) -> Path:
+def folder(tmp_path, image_files) -> Path:
     """Nine images of three colours."""
     made = tmp_path / "photos"
     made.mkdir()
-    for path in pictures:
+    for path in image_files:
         shutil.copy(path, made / path.name)
     return made
 

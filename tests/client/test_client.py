@@ -66,74 +66,74 @@ def test_resizing_before_sending_changes_no_bit(server):
     np.testing.assert_array_equal(here["color"], there["color"])
 
 
-def test_what_cannot_be_resized_fails_alone(server, pictures):
+def test_what_cannot_be_resized_fails_alone(server, image_files):
     with Client(server.address, ClientOptions(resize=True)) as client:
-        stored = client.embed([pictures[0]]).universal[0]
+        stored = client.embed([image_files[0]]).universal[0]
         with pytest.raises(ImageBatchError) as caught:
-            client.embed([pictures[0], b"junk", "missing.jpg", stored], ["color"])
+            client.embed([image_files[0], b"junk", "missing.jpg", stored], ["color"])
     assert sorted(caught.value.errors) == [1, 2]
     rows = caught.value.result["color"]
     np.testing.assert_allclose(rows[0], rows[3], atol=1e-6)
     assert np.isnan(rows[1:3]).all()
 
 
-def test_resizing_without_pillow_names_the_extra(server, pictures, monkeypatch):
+def test_resizing_without_pillow_names_the_extra(server, image_files, monkeypatch):
     monkeypatch.delitem(sys.modules, "crl_sdk.model._preprocess")
     monkeypatch.setitem(sys.modules, "PIL", None)
     with (
         Client(server.address, ClientOptions(resize=True)) as client,
         pytest.raises(MissingDependencyError, match="runtime"),
     ):
-        client.embed([pictures[0]])
+        client.embed([image_files[0]])
 
 
-def test_a_result_holds_one_version_of_a_basis(server, pictures):
+def test_a_result_holds_one_version_of_a_basis(server, image_files):
     """The basis is replaced between the batches of one call."""
     with Client(server.address, ClientOptions(batch_size=2, max_in_flight=1)) as client:
         before = client.bases()[0].sha256
 
         def slowly():
-            for number, path in enumerate(pictures):
+            for number, path in enumerate(image_files):
                 if number == 5:
                     with Client(server.address) as other:
                         other.create_basis("color", ["red", "blue", "white"])
                 yield path if number != 1 else b"junk"
 
         result = client.embed(slowly(), ["color"], on_error="collect")
-        whole = client.embed(pictures, ["color"])
+        whole = client.embed(image_files, ["color"])
     assert result.basis_sha256 == whole.basis_sha256 != {"color": before}
     good = [0, *range(2, 9)]
     np.testing.assert_allclose(result["color"][good], whole["color"][good], atol=1e-6)
     assert np.isnan(result["color"][1]).all() and list(result.errors) == [1]
 
 
-def test_results_of_two_models_are_never_joined(client, pictures):
+def test_results_of_two_models_are_never_joined(client, image_files):
     from dataclasses import replace
 
-    part = client.embed(pictures[:1])
+    part = client.embed(image_files[:1])
     with pytest.raises(ServiceError, match="model was replaced"):
         stale_parts([part, replace(part, fingerprint="another")])
 
 
-def test_errors_name_the_position_in_the_whole_list(server, pictures):
+def test_errors_name_the_position_in_the_whole_list(server, image_files):
     with Client(server.address, ClientOptions(batch_size=2)) as client:
-        result = client.embed([*pictures[:3], b"junk"], on_error="collect")
+        result = client.embed([*image_files[:3], b"junk"], on_error="collect")
     assert str(result.errors[3]).startswith("image 3: not a readable image")
 
 
-def test_one_batch_is_read_without_copies(client, pictures):
-    rows = client.embed([path.read_bytes() for path in pictures], ["color"])["color"]
+def test_one_batch_is_read_without_copies(client, image_files):
+    rows = client.embed([path.read_bytes() for path in image_files], ["color"])["color"]
     assert rows.dtype == np.float32 and rows.shape[0] == 9
     assert not rows.flags.owndata and not rows.flags.writeable  # a view of the message
 
 
-def test_a_basis_is_fetched_with_its_file(client, embedder, pictures):
+def test_a_basis_is_fetched_with_its_file(client, embedder, image_files):
     served = client.get_basis("Color")
     assert served.info == next(info for info in client.bases() if info.criterion == "color")
     basis = Basis.from_bytes(served.file)
     assert basis.texts == served.info.texts and basis.method == served.info.method
-    rows = client.embed(pictures, ["color"])["color"]
-    np.testing.assert_allclose(embedder.embed(pictures, [basis])["color"], rows, atol=1e-5)
+    rows = client.embed(image_files, ["color"])["color"]
+    np.testing.assert_allclose(embedder.embed(image_files, [basis])["color"], rows, atol=1e-5)
     with pytest.raises(UnknownCriterionError, match="known are"):
         client.get_basis("weight")
 

@@ -181,12 +181,12 @@ def test_the_import_sends_no_telemetry():
     assert told.stdout == "[]\n"
 
 
-def test_an_embedder_agrees_with_the_default_engine(embedder, pictures):
+def test_an_embedder_agrees_with_the_default_engine(embedder, image_files):
     with Embedder.open(demo_bundle(), engine="openvino/cpu/fp32") as other:
         assert other.engine == "openvino/cpu/fp32"
         basis = other.create_basis("color", ["red", "green", "blue"])
-        found = other.embed(pictures, [basis], batch_size=4)
-    expected = embedder.embed(pictures, [basis])
+        found = other.embed(image_files, [basis], batch_size=4)
+    expected = embedder.embed(image_files, [basis])
     np.testing.assert_allclose(found.universal, expected.universal, **FP32)
     np.testing.assert_allclose(found["color"], expected["color"], rtol=0, atol=5e-5)
 

@@ -298,10 +298,10 @@ def test_auto_chooses_a_plan_only_after_it_is_verified_here(gpu, bundle, monkeyp
         embedder = Embedder.open(bundle)
     assert embedder.engine == "tensorrt-rtx/cuda/fp32" and "verified on sm89" in caplog.text
     basis = embedder.create_basis("color", ["red", "blue", "green"])
-    pictures = list(parity.images(bundle.preprocess, 7))
-    got = embedder.embed(pictures, [basis], batch_size=4)
+    images = list(parity.images(bundle.preprocess, 7))
+    got = embedder.embed(images, [basis], batch_size=4)
     with Embedder.open(bundle, engine="onnx/cpu") as other:
-        expected = other.embed(pictures, [basis])
+        expected = other.embed(images, [basis])
     np.testing.assert_allclose(got["color"], expected["color"], atol=1e-4)
     embedder.close()
 
@@ -350,10 +350,10 @@ def test_a_baked_plan_runs_only_its_basis(gpu, bundle, reference, monkeypatch):
     fake.classes[2].execute_async_v3 = with_constants
     gpu.kit.module = fake
     embedder = Embedder.open(bundle, engine="tensorrt-rtx", baked=basis)
-    pictures = list(parity.images(bundle.preprocess, 3))
+    images = list(parity.images(bundle.preprocess, 3))
     with Embedder.open(bundle, engine="onnx/cpu") as other:
-        expected = other.embed(pictures, [basis])["color"]
-    np.testing.assert_allclose(embedder.embed(pictures, ["color"])["color"], expected, atol=1e-4)
+        expected = other.embed(images, [basis])["color"]
+    np.testing.assert_allclose(embedder.embed(images, ["color"])["color"], expected, atol=1e-4)
     record = verify(bundle, "tensorrt-rtx", batches=(1,), seconds=0.01, baked=basis)
     assert record.agrees and record.engine == "tensorrt-rtx/cuda/fp32"
     with pytest.raises(EngineError, match="'color', which is fixed"):

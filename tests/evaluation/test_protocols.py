@@ -366,9 +366,9 @@ def test_lists_of_texts_keep_what_is_repeated(embedder):
         texts_from_basis(basis, embedder.bundle.fingerprint, "file")
 
 
-def test_an_image_that_cannot_be_read_stops_the_benchmark(embedder, pictures, tmp_path):
+def test_an_image_that_cannot_be_read_stops_the_benchmark(embedder, image_files, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
     with pytest.raises(CrlError, match=r"1 of 2 images cannot be read.*broken\.jpg"):
-        run.embed_files(embedder, [pictures[0], broken])
-    assert run.embed_files(embedder, pictures[:2]).shape == (2, embedder.bundle.embedding_dim)
+        run.embed_files(embedder, [image_files[0], broken])
+    assert run.embed_files(embedder, image_files[:2]).shape == (2, embedder.bundle.embedding_dim)

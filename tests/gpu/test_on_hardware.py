@@ -46,8 +46,8 @@ def test_a_plan_agrees_with_the_fp32_graph(architecture, bundle, runtime):
     assert record.agrees, record.failures
     with Embedder.open(bundle) as automatic, Embedder.open(bundle, engine="onnx/cpu") as reference:
         assert automatic.engine == f"{runtime}/cuda/fp32"  # since it is now verified
-        pictures = list(parity.images(bundle.preprocess, 40))
-        got, expected = automatic.embed(pictures), reference.embed(pictures)
+        images = list(parity.images(bundle.preprocess, 40))
+        got, expected = automatic.embed(images), reference.embed(images)
         np.testing.assert_allclose(got.universal, expected.universal, atol=2e-3)
 
 

@@ -38,7 +38,7 @@ def make(embedder, criterion="mood", texts=("happy", "sad", "calm"), fingerprint
     )  # fmt: skip
 
 
-def test_the_server_knows_no_method(client, embedder, pictures):
+def test_the_server_knows_no_method(client, embedder, image_files):
     """Bases of all methods can be served at the same time."""
     texts = ["red", "green", "blue", "yellow", "pink"]
     other = make(embedder, "size", ("small", "medium", "large"))
@@ -55,7 +55,7 @@ def test_the_server_knows_no_method(client, embedder, pictures):
     listed = {b.criterion: (b.method, b.output_dim) for b in client.bases()}
     for name, basis in made.items():
         assert listed[name] == (basis.method, basis.projection.output_dim)
-    result = client.embed(pictures[:3], criteria=list(made))
+    result = client.embed(image_files[:3], criteria=list(made))
     for name, basis in made.items():
         expected = basis.projection.apply(result.universal)
         np.testing.assert_allclose(result[name], expected, atol=1e-6)
@@ -70,12 +70,12 @@ def test_the_server_knows_no_method(client, embedder, pictures):
         client.create_basis("color", texts, method="whitened")
 
 
-def test_put_list_get_delete(server, client, embedder, pictures, tmp_path):
+def test_put_list_get_delete(server, client, embedder, image_files, tmp_path):
     basis = make(embedder)
     info = client.put_basis(basis.to_bytes())
     assert info.criterion == "mood" and info.sha256 == basis.sha256() and info.output_dim == 3
     assert [b.criterion for b in client.bases()] == ["color", "mood", "shape"]
-    result = client.embed(pictures[:2], criteria=["mood"])
+    result = client.embed(image_files[:2], criteria=["mood"])
     assert result.basis_sha256["mood"] == basis.sha256()
     np.testing.assert_allclose(result["mood"], basis.projection.apply(result.universal), atol=1e-6)
     with grpc.insecure_channel(server.address) as channel:
@@ -87,7 +87,7 @@ def test_put_list_get_delete(server, client, embedder, pictures, tmp_path):
     client.delete_basis("mood")
     assert not path.exists()
     with pytest.raises(UnknownCriterionError, match="known are"):
-        client.embed(pictures[:1], criteria=["mood"])
+        client.embed(image_files[:1], criteria=["mood"])
     with pytest.raises(UnknownCriterionError):
         client.delete_basis("mood")
 
@@ -144,15 +144,15 @@ def test_what_is_refused(server, client, embedder):
     assert [b.criterion for b in client.bases()] == ["color", "shape"]
 
 
-def test_a_full_disk_changes_nothing(server, client, embedder, pictures, monkeypatch):
+def test_a_full_disk_changes_nothing(server, client, embedder, image_files, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    before = client.embed(pictures[:1], criteria=["color"])
+    before = client.embed(image_files[:1], criteria=["color"])
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(BasisError, match="No space left"):
         client.put_basis(make(embedder, "color", ["x", "y"]).to_bytes())
-    after = client.embed(pictures[:1], criteria=["color"])
+    after = client.embed(image_files[:1], criteria=["color"])
     assert after.basis_sha256 == before.basis_sha256
     directory = server.pipeline.bases.directory
     assert sorted(p.name for p in directory.iterdir()) == [
@@ -167,7 +167,7 @@ def test_two_servers_on_one_directory_or_port(serve, server, embedder, tmp_path)
         serve(embedder, address=server.address, bases=tmp_path / "others")
 
 
-def test_replies_never_mix_two_versions(server, client, embedder, pictures):
+def test_replies_never_mix_two_versions(server, client, embedder, image_files):
     """While a basis changes repeatedly, the rows of each reply match the version it names."""
     versions = {
         basis.sha256(): basis
@@ -190,7 +190,7 @@ def test_replies_never_mix_two_versions(server, client, embedder, pictures):
         seen, replies, ends = set(), 0, time.monotonic() + 30
         while replies < 150 or (len(seen) < 2 and time.monotonic() < ends):
             replies += 1
-            result = client.embed(pictures[:3], criteria=["mood", "color"])
+            result = client.embed(image_files[:3], criteria=["mood", "color"])
             version = result.basis_sha256["mood"]
             seen.add(version)
             expected = versions[version].projection.apply(result.universal)
@@ -257,7 +257,7 @@ class Scripted:
         pass
 
 
-def test_the_servers_language_model_writes_a_basis(serve, embedder, pictures):
+def test_the_servers_language_model_writes_a_basis(serve, embedder, image_files):
     server = serve(embedder, open_llm=Scripted)
     with grpc.insecure_channel(server.address) as channel:
         stub = basis_pb2_grpc.BasisServiceStub(channel)
@@ -275,7 +275,7 @@ def test_the_servers_language_model_writes_a_basis(serve, embedder, pictures):
         abandoned.cancel()
     seen = []
     with Client(server.address) as client:
-        assert client.embed(pictures[:1], criteria=["mood"])["mood"].shape[0] == 1
+        assert client.embed(image_files[:1], criteria=["mood"])["mood"].shape[0] == 1
         info = client.generate_basis("mood", progress=seen.append, exclude=["blue"])
         assert "red" in info.texts and "blue" not in info.texts and seen
         with pytest.raises(BasisExistsError):

@@ -39,9 +39,9 @@ def local(embedder, images, criteria=("color",)):
     return embedder.embed(images, bases)
 
 
-def test_rows_equal_the_embedders(client, embedder, pictures):
+def test_rows_equal_the_embedders(client, embedder, image_files):
     """Every form of an image gives the embedder's rows, within 1e-6."""
-    path = pictures[0]
+    path = image_files[0]
     picture = Image.open(path)
     expected = local(embedder, [path, picture], ("color", "shape"))
     images = [path, str(path), path.read_bytes(), picture, np.asarray(picture)]
@@ -59,17 +59,17 @@ def test_rows_equal_the_embedders(client, embedder, pictures):
         result["mood"]
 
 
-def test_a_single_reply_is_not_copied(client, pictures):
-    rows = client.embed(pictures, criteria=["color"])["color"]
+def test_a_single_reply_is_not_copied(client, image_files):
+    rows = client.embed(image_files, criteria=["color"])["color"]
     assert isinstance(rows.base, bytes) or rows.base is not None
     assert not rows.flags.owndata
 
 
-def test_a_known_image_under_a_new_criterion_costs_only_a_projection(server, client, pictures):
-    first = client.embed(pictures, criteria=["color"])
+def test_a_known_image_under_a_new_criterion_costs_only_a_projection(server, client, image_files):
+    first = client.embed(image_files, criteria=["color"])
     assert not first.cached.any() and first.timings["infer_us"] > 0
     batches = server.pipeline.batcher.batches
-    second = client.embed(pictures, criteria=["shape", "color"])
+    second = client.embed(image_files, criteria=["shape", "color"])
     assert second.cached.all() and second.timings["infer_us"] == 0
     assert server.pipeline.batcher.batches == batches
     np.testing.assert_array_equal(second["color"], first["color"])
@@ -77,8 +77,8 @@ def test_a_known_image_under_a_new_criterion_costs_only_a_projection(server, cli
     np.testing.assert_allclose(stored["color"], first["color"], atol=1e-6)
 
 
-def test_bad_images_fail_alone(client, pictures, tmp_path):
-    good = pictures[0].read_bytes()
+def test_bad_images_fail_alone(client, image_files, tmp_path):
+    good = image_files[0].read_bytes()
     buffer = io.BytesIO()
     Image.new("RGB", (1, 20_000)).save(buffer, "PNG")
     bad = [good[:300], b"", b"not an image", np.zeros((1, 1, 3), np.uint8), tmp_path / "no.jpg"]
@@ -97,34 +97,34 @@ def test_bad_images_fail_alone(client, pictures, tmp_path):
     assert sorted(nothing.errors) == [0, 1]
 
 
-def test_an_image_over_the_limits_is_called_so(serve, faked, pictures):
+def test_an_image_over_the_limits_is_called_so(serve, faked, image_files):
     from crl_sdk.model._preprocess import ImageLimits
 
     faked.limits = ImageLimits(max_bytes=500)
     with Client(serve(faked).address) as client:
-        result = client.embed([pictures[0]], on_error="collect")
+        result = client.embed([image_files[0]], on_error="collect")
     assert isinstance(result.errors[0], ImageTooLargeError)
 
 
 @pytest.mark.parametrize("name", ["mood", "../../etc/passwd", "x" * 100, "", "色", "a\x00b"])
-def test_unknown_and_malformed_criteria(client, pictures, name):
+def test_unknown_and_malformed_criteria(client, image_files, name):
     with pytest.raises(CriterionError) as caught:
-        client.embed(pictures[:1], criteria=[name])
+        client.embed(image_files[:1], criteria=[name])
     if name == "mood":
         assert isinstance(caught.value, UnknownCriterionError)
         assert "['color', 'shape']" in str(caught.value)
     with pytest.raises(CriterionError, match="each criterion once"):
-        client.embed(pictures[:1], criteria=["color", "Color"])
+        client.embed(image_files[:1], criteria=["color", "Color"])
 
 
-def test_long_iterables_keep_their_order_in_bounded_memory(server, pictures):
+def test_long_iterables_keep_their_order_in_bounded_memory(server, image_files):
     taken = 0
 
     def stream():
         nonlocal taken
         for i in range(100):
             taken += 1
-            yield pictures[i % len(pictures)]
+            yield image_files[i % len(image_files)]
 
     options = ClientOptions(batch_size=5, max_in_flight=3)
     with Client(server.address, options) as client:
@@ -134,7 +134,7 @@ def test_long_iterables_keep_their_order_in_bounded_memory(server, pictures):
         rest = list(batches)
         assert taken == 100 and len(rest) == 19
         rows = np.concatenate([first["color"], *(part["color"] for part in rest)])
-        whole = client.embed(pictures, criteria=["color"])["color"]
+        whole = client.embed(image_files, criteria=["color"])["color"]
         expected = np.concatenate([whole] * 12)[:100]
         np.testing.assert_allclose(rows, expected, atol=1e-6)
         abandoned = client.embed_batches(stream(), ["color"])
@@ -202,8 +202,8 @@ def test_tensors_that_do_not_fit(stub, image, words):
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_the_form_of_the_reply(stub, pictures):
-    image = embedding_pb2.Image(encoded=pictures[0].read_bytes())
+def test_the_form_of_the_reply(stub, image_files):
+    image = embedding_pb2.Image(encoded=image_files[0].read_bytes())
     request = embedding_pb2.EmbedRequest(
         images=[image], criteria=["color"], dtype=embedding_pb2.DTYPE_FLOAT16, omit_universal=True
     )
@@ -218,7 +218,7 @@ def test_the_form_of_the_reply(stub, pictures):
         stub.Embed(embedding_pb2.EmbedRequest())
 
 
-def test_bytes_that_are_no_message_and_messages_too_large(server, pictures):
+def test_bytes_that_are_no_message_and_messages_too_large(server, image_files):
     with grpc.insecure_channel(server.address) as channel:
         call = channel.unary_unary("/crl.v1.EmbeddingService/Embed")
         with pytest.raises(grpc.RpcError):
@@ -227,7 +227,7 @@ def test_bytes_that_are_no_message_and_messages_too_large(server, pictures):
             call(bytes(65 * 2**20))
         assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     with Client(server.address) as client:  # the server still works
-        assert client.embed(pictures[:1]).universal.shape == (1, 128)
+        assert client.embed(image_files[:1]).universal.shape == (1, 128)
 
 
 def test_a_server_that_is_not_there():
@@ -240,10 +240,10 @@ def test_a_server_that_is_not_there():
     assert time.monotonic() - started < 10
 
 
-def test_the_asynchronous_client(server, pictures):
+def test_the_asynchronous_client(server, image_files):
     async def work():
         async with AsyncClient(server.address) as client:
-            result = await client.embed(pictures, criteria=["color"])
+            result = await client.embed(image_files, criteria=["color"])
             return result["color"], [info.criterion for info in await client.bases()]
 
     rows, names = server.wait(work())
@@ -254,14 +254,14 @@ def send(stub, messages):
     return {reply.id: reply for reply in stub.EmbedStream(iter(messages))}
 
 
-def test_a_stream_answers_each_request_by_its_id(stub, pictures):
+def test_a_stream_answers_each_request_by_its_id(stub, image_files):
     def message(i, data, criteria=("color",)):
         request = embedding_pb2.EmbedRequest(
             images=[embedding_pb2.Image(encoded=data)], criteria=criteria
         )
         return embedding_pb2.EmbedStreamRequest(id=str(i), request=request)
 
-    good = [path.read_bytes() for path in pictures]
+    good = [path.read_bytes() for path in image_files]
     messages = [message(i, good[i % 9]) for i in range(40)]
     messages[5] = message("unknown", good[0], ["mood"])
     messages[6] = message("bad", good[0][:99])

@@ -52,8 +52,8 @@ def refused(call, code: grpc.StatusCode, *words: str) -> None:
         assert word in caught.value.details()
 
 
-def test_all_three_forms_of_bytes_give_the_same_rows(server, stub, pictures):
-    data = pictures[0].read_bytes()
+def test_all_three_forms_of_bytes_give_the_same_rows(server, stub, image_files):
+    data = image_files[0].read_bytes()
     with Client(server.address) as client:
         expected = client.embed([data], ["color"])
     framed = stub.ModelInfer(infer_request(shape=[1, 1], raw=element(data)))
@@ -114,8 +114,8 @@ def test_malformed_tensors_are_refused_with_what_was_expected(stub, request_, wo
     refused(lambda: stub.ModelInfer(request_), grpc.StatusCode.INVALID_ARGUMENT, *words)
 
 
-def test_names_versions_and_criteria_that_are_not_there(stub, pictures):
-    data = pictures[0].read_bytes()
+def test_names_versions_and_criteria_that_are_not_there(stub, image_files):
+    data = image_files[0].read_bytes()
     for name in ("resnet50", "crl.", "crl.nothing", "crl..color", "", "crl.color.shape"):
         request = infer_request(name, shape=[1, 1], raw=element(data))
         with pytest.raises(grpc.RpcError) as caught:
@@ -130,16 +130,16 @@ def test_names_versions_and_criteria_that_are_not_there(stub, pictures):
     refused(lambda: stub.ModelInfer(request), grpc.StatusCode.INVALID_ARGUMENT, "'crl'")
 
 
-def test_the_timeout_of_a_request_is_in_microseconds(stub, pictures):
-    request = infer_request(shape=[1, 1], raw=element(pictures[1].read_bytes()))
+def test_the_timeout_of_a_request_is_in_microseconds(stub, image_files):
+    request = infer_request(shape=[1, 1], raw=element(image_files[1].read_bytes()))
     request.parameters["timeout"].int64_param = 1
     refused(lambda: stub.ModelInfer(request), grpc.StatusCode.DEADLINE_EXCEEDED)
     request.parameters["timeout"].int64_param = 30_000_000
     assert len(stub.ModelInfer(request).outputs) == 2
 
 
-def test_a_stream_goes_on_after_a_request_that_fails(stub, pictures):
-    good = [path.read_bytes() for path in pictures]
+def test_a_stream_goes_on_after_a_request_that_fails(stub, image_files):
+    good = [path.read_bytes() for path in image_files]
     requests = [
         infer_request(shape=[1, 1], raw=element(data), id=str(number))
         for number, data in enumerate([good[0], b"junk", *good * 5])
@@ -150,7 +150,7 @@ def test_a_stream_goes_on_after_a_request_that_fails(stub, pictures):
     assert "not a readable image" in replies[1].error_message
 
 
-def test_a_stream_goes_on_after_what_nobody_foresaw(server, stub, pictures, monkeypatch, caplog):
+def test_a_stream_goes_on_after_what_nobody_foresaw(server, stub, image_files, monkeypatch, caplog):
     embed = server.pipeline.embed
 
     async def fails(sources, *arguments, **options):
@@ -159,7 +159,7 @@ def test_a_stream_goes_on_after_what_nobody_foresaw(server, stub, pictures, monk
         return await embed(sources, *arguments, **options)
 
     monkeypatch.setattr(server.pipeline, "embed", fails)
-    data = [pictures[0].read_bytes(), b"junk", *[path.read_bytes() for path in pictures] * 3]
+    data = [image_files[0].read_bytes(), b"junk", *[path.read_bytes() for path in image_files] * 3]
     requests = [infer_request(shape=[1, 1], raw=element(d), id=str(i)) for i, d in enumerate(data)]
     replies = list(stub.ModelStreamInfer(iter(requests)))
     assert [reply.infer_response.id for reply in replies] == [r.id for r in requests]

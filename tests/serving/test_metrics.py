@@ -25,16 +25,16 @@ def scrape(server) -> dict[tuple[str, ...], float]:
     }
 
 
-def test_calls_images_and_stages_are_counted(serve, embedder, pictures, tmp_path):
+def test_calls_images_and_stages_are_counted(serve, embedder, image_files, tmp_path):
     server = serve(embedder, metrics_address="127.0.0.1:0")
     embed = "/crl.v1.EmbeddingService/Embed"
     with Client(server.address) as client:
         client.create_basis("color", ["red", "green", "blue"])
-        client.embed([*pictures[:4], b"junk"], criteria=["color"], on_error="collect")
-        client.embed(pictures[:3], criteria=["color"])
+        client.embed([*image_files[:4], b"junk"], criteria=["color"], on_error="collect")
+        client.embed(image_files[:3], criteria=["color"])
         for i in range(50):
             with pytest.raises(UnknownCriterionError):
-                client.embed(pictures[:1], criteria=[f"no {i}"])
+                client.embed(image_files[:1], criteria=[f"no {i}"])
     with grpc.insecure_channel(server.address) as channel:
         for i in range(50):
             with pytest.raises(grpc.RpcError):

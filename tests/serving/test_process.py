@@ -47,13 +47,13 @@ def crl_serve(tmp_path):
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "unix:crl.sock"])
-def test_it_serves_and_drains(crl_serve, tmp_path, pictures, address):
+def test_it_serves_and_drains(crl_serve, tmp_path, image_files, address):
     process, listening = crl_serve("--address", address)
     if address.startswith("unix:"):
         listening = f"unix:{tmp_path / 'crl.sock'}"
     with Client(listening) as client:
         client.create_basis("color", ["red", "green", "blue"])
-        rows = client.embed(pictures, criteria=["color"])["color"]
+        rows = client.embed(image_files, criteria=["color"])["color"]
     assert rows.shape == (9, 3) and (tmp_path / "bases" / "color.safetensors").exists()
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=30)

@@ -48,14 +48,14 @@ def pki(tmp_path):
     return paths
 
 
-def test_tokens_and_their_rights(serve, embedder, pictures):
+def test_tokens_and_their_rights(serve, embedder, image_files):
     server = serve(embedder, tokens=TOKENS)
     with connect(server) as client, pytest.raises(AccessError, match="Bearer TOKEN"):
         client.model()
     with connect(server, token="guess") as client, pytest.raises(AccessError, match="not known"):
-        client.embed(pictures[:1])
+        client.embed(image_files[:1])
     with connect(server, token=EMBED) as client:
-        assert client.embed(pictures[:1]).universal.shape == (1, 128)
+        assert client.embed(image_files[:1]).universal.shape == (1, 128)
         assert client.bases() == []
         with pytest.raises(AccessError, match="'camera' lacks the right 'bases'"):
             client.create_basis("color", ["red", "blue"])
@@ -63,7 +63,7 @@ def test_tokens_and_their_rights(serve, embedder, pictures):
             client.delete_basis("color")
     with connect(server, token=ADMIN) as client:
         client.create_basis("color", ["red", "blue"])
-        assert client.embed(pictures[:1], criteria=["color"])["color"].shape == (1, 2)
+        assert client.embed(image_files[:1], criteria=["color"])["color"].shape == (1, 2)
     with grpc.insecure_channel(server.address) as channel:  # probes carry no tokens
         status = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
         assert status.status == health_pb2.HealthCheckResponse.SERVING
@@ -77,10 +77,10 @@ def test_tokens_and_their_rights(serve, embedder, pictures):
             assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_tls(serve, embedder, pictures, pki, tmp_path):
+def test_tls(serve, embedder, image_files, pki, tmp_path):
     server = serve(embedder, tls=ServerTls(pki["server"], pki["server_key"]), tokens=TOKENS)
     with connect(server, authority=pki["ca"], token=EMBED) as client:
-        assert client.embed(pictures[:1]).universal.shape == (1, 128)
+        assert client.embed(image_files[:1]).universal.shape == (1, 128)
     with connect(server, token=EMBED) as client, pytest.raises(ServiceError, match="UNAVAILABLE"):
         client.model()  # plain text on a TLS port
     other = tmp_path / "other.pem"

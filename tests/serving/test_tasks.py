@@ -13,11 +13,11 @@ pytest.importorskip("sklearn")
 COLOURS = ["red", "green", "blue"]
 
 
-def test_tasks_through_the_client(client, embedder, pictures):
+def test_tasks_through_the_client(client, embedder, image_files):
     client.create_basis("color", COLOURS)
-    result = client.embed(pictures, ["color"])
+    result = client.embed(image_files, ["color"])
     rows = result["color"]
-    truth = [path.stem.split("-")[0] for path in pictures]
+    truth = [path.stem.split("-")[0] for path in image_files]
 
     found = cluster(rows, universal=result.universal)
     assert found.k == 3 and len(set(zip(found.labels.tolist(), truth, strict=True))) == 3
