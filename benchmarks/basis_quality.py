@@ -27,7 +27,7 @@ from crl_export.demo.lexicon import OFF_TOPIC, SYNONYMS
 from crl_export.demo.world import CRITERIA
 from crl_sdk import Embedder, demo_bundle
 from crl_sdk.basis._basis import Basis
-from crl_sdk.basis._generate import GenerationOptions
+from crl_sdk.basis._generation_options import GenerationOptions
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.basis._votes import text_key
 from crl_sdk.errors import GenerationError

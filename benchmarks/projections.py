@@ -22,7 +22,7 @@ from crl_export.demo.lexicon import OFF_TOPIC, SYNONYMS
 from crl_export.demo.scenes import render_scene, sample_scene
 from crl_export.demo.world import CRITERIA, FACTORS
 from crl_sdk import Embedder, demo_bundle
-from crl_sdk.basis._generate import GenerationOptions
+from crl_sdk.basis._generation_options import GenerationOptions
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.basis._methods import Method, find_method, make_projection
 from crl_sdk.errors import GenerationError

@@ -17,13 +17,8 @@ from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embeddings import Embeddings
 from crl_sdk.basis._basis import Basis
 from crl_sdk.basis._build import DEFAULT_MERGE_THRESHOLD, DEFAULT_PROMPT, build_basis
-from crl_sdk.basis._generate import (
-    DEFAULT_OPTIONS,
-    GeneratedTexts,
-    GenerationOptions,
-    ReportProgress,
-    generate_texts,
-)
+from crl_sdk.basis._generate import GeneratedTexts, ReportProgress, generate_texts
+from crl_sdk.basis._generation_options import DEFAULT_OPTIONS, GenerationOptions
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.basis._methods import Method
 from crl_sdk.engines._contract import ImageEngine, TextEngine

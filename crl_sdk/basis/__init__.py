@@ -11,7 +11,8 @@ from crl_sdk._progress import GenerationProgress
 if TYPE_CHECKING:
     from crl_sdk.basis._basis import Basis, MergedText, basis_path
     from crl_sdk.basis._build import DEFAULT_PROMPT, build_basis, edit_basis
-    from crl_sdk.basis._generate import GeneratedTexts, GenerationOptions, generate_texts
+    from crl_sdk.basis._generate import GeneratedTexts, generate_texts
+    from crl_sdk.basis._generation_options import GenerationOptions
     from crl_sdk.basis._language_model import LanguageModel
     from crl_sdk.basis._methods import (
         METHODS,
@@ -48,7 +49,8 @@ __getattr__, __dir__ = lazy_names(
     {
         "_basis": ("Basis", "MergedText", "basis_path"),
         "_build": ("DEFAULT_PROMPT", "build_basis", "edit_basis"),
-        "_generate": ("GeneratedTexts", "GenerationOptions", "generate_texts"),
+        "_generate": ("GeneratedTexts", "generate_texts"),
+        "_generation_options": ("GenerationOptions",),
         "_language_model": ("LanguageModel",),
         "_methods": (
             "METHODS",

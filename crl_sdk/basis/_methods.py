@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from crl_sdk.basis._spectrum import bend, principal_directions
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._projection import EPSILON, Post, Projection, check_embeddings
 
@@ -23,9 +24,6 @@ Method: TypeAlias = Literal[
     "exclusive", "exclusive-orthogonal", "exclusive-weighted",
 ]  # fmt: skip
 """Name of a projection method. A test compares it with `PROJECTION_METHODS`."""
-
-_ENERGY = 0.9
-"""Smallest share of the texts' variance that is kept where directions are dropped."""
 
 Rows: TypeAlias = NDArray[np.floating]
 
@@ -312,55 +310,6 @@ METHODS: tuple[Method, ...] = tuple(method.name for method in PROJECTION_METHODS
 
 PAPER_METHOD: Method = "cosine"
 """The method of the paper on Conditional Representation Learning, used to reproduce its figures."""
-
-
-def bend(values: NDArray[np.floating]) -> int:
-    """Return the number of singular values before the sharpest bend of their curve.
-
-    Both axes are scaled to [0, 1]. The bend is the place of the largest discrete curvature,
-    y'' / (1 + y'^2)^1.5, among the places with at least 90 % of the sum of squares before them.
-    That share keeps a single dominant direction from hiding the others. At least two values are
-    kept because a row normalisation reduces a single column to its sign.
-
-    Args:
-        values: Singular values in descending order, shape (r,).
-
-    Returns:
-        A number from 2 to r, or r if r < 2. It is r if no place qualifies, as in a flat spectrum.
-
-    Example:
-        >>> bend(np.array([10.0, 9.0, 8.0, 0.5, 0.4, 0.3]))
-        3
-    """
-    count = len(values)
-    heights = np.asarray(values, np.float64) / max(float(values[0]), EPSILON)
-    energy = np.cumsum(heights**2) / max(float((heights**2).sum()), EPSILON)
-    places = [i for i in range(2, count - 1) if energy[i - 1] >= _ENERGY]
-    if not places:
-        return count
-    before, at, after = (heights[np.array(places) + shift] for shift in (-1, 0, 1))
-    step = 1.0 / (count - 1)
-    slope = (after - before) / (2.0 * step)
-    curvature = (after - 2.0 * at + before) / step**2 / (1.0 + slope**2) ** 1.5
-    return places[int(np.argmax(curvature))]
-
-
-def principal_directions(rows: Rows) -> tuple[Rows, Rows]:
-    """Return the right singular vectors of centred rows and their singular values.
-
-    Values below 1e-6 of the largest are rounding errors and are left out, but at least one pair is
-    returned.
-
-    Args:
-        rows: Rows of shape (k, d).
-
-    Returns:
-        Directions of shape (r, d) and values of shape (r,) in descending order, with r < k.
-    """
-    wide = np.asarray(rows, np.float64)
-    _, values, directions = np.linalg.svd(wide - wide.mean(axis=0), full_matrices=False)
-    kept = max(1, int((values > values[0] * 1e-6).sum()))
-    return directions[:kept], values[:kept]
 
 
 def _remove_other_directions(weight: Rows, inputs: MethodInputs) -> Rows:

@@ -13,14 +13,8 @@ from rich.table import Table
 from crl_sdk._embedder import Embedder
 from crl_sdk._progress import GenerationProgress
 from crl_sdk.basis._basis import Basis
-from crl_sdk.basis._generate import (
-    DEFAULT_OPTIONS,
-    Form,
-    GeneratedTexts,
-    GenerationOptions,
-    ReportProgress,
-    model_is_unsure,
-)
+from crl_sdk.basis._generate import GeneratedTexts, ReportProgress, model_is_unsure
+from crl_sdk.basis._generation_options import DEFAULT_OPTIONS, Form, GenerationOptions
 from crl_sdk.cli._console import note, out, print_json, spinner, warn
 from crl_sdk.errors import InvalidInputError
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from crl_sdk._progress import GenerationProgress
 from crl_sdk.basis._basis import Basis
 from crl_sdk.basis._build import DEFAULT_PROMPT
-from crl_sdk.basis._generate import DEFAULT_OPTIONS, GenerationOptions
+from crl_sdk.basis._generation_options import DEFAULT_OPTIONS, GenerationOptions
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.basis._methods import METHODS
 from crl_sdk.errors import CrlError, InvalidInputError, NotOfferedError, ServiceError

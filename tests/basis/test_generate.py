@@ -11,14 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crl_sdk.basis._generate import (
-    EXAMPLES,
-    GenerationOptions,
-    compose_chat,
-    compose_completion,
-    generate_texts,
-    similarity_to_others,
-)
+from crl_sdk.basis._generate import generate_texts, similarity_to_others
+from crl_sdk.basis._generation_options import GenerationOptions
+from crl_sdk.basis._llm_requests import EXAMPLES, compose_chat, compose_completion
 from crl_sdk.basis._votes import text_key
 from crl_sdk.errors import CriterionError, GenerationError, InvalidInputError
 from support import Scripted

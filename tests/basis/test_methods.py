@@ -20,11 +20,11 @@ from crl_sdk.basis._methods import (
     METHODS,
     PROJECTION_METHODS,
     Method,
-    bend,
     default_method,
     find_method,
     make_projection,
 )
+from crl_sdk.basis._spectrum import bend
 from crl_sdk.errors import BasisError, BasisMismatchError, InvalidInputError
 from crl_sdk.model._bundle import demo_bundle
 from crl_sdk.projection._projection import normalise_rows
