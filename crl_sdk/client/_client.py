@@ -7,6 +7,7 @@ import functools
 import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +37,7 @@ from crl_sdk.client._results import (
     read_model,
     read_progress,
 )
-from crl_sdk.errors import ImageBatchError, InvalidInputError, ServiceError
+from crl_sdk.errors import BasisError, ImageBatchError, InvalidInputError, ServiceError
 from crl_sdk.pb.crl.v1 import basis_pb2, basis_pb2_grpc, embedding_pb2, embedding_pb2_grpc
 from crl_sdk.rpc._tensors import decode_tensor
 
@@ -150,6 +151,7 @@ class AsyncClient:
             reported in `Embeddings.errors`.
         """
         _check_images(images)
+        _check_lists(criteria=criteria)
         batches = _batches(images, self.options.batch_size)
         in_progress: list[asyncio.Task[Embeddings]] = []
         try:
@@ -181,6 +183,7 @@ class AsyncClient:
             InvalidInputError: If there are no texts, or if one is blank or too long.
             BundleError: If the model has no text tower.
         """
+        _check_lists(texts=texts)
         request = embedding_pb2.EmbedTextRequest(texts=texts, truncate=truncate)
         response = await self._connection.call(self._embedding.EmbedText, request)
         return decode_tensor(response.embeddings)
@@ -222,11 +225,17 @@ class AsyncClient:
             Description of the basis.
 
         Raises:
+            BasisError: If the file cannot be read.
             BasisMismatchError: If the basis was made for another model.
             IntegrityError: If this is not a basis file.
             BasisExistsError: If the criterion has a basis and `replace` is False.
         """
-        data = file if isinstance(file, bytes) else Path(file).read_bytes()
+        try:
+            data = file if isinstance(file, bytes) else Path(file).read_bytes()
+        except OSError as error:
+            raise BasisError(f"{file!s}: cannot be read ({error.strerror}); check the path") from (
+                error
+            )
         return await self._put(basis_pb2.PutBasisRequest(file=data, no_replace=not replace))
 
     async def create_basis(
@@ -262,6 +271,7 @@ class AsyncClient:
             UnknownCriterionError: If the server has no basis of one of `against`.
             BasisExistsError: If the criterion has a basis and `replace` is False.
         """
+        _check_lists(texts=texts, prompts=prompts, against=against)
         given = basis_pb2.BasisTexts(
             criterion=criterion, texts=texts, prompts=prompts, method=method or "",
             post=post or "", against=against,
@@ -321,6 +331,7 @@ class AsyncClient:
             BasisExistsError: If the criterion has a basis and `replace` is False.
             UnknownCriterionError: If the server has no basis of one of `against`.
         """
+        _check_lists(prompts=prompts, include=include, exclude=exclude, against=against)
         request = basis_pb2.GenerateBasisRequest(
             criterion=criterion, hint=hint, prompts=prompts, count=count or 0, include=include,
             exclude=exclude, seed=seed, no_replace=not replace, against=against,
@@ -405,6 +416,15 @@ class Client:
     async def _open(address: str, options: ClientOptions) -> AsyncClient:
         return AsyncClient(address, options)
 
+    async def _close(self) -> None:
+        """Close the connection, and end the calls that other threads wait for."""
+        await self._client.close()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
+
     def __enter__(self) -> Client:
         """Return the client itself."""
         return self
@@ -422,7 +442,7 @@ class Client:
         """Close the connection and end the thread. Further calls of `close` do nothing."""
         if not self._thread.is_alive():
             return
-        self._wait(self._client.close())
+        self._wait(self._close())
         self._stop()
 
     embed = _blocking(AsyncClient.embed)
@@ -447,7 +467,8 @@ class Client:
                 except StopAsyncIteration:
                     return
         finally:
-            self._wait(batches.aclose())
+            if not self._loop.is_closed():
+                self._wait(batches.aclose())
 
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -455,9 +476,14 @@ class Client:
         self._loop.close()
 
     def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
+        if self._loop.is_closed():
+            work.close()
+            raise ServiceError("the client is closed: make a new one")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
+        except CancelledError:
+            raise ServiceError("the client was closed during the call: make a new one") from None
         except KeyboardInterrupt:
             future.cancel()
             raise
@@ -468,6 +494,15 @@ def _check_images(images: object) -> None:
         raise InvalidInputError(
             f"expected a list of images, got one {type(images).__name__}: pass [image]"
         )
+
+
+def _check_lists(**lists: object) -> None:
+    """Refuse a string in place of a list of strings. Protobuf would send its letters."""
+    for name, value in lists.items():
+        if isinstance(value, str):
+            raise InvalidInputError(
+                f"expected a list of {name}, got one string: pass [{value[:40]!r}]"
+            )
 
 
 def _batches(images: Iterable[ClientImage], size: int) -> Iterator[list[ClientImage]]:

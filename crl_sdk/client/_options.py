@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+from crl_sdk.errors import InvalidInputError
+
 
 @dataclass(frozen=True, slots=True)
 class ClientSecurity:
@@ -22,6 +24,18 @@ class ClientSecurity:
     authority: str | os.PathLike[str] | None = None
     certificate: str | os.PathLike[str] | None = None
     key: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Check that gRPC can send the token.
+
+        Raises:
+            InvalidInputError: If it has characters that are not printable ASCII.
+        """
+        if not (self.token.isascii() and self.token.isprintable()):
+            raise InvalidInputError(
+                "expected a token of printable ASCII characters: remove the others, such as a line "
+                "end after it"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +63,20 @@ class ClientOptions:
     max_message_bytes: int = 64 * 2**20
     resize: bool = False
     security: ClientSecurity = field(default_factory=ClientSecurity)
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            InvalidInputError: If one of them is too small.
+        """
+        if not self.timeout > 0:
+            raise InvalidInputError(f"expected timeout > 0 seconds, got {self.timeout}")
+        for name, least in (
+            ("retries", 0), ("batch_size", 1), ("max_in_flight", 1), ("max_message_bytes", 1)
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise InvalidInputError(f"expected {name} >= {least}, got {getattr(self, name)}")
 
 
 DEFAULT_OPTIONS = ClientOptions()

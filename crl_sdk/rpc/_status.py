@@ -16,6 +16,7 @@ RETRY_KEY = "retry-after-ms"
 """Trailer with the milliseconds after which an overloaded server should be called again."""
 
 _DEFAULT_RETRY_MS = 100
+_TOO_LARGE = "message larger than max"
 _MILLISECONDS = re.compile(r"[0-9]{1,9}")
 
 _CODES: dict[type[errors.CrlError], grpc.StatusCode] = {
@@ -88,6 +89,11 @@ def error_from_status(
         depends on the status.
     """
     trailers = {key: value for key, value in metadata or () if isinstance(value, str)}
+    if ERROR_KEY not in trailers and _TOO_LARGE in message:  # gRPC's own error, here or there
+        return errors.InvalidInputError(
+            f"{message}: send fewer or smaller images in one call, or raise max_message_bytes "
+            "where the limit is"
+        )
     kind = _BY_NAME.get(trailers.get(ERROR_KEY, "")) or _FALLBACKS.get(code, errors.ServiceError)
     if issubclass(kind, errors.OverloadedError):
         sent = trailers.get(RETRY_KEY, "")

@@ -90,10 +90,11 @@ def read_tokens(path: Path) -> tuple[Token, ...]:
                 f'{path}: expected [{name}] with token = "…" and rights = ["embed", "bases"]'
             )
         secret, rights = table["token"], table["rights"]
-        if not isinstance(secret, str) or len(secret) < MIN_TOKEN_LENGTH or not secret.isascii():
+        sendable = isinstance(secret, str) and secret.isascii() and secret.isprintable()
+        if not sendable or len(secret) < MIN_TOKEN_LENGTH:
             raise InvalidInputError(
-                f"{path}: the token of [{name}] must have at least {MIN_TOKEN_LENGTH} ASCII "
-                "characters"
+                f"{path}: the token of [{name}] must have at least {MIN_TOKEN_LENGTH} characters, "
+                "all of them printable ASCII"
             )
         if not isinstance(rights, list) or not rights or not set(rights) <= set(RIGHTS):
             raise InvalidInputError(f"{path}: expected rights of [{name}] from {list(RIGHTS)}")

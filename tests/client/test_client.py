@@ -6,6 +6,8 @@ import inspect
 import io
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from crl_sdk import AsyncClient, Basis, Client
 from crl_sdk.client import ClientOptions, ClientSecurity
 from crl_sdk.client._messages import stale_parts
 from crl_sdk.errors import (
+    BasisError,
     BasisExistsError,
     ImageBatchError,
     InvalidInputError,
@@ -23,6 +26,7 @@ from crl_sdk.errors import (
     ServiceError,
     UnknownCriterionError,
 )
+from support import unseen_image
 
 
 def encoded(image: Image.Image, form: str, **options: object) -> bytes:
@@ -180,3 +184,79 @@ def test_a_token_is_not_shown():
 def test_generation_where_it_is_not_offered(client):
     with pytest.raises(NotOfferedError, match="--generate"):
         client.generate_basis("mood")
+
+
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        (lambda client: client.embed([b"x"], "color"), "criteria"),
+        (lambda client: list(client.embed_batches([b"x"], "color")), "criteria"),
+        (lambda client: client.embed_text("color"), "texts"),
+        (lambda client: client.create_basis("hue", "color"), "texts"),
+        (lambda client: client.create_basis("hue", ["a", "b"], prompts="color"), "prompts"),
+        (lambda client: client.create_basis("hue", ["a", "b"], against="color"), "against"),
+        (lambda client: client.generate_basis("hue", include="color"), "include"),
+        (lambda client: client.generate_basis("hue", exclude="color"), "exclude"),
+    ],
+)
+def test_a_string_is_no_list_of_strings(client, call, word):
+    """Protobuf would take it for the list of its letters."""
+    with pytest.raises(InvalidInputError, match=rf"list of {word}, got one string.*\['color'\]"):
+        call(client)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_size": 0}, {"max_in_flight": 0}, {"retries": -1}, {"timeout": 0.0}],
+)
+def test_options_that_could_not_work_are_refused(options):
+    (name,) = options
+    with pytest.raises(InvalidInputError, match=f"expected {name} "):
+        ClientOptions(**options)
+
+
+@pytest.mark.parametrize("token", ["a-secret-of-some-length\n", "schlüssel-mit-umlaut", "a\tb"])
+def test_tokens_that_cannot_be_sent_are_refused(token):
+    with pytest.raises(InvalidInputError, match="printable ASCII") as caught:
+        ClientSecurity(token=token)
+    assert token.strip() not in str(caught.value)
+
+
+def test_a_closed_client_says_so(server):
+    client = Client(server.address)
+    batches = client.embed_batches([np.full((9, 9, 3), i, np.uint8) for i in range(99)])
+    next(batches)
+    client.close()
+    with pytest.raises(ServiceError, match="the client is closed"):
+        client.model()
+    with pytest.raises(ServiceError, match="the client is closed"):
+        next(batches)
+
+
+@pytest.mark.parametrize("state", ["waits for the server", "pauses before a retry"])
+def test_closing_a_client_ends_the_calls_of_other_threads(serve, faked, engine, state):
+    server = serve(faked, drain_seconds=0.1)
+    engine.gate.clear()
+    address = server.address if state == "waits for the server" else "127.0.0.1:1"
+    client = Client(address, ClientOptions(retries=100))
+    with ThreadPoolExecutor(1) as callers:
+        call = callers.submit(client.embed, [unseen_image()])
+        time.sleep(0.5)
+        client.close()
+        with pytest.raises(ServiceError, match="closed during the call"):
+            call.result(timeout=10)
+    engine.gate.set()
+
+
+def test_a_message_over_the_size_limit_is_not_sent_again(server):
+    options = ClientOptions(max_message_bytes=1000, timeout=20)
+    with (
+        Client(server.address, options) as client,
+        pytest.raises(InvalidInputError, match=r"larger than max.*max_message_bytes"),
+    ):
+        client.embed([np.zeros((99, 99, 3), np.uint8)])
+
+
+def test_a_basis_file_that_cannot_be_read(client, tmp_path):
+    with pytest.raises(BasisError, match=r"missing\.safetensors: cannot be read"):
+        client.put_basis(tmp_path / "missing.safetensors")
