@@ -2,7 +2,7 @@
 
 The version must be the newest one of CHANGELOG.md. The sdist must hold every file of the source
 tree, so that it builds and tests as a clone does. The wheel must hold the packages that users
-import, every file of theirs, and nothing else.
+import, all their files, and nothing else.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import zipfile
 from pathlib import Path
 
 NOT_IN_SDIST = {".gitignore"}
-PACKAGES = {"crl_sdk": "crl_sdk", "crl_export": "export", "crl_benchmarks": "benchmarks"}
-NOT_IN_WHEEL = ("benchmarks/peers/", "benchmarks/results/")
+PACKAGES = {"crl_sdk": "crl_sdk", "crl_export": "export"}
+BENCH_MODULES = {
+    "__init__", "bench", "images", "load", "machine", "plot", "quantiles", "targets",
+}  # fmt: skip
 SUFFIXES = {".gz", ".jinja", ".json", ".onnx", ".py", ".pyi", ".txt", ".typed"}
 
 
@@ -37,11 +39,10 @@ def main(source: Path, sdist: Path, wheel: Path) -> list[str]:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     faults += [f"sdist: {name} is missing" for name in sorted(tree - inside - NOT_IN_SDIST)]
 
-    wanted = set()
+    wanted = {f"crl_benchmarks/{name}.py" for name in BENCH_MODULES}
     for package, folder in PACKAGES.items():
-        for name in tree:
-            if name.startswith(f"{folder}/") and not name.startswith(NOT_IN_WHEEL):
-                wanted.add(f"{package}/{name.removeprefix(f'{folder}/')}")
+        inner = (n.removeprefix(f"{folder}/") for n in tree if n.startswith(f"{folder}/"))
+        wanted |= {f"{package}/{name}" for name in inner}
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     missing = {name for name in wanted - held if Path(name).suffix in SUFFIXES}
