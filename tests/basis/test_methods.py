@@ -216,7 +216,7 @@ def test_any_number_of_texts(method, k):
 def test_bad_input():
     texts = texts_of()
     with pytest.raises(InvalidInputError, match="expected a method in"):
-        make_projection(texts, "whitened")
+        make_projection(texts, "nonsense")
     with pytest.raises(InvalidInputError, match="with no other; got 1 for 'centred'"):
         make_projection(texts, "centred", against=[texts])
     with pytest.raises(InvalidInputError, match="got 0 for 'exclusive'"):

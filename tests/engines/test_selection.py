@@ -39,7 +39,8 @@ def machine(
 def test_without_a_gpu_the_cpu_is_chosen_and_the_others_say_why(bundle, monkeypatch, caplog):
     machine(monkeypatch)
     engines = {str(each.name): each for each in list_candidates(bundle)}
-    assert [name for name, each in engines.items() if each.usable] == ["onnx/cpu/fp32"]
+    automatic = [name for name, each in engines.items() if each.usable and each.automatic]
+    assert automatic == ["onnx/cpu/fp32"]
     assert "crl-embeddings[gpu]" in engines["onnx/cuda/fp32"].reason
     assert "onnxruntime-ep" in engines["onnx/tensorrt-rtx/fp32"].reason
     assert "crl compile" in engines["tensorrt-rtx/cuda/fp32"].reason

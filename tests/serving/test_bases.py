@@ -67,7 +67,7 @@ def test_the_server_knows_no_method(client, embedder, image_files):
     with pytest.raises(UnknownCriterionError, match="known are"):
         client.create_basis("color", texts, against=["weight"])
     with pytest.raises(InvalidInputError, match="expected a method of"):
-        client.create_basis("color", texts, method="whitened")
+        client.create_basis("color", texts, method="nonsense")
 
 
 def test_put_list_get_delete(server, client, embedder, image_files, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from crl_sdk import Basis
 from crl_sdk.basis._build import build_basis
+from crl_sdk.basis._methods import PROJECTION_METHODS
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._projection import normalise_rows
 from crl_sdk.tasks import _kmeans as kmeans_module
@@ -148,7 +149,7 @@ def test_a_cluster_that_no_text_describes_is_named_so():
     assert alone.fits and alone.text in ("cat", "dog")  # there is no other cluster to compare with
 
 
-@pytest.mark.parametrize("method", ["cosine", "centred", "orthogonal", "pca", "tangent"])
+@pytest.mark.parametrize("method", [m.name for m in PROJECTION_METHODS if not m.needs_against])
 def test_names_do_not_depend_on_the_method(method):
     universal, truth = planted(4, 15)
     basis = basis_of(COLOURS, method=method)

@@ -209,8 +209,8 @@ class BasisTexts(_message.Message):
 
     @_builtins.property
     def against(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Other criteria whose texts should count less, for the methods that need them: those whose names
-        begin with `exclusive`. The server must have a basis of each.
+        """Other criteria whose texts should count less, for the methods that need them, see
+        docs/PROJECTIONS.md. The server must have a basis of each.
         """
 
     def __init__(
