@@ -122,7 +122,7 @@ class Bench:
 
 
 def projections(case: Case, dim: int) -> list[Projection]:
-    """Make projections with a bias and unit rows."""
+    """Return random projections with a bias and rows of unit length."""
     rng = np.random.default_rng(case.texts)
     return [
         Projection(
@@ -134,7 +134,7 @@ def projections(case: Case, dim: int) -> list[Projection]:
 
 
 def time_of(run: Callable[[], object]) -> float:
-    """Seconds of one run."""
+    """Return the seconds of one run."""
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
@@ -143,12 +143,17 @@ def time_of(run: Callable[[], object]) -> float:
 def measure(bench: Bench, case: Case, rounds: int) -> dict[str, Any]:
     """Time one case.
 
+    Args:
+        bench: Embeddings and operations.
+        case: Criteria to project onto.
+        rounds: Number of timed rounds.
+
     Returns:
-        bytes and FLOPs; per contestant the seconds of each round and their median; medians over
-        the rounds of the ratios that matter.
+        Bytes moved and FLOPs; for each operation the seconds of all rounds and their median; and
+        the ratios between operations, as medians over the rounds.
 
     Raises:
-        AssertionError: a result differs from NumPy's by more than `TOLERANCE`.
+        AssertionError: If a result differs from NumPy's by more than `TOLERANCE`.
     """
     rows, dim = bench.universal.shape
     maps = projections(case, dim)

@@ -1,4 +1,4 @@
-"""Servers that `crl bench` can call: of crl's API, and of KServe v2, which is Triton's."""
+"""Calls to servers with crl's own API or with KServe v2, which Triton speaks."""
 
 from __future__ import annotations
 
@@ -60,15 +60,15 @@ def _crl(target: Target, channel: grpc.aio.Channel) -> Send:
         bad = next((each for each in reply.images if each.code), None)
         if bad is not None:
             return Reply("error", f"image: {bad.message}")
-        told = reply.timings
+        timings = reply.timings
         return Reply(
             "ok",
             stages={
-                "preprocess": told.preprocess_us / 1e6,
-                "queue": told.queue_us / 1e6,
-                "infer": told.infer_us / 1e6,
-                "project": told.project_us / 1e6,
-                "total": told.total_us / 1e6,
+                "preprocess": timings.preprocess_us / 1e6,
+                "queue": timings.queue_us / 1e6,
+                "infer": timings.infer_us / 1e6,
+                "project": timings.project_us / 1e6,
+                "total": timings.total_us / 1e6,
             },
         )
 

@@ -73,12 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--check", action="store_true", help="fail if the README's tables differ from OUT.json"
     )
     parser.add_argument("--readme-file", type=Path, default=Path("README.md"))
-    told = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        if told.readme or told.check:
-            return _readme(told.readme_file, told.out.with_suffix(".json"), check=told.check)
-        report = measure(_chosen(told.only), told.build.resolve(), quick=told.quick)
-        write(report, told.out)
+        if options.readme or options.check:
+            return _readme(
+                options.readme_file, options.out.with_suffix(".json"), check=options.check
+            )
+        report = measure(_chosen(options.only), options.build.resolve(), quick=options.quick)
+        write(report, options.out)
     except CrlError as error:
         print(error, file=sys.stderr)
         return 1
@@ -157,10 +159,10 @@ def _wanted(peer: EnginePeer | ServicePeer, only: frozenset[str]) -> bool:
 
 def _environments(names: set[str], build: Path) -> tuple[dict[str, Environment], dict[str, Path]]:
     environments, pythons = {OWN: own_environment()}, {OWN: Path(sys.executable)}
-    for name, options in ENVIRONMENTS.items():
+    for name, spec in ENVIRONMENTS.items():
         if name in names:
             _tell(f"environment {name}")
-            environments[name] = make_environment(options, build / "venvs", build / "logs")
+            environments[name] = make_environment(spec, build / "venvs", build / "logs")
             pythons[name] = interpreter(build / "venvs" / name)
     return environments, pythons
 

@@ -227,10 +227,10 @@ def summarise(mode: str, load: float, share: float | None, runs: Sequence[Run]) 
     offered = sum(run.offered for run in runs)
     failed = offered - len(served)
     waits = sorted(served) + [math.inf] * failed
-    told: dict[str, float | None] = dict.fromkeys(("p50", "p99", "low", "high"))
+    latency: dict[str, float | None] = dict.fromkeys(("p50", "p99", "low", "high"))
     if waits:
         tail = percentile(waits, 99.0) if not failed else None
-        told = {
+        latency = {
             "p50": _ms(waits[len(waits) // 2]),
             "p99": _ms(tail.value if tail else waits[min(int(0.99 * len(waits)), len(waits) - 1)]),
             "low": _ms(tail.low if tail else None),
@@ -244,10 +244,10 @@ def summarise(mode: str, load: float, share: float | None, runs: Sequence[Run]) 
         offered=offered,
         failed=failed,
         per_second=round(statistics.median(_rate(run) for run in runs), 3),
-        p50_ms=told["p50"],
-        p99_ms=told["p99"],
-        p99_low_ms=told["low"],
-        p99_high_ms=told["high"],
+        p50_ms=latency["p50"],
+        p99_ms=latency["p99"],
+        p99_low_ms=latency["low"],
+        p99_high_ms=latency["high"],
         rounds_p50_ms=tuple(
             _ms(statistics.median(run.latencies["ok"])) if run.latencies.get("ok") else None
             for run in runs

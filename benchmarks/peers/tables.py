@@ -234,8 +234,8 @@ def _target(each: TargetResult) -> Sequence[str]:
 def _environment(each: Environment) -> Sequence[str]:
     if each.skipped:
         return (each.name, "", f"skipped: {each.skipped}", "")
-    told = ", ".join(f"{name} {version}" for name, version in each.versions.items())
-    return (each.name, each.python, told, f"{each.seconds:.0f}" if each.seconds else "")
+    versions = ", ".join(f"{name} {version}" for name, version in each.versions.items())
+    return (each.name, each.python, versions, f"{each.seconds:.0f}" if each.seconds else "")
 
 
 def _alone(row: ServiceRow) -> str:

@@ -104,13 +104,13 @@ def _check_engine(measured: dict[str, EngineRow]) -> Iterable[TargetResult]:
         yield TargetResult(target=target, measured=ratio, required=AUTO_OVER_FP32, against=against)
     auto = measured.get(CRL_AUTO)
     ours = (auto.cosine_mean or 0.0) if auto is not None else 1.0
-    for least, told in (
+    for least, description in (
         (ours - COMPARABLE, f"of comparable cosine (not lower by over {COMPARABLE:g})"),
         (ACCEPTED, f"with a mean cosine of {ACCEPTED:g}"),
     ):
         alike = [row for row in peers if (row.cosine_mean or 0.0) >= least]
         for batch in BATCHES:
-            target = f"engine auto, batch {batch}: no slower than any peer {told}"
+            target = f"engine auto, batch {batch}: no slower than any peer {description}"
             ratio, against = _of(measured, CRL_AUTO, partial(closest, peers=alike, batch=batch))
             yield TargetResult(target=target, measured=ratio, against=against)
 

@@ -44,7 +44,7 @@ def bench(
         str, typer.Option(help="For --api kserve: name of the model, such as crl.color.")
     ] = "",
     images: Annotated[
-        Path | None, typer.Option(help="Directory of pictures; synthetic JPEGs without one.")
+        Path | None, typer.Option(help="Directory of images. Default: synthetic JPEGs.")
     ] = None,
     size: Annotated[
         str, typer.Option(help="Size of the synthetic JPEGs, width x height.")

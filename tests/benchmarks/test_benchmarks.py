@@ -49,7 +49,7 @@ def test_basis_quality():
     assert basis_quality.gain(results["colour"], "random words") < 0.7
     (refused,) = results["count"]["fluent"]["scores"]
     (universal,) = results["count"]["universal"]["scores"]
-    assert refused == universal  # where the model gives nothing, nothing is gained
+    assert refused == universal  # no texts, no gain
     assert basis_quality.as_table(results).count("| shape |") == 4
     assert basis_quality.values_named("shape", ["Rounded", "stars", "cone"]) == 2
 
@@ -68,7 +68,7 @@ def test_projections():
     text = projection_tables.markdown(runs, {"images": 150, "seeds": 2, "seconds": 60,
                                              "references": 400})  # fmt: skip
     assert text.count("\n| exclusive-weighted |") == 4 and "nan" not in text
-    assert text.count("words | exclusive-orthogonal |") == 4  # of each criterion's controls
+    assert text.count("words | exclusive-orthogonal |") == 4  # once per criterion
     assert "| count | language model | clean | " in text and "refused" in text
 
 
@@ -79,7 +79,7 @@ def test_differences_are_paired():
     runs = [run(s, v, level + 0.1 * s + gain * (1 + 0.1 * s)) for s, level in ((0, 0.1), (1, 0.7))
             for v, gain in (("cosine", 0), ("centred", 0.06))]  # fmt: skip
     found = projection_tables.difference(runs, "centred", "map")
-    assert found.mean == pytest.approx(0.063)  # levels differ far more than that
+    assert found.mean == pytest.approx(0.063)  # the levels differ far more
     assert found.half == pytest.approx(12.706 * 0.003, rel=1e-3)  # Student's, one degree
     assert str(found) == "+6.3 ± 3.8"
 

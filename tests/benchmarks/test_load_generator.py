@@ -1,4 +1,4 @@
-"""The load generator: what it counts, from when, and when it refuses to quote a figure."""
+"""The load generator: what it counts, when latency begins, and which figures are not quotable."""
 
 from __future__ import annotations
 

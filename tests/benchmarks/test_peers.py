@@ -1,4 +1,4 @@
-"""The benchmark against peers: what it computes and writes, and the protocol of its workers."""
+"""The comparison with peers: its computations, its report, and the protocol of its workers."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def engine(name: str, one: float, sixteen: float, *, peak: int = 500, **more) ->
         "run 16": (sixteen, sixteen * 1.1, sixteen * 0.9),
         "embed 16": (sixteen / 16 + 1,) * 3,
     }
-    told = {"cosine_mean": 1.0, "cosine_min": 1.0, "rounds": rounds, **more}
+    values = {"cosine_mean": 1.0, "cosine_min": 1.0, "rounds": rounds, **more}
     return EngineRow(
         name=name, environment="x", ours=name.startswith("crl"), peak_bytes=peak, start_seconds=1.0,
-        **told,
+        **values,
     )  # fmt: skip
 
 
@@ -203,9 +203,9 @@ def test_a_failed_call_counts_as_one_that_took_forever():
     run = Run(seconds=10.0, offered=4, cpu=0.1)
     run.latencies = {"ok": [0.1, 0.2], "rejected": [0.001, 0.001]}
     run.done = [1.0, 12.0]
-    told = summarise("open", 1.0, None, [run])
-    assert told.failed == 2 and told.p99_ms is None and told.p50_ms is None
-    assert told.per_second == pytest.approx(2 / 12, abs=1e-3)
+    summary = summarise("open", 1.0, None, [run])
+    assert summary.failed == 2 and summary.p99_ms is None and summary.p50_ms is None
+    assert summary.per_second == pytest.approx(2 / 12, abs=1e-3)
     assert summarise("closed", 1.0, None, [Run(seconds=1.0)]).p50_ms is None
 
 

@@ -1,4 +1,4 @@
-"""Captions: what they claim is true, and nothing but a synonym tells one criterion from another."""
+"""Captions: their claims are true, and only a synonym distinguishes one criterion from another."""
 
 from __future__ import annotations
 

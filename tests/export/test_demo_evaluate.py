@@ -1,4 +1,4 @@
-"""The measure itself, on embeddings whose right answer is known."""
+"""The clustering measure on embeddings with known answers."""
 
 from __future__ import annotations
 

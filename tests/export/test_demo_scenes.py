@@ -1,4 +1,4 @@
-"""Scenes: the same seed gives the same pixels, and what a scene says is what it shows."""
+"""Scenes: equal seeds give equal pixels, and the image shows what the description says."""
 
 from __future__ import annotations
 

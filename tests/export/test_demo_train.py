@@ -1,4 +1,4 @@
-"""A training run of a few steps, and the checkpoint it leaves."""
+"""A training run of a few steps, and its checkpoint."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_loss_weighs_true_and_false_images_alike():
     assert truth_loss(torch.zeros(3, 3), truth).item() == pytest.approx(math.log(2))
     sure = torch.where(truth, 20.0, -20.0)
     assert truth_loss(sure, truth).item() < 1e-6
-    # one wrong positive of one costs a half of the caption, one wrong negative of two a quarter
+    # one wrong positive of one costs half of the caption, one wrong negative of two a quarter
     wrong_positive, wrong_negative = sure.clone(), sure.clone()
     wrong_positive[0, 0] = -20
     wrong_negative[1, 0] = 20

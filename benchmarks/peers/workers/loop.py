@@ -104,7 +104,7 @@ class _Commands:
         return commands[name](**command)
 
     def open(self) -> dict[str, Any]:
-        """Describe the engine. The first command opens it, whatever that command is."""
+        """Describe the engine. Any first command opens it."""
         return {
             "whole": self._engine.whole,
             "settings": self._engine.settings,

@@ -18,11 +18,11 @@ class OnnxRuntime(loop.Engine):
         """Open the graph at the path `onnx`."""
         import onnxruntime
 
-        told = onnxruntime.SessionOptions()
-        told.intra_op_num_threads = options["threads"]
-        told.inter_op_num_threads = 1
+        session_options = onnxruntime.SessionOptions()
+        session_options.intra_op_num_threads = options["threads"]
+        session_options.inter_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(
-            options["onnx"], told, providers=["CPUExecutionProvider"]
+            options["onnx"], session_options, providers=["CPUExecutionProvider"]
         )
         # the graph can project onto bases; no basis is given
         self._none = {"weight": np.zeros((DIM, 0), np.float32), "bias": np.zeros(0, np.float32)}

@@ -26,12 +26,12 @@ class OpenVino(loop.Engine):
         else:
             model = _tower(core.read_model(options["onnx"]))
         hint = {"f32": "f32", "bf16": "bf16", "int8": "f32"}[precision]
-        told = {
+        properties = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": hint,
             "INFERENCE_NUM_THREADS": options["threads"],
         }
-        self._request = core.compile_model(model, "CPU", told).create_infer_request()
+        self._request = core.compile_model(model, "CPU", properties).create_infer_request()
         self.settings = (
             f"LATENCY hint (two streams of half the batch each are no faster), {hint} activations, "
             "threads = cores" + (", NNCF post-training quantisation" if precision == "int8" else "")

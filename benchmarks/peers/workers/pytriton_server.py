@@ -22,12 +22,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--grpc-port", type=int, required=True)
     parser.add_argument("--http-port", type=int, required=True)
-    told = parser.parse_args()
+    arguments = parser.parse_args()
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = told.threads, 1
-    session = onnxruntime.InferenceSession(told.onnx, options, providers=["CPUExecutionProvider"])
-    pool = ThreadPoolExecutor(told.threads)
+    options.intra_op_num_threads, options.inter_op_num_threads = arguments.threads, 1
+    session = onnxruntime.InferenceSession(
+        arguments.onnx, options, providers=["CPUExecutionProvider"]
+    )
+    pool = ThreadPoolExecutor(arguments.threads)
     none = {"weight": np.zeros((DIM, 0), np.float32), "bias": np.zeros(0, np.float32)}
 
     @batch
@@ -36,7 +38,7 @@ def main() -> None:
         return {"embedding": session.run(["embedding"], {"image": pixels, **none})[0]}
 
     config = TritonConfig(
-        grpc_port=told.grpc_port, http_port=told.http_port, allow_metrics=False,
+        grpc_port=arguments.grpc_port, http_port=arguments.http_port, allow_metrics=False,
         grpc_address="127.0.0.1", http_address="127.0.0.1",
     )  # fmt: skip
     with Triton(config=config) as triton:
