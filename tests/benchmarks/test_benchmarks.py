@@ -26,6 +26,7 @@ class Fluent:
     """A language model that knows shapes and colours, and says nothing of use on the rest."""
 
     name, follows_instructions = "fluent", False
+    tokens, seconds = 0, 0.0
 
     def complete(self, prompt, grammar, sampling, on_token=None):
         criterion = prompt.splitlines()[-1].rstrip(":")
