@@ -11,6 +11,7 @@ from rich.table import Table
 
 from crl_sdk.basis._basis import Basis, basis_path
 from crl_sdk.basis._build import DEFAULT_MERGE_THRESHOLD, DEFAULT_PROMPT, edit_basis
+from crl_sdk.basis._generation_options import DEFAULT_OPTIONS
 from crl_sdk.basis._methods import Method, default_method, find_method
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._console import JsonOption, note, out, print_facts, print_json, warn
@@ -68,8 +69,8 @@ def create(
     example: generation.ExampleOption = None,
     include: generation.IncludeOption = None,
     exclude: generation.ExcludeOption = None,
-    count: generation.CountOption = 40,
-    answers: generation.AnswersOption = 24,
+    count: generation.CountOption = DEFAULT_OPTIONS.count,
+    answers: generation.AnswersOption = DEFAULT_OPTIONS.max_answers,
     seed: generation.SeedOption = 0,
     form: generation.FormOption = "auto",
     dry_run: Annotated[

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from crl_sdk.basis import normalise_criterion
-from crl_sdk.basis._basis import Basis, basis_path
+from crl_sdk.basis._basis import Basis, basis_path, require_one_model
 from crl_sdk.basis._build import build_basis, edit_basis
 from crl_sdk.basis._methods import make_projection
 from crl_sdk.errors import (
@@ -25,7 +25,6 @@ from crl_sdk.errors import (
     InvalidInputError,
     UnsupportedSchemaError,
 )
-from crl_sdk.storage._atomic_files import write_atomically
 
 FINGERPRINT = "ab" * 32
 GOLDEN = Path(__file__).parent / "golden" / "basis.safetensors"
@@ -168,6 +167,16 @@ def test_basis_of_another_model():
         assert words in str(caught.value)
 
 
+def test_bases_and_embeddings_of_one_model():
+    bases = [make(), make(prompts=["a {}"])]
+    assert require_one_model(bases) == require_one_model(bases, FINGERPRINT) == FINGERPRINT
+    with pytest.raises(BasisMismatchError, match=r"but the model of the embeddings is cdcd"):
+        require_one_model(bases, "cd" * 32)
+    other = build_basis("size", ["big", "tiny"], embed_text, fingerprint="cd" * 32)
+    with pytest.raises(BasisMismatchError, match=r"basis 'size' .* model of basis 'color' is abab"):
+        require_one_model([*bases, other])
+
+
 def header(data: bytes) -> dict:
     length = int.from_bytes(data[:8], "little")
     return json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["crl_basis"])
@@ -239,21 +248,6 @@ def test_damaged_files_are_refused_or_say_the_same(data):
 def test_no_such_file(tmp_path):
     with pytest.raises(BasisError, match="cannot be read"):
         Basis.load(tmp_path / "color.safetensors")
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "color.safetensors"
-    path.write_bytes(b"old")
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(BasisError, match="No space left"):
-        write_atomically(path, b"new", BasisError)
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == [path.name]
-    with pytest.raises(BasisError, match="cannot be written"):
-        write_atomically(tmp_path / "nowhere" / "x", b"new", BasisError)
 
 
 def test_criteria_have_one_written_form(tmp_path):
