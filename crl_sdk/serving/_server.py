@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -256,6 +257,11 @@ def _make_server(
 def _listen(server: grpc.aio.Server, settings: ServerSettings) -> str:
     """Bind the address and return it with the actual port."""
     address = settings.address
+    host = ""
+    if address.startswith("unix:"):
+        _check_unused(Path(address.removeprefix("unix:").removeprefix("//")))
+    else:
+        host, _ = _split_address(address, "cannot listen there")
     try:
         if settings.tls is None:
             port = server.add_insecure_port(address)
@@ -266,24 +272,48 @@ def _listen(server: grpc.aio.Server, settings: ServerSettings) -> str:
             f"{address}: cannot listen there ({error}); check that no other process uses it, or "
             "choose another address"
         ) from error
-    return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+    return f"{host}:{port}" if host else address
+
+
+def _split_address(address: str, failure: str) -> tuple[str, int]:
+    """Return the host and the port of an address, or raise a ServiceError with that failure.
+
+    gRPC itself would listen on port 443 if there is none, and on the remainder of one over 65535.
+    """
+    host, _, port = address.rpartition(":")
+    if not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise ServiceError(f"{address}: {failure}; expected host:port with a port from 0 to 65535")
+    return host, int(port)
+
+
+def _check_unused(path: Path) -> None:
+    """Check that no server listens at a socket. A socket that a killed server left is no error."""
+    with socket.socket(socket.AF_UNIX) as client:
+        try:
+            client.connect(str(path))
+        except OSError:
+            return
+    raise ServiceError(
+        f"{path}: cannot listen there, another server does; stop it, or choose another path"
+    )
 
 
 def _serve_metrics(metrics: Metrics, address: str | None, cleanup: AsyncExitStack) -> str | None:
     """Serve the Prometheus page in a thread until `cleanup` runs; return its actual address."""
     if address is None:
         return None
-    host, _, port = address.rpartition(":")
+    host, port = _split_address(address, "cannot serve metrics there")
+    host = host or "127.0.0.1"
     try:
-        http, thread = start_http_server(int(port), host or "127.0.0.1", metrics.registry)
-    except (OSError, ValueError) as error:
+        http, thread = start_http_server(port, host.strip("[]"), metrics.registry)
+    except OSError as error:
         raise ServiceError(
-            f"{address}: cannot serve metrics there ({error}); expected a free host:port"
+            f"{address}: cannot serve metrics there ({error}); choose another address"
         ) from error
     cleanup.callback(thread.join)
     cleanup.callback(http.server_close)
     cleanup.callback(http.shutdown)
-    return f"{host or '127.0.0.1'}:{http.server_port}"
+    return f"{host}:{http.server_port}"
 
 
 async def _watch_engine(pipeline: Pipeline, status: _Health) -> None:

@@ -65,7 +65,12 @@ def test_it_serves_and_drains(crl_serve, tmp_path, image_files, address):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--address", "nonsense:port"], "cannot listen there"),
+        (["--address", "nonsense:port"], "nonsense:port: cannot listen there; expected host:port"),
+        (["--address", "localhost"], "expected host:port"),  # gRPC takes port 443
+        (["--address", "127.0.0.1:99999"], "a port from 0 to 65535"),  # gRPC takes the rest
+        (["--address", "203.0.113.7:0"], "203.0.113.7:0: cannot listen there"),
+        (["--metrics", "127.0.0.1:99999"], "a port from 0 to 65535"),
+        (["--metrics", "203.0.113.7:0"], "203.0.113.7:0: cannot serve metrics there"),
         (["--tls-cert", "cert.pem"], "--tls-key together"),
         (["--tokens", "none.toml"], "not a TOML file of tokens"),
         (["--bundle", "nowhere"], "nowhere"),
@@ -75,6 +80,20 @@ def test_it_ends_with_a_message_if_it_cannot_start(crl_serve, arguments, words):
     with pytest.raises(AssertionError, match=re.escape(words)) as caught:
         crl_serve("--address", "127.0.0.1:0", *arguments)
     assert "it ended with 1" in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_a_socket_belongs_to_one_server(crl_serve, tmp_path):
+    """gRPC would give the path to the second server, and nobody could reach the first."""
+    address = f"unix:{tmp_path / 'crl.sock'}"
+    first, _ = crl_serve("--address", address)
+    with pytest.raises(AssertionError, match=r"crl\.sock: cannot listen there.*another server"):
+        crl_serve("--address", address, "--bases", "others")
+    first.kill()
+    first.wait()
+    assert (tmp_path / "crl.sock").exists()
+    crl_serve("--address", address)
+    with Client(address) as client:
+        assert client.model().name == "crl-demo"
 
 
 @pytest.mark.parametrize("stdout", ["closed pipe", "full disk"])
