@@ -351,11 +351,11 @@ class AsyncClient:
     async def _embed_batch(self, images: list[ClientImage], criteria: Sequence[str]) -> Embeddings:
         if self.options.resize and self._model is None:
             self._model = await self.model()
-        how = self._model.preprocessing if self._model is not None else None
-        if how is None and all(isinstance(image, bytes | np.ndarray) for image in images):
+        resize = self._model.preprocessing if self._model is not None else None
+        if resize is None and all(isinstance(image, bytes | np.ndarray) for image in images):
             request, local = embed_request(images, criteria)
         else:  # reading files and decoding would block the event loop
-            request, local = await asyncio.to_thread(embed_request, images, criteria, how)
+            request, local = await asyncio.to_thread(embed_request, images, criteria, resize)
         if not request.images:
             return failed_batch(local, len(images))
         response = await self._connection.call(self._embedding.Embed, request)

@@ -1,4 +1,4 @@
-"""Images into requests and responses into `Embeddings`. Needs no image library."""
+"""Turn images into requests, and responses into `Embeddings`. It needs no image library."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def embed_request(
     return embedding_pb2.EmbedRequest(images=messages, criteria=criteria), errors
 
 
-def _resized(image: ClientImage, how: ServedPreprocessing) -> ClientImage:
+def _resized(image: ClientImage, preprocessing: ServedPreprocessing) -> ClientImage:
     """Return the pixels that the server would make of an image, or a stored embedding unchanged.
 
     Raises:
@@ -73,13 +73,13 @@ def _resized(image: ClientImage, how: ServedPreprocessing) -> ClientImage:
     except ImportError as error:
         raise MissingDependencyError("pillow", "runtime", "ClientOptions(resize=True)") from error
     spec = PreprocessSpec(
-        height=how.height,
-        width=how.width,
+        height=preprocessing.height,
+        width=preprocessing.width,
         mean=(0, 0, 0),  # unused: the server's graph scales the pixels
         std=(1, 1, 1),
-        interpolation=how.interpolation,  # type: ignore[arg-type]
-        resize_mode=how.resize_mode,  # type: ignore[arg-type]
-        fill=how.fill,
+        interpolation=preprocessing.interpolation,  # type: ignore[arg-type]
+        resize_mode=preprocessing.resize_mode,  # type: ignore[arg-type]
+        fill=preprocessing.fill,
     )
     return load_pixels(image, spec)
 
@@ -190,7 +190,7 @@ def join_batches(parts: Sequence[Embeddings]) -> Embeddings:
         universal=rows(None),
         conditional={name: rows(name) for name in model.conditional},
         errors={
-            int(start) + position: _moved(error, position, int(start))
+            int(start) + position: _renumbered(error, position, int(start))
             for start, part in zip(starts, parts, strict=False)
             for position, error in part.errors.items()
         },
@@ -201,7 +201,7 @@ def join_batches(parts: Sequence[Embeddings]) -> Embeddings:
     )
 
 
-def _moved(error: ImageError, position: int, start: int) -> ImageError:
+def _renumbered(error: ImageError, position: int, start: int) -> ImageError:
     """Return an error of a batch that names its image by the position in the whole list."""
     if error.source != f"image {position}":
         return error

@@ -95,21 +95,21 @@ class ServedBasis:
 
 
 def read_model(message: embedding_pb2.GetModelResponse) -> ServedModel:
-    """Return the content of a message."""
-    how = message.preprocessing
+    """Return the model that a message describes."""
+    preprocessing = message.preprocessing
     return ServedModel(
         name=message.name,
         fingerprint=message.fingerprint,
         embedding_dim=message.embedding_dim,
         engine=message.engine,
         preprocessing=ServedPreprocessing(
-            height=how.height,
-            width=how.width,
-            interpolation=how.interpolation,
-            resize_mode=how.resize_mode,
-            fill=how.fill,
-            mean=tuple(how.mean),
-            std=tuple(how.std),
+            height=preprocessing.height,
+            width=preprocessing.width,
+            interpolation=preprocessing.interpolation,
+            resize_mode=preprocessing.resize_mode,
+            fill=preprocessing.fill,
+            mean=tuple(preprocessing.mean),
+            std=tuple(preprocessing.std),
         ),
         context_length=message.context_length,
         max_images=message.max_images,
@@ -118,7 +118,7 @@ def read_model(message: embedding_pb2.GetModelResponse) -> ServedModel:
 
 
 def read_basis_info(message: basis_pb2.BasisInfo) -> BasisInfo:
-    """Return the content of a message."""
+    """Return the basis that a message describes."""
     return BasisInfo(
         criterion=message.criterion,
         sha256=message.sha256,
@@ -131,7 +131,7 @@ def read_basis_info(message: basis_pb2.BasisInfo) -> BasisInfo:
 
 
 def read_progress(message: basis_pb2.GenerationProgress) -> GenerationProgress:
-    """Return the content of a message."""
+    """Return the progress that a message describes."""
     speed = message.tokens_per_second
     return GenerationProgress(
         answers=message.answers,

@@ -1,4 +1,4 @@
-"""The SDK's errors as gRPC statuses, and statuses as errors. Servers use one way, clients both."""
+"""Turn the SDK's errors into gRPC statuses (in the server) and back into errors (in the client)."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def access_log(call: FinishedCall) -> None:
 
 
 def failure_log(call: FinishedCall) -> None:
-    """Log a call that failed for a reason of the server's; an observer."""
+    """Log a call that failed because of the server, not of the client; an observer."""
     if call.code in _SERVER_FAILURES:
         _log.warning(
             "%s ended with %s", call.method, call.code.name,

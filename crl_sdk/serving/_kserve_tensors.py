@@ -142,9 +142,8 @@ def _read_encoded(
                 f"bytes, got {len(raw)} bytes that end within element {len(images)}"
             )
     if len(images) != count:
-        raise InvalidInputError(
-            f"input {IMAGE}: expected {count} elements, got {len(images)} or more"
-        )
+        got = "more" if len(images) > count else len(images)
+        raise InvalidInputError(f"input {IMAGE}: expected {count} elements, got {got}")
     return images
 
 

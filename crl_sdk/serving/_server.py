@@ -68,8 +68,7 @@ class ServerSettings:
         max_message_bytes: Largest message in either direction, in bytes.
         shared_memory: Whether KServe clients may name shared memory objects of this machine.
         otlp: `http://host:port` of an OpenTelemetry collector, or None for no traces.
-        access_log: Whether every call is logged. Otherwise only calls are logged that fail for a
-            reason of the server's.
+        access_log: Whether every call is logged. Otherwise only failures of the server itself are.
         open_llm: Function that loads the language model for GenerateBasis, or None to offer none.
         drain_seconds: Seconds that running calls may take after SIGTERM.
     """
