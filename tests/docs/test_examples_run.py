@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import typer.main
 from pages import ROOT, blocks
 
+from crl_sdk import Embedder, demo_bundle
 from crl_sdk.cli import app
 
-pytestmark = pytest.mark.slow  # the language model lists colours: half a minute
+# The language model lists colours: half a minute, or many on a machine that does other work.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def crl(*words: str) -> None:
@@ -32,6 +35,24 @@ def test_readme_from_a_criterion_to_named_clusters(scenes, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) > 5
     assert any(line.endswith(" red") for line in printed)
+
+
+def test_readme_with_a_model_and_a_directory_of_the_reader(scenes, capsys, monkeypatch):
+    def generate_basis(self, criterion, *, prompts):  # the test above asks the language model
+        return self.create_basis(criterion, ["forest", "desert", "ocean"], prompts=prompts)
+
+    monkeypatch.setattr(Embedder, "generate_basis", generate_basis)
+    shutil.copytree(demo_bundle(), "clip-b32")
+    Path("scenes/images").rename("photos")
+    example, other_lines = (block.text for block in blocks(ROOT / "README.md", "python")[:2])
+    lines = example.splitlines()
+    start, end = (
+        next(i for i, line in enumerate(lines) if line.startswith(word))
+        for word in ("images =", "found =")
+    )
+    changed = "\n".join([*lines[:start], other_lines, *lines[end:]])
+    exec(compile(changed, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) > 1
 
 
 def test_the_commands_and_the_first_example_of_tasks(scenes, capsys):
