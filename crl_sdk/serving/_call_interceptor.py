@@ -162,7 +162,7 @@ def log_unexpected_error(method: str, error: Exception) -> str:
 
 
 def _begin(context: Any) -> float:
-    """Give a call its id and return its start time."""
+    """Assign an id to a call and return its start time."""
     sent = next(
         (value for key, value in context.invocation_metadata() or () if key == REQUEST_ID_KEY), ""
     )
