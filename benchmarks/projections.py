@@ -14,6 +14,7 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from crl_benchmarks.basis_quality import AS_SAID
 from crl_export.demo.captions import NEUTRAL_PROMPT
@@ -272,10 +273,14 @@ def _signals(
 
 
 def measure_all(world: World, seeds: int, workers: int) -> list[Run]:
-    """Measure all factors with all seeds, in processes of one thread each."""
+    """Measure all factors with all seeds, in processes of one thread each.
+
+    The rows are few, so that more threads would cost more than they save.
+    """
     tasks = [(factor, seed) for seed in range(seeds) for factor in (*CRITERIA, *CHOSEN_ON)]
     if workers < 2:
-        return [run for task in tasks for run in runs_of(world, task)]
+        with threadpool_limits(1):
+            return [run for task in tasks for run in runs_of(world, task)]
     with ProcessPoolExecutor(workers, initializer=_one_thread) as pool:
         return [run for runs in pool.map(partial(runs_of, world), tasks) for run in runs]
 
@@ -329,6 +334,4 @@ def _naming(factor: str) -> str:
 
 
 def _one_thread() -> None:
-    from threadpoolctl import threadpool_limits
-
     threadpool_limits(1)
