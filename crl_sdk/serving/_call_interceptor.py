@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from crl_sdk.serving._method_handlers import replace_behavior
 
@@ -102,6 +103,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Return a handler that does the same, with a request id, and reports how it ended."""
         run_unary = handler.stream_unary if handler.request_streaming else handler.unary_unary
         run_streaming = handler.stream_stream if handler.request_streaming else handler.unary_stream
+        parse = handler.request_deserializer
+
+        async def parse_each(messages: Any) -> Any:
+            async for message in messages:
+                yield parse(message)
+
+        def read(request: Any) -> Any:
+            if parse is None:
+                return request
+            return parse_each(request) if handler.request_streaming else parse(request)
 
         def finish(context: Any, started: float, error: BaseException | None) -> None:
             code = _status_code(context, error)
@@ -111,7 +122,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def unary(request: Any, context: Any) -> Any:
             started, error = _begin(context), None
             try:
-                return await run_unary(request, context)
+                return await run_unary(read(request), context)
             except BaseException as caught:
                 error = caught
                 await _abort_if_unexpected(context, method, caught)
@@ -122,7 +133,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def streaming(request: Any, context: Any) -> Any:
             started, error = _begin(context), None
             try:
-                async for reply in run_streaming(request, context):
+                async for reply in run_streaming(read(request), context):
                     yield reply
             except BaseException as caught:
                 error = caught
@@ -131,6 +142,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             finally:
                 finish(context, started, error)
 
+        # Requests are parsed in this handler, so that a failure ends the call like any other one.
         return replace_behavior(handler, unary, streaming)
 
 
@@ -175,16 +187,20 @@ def _begin(context: Any) -> float:
 
 
 async def _abort_if_unexpected(context: Any, method: str, error: BaseException) -> None:
-    """Log an unexpected exception and end the call with INTERNAL."""
+    """End the call with INVALID_ARGUMENT if its request cannot be parsed.
+
+    After any other unexpected exception, log it and end the call with INTERNAL.
+    """
     # gRPC raises InternalError if the client has gone before its status could be sent.
     expected = isinstance(error, grpc.aio.AbortError | grpc.aio.InternalError)
     if expected or not isinstance(error, Exception):
         return
-    await context.abort(
-        grpc.StatusCode.INTERNAL,
-        log_unexpected_error(method, error),
-        ((REQUEST_ID_KEY, request_id.get()),),
-    )
+    if isinstance(error, DecodeError):
+        code = grpc.StatusCode.INVALID_ARGUMENT
+        message = f"expected a message of {method}, got other bytes: check the client's proto files"
+    else:
+        code, message = grpc.StatusCode.INTERNAL, log_unexpected_error(method, error)
+    await context.abort(code, message, ((REQUEST_ID_KEY, request_id.get()),))
 
 
 def _status_code(context: Any, error: BaseException | None) -> grpc.StatusCode:

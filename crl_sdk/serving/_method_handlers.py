@@ -1,4 +1,4 @@
-"""Replace the behaviour of a gRPC method handler while keeping its kind and its messages."""
+"""Replace the behaviour of a gRPC method handler while keeping its kind."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _HANDLER_FACTORIES = {
 
 
 def replace_behavior(handler: Any, unary: Any, streaming: Any) -> Any:
-    """Return a handler with the serializers of another one and a new behaviour.
+    """Return a handler of the same kind as another one, with a new behaviour.
 
     Args:
         handler: Handler to imitate.
-        unary: Coroutine function `(request or request iterator, context) -> reply`, used if the
-            method sends one reply.
-        streaming: Asynchronous generator function `(request or request iterator, context)`, used
-            if the method streams its replies.
+        unary: Coroutine function `(request, context) -> reply`, used if the method sends one reply.
+            The request is the bytes of a message, or an asynchronous iterator of such bytes.
+        streaming: Asynchronous generator function `(request, context)`, used if the method streams
+            its replies.
     """
     make_handler: Any = _HANDLER_FACTORIES[handler.request_streaming, handler.response_streaming]
     return make_handler(
         streaming if handler.response_streaming else unary,
-        request_deserializer=handler.request_deserializer,
+        request_deserializer=None,
         response_serializer=handler.response_serializer,
     )

@@ -100,6 +100,34 @@ def test_a_client_that_leaves_before_it_is_refused_is_no_failure_of_the_server(c
     assert [call.code for call in ended] == [grpc.StatusCode.RESOURCE_EXHAUSTED]
 
 
+@pytest.mark.parametrize("method", ["Embed", "EmbedStream"])
+def test_bytes_that_are_no_message_are_invalid_input(serve, embedder, caplog, method):
+    token = Token("camera", "a-secret-of-some-length", frozenset({"embed"}))
+    server = serve(embedder, tokens=(token,), access_log=True)
+    path = f"/crl.v1.EmbeddingService/{method}"
+
+    def send(*metadata):
+        with (
+            grpc.insecure_channel(server.address) as channel,
+            pytest.raises(grpc.RpcError) as caught,
+        ):
+            if method == "Embed":
+                channel.unary_unary(path)(b"\xff" * 9, metadata=metadata)
+            else:
+                list(channel.stream_stream(path)(iter([b"\xff" * 9]), metadata=metadata))
+        return caught.value
+
+    with caplog.at_level(logging.INFO):
+        error = send(("authorization", f"Bearer {token.secret}"), (REQUEST_ID_KEY, "nine"))
+        assert send().code() is grpc.StatusCode.UNAUTHENTICATED  # and is not parsed
+        server.stop()
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and id_of(error) == "nine"
+    assert f"expected a message of {path}" in error.details()
+    codes = [record.code for record in caplog.records if hasattr(record, "code")]
+    assert codes == ["INVALID_ARGUMENT", "UNAUTHENTICATED"]
+    assert not any(record.exc_info for record in caplog.records)
+
+
 def test_the_access_log_has_a_line_per_call(serve, embedder, caplog):
     server = serve(embedder, access_log=True)
     with caplog.at_level(logging.INFO, logger="crl_sdk"):
