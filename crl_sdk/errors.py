@@ -5,10 +5,7 @@ Each message says what was expected, what came instead, and what to do next.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from crl_sdk._embeddings import Embeddings
+from typing import Any
 
 
 class CrlError(Exception):
@@ -54,7 +51,7 @@ class ImageBatchError(ImageError):
         result: Embeddings of the call. The rows of failed images are NaN.
     """
 
-    def __init__(self, errors: dict[int, ImageError], result: Embeddings) -> None:
+    def __init__(self, errors: dict[int, ImageError], result: Any) -> None:
         """Store the errors and the result, and summarise the errors in the message."""
         shown = "; ".join(str(error) for error in list(errors.values())[:3])
         more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
