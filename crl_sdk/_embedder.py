@@ -370,6 +370,10 @@ class Embedder:
             raise InvalidInputError(f"expected batch_size >= 1, got {batch_size}")
         if on_error not in ("raise", "collect"):
             raise InvalidInputError(f"expected on_error 'raise' or 'collect', got {on_error!r}")
+        if isinstance(criteria, str):
+            raise InvalidInputError(
+                f"expected a list of criteria, got one string: pass [{criteria!r}]"
+            )
         bases = [self._basis(criterion) for criterion in criteria]
         weight, bias, columns = self._pack(bases)
 

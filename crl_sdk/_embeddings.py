@@ -52,6 +52,13 @@ class Embeddings:
             )
         return self.conditional[name]
 
+    def __contains__(self, criterion: object) -> bool:
+        """Return whether the result has conditional embeddings of a criterion."""
+        try:
+            return normalise_criterion(criterion) in self.conditional  # type: ignore[arg-type]
+        except CriterionError:
+            return False
+
     @property
     def ok(self) -> NDArray[np.bool_]:
         """Whether each image was embedded, shape (n,)."""

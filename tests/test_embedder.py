@@ -140,6 +140,8 @@ def test_criteria_that_are_not_there(embedder, bases, image_files):
         embedder.embed(image_files, ["mood"])
     with pytest.raises(CriterionError, match="expected a criterion"):
         embedder.embed(image_files, ["../mood"])
+    with pytest.raises(InvalidInputError, match=r"got one string: pass \['mood'\]"):
+        embedder.embed(image_files, "mood")
     with pytest.raises(InvalidInputError, match="each criterion once"):
         embedder.embed(image_files, [bases[0], bases[0]])
     with pytest.raises(CriterionError, match=r"it has \['color'\]"):

@@ -257,6 +257,12 @@ def test_a_message_over_the_size_limit_is_not_sent_again(server):
         client.embed([np.zeros((99, 99, 3), np.uint8)])
 
 
+def test_which_criteria_a_result_has(client):
+    result = client.embed([np.zeros((9, 9, 3), np.uint8)], ["color"])
+    assert "color" in result and " Color" in result
+    assert "shape" not in result and "" not in result and 0 not in result
+
+
 def test_a_basis_file_that_cannot_be_read(client, tmp_path):
     with pytest.raises(BasisError, match=r"missing\.safetensors: cannot be read"):
         client.put_basis(tmp_path / "missing.safetensors")
