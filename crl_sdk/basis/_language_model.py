@@ -234,9 +234,8 @@ def _read_metadata(llama_cpp: Any, path: Path) -> dict[str, str]:
                 llama_cpp.llama_model_meta_key_by_index,
                 llama_cpp.llama_model_meta_val_str_by_index,
             ):
-                buffer = ctypes.create_string_buffer(
-                    512
-                )  # longer values, which are not needed, are cut
+                # longer values are cut; none of them is needed
+                buffer = ctypes.create_string_buffer(512)
                 read(model, i, buffer, len(buffer))
                 pair.append(buffer.value.decode("utf-8", "replace"))
             metadata[pair[0]] = pair[1]

@@ -226,9 +226,8 @@ def _load(block: NDArray[Any], copy: NDArray[np.float32]) -> NDArray[np.float32]
 def _prepare(projection: Projection, out: NDArray[Any]) -> _Step:
     dim, columns = projection.weight.shape
     weight, bias, length = projection.weight, projection.bias, 1.0
-    if (
-        projection.post == "standardise"
-    ):  # subtracting the mean of a row is affine, so it becomes part of the map
+    # subtracting the mean of a row is affine, so it becomes part of the map
+    if projection.post == "standardise":
         wide, wide_bias = weight.astype(np.float64), bias.astype(np.float64)
         weight = (wide - wide.mean(axis=1, keepdims=True)).astype(np.float32)
         bias = (wide_bias - wide_bias.mean()).astype(np.float32)
