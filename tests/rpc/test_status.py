@@ -11,7 +11,11 @@ from crl_sdk import errors
 from crl_sdk.rpc import error_from_status, error_trailers, status_code
 from crl_sdk.rpc._status import _CODES
 
-CLASSES = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
+CLASSES = [
+    kind
+    for _, kind in inspect.getmembers(errors, inspect.isclass)
+    if kind.__module__ == errors.__name__
+]
 SPECIAL = {
     errors.ImageBatchError: errors.InvalidInputError,
     errors.MissingDependencyError: errors.ServiceError,
