@@ -111,7 +111,7 @@ def markdown(runs: Sequence[Run], record: dict[str, Any]) -> str:
             "and retrieval, standardised rows for 5-shot. “References”: the mean of "
             f"{record['references']} other scenes is removed. Only “exclusive” methods get the "
             "words of the five other criteria; the words of other criteria that are mixed in as "
-            "noise are synonyms of those, never the same words. “Written against”: the other "
+            "noise are synonyms of those, never the same words. “Others generated”: the other "
             "criteria's texts come from the language model instead. Differences are to `cosine`, "
             "the paper's method, in percentage points, with 95 % intervals over the seeds.",
             "## Methods",

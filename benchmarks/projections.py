@@ -72,7 +72,7 @@ class Variant:
     @property
     def name(self) -> str:
         """Name in the tables."""
-        more = ", references" if self.referenced else ", written against" if self.written else ""
+        more = ", references" if self.referenced else ", others generated" if self.written else ""
         return self.method + more
 
 
