@@ -16,7 +16,12 @@ from PIL import Image
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embeddings import Embeddings
 from crl_sdk.basis._basis import Basis
-from crl_sdk.basis._build import DEFAULT_MERGE_THRESHOLD, DEFAULT_PROMPT, build_basis
+from crl_sdk.basis._build import (
+    DEFAULT_MERGE_THRESHOLD,
+    DEFAULT_PROMPT,
+    build_basis,
+    check_options,
+)
 from crl_sdk.basis._generate import GeneratedTexts, ReportProgress, generate_texts
 from crl_sdk.basis._generation_options import DEFAULT_OPTIONS, GenerationOptions
 from crl_sdk.basis._language_model import LanguageModel
@@ -42,6 +47,11 @@ _TEXT_BATCH = 64
 
 class Embedder:
     """A model bundle with its engines and bases. Several threads may use it at once.
+
+    Attributes:
+        bundle: Model bundle.
+        limits: Limits above which images are refused.
+        decode: How JPEGs are decoded, see `crl_sdk.model.load_pixels`.
 
     Example:
         >>> from crl_sdk import Embedder, demo_bundle
@@ -236,12 +246,18 @@ class Embedder:
         Raises:
             CriterionError: If the criterion is malformed.
             UnknownCriterionError: If `against` names a basis that is not loaded.
+            BasisMismatchError: If a basis in `against` was made for another model.
+            BundleError: If the bundle has no text tower.
             GenerationError: If the language model cannot be loaded, fails, or does not know the
                 criterion.
             InvalidInputError: If another argument is malformed, see `crl_sdk.basis.build_basis`.
             MissingDependencyError: If llama-cpp-python is not installed.
         """
-        others = [self._basis(other) for other in against]
+        others = self._other_bases(against)
+        check_options(
+            criterion, fingerprint=self.bundle.fingerprint, prompts=prompts, method=method,
+            post=post, merge_threshold=merge_threshold, reference=reference, against=others,
+        )  # fmt: skip
         texts = self.generate_texts(
             criterion, llm=llm, options=options, prompts=prompts, progress=progress
         )
@@ -275,10 +291,13 @@ class Embedder:
 
         Raises:
             CriterionError: If the criterion is malformed.
+            InvalidInputError: If a prompt is malformed.
+            BundleError: If the bundle has no text tower.
             GenerationError: If the language model cannot be loaded, fails, or does not know the
                 criterion.
             MissingDependencyError: If llama-cpp-python is not installed.
         """
+        self.bundle.text_graph()  # without one, fail before the language model is loaded
         return generate_texts(
             criterion, llm, options,
             embed_text=self.embed_text, prompts=prompts, progress=progress,
@@ -321,6 +340,8 @@ class Embedder:
         Raises:
             CriterionError: If the criterion is malformed.
             UnknownCriterionError: If `against` names a basis that is not loaded.
+            BasisMismatchError: If a basis in `against` was made for another model.
+            BundleError: If the bundle has no text tower.
             InvalidInputError: If another argument is malformed, see `crl_sdk.basis.build_basis`.
         """
         if isinstance(texts, GeneratedTexts):
@@ -329,8 +350,7 @@ class Embedder:
         basis = build_basis(
             criterion, texts, self.embed_text, fingerprint=self.bundle.fingerprint,
             prompts=prompts, method=method, post=post, merge_threshold=merge_threshold,
-            reference=reference, against=[self._basis(other) for other in against],
-            provenance=provenance,
+            reference=reference, against=self._other_bases(against), provenance=provenance,
         )  # fmt: skip
         return self.add_basis(basis) if load else basis
 
@@ -362,6 +382,7 @@ class Embedder:
         Raises:
             UnknownCriterionError: If no basis of that name is loaded.
             BasisMismatchError: If a basis was made for another model.
+            InvalidInputError: If another argument is malformed, or a criterion is given twice.
             ImageBatchError: If some images failed. It carries the result of the others.
             EngineError: If an engine run fails.
         """
@@ -548,6 +569,14 @@ class Embedder:
                 "add_basis(path)"
             )
         return self._bases[name]
+
+    def _other_bases(self, against: Sequence[str | Basis]) -> list[Basis]:
+        if isinstance(against, str | Basis):
+            name = against if isinstance(against, str) else against.criterion
+            raise InvalidInputError(
+                f"expected a list of other criteria in against, got one: pass [{name!r}]"
+            )
+        return [self._basis(other) for other in against]
 
     def _pack(
         self, bases: Sequence[Basis]

@@ -6,10 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from PIL import Image
 
 from crl_export.demo.dataset import TEST_SEED, read_labels, write_dataset
-from crl_sdk import Embedder, demo_bundle
+from crl_sdk import Embedder, ModelBundle, demo_bundle
 from crl_sdk.basis import GenerationOptions, GenerationProgress
 from crl_sdk.basis._build import build_basis
 from crl_sdk.errors import (
@@ -261,6 +262,52 @@ def test_generated_texts_can_be_seen_and_edited_before_a_basis_is_made(embedder)
             own.generate_basis("color", llm=llm, against=["mood"])
         with pytest.raises(GenerationError, match="no such file"):
             own.generate_basis("color", llm="nowhere.gguf")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "magic"}, "expected a method"),
+        ({"method": "exclusive"}, "got 0 for 'exclusive'"),
+        ({"method": "cosine", "reference": np.ones((2, 128), np.float32)}, "takes no reference"),
+        ({"merge_threshold": 0}, "merge_threshold"),
+        ({"post": "magic"}, "expected post"),
+        ({"prompts": ["no place"]}, "exactly one {}"),
+        ({"against": ["shape"], "criterion": "Shape"}, "got 'shape' itself"),
+        ({"against": "shape"}, r"pass \['shape'\]"),
+    ],
+)
+def test_bad_options_are_refused_before_the_language_model_is_asked(embedder, options, words):
+    llm = Scripted(" red, green, blue, yellow, pink\n")
+    with Embedder.open(embedder.bundle) as own:
+        own.create_basis("shape", SHAPES)
+        with pytest.raises(InvalidInputError, match=words):
+            own.generate_basis(**{"criterion": "color", "llm": llm, **options})
+    assert not llm.asked
+
+
+def test_without_a_text_tower_no_language_model_is_asked():
+    llm = Scripted(" red, green, blue, yellow, pink\n")
+    bundle = ModelBundle.open(demo_bundle())
+    images_only = ModelBundle(bundle.path, replace(bundle.manifest, text=None))
+    with Embedder.open(images_only) as own, pytest.raises(BundleError, match="no text tower"):
+        own.generate_basis("color", llm=llm)
+    assert not llm.asked
+
+
+def test_a_single_prompt_may_be_a_string(embedder):
+    llm = Scripted(" red, green, blue, yellow, pink\n")
+    options = GenerationOptions(max_answers=3)
+    with Embedder.open(embedder.bundle) as own:
+        one = own.generate_basis("color", llm=llm, options=options, prompts="a {} thing")
+        listed = own.generate_basis("color", llm=llm, options=options, prompts=["a {} thing"])
+    assert one.to_bytes() == listed.to_bytes() and one.prompts == ("a {} thing",)
+
+
+def test_one_criterion_is_no_list_of_other_criteria(embedder, bases):
+    for one in ("shape", bases[1]):
+        with pytest.raises(InvalidInputError, match="expected a list of other criteria"):
+            embedder.create_basis("color", COLOURS, against=one, load=False)
 
 
 def test_from_words_to_named_clusters_with_the_default_language_model(tmp_path):

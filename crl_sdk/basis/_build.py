@@ -10,9 +10,15 @@ from numpy.typing import NDArray
 
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk.basis._basis import Basis, MergedText
-from crl_sdk.basis._methods import Method, default_method, find_method, make_projection
+from crl_sdk.basis._methods import (
+    Method,
+    ProjectionMethod,
+    check_method,
+    default_method,
+    make_projection,
+)
 from crl_sdk.errors import BasisError, InvalidInputError
-from crl_sdk.projection._projection import EPSILON, Post
+from crl_sdk.projection._projection import EPSILON, POSTS, Post
 
 DEFAULT_PROMPT = "{}"
 """Prompt that leaves a text as it is."""
@@ -67,29 +73,22 @@ def build_basis(
         InvalidInputError: If there are too few texts, a prompt or the threshold is malformed, or
             `reference` or `against` does not fit the method.
     """
-    name = normalise_criterion(criterion)
-    checked_prompts = _check_prompts(prompts)
-    if not 0.0 < merge_threshold <= 1.0:
-        raise InvalidInputError(f"expected merge_threshold in (0, 1], got {merge_threshold}")
+    name, checked_prompts, chosen = check_options(
+        criterion, fingerprint=fingerprint, prompts=prompts, method=method, post=post,
+        merge_threshold=merge_threshold, reference=reference, against=against,
+    )  # fmt: skip
     distinct, counts, merged = _merge_exact(texts)
     embeddings = embed_with_prompts(distinct, checked_prompts, embed_text)
     kept, counts, near = _merge_near(distinct, counts, embeddings, merge_threshold)
     unit = embeddings[kept]
-    method = method or default_method(against=bool(against))
-    if len(kept) < find_method(method).min_texts <= len(distinct):
+    if len(kept) < chosen.min_texts <= len(distinct):
         raise InvalidInputError(
-            f"all {len(distinct)} texts merge into {distinct[0]!r}, because their embeddings have "
-            f"cosines of {merge_threshold:g} or more: give texts that differ more, or raise "
-            "merge_threshold"
+            f"the {len(distinct)} texts merge into {', '.join(repr(distinct[i]) for i in kept)}, "
+            f"because their embeddings have cosines of {merge_threshold:g} or more: give texts "
+            "that differ more, or raise merge_threshold"
         )
-    for other in against:
-        other.require_fingerprint(fingerprint)
-        if other.criterion == name:
-            raise InvalidInputError(
-                f"expected other criteria in against, got {name!r} itself: leave it out"
-            )
     projection = make_projection(
-        unit, method, post=post, reference=reference,
+        unit, chosen.name, post=post, reference=reference,
         against=[other.text_embeddings for other in against],
     )  # fmt: skip
     made_with: dict[str, Any] = {} if reference is None else {"references": len(reference)}
@@ -102,12 +101,53 @@ def build_basis(
         prompts=checked_prompts,
         text_embeddings=unit,
         projection=projection,
-        method=method,
+        method=chosen.name,
         fingerprint=fingerprint,
         merge_threshold=merge_threshold,
         merged=(*merged, *near),
         provenance={**(provenance or {}), **made_with},
     )
+
+
+def check_options(
+    criterion: str,
+    *,
+    fingerprint: str,
+    prompts: Sequence[str],
+    method: Method | None,
+    post: Post,
+    merge_threshold: float,
+    reference: NDArray[np.floating] | None,
+    against: Sequence[Basis],
+) -> tuple[str, tuple[str, ...], ProjectionMethod]:
+    """Check the arguments of `build_basis` that do not depend on its texts.
+
+    This takes no time, while a language model may need a minute to write the texts.
+
+    Returns:
+        Normalised name of the criterion, the prompts, and the record of the method.
+
+    Raises:
+        CriterionError: If the criterion is malformed.
+        BasisMismatchError: If a basis in `against` was made for another model.
+        InvalidInputError: If another argument is malformed, or `reference` or `against` does not
+            fit the method.
+    """
+    name = normalise_criterion(criterion)
+    checked_prompts = check_prompts(prompts)
+    if not 0.0 < merge_threshold <= 1.0:
+        raise InvalidInputError(f"expected merge_threshold in (0, 1], got {merge_threshold}")
+    if post not in POSTS:
+        raise InvalidInputError(f"expected post in {POSTS}, got {post!r}")
+    for other in against:
+        other.require_fingerprint(fingerprint)
+        if other.criterion == name:
+            raise InvalidInputError(
+                f"expected other criteria in against, got {name!r} itself: leave it out"
+            )
+    method = method or default_method(against=bool(against))
+    chosen = check_method(method, against=len(against), reference=reference is not None)
+    return name, checked_prompts, chosen
 
 
 def edit_basis(
@@ -168,6 +208,25 @@ def edit_basis(
     )
 
 
+def check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
+    """Return prompts as a tuple; a single string is one prompt.
+
+    Raises:
+        InvalidInputError: If there is no prompt, or one does not have exactly one `{}`.
+    """
+    if isinstance(prompts, str):
+        prompts = (prompts,)
+    if len(prompts) == 0:
+        raise InvalidInputError("expected at least one prompt, such as '{}'")
+    for prompt in prompts:
+        if prompt.count("{}") != 1:
+            raise InvalidInputError(
+                f"expected a prompt with exactly one {{}} for the text, such as "
+                f"'a photo of {{}}'; got {prompt!r}"
+            )
+    return tuple(prompts)
+
+
 def embed_with_prompts(
     texts: Sequence[str], prompts: Sequence[str], embed_text: EmbedText
 ) -> NDArray[np.float32]:
@@ -186,20 +245,6 @@ def embed_with_prompts(
     mean = embeddings.reshape(len(prompts), len(texts), -1).mean(axis=0)
     norms = np.linalg.norm(mean, axis=1, keepdims=True)
     return np.asarray(mean / np.maximum(norms, EPSILON), dtype=np.float32)
-
-
-def _check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(prompts, str):
-        prompts = (prompts,)
-    if len(prompts) == 0:
-        raise InvalidInputError("expected at least one prompt, such as '{}'")
-    for prompt in prompts:
-        if prompt.count("{}") != 1:
-            raise InvalidInputError(
-                f"expected a prompt with exactly one {{}} for the text, such as "
-                f"'a photo of {{}}'; got {prompt!r}"
-            )
-    return tuple(prompts)
 
 
 def _merge_exact(

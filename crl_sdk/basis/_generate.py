@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk._progress import GenerationProgress
-from crl_sdk.basis._build import DEFAULT_PROMPT, EmbedText, embed_with_prompts
+from crl_sdk.basis._build import DEFAULT_PROMPT, EmbedText, check_prompts, embed_with_prompts
 from crl_sdk.basis._generation_options import DEFAULT_OPTIONS, Form, GenerationOptions
 from crl_sdk.basis._language_model import LanguageModel, Sampling
 from crl_sdk.basis._llm_requests import (
@@ -118,11 +118,12 @@ def generate_texts(
 
     Raises:
         CriterionError: If the criterion is malformed.
+        InvalidInputError: If a prompt is malformed.
         GenerationError: If the model cannot be loaded or fails, or if fewer than `MIN_TEXTS` texts
             are left.
         MissingDependencyError: If llama-cpp-python is not installed.
     """
-    name = normalise_criterion(criterion)
+    name, prompts = normalise_criterion(criterion), check_prompts(prompts)
     with _open_llm(llm) as opened:
         form = options.form
         if form == "auto":

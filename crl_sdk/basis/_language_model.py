@@ -92,7 +92,7 @@ class LanguageModel:
             MissingDependencyError: If llama-cpp-python is not installed.
         """
         llama_cpp = _llama_cpp()
-        threads = threads or len(os.sched_getaffinity(0))
+        threads = threads or _count_cores()
         path = find_model(llm)
         check_gguf(path)
         _require_memory(path, _read_metadata(llama_cpp, path), context)
@@ -216,6 +216,12 @@ class LanguageModel:
     def __exit__(self, *_: object) -> None:
         """Close the model."""
         self.close()
+
+
+def _count_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
 
 
 def _read_metadata(llama_cpp: Any, path: Path) -> dict[str, str]:

