@@ -234,7 +234,7 @@ class Embedder:
                 `exclusive-weighted` if `against` is given.
             post: Row normalisation of the conditional embedding.
             merge_threshold: Cosine from which two texts are merged, in (0, 1].
-            against: Other criteria whose texts shall count less: names of loaded bases, or bases.
+            against: Other criteria whose texts should count less: names of loaded bases, or bases.
             reference: Embeddings of typical images, shape (n, d). Their mean is subtracted from
                 every image.
             progress: Called after each token of the language model.
@@ -328,7 +328,7 @@ class Embedder:
                 `exclusive-weighted` if `against` is given.
             post: Row normalisation of the conditional embedding.
             merge_threshold: Cosine from which two texts are merged, in (0, 1].
-            against: Other criteria whose texts shall count less: names of loaded bases, or bases.
+            against: Other criteria whose texts should count less: names of loaded bases, or bases.
             reference: Embeddings of typical images, shape (n, d). Their mean is subtracted from
                 every image.
             provenance: JSON values to store with the basis, beside those of generated texts.

@@ -150,7 +150,7 @@ def _architectures(tensorrt: TensorRTRuntime, wanted: Sequence[str]) -> tuple[st
     known = tuple(name for name in tensorrt.architectures if name not in _NO_FLOAT32)
     if unknown := sorted(set(wanted) - set(known)):
         raise InvalidInputError(
-            f"expected architectures of {', '.join(known)}, got {', '.join(unknown)}; for other "
+            f"expected architectures among {', '.join(known)}, got {', '.join(unknown)}; for other "
             "GPUs (sm75: Turing, sm87: Jetson Orin, sm90: H100) compile there with --runtime "
             "tensorrt"
         )

@@ -226,7 +226,7 @@ class Basis:
 def require_one_model(
     bases: Sequence[Basis], fingerprint: str | None = None, *, used_with: str = "the embeddings"
 ) -> str:
-    """Return the model that bases and embeddings have in common.
+    """Return the fingerprint of the model that bases and embeddings have in common.
 
     Args:
         bases: Bases, at least one.

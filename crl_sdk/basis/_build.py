@@ -61,7 +61,7 @@ def build_basis(
         merge_threshold: Cosine in (0, 1]; 1 merges exact duplicates only.
         reference: Embeddings of typical images, shape (n, d). Their mean is subtracted from every
             image.
-        against: Bases of other criteria, whose texts shall count less.
+        against: Bases of other criteria, whose texts should count less.
         provenance: JSON values to store with the basis.
 
     Returns:
@@ -180,10 +180,11 @@ def edit_basis(
             does not contain.
     """
     basis.require_fingerprint(fingerprint)
-    if used := [name for name in ("references", "against") if name in basis.provenance]:
+    sources = {"references": "reference images", "against": "other criteria"}
+    if used := [words for name, words in sources.items() if name in basis.provenance]:
         raise BasisError(
             f"basis {basis.criterion!r} was made with {' and '.join(used)}, which its file does "
-            "not contain: make it again with create_basis(…)"
+            "not contain: make it again instead of editing it"
         )
     texts = [*basis.texts, *(merged.text for merged in basis.merged)]
     gone = {_comparison_key(text) for text in remove}

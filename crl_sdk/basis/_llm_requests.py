@@ -24,7 +24,7 @@ word ::= [a-z]{2,16} | [0-9]{1,4}
 
 
 def compose_completion(criterion: str, options: GenerationOptions, seed: int) -> str:
-    """Return few-shot lines and the beginning of the line that the model shall continue.
+    """Return few-shot lines and the beginning of the line that the model should continue.
 
     The seed shuffles the lines and their texts, because small models copy from the last line.
     """

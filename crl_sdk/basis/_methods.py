@@ -312,7 +312,7 @@ PROJECTION_METHODS: tuple[ProjectionMethod, ...] = (
     ),
     ProjectionMethod(
         "exclusive-orthogonal", exclusive_orthogonal,
-        "as `orthogonal`, without those directions: the whole of OD-CRL",
+        "as `orthogonal`, without the directions that other criteria's texts span",
         "OD-CRL, arXiv 2602.05464",
         needs_against=True,
     ),

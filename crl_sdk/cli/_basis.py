@@ -41,7 +41,9 @@ def create(
     text: TextOption = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="Template with one {} for the text; several are averaged."),
+        typer.Option(
+            help="Template with one {} for the text; may be repeated to average over several."
+        ),
     ] = None,
     method: Annotated[
         Method | None,
@@ -53,7 +55,7 @@ def create(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            help="Another criterion whose texts shall count less: the name or file of its basis; "
+            help="Another criterion whose texts should count less: the name or file of its basis; "
             "may be repeated."
         ),
     ] = None,
@@ -91,14 +93,14 @@ def create(
         raise BasisError(f"{path}: exists already; pass --overwrite to replace it")
     prompts = tuple(prompt or (DEFAULT_PROMPT,))
     others = [Basis.load(_other_basis(name, bases)) for name in against or ()]
-    made_with: dict[str, Any] = {
+    basis_options: dict[str, Any] = {
         "prompts": prompts, "method": method, "post": post, "merge_threshold": merge,
         "against": others,
     }  # fmt: skip
     with open_embedder(bundle) as embedder:
         if given:
             basis = embedder.create_basis(
-                criterion, given, provenance={"texts": "given by the user"}, **made_with
+                criterion, given, provenance={"texts": "given by the user"}, **basis_options
             )
         else:
             options = generation.read_options(
@@ -112,7 +114,7 @@ def create(
                 generation.print_texts(texts, as_json)
                 return
             basis = generation.generate_basis(
-                embedder, criterion, llm, options=options, **made_with
+                embedder, criterion, llm, options=options, **basis_options
             )
     if not dry_run:
         save(basis, path)
@@ -179,10 +181,13 @@ def read_texts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
-        raise InvalidInputError(f"{path}: cannot be read ({error.strerror})") from error
+        raise InvalidInputError(
+            f"{path}: cannot be read ({error.strerror}); check the path"
+        ) from error
     except UnicodeDecodeError as error:
         raise InvalidInputError(
-            f"{path}: expected UTF-8 with one text per line ({error.reason} at byte {error.start})"
+            f"{path}: expected UTF-8 with one text per line ({error.reason} at byte "
+            f"{error.start}); save it as UTF-8"
         ) from error
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:

@@ -84,7 +84,7 @@ def compile_bundle(
                 task, description=stage, completed=done, total=total
             ),
         )
-    note(f"{'found' if compiled.cached else 'wrote'} {compiled.path}; not run on hardware")
+    note(f"{'found' if compiled.cached else 'wrote'} {compiled.path}; crl verify tests it on a GPU")
     plan = compiled.plan
     if as_json:
         file = {"path": str(compiled.path), "cached": compiled.cached}
@@ -113,7 +113,10 @@ def _compile_kernels(
                 task, description=stage, completed=done, total=total
             ),
         )
-    note(f"wrote {len(kernels.variants)} kernels to {folder}; not run on hardware")
+    note(
+        f"wrote {len(kernels.variants)} kernels to {folder}; crl verify --kernel tests them on a "
+        "GPU"
+    )
     if as_json:
         print_json({"path": str(folder), **msgspec.to_builtins(kernels)})
         return

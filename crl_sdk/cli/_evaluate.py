@@ -21,13 +21,13 @@ from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embedder import Embedder
 from crl_sdk.basis._methods import PAPER_METHOD, Method
 from crl_sdk.cli._console import JsonOption, note, out, print_json, progress_bar, spinner, warn
-from crl_sdk.cli._evaluation_bases import (
-    Sources,
-    basis_files,
+from crl_sdk.cli._evaluation_texts import (
+    TextSources,
     check_prompts,
-    pairs,
+    find_texts,
+    parse_basis_files,
+    parse_pairs,
     require_texts,
-    texts_of,
 )
 from crl_sdk.cli._generation import LlmOption
 from crl_sdk.cli._options import BundleOption, EngineOption, ThreadsOption, open_embedder
@@ -151,10 +151,10 @@ def evaluate(
         )
     if own_words and name != "demo":
         raise InvalidInputError(f"--own-words: only the benchmark demo has such words, not {name}")
-    own_prompts = pairs("--prompt", prompt, known)
+    own_prompts = parse_pairs("--prompt", prompt, known)
     prompts = {**benchmark.prompts, **own_prompts}
-    lists = {c: Path(path) for c, path in pairs("--texts", texts, known).items()}
-    sources = Sources(lists, basis_files(basis, known), bases, generate, llm, own_words)
+    lists = {c: Path(path) for c, path in parse_pairs("--texts", texts, known).items()}
+    sources = TextSources(lists, parse_basis_files(basis, known), bases, generate, llm, own_words)
     check_prompts(own_prompts, sources)
     _require_data(name, benchmark, data)
     require_texts(wanted, sources, prompts, bundle, name)
@@ -164,7 +164,7 @@ def evaluate(
         if isinstance(read, LabelledImages):
             _require_shots(read, wanted, numbers if "few-shot" in protocols else ())
         with open_embedder(bundle, engine, threads) as embedder:
-            used = {c: texts_of(c, sources, prompts[c], embedder) for c in wanted}
+            used = {c: find_texts(c, sources, prompts[c], embedder) for c in wanted}
             run.check_texts(used, method, protocols)
             with progress_bar() as bar:
                 task = bar.add_task("embedding", total=len(read.files))

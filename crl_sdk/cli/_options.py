@@ -77,8 +77,8 @@ def load_basis(directory: Path, criterion: str) -> Basis:
     if not path.exists():
         known = sorted(p.stem.replace("+", " ") for p in directory.glob("*.safetensors"))
         raise CriterionError(
-            f"no basis {criterion!r} in {directory}, known are {known}: make it with "
-            f"crl basis create {criterion!r} --texts FILE"
+            f"no basis {criterion!r} in {directory}, which has {', '.join(known) or 'none'}: make "
+            f"it with crl basis create {criterion!r}"
         )
     return Basis.load(path)
 

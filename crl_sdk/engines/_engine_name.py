@@ -51,7 +51,7 @@ class EngineName:
 
 @dataclass(frozen=True, slots=True)
 class EnginePattern:
-    """Engine name, or the beginning of one, that selects all engines whose names start so.
+    """Engine name or its beginning. It selects all engines whose names begin with it.
 
     Only whole parts match, so `tensorrt` does not select `tensorrt-rtx`:
 

@@ -41,11 +41,11 @@ class EngineFamily:
         runtime: First part of the engines' names, such as `onnx`.
         packages: Distributions whose installed versions `crl doctor` reports.
         list_candidates: Function that returns the engines of a bundle, best first, usable on this
-            hardware or not. It raises nothing: what is wrong is the reason of a candidate.
+            hardware or not. It raises no errors: a problem is the `reason` of its candidate.
         open: Function that opens an engine of a bundle by its name. The third argument is the
             number of threads of a run on a CPU, or None for one per physical core.
-        open_baked: Function that opens an engine with a basis compiled into it, of those that the
-            pattern selects. None if the runtime has no such engines.
+        open_baked: Function that opens one of the engines that a pattern selects, with a basis
+            compiled into it. None if the runtime has no such engines.
         tolerances: By precision, how far embeddings may be from the fp32 graph's. A runtime that
             computes in a precision that no graph has adds its own.
     """

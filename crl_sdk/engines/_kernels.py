@@ -312,7 +312,8 @@ class ProjectionKernel:
 def _fitting(kernels: KernelSet, architecture: str) -> list[KernelVariant]:
     """Return the variants that run on a GPU.
 
-    They are those of its architecture, or of the newest older one, whose PTX the driver compiles.
+    They are the variants for its architecture. If there are none, they are those for the newest
+    older architecture, whose PTX the driver compiles for this GPU.
     """
     number = int(architecture[2:])
     before = {int(each.architecture[2:]) for each in kernels.variants}

@@ -31,7 +31,7 @@ class Provider:
     """An execution provider of ONNX Runtime.
 
     Attributes:
-        name: ONNX Runtime's name of it.
+        name: Name of the provider in ONNX Runtime.
         install: How to get it, as the end of an error message.
     """
 

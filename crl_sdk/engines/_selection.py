@@ -46,7 +46,7 @@ def choose_engine(engines: Sequence[EngineCandidate], wanted: str) -> EngineCand
     Args:
         engines: Candidates, from `list_candidates`.
         wanted: `auto`, an engine name, or the beginning of one, such as `onnx/cuda` or
-            `tensorrt-rtx`. If several names start so, an engine that `auto` may choose comes first.
+            `tensorrt-rtx`. If it selects several, an engine that `auto` may choose comes first.
 
     Raises:
         InvalidInputError: If no engine of this bundle has such a name.

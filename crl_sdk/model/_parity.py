@@ -19,6 +19,7 @@ BATCHES = (1, 3, 12)
 """Batch sizes of the checked runs. None of them is the size that the export traced."""
 
 COLUMNS = 7
+"""Number of columns of the projection with which the export checks an image graph."""
 
 TEXTS = (
     "a photo of a cat", "red", "three small striped stars on grey", "an oil painting of a harbour",

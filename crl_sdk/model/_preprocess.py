@@ -31,8 +31,12 @@ _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, KeyError, struct.e
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _ORIENTATION = 0x0112
 """EXIF tag of the orientation. The following tuples list its values by their effect."""
-_TURNED, _MIRRORED, _FLIPPED = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
-"""Values that swap width and height; that then mirror left and right; and top and bottom."""
+_TURNED = (5, 6, 7, 8)
+"""Values that swap width and height."""
+_MIRRORED = (2, 3, 6, 7)
+"""Values that swap left and right, after that."""
+_FLIPPED = (3, 4, 7, 8)
+"""Values that swap top and bottom, after that."""
 
 _CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 

@@ -101,5 +101,7 @@ def read_record(
         if isinstance(found, int) and found != schema:
             raise failure(f"{path}: schema {found}, this SDK reads {schema}; {remedy}")
         return msgspec.convert(raw, kind)
-    except (msgspec.MsgspecError, OSError) as error:
+    except OSError as error:
+        raise failure(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+    except msgspec.MsgspecError as error:
         raise failure(f"{path}: not a readable record ({error}); {remedy}") from error

@@ -141,7 +141,7 @@ def compile_kernels(
     known = [name.replace("_", "") for name in ARCHITECTURES]
     if unknown := sorted(set(architectures) - set(known)):
         raise InvalidInputError(
-            f"expected architectures of {', '.join(known)}, got {', '.join(unknown)}"
+            f"expected architectures among {', '.join(known)}, got {', '.join(unknown)}"
         )
     wanted = [name for name in known if name in architectures or not architectures]
     switches = list(product(wanted, DTYPES, (False, True), (False, True)))

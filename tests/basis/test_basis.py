@@ -295,5 +295,5 @@ def test_editing_refuses_what_it_cannot_do():
     with pytest.raises(InvalidInputError, match="at least 2"):
         edit_basis(basis, embed_text, fingerprint=FINGERPRINT, remove=["red", "blue"])
     referenced = make(reference=embed_text(["an image"]))
-    with pytest.raises(BasisError, match="made with references"):
+    with pytest.raises(BasisError, match="made with reference images"):
         edit_basis(referenced, embed_text, fingerprint=FINGERPRINT, add=["pink"])

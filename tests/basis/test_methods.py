@@ -252,7 +252,7 @@ def test_a_basis_remembers_what_it_was_made_with(tmp_path):
     loaded = Basis.load(tmp_path / "color.safetensors")
     assert loaded.provenance == {"references": 7, "against": ["shape"]}
     assert loaded.method == "exclusive" and loaded.sha256() == basis.sha256()
-    with pytest.raises(BasisError, match="made with references and against"):
+    with pytest.raises(BasisError, match="made with reference images and other criteria"):
         edit_basis(loaded, embed_text, fingerprint="ab" * 32, add=["i"])
     edited = edit_basis(make("size", list("abc"), method="pca"), embed_text, fingerprint="ab" * 32,
                         add=["i"])  # fmt: skip

@@ -138,7 +138,7 @@ def test_a_basis_against_others(crl):
         (["embed", "x.jpg", "--out", "x.csv"], "expected a .npz or .parquet"),
         (["embed", "x.jpg", "--out", "no/such/x.npz"], "does not exist"),
         (["embed", ".", "--out", "x.npz"], "no image files"),
-        (["embed", "x.jpg", "--out", "x.npz", "--criteria", "mood"], "known are []"),
+        (["embed", "x.jpg", "--out", "x.npz", "--criteria", "mood"], "which has none"),
         (["embed", "x.jpg", "--out", "x.npz", "--engine", "onnx/cuda"], "CUDAExecutionProvider"),
         (["export", "ViT-B-32", "--out", "b", "--precision", "fp8"], "fp32, fp16, int8"),
     ],

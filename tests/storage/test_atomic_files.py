@@ -45,6 +45,9 @@ def test_records_are_read_as_they_were_written(tmp_path):
     path.write_bytes(b"{}")
     with pytest.raises(PlanError, match=r"not a readable record .*; write it again"):
         read_record(path, Record, 1, PlanError, "write it again")
+    path.unlink()
+    with pytest.raises(PlanError, match=r"record.json: cannot be read \(No such file .*; write it"):
+        read_record(path, Record, 1, PlanError, "write it again")
 
 
 def test_a_directory_that_cannot_be_created(tmp_path):

@@ -16,7 +16,7 @@ from crl_sdk.evaluation._criterion_texts import CriterionTexts, texts_from_basis
 
 
 @dataclass(frozen=True, slots=True)
-class Sources:
+class TextSources:
     """Sources of texts from the command line.
 
     Attributes:
@@ -45,7 +45,9 @@ class Sources:
         return path if path is not None and path.is_file() else None
 
 
-def texts_of(criterion: str, sources: Sources, prompt: str, embedder: Embedder) -> CriterionTexts:
+def find_texts(
+    criterion: str, sources: TextSources, prompt: str, embedder: Embedder
+) -> CriterionTexts:
     """Return the texts of a criterion. A source given for this criterion comes first."""
     if criterion in sources.texts:
         path = sources.texts[criterion]
@@ -67,7 +69,7 @@ def texts_of(criterion: str, sources: Sources, prompt: str, embedder: Embedder) 
 
 def require_texts(
     wanted: Sequence[str],
-    sources: Sources,
+    sources: TextSources,
     prompts: Mapping[str, str],
     bundle: Path | None,
     name: str,
@@ -106,7 +108,7 @@ def require_texts(
     raise InvalidInputError(f"no texts for {', '.join(lacking)}: pass {'; or '.join(ways)}")
 
 
-def check_prompts(given: Mapping[str, str], sources: Sources) -> None:
+def check_prompts(given: Mapping[str, str], sources: TextSources) -> None:
     """Raise an error for prompts without effect and for malformed ones.
 
     Raises:
@@ -126,7 +128,7 @@ def check_prompts(given: Mapping[str, str], sources: Sources) -> None:
             )
 
 
-def pairs(option: str, given: Sequence[str] | None, known: Sequence[str]) -> dict[str, str]:
+def parse_pairs(option: str, given: Sequence[str] | None, known: Sequence[str]) -> dict[str, str]:
     """Parse `criterion=value` options. If there is one criterion, its name may be left out."""
     found = {}
     for each in given or ():
@@ -145,7 +147,7 @@ def pairs(option: str, given: Sequence[str] | None, known: Sequence[str]) -> dic
     return found
 
 
-def basis_files(given: Sequence[str] | None, known: Sequence[str]) -> dict[str, Path]:
+def parse_basis_files(given: Sequence[str] | None, known: Sequence[str]) -> dict[str, Path]:
     """Parse `--basis FILE` and `--basis criterion=FILE`. A basis file names its criterion."""
     files = {}
     for each in given or ():
