@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from crl_sdk.errors import InvalidInputError
 
@@ -59,8 +59,8 @@ class GenerationOptions:
         """Check all values.
 
         Raises:
-            InvalidInputError: If a value is out of range, or a hint or example contains more than
-                plain words and punctuation.
+            InvalidInputError: If a value is out of range, a list of texts is a single string, or a
+                hint or example contains more than plain words and punctuation.
         """
         for name, low, high in (
             ("count", 1, 1000), ("max_answers", 1, 1000), ("patience", 1, 1000),
@@ -74,6 +74,17 @@ class GenerationOptions:
             raise InvalidInputError(
                 f"expected temperatures from 0 to 2, got {list(self.temperatures)}"
             )
+        if not 0 <= self.min_share <= 1:
+            raise InvalidInputError(f"expected min_share from 0 to 1, got {self.min_share}")
+        if not self.spread >= 0:  # NaN is refused too
+            raise InvalidInputError(f"expected spread >= 0, got {self.spread}")
+        if self.form not in get_args(Form):
+            raise InvalidInputError(f"expected form in {get_args(Form)}, got {self.form!r}")
+        lists = {"include": self.include, "exclude": self.exclude}
+        lists |= {f"examples[{name!r}]": texts for name, texts in self.examples.items()}
+        for name, texts in lists.items():
+            if isinstance(texts, str):
+                raise InvalidInputError(f"expected {name} to be a tuple of texts, got {texts!r}")
         if self.hint:
             _check_plain("hint", self.hint)
         for name, texts in self.examples.items():

@@ -187,7 +187,8 @@ def test_odd_criteria_are_refused_before_the_model_is_asked(criterion):
 @pytest.mark.parametrize(
     "change",
     [{"count": 0}, {"max_answers": 0}, {"temperatures": ()}, {"temperatures": (3.0,)},
-     {"max_tokens": 1}],
+     {"max_tokens": 1}, {"min_share": 1.5}, {"spread": -1.0}, {"spread": float("nan")},
+     {"form": "list"}, {"include": "teal"}, {"exclude": "teal"}, {"examples": {"size": "big"}}],
 )  # fmt: skip
 def test_options_out_of_range(change):
     with pytest.raises(InvalidInputError, match=f"expected {next(iter(change))}"):
