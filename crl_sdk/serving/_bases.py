@@ -121,6 +121,19 @@ class BasisStore:
             )
         return [bases[name] for name in names]
 
+    def require_new(self, criterion: str) -> None:
+        """Raise an error if a criterion has a basis already.
+
+        Raises:
+            CriterionError: If the criterion is malformed.
+            BasisExistsError: If it has a basis.
+        """
+        name = normalise_criterion(criterion)
+        if name in self._bases:
+            raise BasisExistsError(
+                f"there is a basis {name!r} already: delete it first, or allow it to be replaced"
+            )
+
     def put(self, basis: Basis, *, replace: bool = True) -> tuple[StoredBasis, bool]:
         """Store a basis. It is on disk when this method returns.
 
@@ -140,11 +153,8 @@ class BasisStore:
         stored = StoredBasis(basis, basis.sha256())
         with self._changing:
             existed = basis.criterion in self._bases
-            if existed and not replace:
-                raise BasisExistsError(
-                    f"there is a basis {basis.criterion!r} already: delete it first, or allow it "
-                    "to be replaced"
-                )
+            if not replace:
+                self.require_new(basis.criterion)
             basis.save(basis_path(self.directory, basis.criterion))
             self._bases = MappingProxyType({**self._bases, basis.criterion: stored})
         return stored, existed

@@ -160,6 +160,8 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
             send(basis_pb2.GenerateBasisResponse(progress=message))
 
         against = self._select(request.against)
+        if request.no_replace:  # `put` checks it again, but the language model takes a minute
+            self._pipeline.bases.require_new(request.criterion)
         with self._open_llm() as llm:
             basis = self._pipeline.embedder.generate_basis(
                 request.criterion, llm=llm, options=options,

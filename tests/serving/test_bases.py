@@ -278,8 +278,10 @@ def test_the_servers_language_model_writes_a_basis(serve, embedder, image_files)
         assert client.embed(image_files[:1], criteria=["mood"])["mood"].shape[0] == 1
         info = client.generate_basis("mood", progress=seen.append, exclude=["blue"])
         assert "red" in info.texts and "blue" not in info.texts and seen
+        late = []
         with pytest.raises(BasisExistsError):
-            client.generate_basis("mood", replace=False)
+            client.generate_basis("Mood", replace=False, progress=late.append)
+        assert not late  # the language model was not asked
         client.create_basis("shape", ["circle", "square", "star"])
         info = client.generate_basis("mood", against=["shape"])
         assert info.method == "exclusive-weighted"
