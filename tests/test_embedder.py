@@ -268,7 +268,7 @@ def test_generated_texts_can_be_seen_and_edited_before_a_basis_is_made(embedder)
     ("options", "words"),
     [
         ({"method": "magic"}, "expected a method"),
-        ({"method": "exclusive"}, "got 0 for 'exclusive'"),
+        ({"method": "exclusive"}, "'exclusive' needs other criteria"),
         ({"method": "cosine", "reference": np.ones((2, 128), np.float32)}, "takes no reference"),
         ({"merge_threshold": 0}, "merge_threshold"),
         ({"post": "magic"}, "expected post"),

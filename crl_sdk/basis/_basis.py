@@ -197,7 +197,8 @@ class Basis:
         except UnsupportedSchemaError:
             raise
         except (SafetensorError, msgspec.MsgspecError, KeyError, ValueError) as error:
-            raise IntegrityError(f"{where}: not a valid basis file ({error}); {remedy}") from error
+            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise IntegrityError(f"{where}: not a valid basis file ({reason}); {remedy}") from error
         return basis
 
     def _tensors(self) -> dict[str, NDArray[np.float32]]:

@@ -175,7 +175,8 @@ def edit_basis(
 
     Raises:
         BasisMismatchError: If the basis was made for another model.
-        InvalidInputError: If a text to remove is missing, or too few texts would be left.
+        InvalidInputError: If a text to remove is missing, a text to add is there already, or too
+            few texts would be left.
         BasisError: If the basis was made with reference images or other criteria, which its file
             does not contain.
     """
@@ -195,10 +196,14 @@ def edit_basis(
         raise InvalidInputError(
             f"basis {basis.criterion!r} has no text {missing[0]!r}; it has {', '.join(texts)}"
         )
+    kept = [text for text in texts if _comparison_key(text) not in gone]
+    present = {_comparison_key(text) for text in kept}
+    if double := [text for text in add if _comparison_key(text) in present]:
+        raise InvalidInputError(f"basis {basis.criterion!r} has the text {double[0]!r} already")
     edits = [*basis.provenance.get("edits", ()), {"added": [*add], "removed": [*remove]}]
     return build_basis(
         basis.criterion,
-        [*(text for text in texts if _comparison_key(text) not in gone), *add],
+        [*kept, *add],
         embed_text,
         fingerprint=fingerprint,
         prompts=basis.prompts,

@@ -112,10 +112,14 @@ def check_method(name: str, *, against: int, reference: bool) -> ProjectionMetho
     """
     method = find_method(name)
     if method.needs_against != (against > 0):
+        if method.needs_against:
+            raise InvalidInputError(
+                f"the method {name!r} needs other criteria: pass them as against"
+            )
         with_against = ", ".join(repr(m.name) for m in PROJECTION_METHODS if m.needs_against)
         raise InvalidInputError(
-            f"expected against, the texts of other criteria, with the methods {with_against} and "
-            f"with no other; got {against} for {name!r}"
+            f"the method {name!r} takes no other criteria: leave out against, or use one of the "
+            f"methods {with_against}"
         )
     if reference and not method.takes_reference:
         raise InvalidInputError(

@@ -15,7 +15,13 @@ from crl_sdk.basis._generation_options import DEFAULT_OPTIONS
 from crl_sdk.basis._methods import Method, default_method, find_method
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._console import JsonOption, note, out, print_facts, print_json, warn
-from crl_sdk.cli._options import DEFAULT_BASES, BasesOption, BundleOption, open_embedder
+from crl_sdk.cli._options import (
+    DEFAULT_BASES,
+    BasesOption,
+    BundleOption,
+    load_basis,
+    open_embedder,
+)
 from crl_sdk.errors import BasisError, InvalidInputError
 from crl_sdk.projection._projection import Post
 from crl_sdk.storage._atomic_files import make_directory
@@ -88,11 +94,16 @@ def create(
     Give your own texts with --from-texts or --text. `crl embed --criteria` then knows the basis.
     """
     given = [*(text or []), *(read_texts(text_file) if text_file is not None else [])]
+    if given and (hint or example or include or exclude):
+        raise InvalidInputError(
+            "--hint, --example, --include and --exclude are for texts of the language model: leave "
+            "them out with --text and --from-texts"
+        )
     path = basis_path(bases, criterion)
     if path.exists() and not (overwrite or dry_run):
         raise BasisError(f"{path}: exists already; pass --overwrite to replace it")
     prompts = tuple(prompt or (DEFAULT_PROMPT,))
-    others = [Basis.load(_other_basis(name, bases)) for name in against or ()]
+    others = [_other_basis(name, bases) for name in against or ()]
     basis_options: dict[str, Any] = {
         "prompts": prompts, "method": method, "post": post, "merge_threshold": merge,
         "against": others,
@@ -134,7 +145,7 @@ def edit(
 ) -> None:
     """Add texts to a basis or remove some, and make it again with the same prompts and method."""
     path = basis_path(bases, criterion)
-    basis = Basis.load(path)
+    basis = load_basis(bases, criterion)
     if not add and not remove:
         raise InvalidInputError("expected --add TEXT or --remove TEXT")
     with open_embedder(bundle) as embedder:
@@ -154,8 +165,8 @@ def show(
     _print_basis(Basis.load(file), file, as_json)
 
 
-def _other_basis(name: str, bases: Path) -> Path:
-    return Path(name) if name.endswith(SUFFIX) else basis_path(bases, name)
+def _other_basis(name: str, bases: Path) -> Basis:
+    return Basis.load(Path(name)) if name.endswith(SUFFIX) else load_basis(bases, name)
 
 
 def save(basis: Basis, path: Path) -> None:

@@ -123,10 +123,10 @@ def fit(
         counts = ", ".join(f"{name} {count}" for name, count in classifier.counts.items())
         print_facts(
             str(out_file),
-            {**facts, "classes": counts,
-             "cross_validated_accuracy": unknown if accuracy is None else f"{accuracy:.3f}",
-             "singletons": ", ".join(classifier.singletons) or "none",
-             "failed": len(images.failed)},
+            {"criterion": basis.criterion, "classes": counts,
+             "classes with one image": ", ".join(classifier.singletons) or "none",
+             "cross-validated accuracy": unknown if accuracy is None else f"{accuracy:.3f}",
+             "fingerprint": basis.fingerprint, "failed": len(images.failed)},
         )  # fmt: skip
     if images.failed:
         raise typer.Exit(1)

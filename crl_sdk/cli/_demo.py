@@ -327,7 +327,10 @@ def _render(directory: Path, count: int, seed: int) -> Path:
                 on_progress=lambda done: progress.update(task, completed=done),
             )
         except OSError as error:
-            raise InvalidInputError(f"{directory}: {error}; choose an empty directory") from error
+            raise InvalidInputError(
+                f"{directory}: cannot be written ({error.strerror or error}); choose an empty "
+                "directory"
+            ) from error
     return table
 
 

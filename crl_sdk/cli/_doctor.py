@@ -60,7 +60,8 @@ def _record(candidate: EngineCandidate) -> dict[str, object]:
 
 
 def _table(bundle: ModelBundle, engines: list[EngineCandidate]) -> Table:
-    table = Table("engine", "", "why", title=str(bundle.path), title_justify="left")
+    table = Table("engine", "state", title=str(bundle.path), title_justify="left")
+    table.add_column("why", overflow="fold")  # it contains commands to copy
     chosen = _chosen(engines)
     for each in engines:
         state = "chosen" if each is chosen else "usable" if each.usable else "no"

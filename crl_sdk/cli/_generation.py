@@ -119,7 +119,7 @@ def print_texts(texts: GeneratedTexts, as_json: bool) -> None:
     if as_json:
         print_json(asdict(texts))
         return
-    table = Table("text", "votes", "", title=texts.criterion, title_justify="left")
+    table = Table("text", "votes", "decision", title=texts.criterion, title_justify="left")
     for kept in texts.texts:
         table.add_row(kept.text, str(kept.votes), "kept")
     for dropped in texts.dropped:

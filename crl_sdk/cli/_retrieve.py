@@ -23,7 +23,7 @@ from crl_sdk.cli._options import (
     EngineOption,
     ThreadsOption,
 )
-from crl_sdk.cli._sources import LazyEmbedder, PromptOption, require_same_model
+from crl_sdk.cli._sources import LazyEmbedder, require_same_model
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.tasks._retrieval import PAPER_WEIGHT, Index, condition_captions
 
@@ -56,7 +56,9 @@ def retrieve(
         ),
     ] = None,
     count: Annotated[int, typer.Option("-n", min=1, help="Largest number of results.")] = 10,
-    prompt: PromptOption = DEFAULT_PROMPT,
+    prompt: Annotated[
+        str, typer.Option(help="Prompt for the language model's texts, with one {}.")
+    ] = DEFAULT_PROMPT,
     llm: generation.LlmOption = None,
     bundle: BundleOption = None,
     bases: BasesOption = DEFAULT_BASES,

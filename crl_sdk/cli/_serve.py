@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from crl_sdk.basis._language_model import LanguageModel
+from crl_sdk.basis._llm_files import check_gguf, find_model
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._options import (
     DEFAULT_BASES,
@@ -113,6 +114,8 @@ def serve(
             "expected --tls-cert and --tls-key together: give both, or neither and no "
             "--tls-client-ca"
         )
+    if generate and not str(llm).startswith("hf:"):  # the model itself is loaded when it is needed
+        check_gguf(find_model(llm))
     settings = ServerSettings(
         address=address,
         tls=ServerTls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None,

@@ -362,7 +362,7 @@ class AsyncClient:
         if self._model is not None and response.fingerprint != self._model.fingerprint:
             self._model = None  # the server has another model now, which may need other pixels
             return await self._embed_batch(images, criteria)
-        return read_response(response, local, len(images))
+        return read_response(response, local, images)
 
     async def _reproject(self, part: Embeddings, criteria: Sequence[str]) -> Embeddings:
         """Return a part with its embeddings projected again, onto the bases as they are now."""

@@ -110,7 +110,9 @@ def _image(image: ClientImage, position: int) -> embedding_pb2.Image:
 
 
 def read_response(
-    response: embedding_pb2.EmbedResponse, local: Mapping[int, ImageError], count: int
+    response: embedding_pb2.EmbedResponse,
+    local: Mapping[int, ImageError],
+    images: Sequence[ClientImage],
 ) -> Embeddings:
     """Return the embeddings of a batch.
 
@@ -118,8 +120,9 @@ def read_response(
         response: Response of the server, about the images that were sent.
         local: Errors of the images that were not sent, by position. If there are none, the arrays
             of the result are views of the response.
-        count: Number of images in the batch.
+        images: Images of the batch. Errors name an image by its path, if it has one.
     """
+    count = len(images)
     sent = [i for i in range(count) if i not in local]
     errors = dict(local)
     cached = np.zeros(count, np.bool_)
@@ -128,7 +131,9 @@ def read_response(
         if status.code != embedding_pb2.ImageStatus.CODE_OK:
             large = status.code == embedding_pb2.ImageStatus.CODE_TOO_LARGE
             kind = ImageTooLargeError if large else ImageError
-            errors[position] = kind(status.message, source=f"image {position}")
+            image = images[position]
+            source = str(image) if isinstance(image, str | os.PathLike) else f"image {position}"
+            errors[position] = kind(status.message, source=source)
 
     def rows(tensor: embedding_pb2.Tensor) -> NDArray[np.float32]:
         array: NDArray[np.float32] = decode_tensor(tensor)

@@ -100,5 +100,8 @@ def error_from_status(
         milliseconds = int(sent) if _MILLISECONDS.fullmatch(sent) else _DEFAULT_RETRY_MS
         return kind(message, retry_after=milliseconds / 1000)
     if kind is errors.ServiceError or kind is errors.CrlError:
-        return errors.ServiceError(f"{code.name}: {message}")
+        remedy = ""
+        if code is grpc.StatusCode.UNAVAILABLE and ERROR_KEY not in trailers:  # gRPC's own error
+            remedy = "; check the address, that `crl serve` runs there, and that TLS fits"
+        return errors.ServiceError(f"{code.name}: {message}{remedy}")
     return kind(message)

@@ -121,8 +121,9 @@ def decode_classifier(data: bytes, where: str) -> ClassifierState:
     except UnsupportedSchemaError:
         raise
     except (SafetensorError, msgspec.MsgspecError, KeyError, ValueError, IntegrityError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise IntegrityError(
-            f"{where}: not a valid classifier file ({error}); copy it again or make it again with "
+            f"{where}: not a valid classifier file ({reason}); copy it again or make it again with "
             "crl classify fit"
         ) from error
     return state

@@ -112,7 +112,7 @@ def kmeans(
     """
     if isinstance(k, bool) or not 1 <= k <= len(rows):
         raise InvalidInputError(
-            f"expected k from 1 to the {len(rows)} rows, got {k}: ask for fewer clusters"
+            f"expected k from 1 to the {len(rows)} rows, got {k}: choose k in this range"
         )
     with _threads(rows):
         return _fit(rows, k, seed, starts)

@@ -226,7 +226,7 @@ def test_tensors_that_do_not_fit():
     del tensors["weight"]
     with pytest.raises(IntegrityError, match="weight"):
         Basis.from_bytes(save(tensors, metadata))
-    with pytest.raises(IntegrityError):
+    with pytest.raises(IntegrityError, match="it has no 'crl_basis'"):
         Basis.from_bytes(save(load(data)))
 
 
@@ -292,6 +292,10 @@ def test_editing_refuses_what_it_cannot_do():
         edit_basis(basis, embed_text, fingerprint=FINGERPRINT, remove=["pink"])
     with pytest.raises(BasisMismatchError):
         edit_basis(basis, embed_text, fingerprint="0" * 64, add=["pink"])
+    with pytest.raises(InvalidInputError, match="has the text 'Red ' already"):
+        edit_basis(basis, embed_text, fingerprint=FINGERPRINT, add=["Red "])
+    replaced = edit_basis(basis, embed_text, fingerprint=FINGERPRINT, add=["Red"], remove=["red"])
+    assert replaced.texts == ("green", "blue", "Red")
     with pytest.raises(InvalidInputError, match="at least 2"):
         edit_basis(basis, embed_text, fingerprint=FINGERPRINT, remove=["red", "blue"])
     referenced = make(reference=embed_text(["an image"]))

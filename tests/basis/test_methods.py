@@ -217,9 +217,9 @@ def test_bad_input():
     texts = texts_of()
     with pytest.raises(InvalidInputError, match="expected a method in"):
         make_projection(texts, "nonsense")
-    with pytest.raises(InvalidInputError, match="with no other; got 1 for 'centred'"):
+    with pytest.raises(InvalidInputError, match="'centred' takes no other criteria"):
         make_projection(texts, "centred", against=[texts])
-    with pytest.raises(InvalidInputError, match="got 0 for 'exclusive'"):
+    with pytest.raises(InvalidInputError, match="'exclusive' needs other criteria"):
         make_projection(texts, "exclusive")
     with pytest.raises(InvalidInputError, match=r"shape \(n, 24\)"):
         make_projection(texts, "exclusive", against=[texts[:, :5]])

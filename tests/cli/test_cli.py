@@ -120,9 +120,13 @@ def test_a_basis_against_others(crl):
     )
     assert f"{made['weights'][-1]:.2f}" in crl("basis", "show", made["path"]).stdout
     refused = crl("basis", "create", "size", *colors, "--method", "exclusive", status=1).stderr
-    assert "expected against" in refused
+    assert "the method 'exclusive' needs other criteria" in refused
     refused = crl("basis", "create", "size", *colors, *against, "mood", status=1).stderr
-    assert "cannot be read" in refused
+    assert "no basis 'mood' in" in refused
+    refused = crl("basis", "edit", "mood", "--add", "calm", status=1).stderr
+    assert "no basis 'mood' in" in refused
+    refused = crl("basis", "create", "size", *colors, "--hint", "as a painter", status=1).stderr
+    assert "--hint" in refused and "leave them out" in refused
 
 
 @pytest.mark.parametrize(
@@ -140,6 +144,8 @@ def test_a_basis_against_others(crl):
         (["embed", ".", "--out", "x.npz"], "no image files"),
         (["embed", "x.jpg", "--out", "x.npz", "--criteria", "mood"], "which has none"),
         (["embed", "x.jpg", "--out", "x.npz", "--engine", "onnx/cuda"], "CUDAExecutionProvider"),
+        (["serve", "--generate", "--llm", "nowhere.gguf"], "no such file; expected a GGUF"),
+        (["serve", "--generate", "--llm", "latin1.txt"], "not a GGUF file"),
         (["export", "ViT-B-32", "--out", "b", "--precision", "fp8"], "fp32, fp16, int8"),
     ],
 )

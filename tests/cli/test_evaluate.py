@@ -291,7 +291,7 @@ def test_too_few_texts_are_refused_before_images_are_embedded(clevr4, tmp_path, 
     with pytest.raises(CrlError, match="'centred' needs at least 2 distinct texts"):
         crl_eval(*given, "--method", "centred", "--protocol", "clustering")
     one.write_text("red\nblue\n")
-    with pytest.raises(CrlError, match="expected against"):
+    with pytest.raises(CrlError, match="'exclusive' needs other criteria"):
         crl_eval(*given, "--method", "exclusive", "--protocol", "clustering")
 
 

@@ -119,10 +119,13 @@ def test_results_of_two_models_are_never_joined(client, image_files):
         stale_parts([part, replace(part, fingerprint="another")])
 
 
-def test_errors_name_the_position_in_the_whole_list(server, image_files):
+def test_errors_name_the_file_or_the_position_in_the_whole_list(server, image_files, tmp_path):
+    (tmp_path / "notes.txt").write_text("junk")
+    images = [*image_files[:3], b"junk", tmp_path / "notes.txt"]
     with Client(server.address, ClientOptions(batch_size=2)) as client:
-        result = client.embed([*image_files[:3], b"junk"], on_error="collect")
+        result = client.embed(images, on_error="collect")
     assert str(result.errors[3]).startswith("image 3: not a readable image")
+    assert str(result.errors[4]).startswith(f"{tmp_path / 'notes.txt'}: not a readable image")
 
 
 def test_one_batch_is_read_without_copies(client, image_files):

@@ -82,4 +82,6 @@ def test_a_malformed_time_to_wait_is_ignored(sent):
 )
 def test_statuses_of_others(code, kind):
     """A proxy, or gRPC itself, sends no trailer with the class."""
-    assert type(error_from_status(code, "no luck", None)) is kind
+    error = error_from_status(code, "no luck", None)
+    assert type(error) is kind
+    assert ("check the address" in str(error)) == (code is grpc.StatusCode.UNAVAILABLE)
