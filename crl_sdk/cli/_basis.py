@@ -143,7 +143,10 @@ def edit(
     bases: BasesOption = DEFAULT_BASES,
     as_json: JsonOption = False,
 ) -> None:
-    """Add texts to a basis or remove some, and make it again with the same prompts and method."""
+    """Add texts to a basis, or remove some.
+
+    The basis is made again with the same prompts and method.
+    """
     path = basis_path(bases, criterion)
     basis = load_basis(bases, criterion)
     if not add and not remove:

@@ -86,9 +86,17 @@ def embed(
     else:
         for error in result.errors.values():
             warn(str(error))
+        sizes = [f"{name} {size}" for name, size in summary["conditional"].items()]
         print_facts(
             str(out_file) if good else "nothing written",
-            {**summary, "failed": len(result.errors)},
+            {
+                "images": len(good),
+                "failed": len(result.errors),
+                "universal": f"{summary['universal']} values",
+                "conditional": f"{', '.join(sizes)} values" if sizes else "none",
+                "engine": engine,
+                "fingerprint": fingerprint,
+            },
         )
     if result.errors:
         raise typer.Exit(1)

@@ -102,6 +102,9 @@ def error_from_status(
     if kind is errors.ServiceError or kind is errors.CrlError:
         remedy = ""
         if code is grpc.StatusCode.UNAVAILABLE and ERROR_KEY not in trailers:  # gRPC's own error
-            remedy = "; check the address, that `crl serve` runs there, and that TLS fits"
+            remedy = (
+                "; check the address, that `crl serve` runs there, and that client and server "
+                "agree on TLS"
+            )
         return errors.ServiceError(f"{code.name}: {message}{remedy}")
     return kind(message)
