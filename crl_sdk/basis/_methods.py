@@ -21,11 +21,17 @@ from crl_sdk.projection._projection import EPSILON, Post, Projection, check_embe
 
 Method: TypeAlias = Literal[
     "cosine", "centred", "orthogonal", "pca", "tangent",
-    "exclusive", "exclusive-orthogonal", "exclusive-weighted",
+    "exclusive", "exclusive-orthogonal", "exclusive-weighted", "contrastive",
 ]  # fmt: skip
 """Name of a projection method. A test compares it with `PROJECTION_METHODS`."""
 
 Rows: TypeAlias = NDArray[np.floating]
+
+_RIDGE = 10.0
+"""Ridge of `contrastive`, relative to the mean eigenvalue of the background."""
+
+_MIN_TEXT_WEIGHT = 1e-3
+"""Smallest weight of a text in `contrastive`, so that some are left if all belong elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +286,35 @@ def exclusive_weighted(inputs: MethodInputs) -> tuple[Rows, Rows]:
     return (weights[:, None] * inputs.texts).T, _origin(inputs)
 
 
+def contrastive(inputs: MethodInputs) -> tuple[Rows, Rows]:
+    """Directions in which the criterion's texts vary more than the other criteria's texts do.
+
+    Let C be the covariance of the texts T, and B the mean of the other criteria's covariances,
+    each scaled to trace 1. The directions are the generalised eigenvectors of C against
+    B + (r/d) I, orthonormal in descending order of their eigenvalues e, and direction i is
+    multiplied by (e_i / e_1)^(1/4). The ridge r is 10.
+
+    C weights each text t by 1 - c(t), where c(t) >= 0 is the largest cosine of t with a text of
+    another criterion after the mean of all texts is subtracted. Texts that belong to another
+    criterion therefore count little. Source: oriented PCA (Diamantaras and Kung, 1996) and
+    contrastive PCA (Abid et al., 2018), applied to texts; the weights are of this project.
+    """
+    others = np.concatenate(inputs.against).astype(np.float64)
+    texts, dim = inputs.texts.astype(np.float64), inputs.texts.shape[1]
+    mean = np.concatenate([texts, others]).mean(axis=0)
+    nearest = (_unit_rows(texts - mean) @ _unit_rows(others - mean).T).max(axis=1)
+    weights = np.maximum(1.0 - np.maximum(nearest, 0.0), _MIN_TEXT_WEIGHT)
+    weights /= weights.sum()
+    moved = np.sqrt(weights)[:, None] * (texts - weights @ texts)
+    background = np.mean([_scatter(each) for each in inputs.against], axis=0)
+    root = np.linalg.cholesky(background + _RIDGE / dim * np.eye(dim))
+    directions, values = principal_directions(np.linalg.solve(root, moved.T).T, centre=False)
+    solved = np.linalg.solve(root.T, directions.T)
+    basis, triangle = np.linalg.qr(solved / np.linalg.norm(solved, axis=0))
+    signs = np.where(np.diag(triangle) < 0, -1.0, 1.0)
+    return basis * signs * np.sqrt(values / max(float(values[0]), EPSILON)), _origin(inputs)
+
+
 PROJECTION_METHODS: tuple[ProjectionMethod, ...] = (
     ProjectionMethod(
         "cosine", cosine,
@@ -326,6 +361,12 @@ PROJECTION_METHODS: tuple[ProjectionMethod, ...] = (
         "this project",
         needs_against=True, columns_are_texts=True, weights_texts=True, default=True,
     ),
+    ProjectionMethod(
+        "contrastive", contrastive,
+        "directions in which the texts vary more than other criteria's texts do",
+        "contrastive PCA on texts, after arXiv 1709.06716",
+        needs_against=True,
+    ),
 )  # fmt: skip
 """All projection methods."""
 
@@ -344,6 +385,10 @@ def _remove_other_directions(weight: Rows, inputs: MethodInputs) -> Rows:
         spans.append(directions[: bend(values)])
     together = np.linalg.qr(np.concatenate(spans).T)[0]
     return np.asarray(weight - together @ (together.T @ weight))
+
+
+def _unit_rows(rows: Rows) -> Rows:
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), EPSILON))
 
 
 def _scatter(rows: Rows) -> Rows:

@@ -43,20 +43,24 @@ def bend(values: NDArray[np.floating]) -> int:
 
 
 def principal_directions(
-    rows: NDArray[np.floating],
+    rows: NDArray[np.floating], *, centre: bool = True
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """Return the right singular vectors of centred rows and their singular values.
+    """Return the right singular vectors of rows and their singular values.
 
     Values below 1e-6 of the largest are rounding errors and are left out, but at least one pair is
     returned.
 
     Args:
         rows: Rows of shape (k, d).
+        centre: Whether to subtract the mean of the rows first.
 
     Returns:
-        Directions of shape (r, d) and values of shape (r,) in descending order, with r < k.
+        Directions of shape (r, d) and values of shape (r,) in descending order, with r <= k, and
+        r < k for centred rows.
     """
     wide = np.asarray(rows, np.float64)
-    _, values, directions = np.linalg.svd(wide - wide.mean(axis=0), full_matrices=False)
+    if centre:
+        wide = wide - wide.mean(axis=0)
+    _, values, directions = np.linalg.svd(wide, full_matrices=False)
     kept = max(1, int((values > values[0] * 1e-6).sum()))
     return directions[:kept], values[:kept]

@@ -12,6 +12,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import scipy.linalg
 
 from crl_sdk._embedder import Embedder
 from crl_sdk.basis._basis import Basis
@@ -100,6 +101,8 @@ def definition(method, texts, images, mean=None):  # noqa: PLR0911
             part = spread @ np.linalg.solve(spread + np.eye(D) / D, away)
             kept.append(1 - away @ part / (away @ away))
         return moved @ t.T * np.minimum(1, np.array(kept) / np.median(kept)) ** 2
+    if method == "contrastive":
+        return moved @ contrastive_axes(t, against)
     spans = []
     for other in against:
         _, s, v = np.linalg.svd(other - other.mean(axis=0), full_matrices=False)
@@ -108,6 +111,28 @@ def definition(method, texts, images, mean=None):  # noqa: PLR0911
     kept = np.eye(D) - np.linalg.pinv(np.concatenate(spans)) @ np.concatenate(spans)
     inner = {"exclusive": "centred", "exclusive-orthogonal": "orthogonal"}[method]
     return definition(inner, texts, moved @ kept, None)
+
+
+def contrastive_axes(texts, against):
+    """The weighted directions of `contrastive`, by scipy's generalised eigenvectors."""
+    centre = np.concatenate([texts, *against]).mean(axis=0)
+    weights = []
+    for text in texts - centre:
+        cosines = [
+            text @ other / (np.linalg.norm(text) * np.linalg.norm(other))
+            for other in np.concatenate(against) - centre
+        ]
+        weights.append(1 - max(0, *cosines))
+    theirs = [np.cov(each.T, bias=True) for each in against]
+    background = sum(each / np.trace(each) for each in theirs) / len(theirs)
+    own = np.cov(texts.T, aweights=weights, bias=True)
+    strengths, axes = scipy.linalg.eigh(own, background + 10 / D * np.eye(D))
+    strengths, axes = strengths[::-1][: len(texts) - 1], axes[:, ::-1][:, : len(texts) - 1]
+    kept = []
+    for axis in axes.T:  # Gram and Schmidt
+        rest = axis - sum(((axis @ before) * before for before in kept), np.zeros(D))
+        kept.append(rest / np.linalg.norm(rest))
+    return np.array(kept).T * (strengths / strengths[0]) ** 0.25
 
 
 def alike(rows, expected, atol=2e-5):
@@ -175,6 +200,50 @@ def test_the_record_of_a_method_is_true(method):
     if method.columns_are_texts:
         assert projection.output_dim == 5
     assert method.source == "this project" or "arXiv" in method.source
+
+
+def test_contrastive_sees_through_a_variation_that_all_texts_share():
+    """The inversion of real CLIP texts: they vary most in what no criterion is about.
+
+    Texts share a mean and a strong nuisance direction, and images vary in it too. Weighted texts
+    keep the nuisance; directions against the other criteria's texts do not.
+    """
+    rng = np.random.default_rng(0)
+    axes = np.linalg.qr(rng.standard_normal((D, D)))[0].T
+    values, nuisance, common = axes[:4], axes[4], axes[5]
+
+    def texts(own, strength):
+        noise = strength * rng.standard_normal((len(own), 1)) * nuisance
+        return unit(2 * common + own + noise + 0.05 * rng.standard_normal((len(own), D)))
+
+    own = texts(0.4 * values[np.repeat(np.arange(4), 3)], 0.8)
+    others = [texts(0.4 * axes[6 + np.arange(6)], 0.8), texts(0.4 * axes[12 + np.arange(6)], 0.8)]
+    labels = rng.integers(0, 4, 400)
+    images = unit(
+        common + 0.4 * values[labels] + 1.5 * rng.standard_normal((400, 1)) * nuisance
+        + 0.05 * rng.standard_normal((400, D))
+    )  # fmt: skip
+    same = labels[:, None] == labels[None]
+    found = {}
+    for method in ("cosine", "exclusive-weighted", "contrastive"):
+        against = others if find_method(method).needs_against else ()
+        rows = make_projection(own, method, against=against).apply(images)
+        near = np.where(np.eye(400), -2, rows @ rows.T).argsort(axis=1)[:, -20:]
+        found[method] = np.take_along_axis(same, near, axis=1).mean()
+    assert found["contrastive"] > 0.95
+    assert max(found["cosine"], found["exclusive-weighted"]) < found["contrastive"] - 0.2
+
+
+def test_contrastive_counts_texts_of_another_criterion_little():
+    own, other = texts_of(6), texts_of(6, seed=1)
+    clean = make_projection(own, "contrastive", against=[other])
+    mixed = make_projection(np.concatenate([own, other[:3]]), "contrastive", against=[other])
+    rows = [np.linalg.qr(each.weight)[0] for each in (clean, mixed)]
+    kept = np.linalg.svd(rows[0].T @ rows[1], compute_uv=False)  # cosines of the angles between
+    assert kept.min() > 0.95
+    same = make_projection(np.tile(own[:1], (3, 1)), "contrastive", against=[other])
+    assert np.isfinite(same.weight).all()
+    assert np.isfinite(make_projection(other, "contrastive", against=[other]).weight).all()
 
 
 def test_the_default_method():
