@@ -43,7 +43,7 @@ from crl_sdk.evaluation._dataset import DataSetError, LabelledImages
 from crl_sdk.evaluation._deepfashion import DeepFashion, read_deepfashion
 from crl_sdk.evaluation._genecis import GeneCis, read_genecis
 from crl_sdk.evaluation._labels_csv import read_table
-from crl_sdk.evaluation._published_scores import read_published
+from crl_sdk.evaluation._published_scores import read_paper_rows, read_published
 from crl_sdk.model._bundle import ModelBundle, demo_bundle
 
 _RENDERED = 1000
@@ -118,8 +118,11 @@ def evaluate(
     ] = None,
     published: Annotated[
         Path | None,
-        typer.Option(help="CSV file of published scores to print next to ours, see docs/EVAL.md."),
+        typer.Option(help="CSV file of more published scores to print, see docs/EVAL.md."),
     ] = None,
+    no_published: Annotated[
+        bool, typer.Option("--no-published", help="Leave out the paper's own scores.")
+    ] = False,
     engine: EngineOption = "auto",
     threads: ThreadsOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per engine run.")] = 32,
@@ -130,14 +133,15 @@ def evaluate(
 ) -> None:
     """Run a benchmark of the paper.
 
-    Universal and conditional embeddings are compared. Data sets are read in their official layouts
-    and never downloaded. docs/EVAL.md says where to get them, which choices are the authors', and
-    which tables have not been run here.
+    Universal and conditional embeddings are compared, and the paper's scores are shown with them.
+    Data sets are read in their official layouts and never downloaded. docs/EVAL.md says where to
+    get them, which choices are the authors', and which tables have not been run here.
     """
     started = time.perf_counter()
     benchmark = BENCHMARKS[name]
     if out_file is not None:
         report.check_path(out_file)
+    paper = () if no_published or split != "test" else read_paper_rows(name)
     others = None if published is None else read_published(published)
     known = tuple(benchmark.prompts)
     wanted = _criteria(criteria, known)
@@ -179,7 +183,8 @@ def evaluate(
                 name, benchmark, rows=rows, texts=used, bundle=embedder.bundle,
                 engine=embedder.engine, images=len(read.files), settings=settings,
                 notes=read.notes,
-                remarks=_remarks(name, benchmark, embedder.bundle), published=others,
+                remarks=_remarks(name, benchmark, embedder.bundle),
+                paper=paper, published=others,
             )  # fmt: skip
     found["seconds"] = round(time.perf_counter() - started, 1)
     if out_file is not None:
@@ -321,13 +326,15 @@ def _shots(given: str) -> tuple[int, ...]:
 def _print(found: Mapping[str, Any]) -> None:
     model = found["model"]
     title = f"{found['benchmark']}: {model['name']} ({model['engine']}), {found['images']} images"
-    for header, cells in report.tables(found["rows"]):
+    labels = {row["label"] for row in found["paper_rows"]}
+    for header, cells in report.tables(found):
         table = Table(*map(escape, header), title=escape(title), title_justify="left")
         before = None
         for row in cells:
             if before not in (None, row[0]):
                 table.add_section()
-            table.add_row(*map(escape, row))
+            dim = "dim" if row[1] in labels else None
+            table.add_row(*map(escape, row), style=dim)
             before = row[0]
         out.print(table)
         title = ""
@@ -336,7 +343,7 @@ def _print(found: Mapping[str, Any]) -> None:
     if found["published"]:
         note(f"published scores, in brackets, are from {'; '.join(found['published'])}")
     note(f"model {model['fingerprint'][:12]}…; {report.format_settings(found)}; scores in percent")
-    for each in found["notes"]:
+    for each in (*report.format_paper_notes(found), *found["notes"]):
         note(each)
     for each in found["remarks"]:
         warn(each)

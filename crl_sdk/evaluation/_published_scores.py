@@ -1,10 +1,10 @@
-"""Read published results that a user copied from a paper, to compare them with measured ones."""
+"""Read published results: those of the paper, which ship, and those of a user's file."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from crl_sdk.errors import InvalidInputError
@@ -13,6 +13,69 @@ from crl_sdk.evaluation._protocols import ResultRow
 COLUMNS = ("criterion", "embeddings", "measure", "percent", "source")
 
 Key = tuple[str, str, str]
+
+PAPER = "arXiv 2510.04564"
+
+_PAPER_TABLES = Path(__file__).with_name("published.csv")
+"""Tables 1 to 4 of the paper, one score per line, typed from the images in the authors' repository
+(`figures/performance-*.png`). The means that the paper prints name all criteria they are over."""
+
+
+@dataclass(frozen=True, slots=True)
+class PaperRow:
+    """One row of a table of the paper, for one criterion.
+
+    Attributes:
+        table: Number of the table.
+        criterion: Criterion, named as in our results.
+        method: Method, such as `universal`, `CRL` or `SCAN`.
+        encoder: Encoder, such as `CLIP ViT-B/32`. Empty if the table names none.
+        scores: Score for each measure, 0 to 1; measures are named as in our results.
+        note: Doubt about the row. May be empty.
+    """
+
+    table: int
+    criterion: str
+    method: str
+    encoder: str
+    scores: Mapping[str, float]
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        """Method and encoder, marked as published."""
+        return ", ".join(filter(None, ("published", self.method, self.encoder)))
+
+
+def read_paper_rows(benchmark: str) -> tuple[PaperRow, ...]:
+    """Return the paper's results on a benchmark, in the paper's order.
+
+    Args:
+        benchmark: Name of the benchmark, such as `clevr4`.
+
+    Returns:
+        Rows of all methods and encoders. Empty if the paper has no results on this benchmark.
+    """
+    found: dict[tuple[int, str, str, str], PaperRow] = {}
+    with _PAPER_TABLES.open(encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            if line["benchmark"] != benchmark or line["measure"] == "mean":
+                continue
+            key = (int(line["table"]), line["criterion"], line["method"], line["encoder"])
+            row = found.get(key) or PaperRow(*key, {}, line["note"])
+            score = {line["measure"]: float(line["percent"]) / 100}
+            found[key] = replace(row, scores={**row.scores, **score})
+    return tuple(found.values())
+
+
+def select_measured(rows: Iterable[PaperRow], measured: Sequence[ResultRow]) -> list[PaperRow]:
+    """Return the scores of the paper whose criterion and measure were measured too."""
+    pairs = {(row.criterion, measure) for row in measured for measure in row.scores}
+    kept = [
+        replace(row, scores={m: s for m, s in row.scores.items() if (row.criterion, m) in pairs})
+        for row in rows
+    ]
+    return [row for row in kept if row.scores]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,12 @@ from crl_sdk.evaluation._benchmarks import Benchmark
 from crl_sdk.evaluation._criterion_texts import CriterionTexts
 from crl_sdk.evaluation._mean_std import MeanStd
 from crl_sdk.evaluation._protocols import ResultRow
-from crl_sdk.evaluation._published_scores import PublishedScores
+from crl_sdk.evaluation._published_scores import (
+    PAPER,
+    PaperRow,
+    PublishedScores,
+    select_measured,
+)
 from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.storage._atomic_files import write_atomically
 
@@ -33,6 +38,7 @@ def make_document(
     settings: Mapping[str, Any],
     notes: Sequence[str],
     remarks: Sequence[str],
+    paper: Sequence[PaperRow] = (),
     published: PublishedScores | None = None,
 ) -> dict[str, Any]:
     """Return a document with the results and everything that is needed to repeat them.
@@ -48,7 +54,8 @@ def make_document(
         settings: Method, number of seeds, number of splits and other settings.
         notes: Remarks on how the data set was read.
         remarks: Limits of what the results mean.
-        published: Published scores to show next to the measured ones.
+        paper: Rows of the paper on this benchmark. Those that match a result are kept.
+        published: Published scores of the user's file, to show next to the measured ones.
 
     Returns:
         Document of JSON values.
@@ -71,6 +78,18 @@ def make_document(
         },
         "paper_encoder": benchmark.encoder or None,
         "published": [] if published is None else list(published.sources),
+        "paper_rows": [
+            {
+                "source": f"{PAPER}, Table {row.table}",
+                "criterion": row.criterion,
+                "method": row.method,
+                "encoder": row.encoder or None,
+                "label": row.label,
+                "scores": dict(row.scores),
+                "note": row.note or None,
+            }
+            for row in select_measured(paper, rows)
+        ],
         "settings": dict(settings),
         "texts": {
             criterion: {
@@ -106,28 +125,58 @@ def make_document(
     }
 
 
-def tables(rows: Sequence[Mapping[str, Any]]) -> list[tuple[list[str], list[list[str]]]]:
+def tables(found: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
     """Return the rows of a document as one table per protocol.
 
+    Args:
+        found: The document.
+
     Returns:
-        Header and cells of each table, with scores in percent.
+        Header and cells of each table, with scores in percent. The rows of the paper follow the
+        measured rows of their criterion.
     """
-    made: dict[str, tuple[list[str], list[list[str]]]] = {}
-    for row in rows:
-        measures = list(row["scores"])
-        header = [row["protocol"], "embeddings", *measures]
-        _, cells = made.setdefault(row["protocol"], (header, []))
-        cells.append(
-            [row["criterion"], row["representation"],
-             *(_cell(row["scores"][measure]) for measure in measures)]
-        )  # fmt: skip
-    return list(made.values())
+    made = []
+    for protocol in dict.fromkeys(row["protocol"] for row in found["rows"]):
+        rows = [row for row in found["rows"] if row["protocol"] == protocol]
+        measures = list(rows[0]["scores"])
+        cells = []
+        for criterion in dict.fromkeys(row["criterion"] for row in rows):
+            cells += [
+                [criterion, row["representation"], *(_cell(row["scores"][m]) for m in measures)]
+                for row in rows
+                if row["criterion"] == criterion
+            ]
+            cells += [
+                [criterion, row["label"], *(_paper_cell(row["scores"].get(m)) for m in measures)]
+                for row in found["paper_rows"]
+                if row["criterion"] == criterion and not set(measures).isdisjoint(row["scores"])
+            ]
+        made.append(([protocol, "embeddings", *measures], cells))
+    return made
+
+
+def format_paper_notes(found: Mapping[str, Any]) -> list[str]:
+    """Return the source of a document's rows of the paper, and the doubts about them."""
+    rows = found["paper_rows"]
+    if not rows:
+        return []
+    sources = "; ".join(sorted({row["source"] for row in rows}))
+    doubts = dict.fromkeys(f"{row['label']}: {row['note']}" for row in rows if row["note"])
+    return [
+        f"rows marked published are from {sources}, with the encoder that each names; they are "
+        "not results of this model and these texts",
+        *doubts,
+    ]
 
 
 def _cell(score: Mapping[str, Any]) -> str:
     text = format_percent(MeanStd(score["mean"], score["std"]))
     other = score["published"]
     return text if other is None else f"{text} (published {100 * other:.2f})"
+
+
+def _paper_cell(score: float | None) -> str:
+    return "" if score is None else f"{100 * score:.2f}"
 
 
 def format_percent(score: MeanStd) -> str:
@@ -158,8 +207,9 @@ def format_markdown(found: Mapping[str, Any]) -> str:
             f"- {criterion}: {own['count']} texts{again} from {own['source']}, with the prompts "
             + ", ".join(f"`{prompt}`" for prompt in own["prompts"])
         )
-    lines += [f"- {note}" for note in (*found["notes"], *found["remarks"])] + [""]
-    for header, cells in tables(found["rows"]):
+    notes = (*format_paper_notes(found), *found["notes"], *found["remarks"])
+    lines += [f"- {note}" for note in notes] + [""]
+    for header, cells in tables(found):
         lines.append("| " + " | ".join(header) + " |")
         lines.append("|" + "---|" * len(header))
         lines += ["| " + " | ".join(row) + " |" for row in cells] + [""]

@@ -107,7 +107,7 @@ def test_clevr4(clevr4, words, tmp_path):
 
 
 def test_published_figures_stand_beside(clevr4, words, tmp_path):
-    others = tmp_path / "paper.csv"
+    others = tmp_path / "others.csv"
     others.write_text(
         "criterion,embeddings,measure,percent,source\n"
         'color, conditional, ACC, 51.5, "Table 1, ViT-B/32"\n'
@@ -120,6 +120,7 @@ def test_published_figures_stand_beside(clevr4, words, tmp_path):
     found = crl_eval(*given, *short, "--published", others, "--out", out)
     rows = {(row["protocol"], row["representation"]): row["scores"] for row in found["rows"]}
     assert rows["clustering", "conditional"]["ACC"]["published"] == 0.515
+    assert found["published"] == ["Table 1, ViT-B/32", "Table 2, ViT-B/32"]
     assert rows["clustering", "universal"]["ACC"]["published"] is None
     text = out.read_text()
     assert "| 100.00 ± 0.00 (published 51.50) |" in text and "(published 12.25)" in text
@@ -145,6 +146,34 @@ def test_published_figures_stand_beside(clevr4, words, tmp_path):
             crl_eval(*given, "--published", others)
     with pytest.raises(CrlError, match="cannot be read"):
         crl_eval(*given, "--published", tmp_path / "nowhere.csv")
+
+
+def test_the_papers_scores_are_shown_unless_left_out(clevr4, words, tmp_path):
+    given = ["clevr4", "--data", clevr4, "--texts", f"color={words}", "--criteria", "color"]
+    short = ["--seeds", 1, "--splits", 1, "--shots", "1,2", "--bundle", demo_bundle()]
+    out = tmp_path / "clevr4.md"
+    found = crl_eval(*given, *short, "--out", out)
+    rows = {(row["source"], row["label"]): row for row in found["paper_rows"]}
+    assert len(rows) == len(found["paper_rows"]) == 11 + 8
+    assert {row["criterion"] for row in found["paper_rows"]} == {"color"}
+    own = rows["arXiv 2510.04564, Table 2", "published, CRL, CLIP ViT-B/32"]
+    assert own["scores"] == pytest.approx({"NMI": 0.8867, "ACC": 0.8805, "ARI": 0.8230})
+    assert rows["arXiv 2510.04564, Table 2", "published, SCAN"]["encoder"] is None
+    shots = rows["arXiv 2510.04564, Table 1", "published, universal, BLIP2"]
+    assert shots["scores"] == pytest.approx({"1 shot": 0.2896})
+    assert all(
+        score["published"] is None for row in found["rows"] for score in row["scores"].values()
+    )
+    lines = out.read_text().splitlines()
+    assert "| color | published, CRL, CLIP ViT-B/32 | 88.05 | 88.67 | 82.30 |" in lines
+    assert "| color | published, CRL, MetaCLIP | 62.41 |  |" in lines
+    source = "arXiv 2510.04564, Table 1; arXiv 2510.04564, Table 2"
+    assert any(line.startswith(f"- rows marked published are from {source},") for line in lines)
+    shown = CliRunner().invoke(app, ["eval", *map(str, (*given, *short))])
+    assert shown.exit_code == 0
+    assert "published, CRL, MetaCLIP" in " ".join(shown.output.split())
+    crl_eval(*given, *short, "--out", out, "--no-published")
+    assert "published" not in out.read_text()
 
 
 def test_bases_and_methods(clevr4, words, tmp_path, monkeypatch):
@@ -201,6 +230,9 @@ def test_genecis(tmp_path, image_files):
     assert found["texts"]["scene"]["prompts"] == ["a photo with a scene of {}"]
     by = figures(found)["scene", "retrieval", "conditional, scene and condition"]
     assert set(by) == {"R@1", "R@2", "R@3"} and by["R@3"] == 1
+    labels = [row["label"] for row in found["paper_rows"]]
+    assert len(labels) == 10 and labels[0] == "published, universal, image only, CLIP ViT-B/16"
+    assert found["paper_rows"][-1]["encoder"] == "CLIP ViT-B/16 fine-tuned by GeneCIS"
     part = crl_eval("genecis-focus", "--data", tmp_path, "--texts", scenes, "--limit", 4)
     assert any("4 of 9 queries" in note for note in part["notes"])
 
@@ -222,6 +254,9 @@ def test_deepfashion(tmp_path, image_files):
     assert found["settings"]["components"] == 3
     assert figures(found)["all queries", "retrieval", "conditional"]["mAP"] > 0.9
     assert len(found["rows"]) == 14
+    mean = [row for row in found["paper_rows"] if row["criterion"] == "all queries"]
+    assert len(found["paper_rows"]) == 9 * 6 and mean[-1]["scores"]["mAP"] == 0.1133
+    assert mean[-1]["label"] == "published, CRL, trained, CLIP ViT-B/16"
     with pytest.raises(CrlError, match="method cosine"):
         crl_eval("deepfashion", "--data", tmp_path, *given, "--method", "centred")
 
