@@ -18,7 +18,7 @@ PACKAGES = {"crl_sdk": "crl_sdk", "crl_export": "export"}
 BENCH_MODULES = {
     "__init__", "bench", "images", "load", "machine", "plot", "quantiles", "targets",
 }  # fmt: skip
-SUFFIXES = {".gz", ".jinja", ".json", ".onnx", ".py", ".pyi", ".txt", ".typed"}
+SUFFIXES = {".csv", ".gz", ".jinja", ".json", ".onnx", ".py", ".pyi", ".txt", ".typed"}
 
 
 def main(source: Path, sdist: Path, wheel: Path) -> list[str]:
