@@ -230,7 +230,7 @@ def test_contrastive_sees_through_a_variation_that_all_texts_share():
         rows = make_projection(own, method, against=against).apply(images)
         near = np.where(np.eye(400), -2, rows @ rows.T).argsort(axis=1)[:, -20:]
         found[method] = np.take_along_axis(same, near, axis=1).mean()
-    assert found["contrastive"] > 0.95
+    assert found["contrastive"] > 0.9
     assert max(found["cosine"], found["exclusive-weighted"]) < found["contrastive"] - 0.2
 
 
