@@ -18,6 +18,7 @@ from crl_sdk.cli import _demo as demo
 from crl_sdk.cli import _doctor as doctor
 from crl_sdk.cli import _embed as embed
 from crl_sdk.cli import _evaluate as evaluate
+from crl_sdk.cli import _evaluate_vectors as evaluate_vectors
 from crl_sdk.cli import _export as models
 from crl_sdk.cli import _project as project
 from crl_sdk.cli import _retrieve as retrieve
@@ -25,6 +26,7 @@ from crl_sdk.cli import _serve as serve
 from crl_sdk.cli import _verify as verify
 from crl_sdk.cli._console import err, print_error
 from crl_sdk.errors import CrlError
+from crl_sdk.evaluation._benchmarks import BENCHMARK_NAMES
 
 app = typer.Typer(
     name="crl",
@@ -33,6 +35,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # Rich's tables of options are too narrow at 80 columns
     add_completion=False,
+)
+evaluation = typer.Typer(
+    help="Run the paper's benchmarks, or compare methods on your own vectors.",
+    no_args_is_help=True,
+)
+for _name in BENCHMARK_NAMES:
+    evaluation.command(_name, short_help=f"Run the benchmark {_name}.")(evaluate.command(_name))
+evaluation.command("vectors", short_help="Compare all projection methods on stored vectors.")(
+    evaluate_vectors.evaluate_vectors
 )
 app.command("export")(models.export)
 app.command("info")(models.info)
@@ -51,7 +62,7 @@ app.command("serve")(serve.serve)
 app.command("bench", short_help="Measure latency, throughput and failures of a server.")(
     bench.bench
 )
-app.command("eval")(evaluate.evaluate)
+app.add_typer(evaluation, name="eval")
 app.command("demo")(demo.demo)
 app.command("demo-data")(demo.demo_data)
 

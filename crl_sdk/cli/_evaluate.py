@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,7 +64,7 @@ class _Options:
 
 
 def evaluate(
-    name: Annotated[BenchmarkName, typer.Argument(help="The benchmark.")],
+    name: BenchmarkName,
     data: Annotated[
         Path | None,
         typer.Option(help="Directory of the data set. Default for demo: scenes are rendered."),
@@ -145,8 +146,10 @@ def evaluate(
     others = None if published is None else read_published(published)
     known = tuple(benchmark.prompts)
     wanted = _criteria(criteria, known)
-    protocols = _listed("--protocol", protocol, run.PROTOCOLS) if benchmark.task == "labels" else ()
-    numbers = _shots(shots)
+    protocols = (
+        parse_names("--protocol", protocol, run.PROTOCOLS) if benchmark.task == "labels" else ()
+    )
+    numbers = parse_shots(shots)
     if split not in ("test", "valid"):
         raise InvalidInputError(f"--split: expected test or valid, got {split!r}")
     if benchmark.task == "deepfashion" and (method != PAPER_METHOD or len(wanted) < len(known)):
@@ -194,6 +197,19 @@ def evaluate(
         print_json(found)
     else:
         _print(found)
+
+
+def command(name: BenchmarkName) -> Callable[..., None]:
+    """Return `evaluate` with the name of a benchmark filled in, for the command line."""
+    signature = inspect.signature(evaluate, eval_str=True)
+
+    @wraps(evaluate)
+    def run_benchmark(**options: Any) -> None:
+        evaluate(name, **options)
+
+    options = [each for each in signature.parameters.values() if each.name != "name"]
+    run_benchmark.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
+    return run_benchmark
 
 
 def _measure(
@@ -306,14 +322,16 @@ def _criteria(given: str, known: Sequence[str]) -> tuple[str, ...]:
     return names or tuple(known)
 
 
-def _listed(option: str, given: str, known: Sequence[str]) -> tuple[str, ...]:
+def parse_names(option: str, given: str, known: Sequence[str]) -> tuple[str, ...]:
+    """Parse names that are separated by commas."""
     parts = tuple(dict.fromkeys(part.strip() for part in given.split(",") if part.strip()))
     if not parts or not set(parts) <= set(known):
         raise InvalidInputError(f"{option}: expected some of {', '.join(known)}, got {given!r}")
     return parts
 
 
-def _shots(given: str) -> tuple[int, ...]:
+def parse_shots(given: str) -> tuple[int, ...]:
+    """Parse the value of `--shots`."""
     try:
         numbers = tuple(dict.fromkeys(int(part) for part in given.split(",") if part.strip()))
     except ValueError:

@@ -40,6 +40,14 @@ def clustering(
             there are more classes than distinct rows.
         MissingDependencyError: If scikit-learn is not installed.
     """
+    runs = clustering_runs(rows, labels, seeds)
+    return {name: MeanStd.of(scores) for name, scores in runs.items()}
+
+
+def clustering_runs(
+    rows: NDArray[np.floating], labels: NDArray[np.integer], seeds: Sequence[int] = SEEDS
+) -> dict[str, list[float]]:
+    """Return the scores of `clustering` for each seed, in the order of the seeds."""
     try:
         from sklearn.cluster import KMeans
         from sklearn.exceptions import ConvergenceWarning
@@ -60,4 +68,4 @@ def clustering(
         scores["ACC"].append(clustering_accuracy(codes, found))
         scores["NMI"].append(float(normalized_mutual_info_score(codes, found)))
         scores["ARI"].append(float(adjusted_rand_score(codes, found)))
-    return {name: MeanStd.of(runs) for name, runs in scores.items()}
+    return scores

@@ -9,7 +9,7 @@ lets the regression fit more closely (`rms_norm`, `rescale`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +33,12 @@ class Split:
     test: NDArray[np.int64]
 
 
-def splits(labels: NDArray[np.integer], shots: int, count: int = SPLITS) -> Iterator[Split]:
+def splits(
+    labels: NDArray[np.integer],
+    shots: int,
+    count: int = SPLITS,
+    groups: NDArray[np.integer] | None = None,
+) -> Iterator[Split]:
     """Draw the splits of the paper: `shots` training rows of each class, all others for testing.
 
     Split i shuffles each class, in the order of the labels, with NumPy's legacy generator of seed
@@ -43,6 +48,9 @@ def splits(labels: NDArray[np.integer], shots: int, count: int = SPLITS) -> Iter
         labels: Label of each row, shape (n,), integers.
         shots: Number of training rows of each class.
         count: Number of splits.
+        groups: Group of each row, shape (n,), integers, such as near-duplicates. The training rows
+            of a class are then of different groups, and no other row of these groups is tested.
+            None if no rows belong together.
 
     Yields:
         The splits.
@@ -53,10 +61,13 @@ def splits(labels: NDArray[np.integer], shots: int, count: int = SPLITS) -> Iter
     if shots < 1 or count < 1:
         raise InvalidInputError(f"expected shots >= 1 and splits >= 1, got {shots} and {count}")
     codes = np.asarray(labels)
-    classes, sizes = np.unique(codes, return_counts=True)
+    related = np.arange(len(codes)) if groups is None else np.asarray(groups)
+    classes = np.unique(codes)
+    sizes = np.array([len(np.unique(related[codes == each])) for each in classes])
     if sizes.min() <= shots:
+        what = "images" if groups is None else "groups"
         raise InvalidInputError(
-            f"{shots} shots need at least {shots + 1} images of each class, class "
+            f"{shots} shots need at least {shots + 1} {what} of each class, class "
             f"{classes[sizes.argmin()]} has {sizes.min()}: take fewer shots"
         )
     for seed in range(count):
@@ -65,9 +76,17 @@ def splits(labels: NDArray[np.integer], shots: int, count: int = SPLITS) -> Iter
         for each in classes:
             members = np.flatnonzero(codes == each)
             generator.shuffle(members)
-            train.append(members[:shots])
-            test.append(members[shots:])
-        yield Split(np.concatenate(train), np.concatenate(test))
+            first = np.sort(np.unique(related[members], return_index=True)[1])[:shots]
+            train.append(members[first])
+            test.append(np.delete(members, first))
+        used, rest = np.concatenate(train), np.concatenate(test)
+        rest = rest[~np.isin(related[rest], related[used])]
+        if len(rest) == 0:
+            raise InvalidInputError(
+                f"with {shots} shots no image is left to test, because every group has a training "
+                "image: take fewer shots"
+            )
+        yield Split(used, rest)
 
 
 def standardise_all(
@@ -135,6 +154,23 @@ def few_shot(
             a class has too few images.
         MissingDependencyError: If scikit-learn is not installed.
     """
+    return MeanStd.of(
+        few_shot_runs(
+            rows, labels, splits(np.asarray(labels), shots, count),
+            standardise=standardise, transductive=transductive,
+        )
+    )  # fmt: skip
+
+
+def few_shot_runs(
+    rows: NDArray[np.floating],
+    labels: NDArray[np.integer],
+    drawn: Iterable[Split],
+    *,
+    standardise: bool,
+    transductive: bool = True,
+) -> list[float]:
+    """Return the accuracy of `few_shot` for each of some splits, in their order."""
     try:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
@@ -144,7 +180,7 @@ def few_shot(
     given, codes = check_labels(rows, labels)
     inputs = standardise_all(given) if standardise and transductive else given
     accuracies = []
-    for split in splits(codes, shots, count):
+    for split in drawn:
         used = inputs
         if standardise and not transductive:
             used = standardise_all(given, given[split.train])
@@ -153,4 +189,4 @@ def few_shot(
             warnings.simplefilter("ignore", ConvergenceWarning)  # the paper stops at the same limit
             model.fit(used[split.train], codes[split.train])
         accuracies.append(float(model.score(used[split.test], codes[split.test])))
-    return MeanStd.of(accuracies)
+    return accuracies

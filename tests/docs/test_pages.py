@@ -64,7 +64,7 @@ def check_command(words: list[str], *, partial: bool = False) -> str | None:
     """
     command, path = cli(), ["crl"]
     while hasattr(command, "commands"):
-        if not words or words[0] == ELLIPSIS or words[0].startswith("-"):
+        if not words or words[0] == ELLIPSIS or words[0].startswith("-") or words[0].isupper():
             return None
         if words[0] not in command.commands:
             return f"no command {' '.join([*path, words[0]])!r}"
