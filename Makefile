@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
+DATA ?= ../shared/data/real-vectors
 
-.PHONY: demo test test-slow test-gpu check types stubs format dist conformance demo-model eval eval-demo eval-bases export-parity compile-table bench bench-project bench-peers load clean
+.PHONY: demo test test-slow test-gpu check types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real export-parity compile-table bench bench-project bench-peers load clean
 
 demo: $(VENV)/.demo ## from criteria in words to named groups of images, with a report
 	$(BIN)/crl demo
@@ -59,6 +60,9 @@ eval-bases: $(VENV)/.demo ## quality of generated bases on the demo world: 15 mi
 
 eval: $(VENV)/.demo ## comparison of the projection methods on the demo world: 18 minutes
 	$(BIN)/python -m crl_benchmarks.projection_tables --out benchmarks/results/projections
+
+eval-real: $(VENV)/.dev ## comparison of the projection methods on real CLIP vectors in DATA; skipped without them
+	$(BIN)/python -m crl_benchmarks.real_vectors --data $(DATA) --out benchmarks/results/real-vectors
 
 export-parity: $(VENV)/.dev ## parity table of exported models
 	$(BIN)/python -m crl_export.parity_table --out benchmarks/results/export-parity

@@ -1,0 +1,492 @@
+"""`make eval-real`: all projection methods on embeddings of real CLIP models, with noisy texts.
+
+The vectors are not part of this project; docs/PROJECTIONS.md says what they are. Classes, words,
+splits, seeds, noise and scores of the sets `clothes` and `dress` are those of the `measure.py` that
+lies beside the vectors, so that its figures can be compared with these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from crl_sdk import __version__
+from crl_sdk.basis._methods import METHODS, PAPER_METHOD, find_method, make_projection
+from crl_sdk.errors import InvalidInputError
+from crl_sdk.evaluation._clustering import clustering_runs
+from crl_sdk.evaluation._vector_protocols import Comparison, compare
+from crl_sdk.evaluation._vectors import VectorFile, read_images
+from crl_sdk.projection._projection import normalise_rows
+from crl_sdk.storage._atomic_files import write_atomically
+from crl_sdk.tasks._metrics import average_precision
+
+CLOTHES, WORDS = "hm-fashionclip-686.npz", "openai-b32-words.npz"
+DRESS, IMAGENET = "openai-b32-dress.npz", "openai-b32-imagenet4.npz"
+FILES = (CLOTHES, WORDS, DRESS, IMAGENET)
+
+UNIVERSAL = "universal"
+CONDITIONS = ("clean", "half off-topic", "half of other criteria")
+SPLITS = 4
+"""Number of splits of the clothes, and number of draws of the noise for two other sets."""
+SEEDS = range(5)
+"""Seeds of k-means. Split i of the sets with several draws takes the i-th next five."""
+SMALLEST_CLASS = 10
+_SMALLEST_WORD = 3
+"""Smallest number of captions that a word of the clothes must occur in."""
+_OFF_TOPIC = 12
+"""Number of nouns from which the off-topic texts of a word bank are taken."""
+
+CLOTHES_CRITERIA = {
+    "colour": ("perceived_colour_master_name",
+               "black white grey blue navy red pink green beige brown cream yellow purple orange"),
+    "type": ("product_type_name",
+             "dress shirt t-shirt blouse skirt jeans trousers shorts leggings sweater cardigan "
+             "hoodie jacket top"),
+    "pattern": ("graphical_appearance_name",
+                "floral striped checked plaid lace denim graphic ribbed melange embroidered solid"),
+}  # fmt: skip
+"""Label column and words of each criterion of the clothes."""
+CLOTHES_OFF_TOPIC = (
+    "casual perfect comfortable versatile everyday stylish relaxed classic lightweight soft"
+)
+DRESS_CRITERIA = {"colour": "first_colour", "garment": "garment"}
+BANK_KINDS = ("colour", "garment", "pattern", "material", "style", "occasion")
+"""Criteria of the word bank."""
+PEOPLE = ("man", "woman", "boy", "girl")
+ANIMALS = {
+    "dog": ("dog", "dalmatian", "bulldog", "shepherd dog", "puppy"),
+    "cat": ("cat", "kitten"),
+    "bird": ("bird", "duck", "owl", "parrot", "seabird"),
+    "fish": ("fish", "shark", "goldfish"),
+    "reptile/amphibian": ("reptile", "snake", "lizard", "frog", "turtle"),
+    "invertebrate": ("invertebrate", "insect", "spider", "beetle", "snail", "crab (animal)"),
+    "other mammal": ("bear", "monkey", "elephant", "wolf", "horse", "rabbit", "marine mammal"),
+}
+"""Nouns of the word bank for each kind of animal in ImageNet, chosen before any measurement."""
+
+TITLES = {
+    "clothes": "Clothes: 686 photographs, FashionCLIP; colour, type and pattern",
+    "dress": "Dressed people: 1,000 generated images, OpenAI ViT-B/32; colour and garment",
+    "gender": "Man or woman: the same 1,000 images; four nouns as texts",
+    "animals": "Animals: 1,592 images of ImageNet, OpenAI ViT-B/32; seven kinds, 33 nouns as texts",
+}
+
+Rows = NDArray[np.float32]
+Names = NDArray[Any]
+
+
+class MissingVectors(Exception):
+    """A file of vectors is absent."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """One criterion of one split.
+
+    Attributes:
+        group: Name of the set.
+        criterion: Name of the criterion.
+        split: Number of the split or draw.
+        seeds: Seeds of k-means.
+        images: Image vectors, shape (n, d), float32, unit rows.
+        codes: Class of each image, shape (n,), int64.
+        groups: Group of each image, shape (n,), int64. Members of a group are not compared.
+        texts: Text vectors for each of `CONDITIONS`, shape (k, d), float32, unit rows.
+        against: Text vectors of each other criterion, shape (j, d), float32, unit rows.
+    """
+
+    group: str
+    criterion: str
+    split: int
+    seeds: Sequence[int]
+    images: Rows
+    codes: NDArray[np.int64]
+    groups: NDArray[np.int64]
+    texts: Mapping[str, Rows]
+    against: Sequence[Rows]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """Scores of one method on one case, under one condition.
+
+    Attributes:
+        group: Name of the set.
+        criterion: Name of the criterion.
+        split: Number of the split or draw.
+        method: Name of the method, or `UNIVERSAL`.
+        condition: One of `CONDITIONS`.
+        accuracies: Clustering accuracy for each seed of k-means, shape (s,).
+        precisions: Average precision of each query, shape (q,).
+        query_groups: Group of each query, shape (q,), int64.
+    """
+
+    group: str
+    criterion: str
+    split: int
+    method: str
+    condition: str
+    accuracies: NDArray[np.float64]
+    precisions: NDArray[np.float64]
+    query_groups: NDArray[np.int64]
+
+    @property
+    def scores(self) -> tuple[float, float]:
+        """Mean clustering accuracy, and mAP."""
+        return float(self.accuracies.mean()), float(self.precisions.mean())
+
+
+def read_cases(folder: Path) -> Iterator[Case]:
+    """Read the vectors and yield all cases.
+
+    Raises:
+        MissingVectors: If a file is absent.
+    """
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise MissingVectors(
+                f"{folder / name} is missing, nothing was measured. The real vectors are not part "
+                f"of this project: {folder / 'README.md'} describes them. Pass --data DIR (with "
+                "make: DATA=DIR) if they are elsewhere."
+            )
+    yield from _clothes(VectorFile(folder / CLOTHES))
+    yield from _bank_cases(*(VectorFile(folder / name) for name in (WORDS, DRESS, IMAGENET)))
+
+
+def measure(case: Case, methods: Sequence[str] = METHODS) -> Iterator[Run]:
+    """Measure the universal embedding and all methods on a case."""
+    universal = _measure_rows(case, UNIVERSAL, CONDITIONS[0], case.images)
+    for condition, texts in case.texts.items():
+        yield replace(universal, condition=condition)
+        for method in methods:
+            record = find_method(method)
+            made = make_projection(
+                texts, record.name, against=case.against if record.needs_against else ()
+            )
+            yield _measure_rows(case, method, condition, made.apply(case.images))
+
+
+def compare_accuracies(runs: Sequence[Run], paper: Sequence[Run]) -> Comparison:
+    """Compare clustering accuracies with those of `cosine` in the same runs.
+
+    Runs that share a criterion and a split are one unit of the interval. A set of one split has
+    too few of those, so each start of k-means is a unit there.
+    """
+    single = len({run.split for run in runs}) == 1
+    units = [
+        (run.criterion, run.split, seed if single else -1)
+        for run in runs
+        for seed in range(len(run.accuracies))
+    ]
+    return compare(
+        np.concatenate([run.accuracies for run in runs]),
+        np.concatenate([run.accuracies for run in paper]),
+        groups=np.unique(units, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64),
+    )
+
+
+def compare_precisions(runs: Sequence[Run], paper: Sequence[Run]) -> Comparison:
+    """Compare the mAP, as the mean over the runs, with that of `cosine`.
+
+    All queries of one group are one unit of the interval, over all criteria and splits.
+    """
+    apart = [run.precisions - base.precisions for run, base in zip(runs, paper, strict=True)]
+    mean = float(np.mean([each.mean() for each in apart]))
+    count = sum(len(each) for each in apart) / len(apart)
+    # Each run counts equally, although the runs differ in their number of queries.
+    weighted = np.concatenate([mean + count / len(each) * (each - mean) for each in apart])
+    groups = np.concatenate([run.query_groups for run in runs])
+    return compare(weighted, np.zeros(len(weighted)), groups=groups)
+
+
+def markdown(runs: Sequence[Run], seconds: float) -> str:
+    """Write the tables."""
+    parts = [
+        "# Projection methods on real vectors\n",
+        f"`make eval-real`, crl_sdk {__version__}, {seconds:.0f} s. Each cell holds clustering "
+        "accuracy / mAP, as the mean over the criteria and over all runs. In brackets: the "
+        f"difference to `{PAPER_METHOD}`, the paper's method, in percentage points with a 95 % "
+        "interval. Columns: the criterion's own texts; half as many off-topic texts added; half as "
+        "many texts of other criteria added; the mean of the three.\n",
+        f"Runs: the clothes have {SPLITS} splits into products for the texts and products that are "
+        "scored, dressed people have one draw of the noise, the other sets have "
+        f"{SPLITS} draws. Each has {len(SEEDS)} starts of k-means. Labels, words, splits and noise "
+        "of clothes and dressed people are those of the `measure.py` beside the vectors; "
+        "its figures differ by up to 0.002, because k-means gets float32 here.\n",
+        "The intervals are paired. For mAP their unit is a product of the clothes, or a group of "
+        "near-duplicate images, so that they do not cover the choice of the texts. For accuracy it "
+        "is a criterion and split, or draw. Dressed people have one draw: there it is a start of "
+        "k-means for a criterion, so that these intervals of accuracy are too narrow.\n",
+        "The methods that use other criteria are given the words that the last condition is drawn "
+        "from. `contrastive` was tuned on the sets clothes and dressed people, with this protocol; "
+        "the sets man or woman and animals played no part in it.\n",
+        "Left out: the textures (of 47 labels, the bank has words for three or four), and indoor "
+        "or outdoor scenes (the bank has no words for them).\n",
+        "![Clustering accuracy against noise](real-vectors.png)\n",
+    ]  # fmt: skip
+    for group in dict.fromkeys(run.group for run in runs):
+        own = [run for run in runs if run.group == group]
+        parts += [f"## {TITLES[group]}\n", _means(own) + "\n"]
+        if len({run.criterion for run in own}) > 1:
+            parts += ["Each criterion:\n", _each_criterion(own) + "\n"]
+    return "\n".join(parts)
+
+
+def plot(runs: Sequence[Run]) -> bytes:
+    """Plot accuracy against condition, one panel for clothes and one for dressed people, as PNG."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for panel, group in zip(panels, ("clothes", "dress"), strict=True):
+        for index, method in enumerate(dict.fromkeys(run.method for run in runs)):
+            found = [
+                [r.scores[0] for r in runs
+                 if (r.group, r.method, r.condition) == (group, method, condition)]
+                for condition in CONDITIONS
+            ]  # fmt: skip
+            heights = [float(np.mean(each)) for each in found]
+            needs = method != UNIVERSAL and find_method(method).needs_against
+            panel.plot(
+                range(len(CONDITIONS)), heights, label=method,
+                color="black" if method in (UNIVERSAL, PAPER_METHOD) else f"C{index}",
+                linestyle=":" if method == UNIVERSAL else "-" if needs else "--",
+                marker="" if method == UNIVERSAL else "os^vD"[index % 5],
+                linewidth=2.5 if method in (PAPER_METHOD, "contrastive") else 1.2,
+            )  # fmt: skip
+        panel.set_xticks(range(len(CONDITIONS)), [c.replace(" of ", " of\n") for c in CONDITIONS])
+        panel.set_title(TITLES[group].split(":")[0])
+        panel.set_ylabel("clustering accuracy")
+        panel.grid(alpha=0.3)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False,
+        title="solid: uses other criteria",
+    )  # fmt: skip
+    target = io.BytesIO()
+    figure.savefig(target, format="png", dpi=130, metadata={"Software": None})
+    return target.getvalue()
+
+
+def _clothes(file: VectorFile) -> Iterator[Case]:
+    images, text = _images(file), file.read("text", "caption vectors").astype(np.float64)
+    captions = [str(caption).lower() for caption in file.read("caption", "captions")]
+    products = file.read("product_code", "groups")
+    for split in range(SPLITS):
+        rng = np.random.default_rng(split)
+        shuffled = rng.permutation(np.unique(products))
+        half = np.isin(products, shuffled[: len(shuffled) // 2])
+
+        def word_vectors(words: str, half: NDArray[np.bool_] = half) -> Rows:
+            rows = []
+            for word in words.split():
+                pattern = re.compile(rf"\b{re.escape(word)}(s|es)?\b")
+                holds = half & np.array([pattern.search(each) is not None for each in captions])
+                if holds.sum() >= _SMALLEST_WORD:
+                    rows.append(text[holds].mean(axis=0))
+            return _unit(np.array(rows))
+
+        bank = {name: word_vectors(words) for name, (_, words) in CLOTHES_CRITERIA.items()}
+        off_topic = word_vectors(CLOTHES_OFF_TOPIC)
+        for name, (column, _) in CLOTHES_CRITERIA.items():
+            labels = file.read(column, "labels")
+            others = [rows for other, rows in bank.items() if other != name]
+            yield _case(
+                "clothes", name, split, images=images[~half], labels=labels[~half],
+                groups=products[~half], own=bank[name], others=others, off_topic=off_topic, rng=rng,
+            )  # fmt: skip
+
+
+def _bank_cases(words: VectorFile, dress: VectorFile, imagenet: VectorFile) -> Iterator[Case]:
+    text = _unit(words.read("text", "word vectors").astype(np.float64))
+    word, kind = (words.read(name, "words") for name in ("word", "kind"))
+    nouns = kind == "noun"
+    of_kind = {name: text[kind == name] for name in BANK_KINDS}
+
+    def named(wanted: Sequence[str]) -> NDArray[np.bool_]:
+        found: NDArray[np.bool_] = nouns & np.isin(word, wanted)
+        if set(word[found]) != set(wanted):
+            missing = sorted(set(wanted) - set(word[found]))
+            raise InvalidInputError(f"{words.path}: expected the nouns {', '.join(missing)}")
+        return found
+
+    def off_topic(rng: np.random.Generator, own: NDArray[np.bool_] | None = None) -> Rows:
+        rows: Rows = text[nouns if own is None else nouns & ~own]
+        return np.asarray(rows[rng.permutation(len(rows))[:_OFF_TOPIC]])
+
+    images = _images(dress)
+    groups = dress.read("group", "groups")
+    rng = np.random.default_rng(0)
+    strange = off_topic(rng)
+    for name, column in DRESS_CRITERIA.items():
+        others = [rows for other, rows in of_kind.items() if other != name]
+        labels = dress.read(column, "labels")
+        yield _case(
+            "dress", name, images=images, labels=labels, groups=groups, own=of_kind[name],
+            others=others, off_topic=strange, rng=rng,
+        )  # fmt: skip
+    sets: list[tuple[str, VectorFile, str, tuple[str, ...], Callable[[Names], Names]]] = [
+        ("gender", dress, "gender", PEOPLE, lambda labels: labels),
+        (
+            "animals", imagenet, "kind", tuple(n for each in ANIMALS.values() for n in each),
+            lambda labels: np.where(np.isin(labels, list(ANIMALS)), labels, ""),
+        ),
+    ]  # fmt: skip
+    for name, file, column, wanted, select in sets:
+        own = named(wanted)
+        images = _images(file)
+        for draw in range(SPLITS):
+            rng = np.random.default_rng(draw)
+            # The clean texts are the same in each draw, so the draws differ in their starts.
+            seeds = [draw * len(SEEDS) + seed for seed in SEEDS]
+            yield _case(
+                name, name, draw, seeds, images=images, labels=select(file.read(column, "labels")),
+                groups=file.read("group", "groups"), own=text[own], others=list(of_kind.values()),
+                off_topic=off_topic(rng, own), rng=rng,
+            )  # fmt: skip
+
+
+def _case(
+    group: str, criterion: str, split: int = 0, seeds: Sequence[int] = SEEDS, *,
+    images: Rows, labels: Names, groups: Names, own: Rows,
+    others: Sequence[Rows], off_topic: Rows, rng: np.random.Generator,
+) -> Case:  # fmt: skip
+    """Leave small classes out and draw the noise."""
+    classes, sizes = np.unique(labels, return_counts=True)
+    kept = np.isin(labels, classes[(sizes >= SMALLEST_CLASS) & (classes != "")])
+    every, count = np.concatenate(others), max(2, len(own) // 2)
+    added = {
+        CONDITIONS[0]: own[:0],
+        CONDITIONS[1]: off_topic[:count],
+        CONDITIONS[2]: every[rng.permutation(len(every))[:count]],
+    }
+    return Case(
+        group, criterion, split, seeds, images[kept],
+        np.unique(labels[kept], return_inverse=True)[1].reshape(-1).astype(np.int64),
+        groups[kept].astype(np.int64),
+        {name: np.concatenate([own, rows]).astype(np.float32) for name, rows in added.items()},
+        [rows.astype(np.float32) for rows in others],
+    )  # fmt: skip
+
+
+def _measure_rows(case: Case, method: str, condition: str, rows: Rows) -> Run:
+    unit = normalise_rows(rows, "l2").astype(np.float64)
+    near = unit @ unit.T
+    near[case.groups[:, None] == case.groups[None]] = -np.inf
+    right = (case.codes[:, None] == case.codes[None]) & np.isfinite(near)
+    asking = right.any(axis=1)
+    return Run(
+        case.group, case.criterion, case.split, method, condition,
+        np.array(clustering_runs(rows, case.codes, case.seeds)["ACC"]),
+        average_precision(near[asking], right[asking]),
+        case.groups[asking],
+    )  # fmt: skip
+
+
+def _means(runs: Sequence[Run]) -> str:
+    rows = []
+    for method in dict.fromkeys(run.method for run in runs):
+        cells = [f"`{method}`" if method != UNIVERSAL else method]
+        for conditions in (*((name,) for name in CONDITIONS), CONDITIONS):
+            found = [r for r in runs if r.method == method and r.condition in conditions]
+            paper = [r for r in runs if r.method == PAPER_METHOD and r.condition in conditions]
+            cells.append(_cell(found, paper))
+        rows.append(cells)
+    return _table(["", *CONDITIONS, "mean"], rows)
+
+
+def _cell(runs: Sequence[Run], paper: Sequence[Run]) -> str:
+    scores = _mean_scores(runs)
+    if runs[0].method == PAPER_METHOD:
+        return scores
+    apart = (compare_accuracies(runs, paper), compare_precisions(runs, paper))
+    return f"{scores} ({' / '.join(map(_difference, apart))})"
+
+
+def _difference(found: Comparison) -> str:
+    if found.difference is None:
+        return ""
+    value = f"{round(100 * found.difference, 1) + 0.0:+.1f}".replace("-", "−")
+    if found.high is None:
+        return value
+    return f"{value} ± {100 * (found.high - found.difference):.1f}"
+
+
+def _each_criterion(runs: Sequence[Run]) -> str:
+    rows = []
+    for criterion in dict.fromkeys(run.criterion for run in runs):
+        for method in dict.fromkeys(run.method for run in runs):
+            own = [r for r in runs if (r.criterion, r.method) == (criterion, method)]
+            cells = [_mean_scores([r for r in own if r.condition == c]) for c in CONDITIONS]
+            rows.append([criterion, f"`{method}`" if method != UNIVERSAL else method, *cells])
+    return _table(["criterion", "", *CONDITIONS], rows)
+
+
+def _mean_scores(runs: Sequence[Run]) -> str:
+    return " / ".join(f"{mean:.3f}" for mean in np.mean([run.scores for run in runs], axis=0))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def _images(file: VectorFile) -> Rows:
+    return read_images(file)[0]
+
+
+def _unit(rows: NDArray[np.floating]) -> Rows:
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
+
+
+def _record(runs: Sequence[Run], seconds: float) -> bytes:
+    found = [
+        {
+            "set": run.group, "criterion": run.criterion, "split": run.split,
+            "method": run.method, "condition": run.condition,
+            "ACC": [round(value, 6) for value in run.accuracies.tolist()],
+            "mAP": round(run.scores[1], 6),
+        }
+        for run in runs
+    ]  # fmt: skip
+    return json.dumps({"crl_sdk": __version__, "seconds": round(seconds), "runs": found}).encode()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="directory of the real vectors")
+    parser.add_argument(
+        "--out", type=Path, help="base name of the files to write: OUT.md, OUT.png and OUT.json"
+    )
+    parsed = parser.parse_args(arguments)
+    started = time.perf_counter()
+    try:
+        with threadpool_limits(1):
+            runs = [run for case in read_cases(parsed.data) for run in measure(case)]
+    except MissingVectors as missing:
+        print(missing)
+        return
+    seconds = time.perf_counter() - started
+    text = markdown(runs, seconds)
+    print(text)
+    if parsed.out is not None:
+        for suffix, data in (
+            (".md", text.encode()), (".png", plot(runs)), (".json", _record(runs, seconds)),
+        ):  # fmt: skip
+            write_atomically(parsed.out.with_suffix(suffix), data, InvalidInputError)
+
+
+if __name__ == "__main__":
+    main()

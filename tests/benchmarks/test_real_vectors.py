@@ -1,0 +1,176 @@
+"""`crl_benchmarks.real_vectors` on small synthetic files of the same layout."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from crl_benchmarks import real_vectors
+from crl_sdk.basis import METHODS
+
+DIM = 24
+COLOURS = ("Black", "White", "Blue", "Red")
+TYPES = ("Dress", "Shirt", "Skirt")
+PATTERNS = ("Striped", "Lace", "Solid")
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+class World:
+    """Each word has a direction. Images and texts are sums of directions, and texts share one."""
+
+    def __init__(self):
+        self.rng = np.random.default_rng(0)
+        self.directions = {}
+        self.shared = self.rng.standard_normal(DIM)
+
+    def direction(self, word):
+        if word not in self.directions:
+            self.directions[word] = self.rng.standard_normal(DIM)
+        return self.directions[word]
+
+    def images(self, rows):
+        clean = np.array([sum(self.direction(word) for word in row) for row in rows])
+        return unit(clean + 0.3 * self.rng.standard_normal(clean.shape))
+
+    def texts(self, rows):
+        clean = np.array([sum(self.direction(word) for word in row) for row in rows])
+        return unit(clean + 2 * self.shared)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    world = World()
+    draw = world.rng.choice
+    count = 160
+    off_topic = real_vectors.CLOTHES_OFF_TOPIC.split()
+    clothes = [
+        (draw(COLOURS), draw(TYPES), draw(PATTERNS), draw(off_topic), draw(off_topic))
+        for _ in range(count)
+    ]
+    words = [tuple(word.lower() for word in row) for row in clothes]
+    columns = np.array(clothes).T
+    np.savez(
+        tmp_path / real_vectors.CLOTHES,
+        image=world.images([row[:3] for row in words]).astype(np.float32),
+        text=world.texts(words).astype(np.float32), caption=[" ".join(row) for row in words],
+        product_code=np.arange(count) // 2, perceived_colour_master_name=columns[0],
+        product_type_name=columns[1], graphical_appearance_name=columns[2],
+    )  # fmt: skip
+    bank = [(kind, f"{kind} {i}") for kind in real_vectors.BANK_KINDS for i in range(4)]
+    animals = [noun for nouns in real_vectors.ANIMALS.values() for noun in nouns]
+    nouns = [*real_vectors.PEOPLE, *animals, *(f"thing {i}" for i in range(15))]
+    bank += [("noun", noun) for noun in nouns]
+    np.savez(
+        tmp_path / real_vectors.WORDS,
+        text=world.texts([[word] for _, word in bank]).astype(np.float32),
+        word=[word for _, word in bank], kind=[kind for kind, _ in bank],
+    )  # fmt: skip
+    people = [
+        (draw(["man", "woman"]), f"colour {draw(3)}", f"garment {draw(3)}") for _ in range(80)
+    ]
+    columns = np.array(people).T
+    unknown = np.arange(80) < 3
+    np.savez(
+        tmp_path / real_vectors.DRESS, image=world.images(people).astype(np.float16),
+        group=np.arange(80), gender=columns[0], first_colour=np.where(unknown, "", columns[1]),
+        garment=columns[2],
+    )  # fmt: skip
+    kinds = ["dog", "bird", "fish", "food"] * 15
+    np.savez(
+        tmp_path / real_vectors.IMAGENET,
+        image=world.images([[kind] for kind in kinds]).astype(np.float16), group=np.arange(60),
+        kind=kinds,
+    )  # fmt: skip
+    return tmp_path
+
+
+def test_tables_plot_and_record(folder, tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(real_vectors, "SPLITS", 2)
+    out = tmp_path / "out"
+    real_vectors.main(["--data", str(folder), "--out", str(out)])
+    text = out.with_suffix(".md").read_text()
+    for method in METHODS:
+        assert text.count(f"| `{method}` | ") == 4 + 3 + 2  # sets, and criteria of two sets
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    runs = json.loads(out.with_suffix(".json").read_bytes())["runs"]
+    cases = 3 * 2 + 2 + 2 + 2
+    assert len(runs) == cases * len(real_vectors.CONDITIONS) * (1 + len(METHODS))
+    clean = {
+        (run["set"], run["criterion"], run["split"], run["method"]): run
+        for run in runs
+        if run["condition"] == "clean"
+    }
+    for group, criterion in (("clothes", "colour"), ("dress", "garment")):
+        universal = clean[group, criterion, 0, "universal"]
+        assert clean[group, criterion, 0, "contrastive"]["mAP"] > universal["mAP"] + 0.2
+
+
+def test_classes_groups_and_noise(folder):
+    cases = {
+        (case.group, case.criterion, case.split): case for case in real_vectors.read_cases(folder)
+    }
+    assert len(cases) == 3 * 4 + 2 + 4 + 4
+    colour = cases["dress", "colour", 0]
+    assert len(colour.images) == 77  # three have no label
+    clean, off_topic, others = (colour.texts[name] for name in real_vectors.CONDITIONS)
+    assert [len(clean), len(off_topic), len(others)] == [4, 6, 6]
+    known = np.concatenate(colour.against)
+    assert all((row == known).all(axis=1).any() for row in others[4:])
+    assert not any((row == known).all(axis=1).any() for row in off_topic[4:])
+    assert len(cases["animals", "animals", 0].images) == 45  # food is no animal
+    first, second = (cases["animals", "animals", draw] for draw in (0, 1))
+    assert not set(first.seeds) & set(second.seeds)
+    assert np.isin(cases["clothes", "type", 0].groups, cases["clothes", "colour", 0].groups).all()
+
+
+def test_own_group_is_never_retrieved(folder):
+    pytest.importorskip("sklearn")
+    case = next(real_vectors.read_cases(folder))
+    run = next(real_vectors.measure(case, ()))
+    near = case.images.astype(np.float64) @ case.images.T
+    for query, expected in enumerate(run.precisions):
+        kept = case.groups != case.groups[query]
+        right = (case.codes == case.codes[query])[kept][np.argsort(-near[query][kept])]
+        precision = np.cumsum(right) / np.arange(1, len(right) + 1)
+        assert expected == pytest.approx(precision[right].mean())
+
+
+def test_each_run_counts_equally():
+    def run(precisions, groups):
+        return real_vectors.Run(
+            "s", "c", 0, "m", "clean", np.zeros(1), np.array(precisions), np.array(groups)
+        )
+
+    runs = [run([0.5, 0.7], [0, 1]), run([0.9, 0.9, 0.9, 0.5], [0, 1, 2, 3])]
+    paper = [run([0.4, 0.4], [0, 1]), run([0.4, 0.4, 0.4, 0.4], [0, 1, 2, 3])]
+    found = real_vectors.compare_precisions(runs, paper)
+    assert found.difference == pytest.approx((0.2 + 0.4) / 2)
+    assert found.low < found.difference < found.high
+
+
+def test_absent_files_are_named(folder, capsys):
+    (folder / real_vectors.DRESS).unlink()
+    out = folder / "out"
+    real_vectors.main(["--data", str(folder), "--out", str(out)])
+    message = capsys.readouterr().out
+    assert message.count("\n") == 1
+    assert f"{folder / real_vectors.DRESS} is missing" in message
+    assert str(folder / "README.md") in message
+    assert not list(folder.glob("out*"))
+
+
+def test_an_absent_noun_is_named(folder):
+    path = folder / real_vectors.WORDS
+    with np.load(path) as bank:
+        kept = bank["word"] != "kitten"
+        arrays = {name: bank[name][kept] for name in bank.files}
+    np.savez(path, **arrays)
+    with pytest.raises(real_vectors.InvalidInputError, match="kitten"):
+        list(real_vectors.read_cases(folder))
