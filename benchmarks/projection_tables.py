@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from crl_benchmarks.basis_quality import AS_SAID
+from crl_benchmarks.markdown import table
 from crl_benchmarks.projections import (
     CHOSEN_ON,
     CONTROLS,
@@ -160,7 +161,7 @@ def _methods(runs: Sequence[Run], noise: str) -> str:
             ]
         )
     title = f"### {_NOISE[noise].capitalize()}: mean over {len(CRITERIA)} criteria and "
-    return f"{title}{len(SOURCES)} sources of texts\n\n{_table(head, rows)}"
+    return f"{title}{len(SOURCES)} sources of texts\n\n{table(head, rows)}"
 
 
 def _noisy(runs: Sequence[Run]) -> str:
@@ -170,7 +171,7 @@ def _noisy(runs: Sequence[Run]) -> str:
         for variant in VARIANTS
         if variant.name != BASELINE
     ]
-    return _table(["method", *(_TITLES[measure] for measure in MEASURES)], rows)
+    return table(["method", *(_TITLES[measure] for measure in MEASURES)], rows)
 
 
 def _by_source(runs: Sequence[Run]) -> str:
@@ -189,7 +190,7 @@ def _by_source(runs: Sequence[Run]) -> str:
                     [_said(factor), source, _NOISE[noise], universal, random]
                     + [_mean([r for r in own if r.variant == v.name], "accuracy") for v in VARIANTS]
                 )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _controls(runs: Sequence[Run]) -> str:
@@ -205,7 +206,7 @@ def _controls(runs: Sequence[Run]) -> str:
                 rows.append(
                     [_said(factor), source, variant.name, *(_mean(own, m) for m in MEASURES)]
                 )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _chosen_on(runs: Sequence[Run]) -> str:
@@ -219,7 +220,7 @@ def _chosen_on(runs: Sequence[Run]) -> str:
                 [_said(factor), _NOISE[noise]]
                 + [_mean([r for r in own if r.variant == v.name], "accuracy") for v in VARIANTS]
             )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _warning(runs: Sequence[Run]) -> str:
@@ -285,7 +286,7 @@ def _warning(runs: Sequence[Run]) -> str:
         "another sign: if the images are clustered into as many groups as the criterion has "
         "values, no text describes at least one of the groups. On the four criteria above this "
         f"happens with {unlike[0]} bases that have all the words, and with {unlike[1]} that have "
-        f"two or four of them.\n\n{_table(head, rows)}"
+        f"two or four of them.\n\n{table(head, rows)}"
     )
 
 
@@ -324,11 +325,6 @@ def _mean(runs: Sequence[Run], measure: str) -> str:
 
 def _said(factor: str) -> str:
     return AS_SAID.get(factor, factor)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
 def main() -> None:

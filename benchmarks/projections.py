@@ -88,6 +88,8 @@ VARIANTS = (
     Variant("exclusive-orthogonal"),
     Variant("exclusive-weighted"),
     Variant("exclusive-weighted", written=True),
+    Variant("contrastive"),
+    Variant("contrastive", written=True),
 )
 
 SOURCES = ("own words", "synonyms", "language model")

@@ -20,15 +20,19 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from crl_benchmarks.markdown import table
 from crl_sdk import __version__
 from crl_sdk.basis._methods import METHODS, PAPER_METHOD, find_method, make_projection
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.evaluation._clustering import clustering_runs
-from crl_sdk.evaluation._vector_protocols import Comparison, compare
+from crl_sdk.evaluation._vector_protocols import (
+    Comparison,
+    compare,
+    find_queries,
+    retrieval_runs,
+)
 from crl_sdk.evaluation._vectors import VectorFile, read_images
-from crl_sdk.projection._projection import normalise_rows
 from crl_sdk.storage._atomic_files import write_atomically
-from crl_sdk.tasks._metrics import average_precision
 
 CLOTHES, WORDS = "hm-fashionclip-686.npz", "openai-b32-words.npz"
 DRESS, IMAGENET = "openai-b32-dress.npz", "openai-b32-imagenet4.npz"
@@ -381,16 +385,12 @@ def _case(
 
 
 def _measure_rows(case: Case, method: str, condition: str, rows: Rows) -> Run:
-    unit = normalise_rows(rows, "l2").astype(np.float64)
-    near = unit @ unit.T
-    near[case.groups[:, None] == case.groups[None]] = -np.inf
-    right = (case.codes[:, None] == case.codes[None]) & np.isfinite(near)
-    asking = right.any(axis=1)
+    is_query = find_queries(case.codes, case.groups)
     return Run(
         case.group, case.criterion, case.split, method, condition,
         np.array(clustering_runs(rows, case.codes, case.seeds)["ACC"]),
-        average_precision(near[asking], right[asking]),
-        case.groups[asking],
+        retrieval_runs(rows, case.codes, case.groups, is_query)["mAP"],
+        case.groups[is_query],
     )  # fmt: skip
 
 
@@ -403,7 +403,7 @@ def _means(runs: Sequence[Run]) -> str:
             paper = [r for r in runs if r.method == PAPER_METHOD and r.condition in conditions]
             cells.append(_cell(found, paper))
         rows.append(cells)
-    return _table(["", *CONDITIONS, "mean"], rows)
+    return table(["", *CONDITIONS, "mean"], rows)
 
 
 def _cell(runs: Sequence[Run], paper: Sequence[Run]) -> str:
@@ -430,16 +430,11 @@ def _each_criterion(runs: Sequence[Run]) -> str:
             own = [r for r in runs if (r.criterion, r.method) == (criterion, method)]
             cells = [_mean_scores([r for r in own if r.condition == c]) for c in CONDITIONS]
             rows.append([criterion, f"`{method}`" if method != UNIVERSAL else method, *cells])
-    return _table(["criterion", "", *CONDITIONS], rows)
+    return table(["criterion", "", *CONDITIONS], rows)
 
 
 def _mean_scores(runs: Sequence[Run]) -> str:
     return " / ".join(f"{mean:.3f}" for mean in np.mean([run.scores for run in runs], axis=0))
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
 def _images(file: VectorFile) -> Rows:

@@ -96,7 +96,7 @@ def public_api() -> str:
 
 
 def has_docstring(module: str, name: str) -> bool:
-    """Tell whether a name has a docstring where it is defined; a variable has one below it."""
+    """Return whether a name has a docstring where it is defined; that of a variable is below it."""
     spec = import_module(module)
     assert spec.__file__ is not None
     body = ast.parse(Path(spec.__file__).read_text(encoding="utf-8")).body

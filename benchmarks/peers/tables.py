@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from crl_benchmarks.markdown import table
 from crl_benchmarks.peers.catalogue import CRL_FP32
 from crl_benchmarks.peers.records import EngineRow, Environment, Report, ServiceRow, TargetResult
 from crl_benchmarks.peers.target_results import compared
@@ -26,7 +27,7 @@ def markdown(report: Report) -> str:
         f"{machine.get('memory', '?')}). Random ViT-B/32, the same weights and the same JPEGs for "
         "all; medians over the rounds, in which all take turns.",
         "## Targets",
-        _table(
+        table(
             ("target", "measured", "wanted", "against", ""),
             (_target(each) for each in report.targets),
         ),
@@ -34,7 +35,7 @@ def markdown(report: Report) -> str:
         "Milliseconds of one 640×480 JPEG (decoded and run) and of one image whose pixels are "
         "ready; images per second of batches whose pixels are ready, and of batches with decoding. "
         "The ratio is to crl fp32: above 1 is faster than it.",
-        _table(
+        table(
             ("engine", "JPEG, ms", "run, ms", "8, /s", "16, /s", "32, /s", "with decoding, /s",
              "ratio at 1", "ratio at 16", "cosine min", "start, s", "peak, MB"),
             _engines(report.engines),
@@ -42,19 +43,19 @@ def markdown(report: Report) -> str:
         "## Services",
         "Closed loops find the throughput; open loops are Poisson arrivals. Memory is the sum of "
         "the peaks of all processes of a service.",
-        _table(
+        table(
             ("service", "saturation, /s", "one caller, p50 ms", "start, s", "peak, MB",
              "cosine min"),
             _services(report.services),
         ),
-        _table(
+        table(
             ("service", "load", "offered", "failed", "served, /s", "p50 ms", "p99 ms", "95 %"),
             _loads(report.services),
         ),
         *_absent([*report.engines, *report.services]),
         "## Settings",
         *_settings(report),
-        _table(
+        table(
             ("environment", "Python", "versions", "made in, s"),
             (_environment(each) for each in report.environments),
         ),
@@ -72,7 +73,7 @@ def readme(report: Report) -> str:
         f"{machine.get('processor', '?')} ({machine.get('features', '')}), all in one run "
         "(`make bench-peers`; [everything, and what was missed](benchmarks/results/peers.md)).",
         "",
-        _table(
+        table(
             ("engine", "one image, ms", "batches of 16, images/s", "cosine with fp32", "peak, MB"),
             (
                 (
@@ -89,7 +90,7 @@ def readme(report: Report) -> str:
     if services:
         lines += [
             "",
-            _table(
+            table(
                 ("service", "images/s at most", "p50 of one caller, ms", "start, s", "peak, MB"),
                 (
                     (
@@ -241,14 +242,6 @@ def _environment(each: Environment) -> Sequence[str]:
 def _alone(row: ServiceRow) -> str:
     run = row.find("closed", 1.0)
     return _number(run.p50_ms if run else None, ".1f")
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [" | ".join(row) for row in rows]
-    if not lines:
-        return ""
-    rule = "|".join("---" for _ in heads)
-    return "\n".join([f"| {' | '.join(heads)} |", f"|{rule}|", *(f"| {line} |" for line in lines)])
 
 
 def _bold(name: str, *, ours: bool) -> str:

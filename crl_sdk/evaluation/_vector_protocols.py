@@ -182,9 +182,7 @@ class _Protocols:
     ) -> None:
         self.codes, self.groups, self.options = codes, groups, options
         self.grouped = groups if grouped else None
-        pairs = np.stack([codes, groups], axis=1)
-        first = np.unique(pairs, axis=0)[:, 0]
-        self.is_query = np.bincount(first, minlength=codes.max() + 1)[codes] > 1
+        self.is_query = find_queries(codes, groups)
         self.query_groups = groups[self.is_query]
         self.left_out = int((~self.is_query).sum())
 
@@ -193,7 +191,9 @@ class _Protocols:
         if protocol == "clustering":
             return _over_draws(self.options.seeds, draws, self._cluster)
         if protocol == "retrieval":
-            scores = [self._rank(normalise_rows(rows, "l2")) for rows in draws]
+            scores = [
+                retrieval_runs(rows, self.codes, self.groups, self.is_query) for rows in draws
+            ]
             return {name: np.mean([each[name] for each in scores], axis=0) for name in scores[0]}
         plain = name in (UNIVERSAL, SCALED)
         if name == SCALED:
@@ -221,26 +221,52 @@ class _Protocols:
     def _cluster(self, rows: Rows, seeds: Sequence[int]) -> dict[str, list[float]]:
         return kmeans.clustering_runs(rows, self.codes, seeds)
 
-    def _rank(self, unit: Rows) -> Runs:
-        """Rank all images of other groups by cosine, for each query.
 
-        An image of the right class counts as the nearest one only if no other image is as near.
-        """
-        queries = np.flatnonzero(self.is_query)
-        precision, nearest = [], []
-        step = max(1, _BLOCK // len(unit))
-        for start in range(0, len(queries), step):
-            at = queries[start : start + step]
-            scores = unit[at] @ unit.T
-            scores[self.groups[at, None] == self.groups[None]] = -np.inf
-            right = (self.codes[at, None] == self.codes[None]) & np.isfinite(scores)
-            precision.append(average_precision(scores, right))
-            best = np.where(right, scores, -np.inf).max(axis=1)
-            nearest.append(best > np.where(right, -np.inf, scores).max(axis=1))
-        return {
-            "mAP": np.concatenate(precision),
-            "1-NN": np.concatenate(nearest).astype(np.float64),
-        }
+def find_queries(codes: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return which images can be queries: those whose class has an image outside their group.
+
+    Args:
+        codes: Class of each image, shape (n,), int64.
+        groups: Group of each image, shape (n,), int64.
+    """
+    pairs = np.unique(np.stack([codes, groups], axis=1), axis=0)
+    return np.asarray(np.bincount(pairs[:, 0], minlength=codes.max() + 1)[codes] > 1)
+
+
+def retrieval_runs(
+    rows: Rows,
+    codes: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    is_query: NDArray[np.bool_],
+) -> Runs:
+    """Rank all images of other groups by cosine, for each query.
+
+    Args:
+        rows: Embeddings of the images, shape (n, m).
+        codes: Class of each image, shape (n,), int64.
+        groups: Group of each image, shape (n,), int64.
+        is_query: Which images are queries, shape (n,), see `find_queries`.
+
+    Returns:
+        For each query, shape (q,): the average precision (`mAP`), and whether the nearest image is
+        of the right class (`1-NN`). It counts as the nearest only if no other image is as near.
+    """
+    unit = normalise_rows(rows, "l2")
+    queries = np.flatnonzero(is_query)
+    precision, nearest = [], []
+    step = max(1, _BLOCK // len(unit))
+    for start in range(0, len(queries), step):
+        at = queries[start : start + step]
+        scores = unit[at] @ unit.T
+        scores[groups[at, None] == groups[None]] = -np.inf
+        right = (codes[at, None] == codes[None]) & np.isfinite(scores)
+        precision.append(average_precision(scores, right))
+        best = np.where(right, scores, -np.inf).max(axis=1)
+        nearest.append(best > np.where(right, -np.inf, scores).max(axis=1))
+    return {
+        "mAP": np.concatenate(precision),
+        "1-NN": np.concatenate(nearest).astype(np.float64),
+    }
 
 
 def compare(
