@@ -96,7 +96,7 @@ class LanguageModel:
         path = find_model(llm)
         check_gguf(path)
         _require_memory(path, _read_metadata(llama_cpp, path), context)
-        with _captured_log() as log:
+        with _captured_log() as log, _plain_weights(llama_cpp):
             try:
                 llama = llama_cpp.Llama(
                     str(path), n_ctx=context, n_threads=threads, n_threads_batch=threads,
@@ -306,6 +306,28 @@ def _llama_cpp() -> Any:
         raise MissingDependencyError("llama-cpp-python", "generate", "generating texts") from error
     llama_cpp.llama_log_set(_keep_line(llama_cpp), None)
     return llama_cpp
+
+
+@contextmanager
+def _plain_weights(llama_cpp: Any) -> Iterator[None]:
+    """Load weights as they are in the file, without repacking them for special instructions.
+
+    llama.cpp's kernels for Intel's AMX end the process with an illegal instruction in some virtual
+    machines that report AMX. Its Python class has no argument for this choice.
+    """
+    library = llama_cpp.llama_cpp
+    original = library.llama_model_default_params
+
+    def params() -> Any:
+        found = original()
+        found.use_extra_bufts = False
+        return found
+
+    library.llama_model_default_params = params
+    try:
+        yield
+    finally:
+        library.llama_model_default_params = original
 
 
 _log_lines: ContextVar[list[str] | None] = ContextVar("_log_lines", default=None)
