@@ -144,27 +144,25 @@ def test_cancelled_calls_are_not_computed(serve, faked, engine, device):
         stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
         from crl_sdk.rpc import encode_tensor
 
-        calls = [
-            stub.Embed.future(
-                embedding_pb2.EmbedRequest(
-                    images=[embedding_pb2.Image(pixels=encode_tensor(unseen_image()))]
-                )
-            )
-            for _ in range(6)
-        ]
+        def ask():
+            image = embedding_pb2.Image(pixels=encode_tensor(unseen_image()))
+            return stub.Embed.future(embedding_pb2.EmbedRequest(images=[image]))
+
+        calls = [ask()]
+        wait_until(lambda: sum(engine.entered) > entered)  # alone, so that the others must wait
+        calls += [ask() for _ in range(5)]
         if device == "gpu":
             wait_until(lambda: sum(engine.entered) - entered + server.pipeline.batcher.depth == 6)
         else:
-            admission = server.pipeline.admission
-            wait_until(lambda: admission.in_progress == 6 and sum(engine.entered) > entered)
-        running = sum(engine.entered) - entered  # usually one, or two that arrived together
+            wait_until(lambda: server.pipeline.admission.in_progress == 6)
+        running = sum(engine.entered) - entered
         for call in calls:
             call.cancel()
         time.sleep(0.2)
     engine.gate.set()
     wait_until(lambda: server.pipeline.admission.dropped.cancelled == 6 - running)
-    assert server.pipeline.batcher.depth == 0
-    assert sum(engine.batches) - before == running < 6
+    wait_until(lambda: sum(engine.batches) - before == running)
+    assert server.pipeline.batcher.depth == 0 and running < 6
 
 
 def test_health_is_not_serving_while_the_engine_fails(serve, faked, engine, monkeypatch):
