@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 DATA ?= ../shared/data/real-vectors
 
-.PHONY: demo test test-slow test-gpu check types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real export-parity compile-table bench bench-project bench-peers load clean
+.PHONY: demo test test-slow test-gpu check types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants export-parity compile-table bench bench-project bench-peers load clean
 
 demo: $(VENV)/.demo ## from criteria in words to named groups of images, with a report
 	$(BIN)/crl demo
@@ -63,6 +63,9 @@ eval: $(VENV)/.demo ## comparison of the projection methods on the demo world: 1
 
 eval-real: $(VENV)/.dev ## comparison of the projection methods on real CLIP vectors in DATA; skipped without them
 	$(BIN)/python -m crl_benchmarks.real_vectors --data $(DATA) --out benchmarks/results/real-vectors
+
+eval-constants: $(VENV)/.dev ## constants of the default projection method, chosen with one set left out
+	$(BIN)/python -m crl_benchmarks.contrastive_constants --data $(DATA) --out benchmarks/results/contrastive-constants.md
 
 export-parity: $(VENV)/.dev ## parity table of exported models
 	$(BIN)/python -m crl_export.parity_table --out benchmarks/results/export-parity

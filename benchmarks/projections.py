@@ -1,8 +1,9 @@
 """Compare all projection methods on the demo world, with clean bases, noisy bases and controls.
 
-The methods are compared on four criteria. The default was chosen on two others (`CHOSEN_ON`). Each
-seed draws texts, noise, starts of k-means and examples, and all methods get the same ones, so that
-differences are paired. `crl_benchmarks.projection_tables` runs this and writes the tables.
+The methods are compared on four criteria, and on two others (`UNREPORTED`) in a table of their
+own. Each seed draws texts, noise, starts of k-means and examples, and all methods get the same
+ones, so that differences are paired. `crl_benchmarks.projection_tables` runs this and writes the
+tables.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,17 +27,18 @@ from crl_export.demo.world import CRITERIA, FACTORS
 from crl_sdk import Embedder, demo_bundle
 from crl_sdk.basis._generation_options import GenerationOptions
 from crl_sdk.basis._language_model import LanguageModel
-from crl_sdk.basis._methods import Method, find_method, make_projection
+from crl_sdk.basis._methods import Method, make_projection
 from crl_sdk.errors import GenerationError
 from crl_sdk.evaluation._clustering import clustering
 from crl_sdk.evaluation._few_shot import few_shot, rescale
 from crl_sdk.projection._projection import normalise_rows
-from crl_sdk.tasks._cluster_quality import assess_clusters
+from crl_sdk.tasks._cluster_quality import MIN_TEXTS, assess_clusters
 from crl_sdk.tasks._kmeans import kmeans
 from crl_sdk.tasks._metrics import mean_average_precision
 from crl_sdk.tasks._naming import name_clusters
+from crl_sdk.tasks._sharpen import sharpen_projection
 
-CHOSEN_ON = ("size", "background")
+UNREPORTED = ("size", "background")
 """Factors that no table reports. The encoder sees the first well and the second hardly."""
 
 NAMING_PROMPT = "a photo with the {criterion} of {{}}"
@@ -60,45 +63,45 @@ class Variant:
 
     Attributes:
         method: Method that makes the projection.
-        referenced: Whether the mean of reference images is removed.
-        written: Whether the texts of the other criteria come from the language model instead of
-            the demo world.
+        against: Where the texts of the other criteria come from: `own words` of the demo world,
+            `generated` by the language model, or nothing.
+        sharpened: Whether the projection is sharpened with the images, without their labels.
+        referenced: Whether the mean of reference images is used.
     """
 
     method: Method
+    against: Literal["", "own words", "generated"] = ""
+    sharpened: bool = False
     referenced: bool = False
-    written: bool = False
 
     @property
     def name(self) -> str:
         """Name in the tables."""
-        more = ", references" if self.referenced else ", others generated" if self.written else ""
+        more = {"": "", "own words": ", others", "generated": ", others generated"}[self.against]
+        more += ", sharpened" * self.sharpened + ", references" * self.referenced
         return self.method + more
 
 
 VARIANTS = (
     Variant("cosine"),
-    Variant("centred"),
-    Variant("centred", referenced=True),
+    Variant("contrastive"),
+    Variant("contrastive", against="own words"),
+    Variant("contrastive", against="generated"),
+    Variant("contrastive", sharpened=True),
+    Variant("contrastive", against="own words", sharpened=True),
     Variant("orthogonal"),
-    Variant("pca"),
+    Variant("exclusive-orthogonal", against="own words"),
     Variant("tangent"),
     Variant("tangent", referenced=True),
-    Variant("exclusive"),
-    Variant("exclusive-orthogonal"),
-    Variant("exclusive-weighted"),
-    Variant("exclusive-weighted", written=True),
-    Variant("contrastive"),
-    Variant("contrastive", written=True),
 )
 
 SOURCES = ("own words", "synonyms", "language model")
 NOISES = ("", "off-topic", "other criteria's")
 CONTROLS = ("random words", "random words, naming prompt")
-PARTIAL = ("2 of the words", "4 of the words", "other criteria's words")
+PARTIAL = ("3 of the words", "4 of the words", "other criteria's words")
 """Bases with other defects, to test the warning. Only the method `WARNED` is measured on them."""
 
-WARNED = Variant("centred")
+WARNED = Variant("contrastive")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,6 +111,7 @@ class World:
     Attributes:
         universal: Universal embeddings of held-out scenes, shape (n, d), float32, unit rows.
         reference: Universal embeddings of other scenes, shape (r, d), float32, unit rows.
+        background: Embeddings of the bundle's generic texts, shape (b, d), float32.
         labels: Labels of the held-out scenes for each factor, shape (n,), int64.
         texts: Text embeddings by (prompt, text), shape (d,), float32, unit length.
         generated: Lists that the language model wrote for each factor. A list is empty if the
@@ -116,6 +120,7 @@ class World:
 
     universal: NDArray[np.float32]
     reference: NDArray[np.float32]
+    background: NDArray[np.float32]
     labels: Mapping[str, NDArray[np.int64]]
     texts: Mapping[tuple[str, str], NDArray[np.float32]]
     generated: Mapping[str, Sequence[Sequence[str]]]
@@ -137,9 +142,9 @@ class Run:
         seed: Seed of all random choices.
         texts: Number of texts.
         scores: Score for each of `MEASURES`.
-        signals: Measures that need no labels, for `WARNED` only: `separation` and `stability` of
-            `crl_sdk.tasks.assess_clusters` (not with two texts), and `unlike`, the share of
-            clusters that no text describes.
+        signals: Measures that need no labels, for `WARNED` only: `separation` and `undescribed` of
+            `crl_sdk.tasks.assess_clusters` (not with two texts), and `unlike`, the share of as many
+            clusters as the factor has values that no text describes.
     """
 
     factor: str
@@ -159,14 +164,31 @@ def make_world(images: int, seeds: int, llm: LanguageModel) -> World:
         reference, _ = _embedded(embedder, MONITOR_SEED, REFERENCES)
         generated = {
             factor: [_written(llm, factor, embedder, seed) for seed in range(min(LISTS, seeds))]
-            for factor in (*CRITERIA, *CHOSEN_ON)
+            for factor in (*CRITERIA, *UNREPORTED)
         }
         words = {form for forms in SYNONYMS.values() for each in forms.values() for form in each}
         words |= {text for lists in generated.values() for texts in lists for text in texts}
         wanted = [(NEUTRAL_PROMPT, word) for word in sorted(words | set(OFF_TOPIC))]
-        wanted += [(_naming(f), word) for f in (*CRITERIA, *CHOSEN_ON) for word in OFF_TOPIC]
+        wanted += [(_naming(f), word) for f in (*CRITERIA, *UNREPORTED) for word in OFF_TOPIC]
         rows = embedder.embed_text([prompt.format(word) for prompt, word in wanted])
-    return World(universal, reference, labels, dict(zip(wanted, rows, strict=True)), generated)
+        background = embedder.bundle.background
+    assert background is not None
+    return World(
+        universal, reference, background, labels, dict(zip(wanted, rows, strict=True)), generated
+    )
+
+
+def make_word_world(images: int) -> World:
+    """Render and embed the scenes, without texts of a language model."""
+    with Embedder.open(demo_bundle(), engine="onnx/cpu/fp32") as embedder:
+        universal, labels = _embedded(embedder, TEST_SEED, images)
+        words = {form for forms in SYNONYMS.values() for each in forms.values() for form in each}
+        wanted = [(NEUTRAL_PROMPT, word) for word in sorted(words | set(OFF_TOPIC))]
+        rows = embedder.embed_text([prompt.format(word) for prompt, word in wanted])
+        background = embedder.bundle.background
+    assert background is not None
+    texts = dict(zip(wanted, rows, strict=True))
+    return World(universal, universal[:0], background, labels, texts, {})
 
 
 def texts_of(world: World, factor: str, source: str, noise: str, seed: int) -> list[str]:
@@ -204,7 +226,7 @@ def other_texts(world: World, factor: str, seed: int, *, written: bool = False) 
             used where it wrote fewer than two.
     """
     against = []
-    for other in (*CRITERIA, *CHOSEN_ON):
+    for other in (*CRITERIA, *UNREPORTED):
         if other != factor:
             texts = texts_of(world, other, "language model", "", seed) if written else []
             if len(texts) < 2:
@@ -244,14 +266,19 @@ def runs_of(world: World, task: tuple[str, int]) -> list[Run]:
     for source, noise, texts, embedded in _bases(world, factor, seed):
         for variant in (WARNED,) if source in PARTIAL else VARIANTS:
             against = (
-                other_texts(world, factor, seed, written=variant.written)
-                if find_method(variant.method).needs_against
+                other_texts(world, factor, seed, written=variant.against == "generated")
+                if variant.against
                 else ()
             )
             projection = make_projection(
                 embedded, variant.method, post="none", against=against,
+                background=world.background,
                 reference=world.reference if variant.referenced else None,
             )  # fmt: skip
+            if variant.sharpened:
+                projection = sharpen_projection(
+                    projection, len(embedded), world.universal, seed=seed
+                )[0]
             rows = projection.apply(world.universal)
             scores = measure(rows, labels, seed)
             signals = {}
@@ -269,8 +296,8 @@ def _signals(
     numbers = [str(number) for number in range(len(embedded))]
     names = name_clusters(found, world.universal @ embedded.T, numbers)
     signals = {"unlike": float(np.mean([not name.fits for name in names]))}
-    if quality.separation is not None and quality.stability is not None:
-        signals |= {"separation": quality.separation, "stability": quality.stability}
+    if quality.separation is not None and quality.undescribed is not None:
+        signals |= {"separation": quality.separation, "undescribed": quality.undescribed}
     return signals
 
 
@@ -279,7 +306,7 @@ def measure_all(world: World, seeds: int, workers: int) -> list[Run]:
 
     The rows are few, so that more threads would cost more than they save.
     """
-    tasks = [(factor, seed) for seed in range(seeds) for factor in (*CRITERIA, *CHOSEN_ON)]
+    tasks = [(factor, seed) for seed in range(seeds) for factor in (*CRITERIA, *UNREPORTED)]
     if workers < 2:
         with threadpool_limits(1):
             return [run for task in tasks for run in runs_of(world, task)]
@@ -292,12 +319,13 @@ def _bases(world: World, factor: str, seed: int) -> Iterator[tuple[str, str, lis
     for source in SOURCES:
         for noise in NOISES:
             texts = texts_of(world, factor, source, noise, seed)
-            if len(texts) >= 2:
+            if len(texts) >= MIN_TEXTS:
                 yield source, noise, texts, world.embed(texts)
     for control in (*CONTROLS, *PARTIAL):
         texts = texts_of(world, factor, control, "", seed)
         prompt = _naming(factor) if "naming" in control else NEUTRAL_PROMPT
-        yield control, "", texts, world.embed(texts, prompt)
+        if len(texts) >= MIN_TEXTS:
+            yield control, "", texts, world.embed(texts, prompt)
 
 
 def _theirs(factor: str, rng: np.random.Generator) -> list[str]:

@@ -12,7 +12,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from crl_benchmarks.markdown import table
+from crl_export.background import generic_texts
 from crl_sdk import __version__
-from crl_sdk.basis._methods import METHODS, PAPER_METHOD, find_method, make_projection
+from crl_sdk.basis._methods import PAPER_METHOD, Method, find_method, make_projection
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.evaluation._clustering import clustering_runs
 from crl_sdk.evaluation._vector_protocols import (
@@ -32,7 +33,9 @@ from crl_sdk.evaluation._vector_protocols import (
     retrieval_runs,
 )
 from crl_sdk.evaluation._vectors import VectorFile, read_images
+from crl_sdk.projection._projection import Projection
 from crl_sdk.storage._atomic_files import write_atomically
+from crl_sdk.tasks._sharpen import sharpen_projection
 
 CLOTHES, WORDS = "hm-fashionclip-686.npz", "openai-b32-words.npz"
 DRESS, IMAGENET = "openai-b32-dress.npz", "openai-b32-imagenet4.npz"
@@ -107,6 +110,9 @@ class Case:
         groups: Group of each image, shape (n,), int64. Members of a group are not compared.
         texts: Text vectors for each of `CONDITIONS`, shape (k, d), float32, unit rows.
         against: Text vectors of each other criterion, shape (j, d), float32, unit rows.
+        background: Vectors of generic texts, shape (b, d), float32, unit rows.
+        unseen: Vectors of other images of the same kind, shape (o, d), float32, unit rows; None if
+            there are none.
     """
 
     group: str
@@ -118,6 +124,62 @@ class Case:
     groups: NDArray[np.int64]
     texts: Mapping[str, Rows]
     against: Sequence[Rows]
+    background: Rows
+    unseen: Rows | None
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A method with its options, as it is measured.
+
+    Attributes:
+        method: Name of the method.
+        others: Whether it gets the texts of other criteria.
+        generic: Whether it gets generic texts.
+        sharpened: Which images sharpen it, without their labels: the `scored` ones, `unseen` ones,
+            or none.
+    """
+
+    method: Method
+    others: bool = False
+    generic: bool = True
+    sharpened: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name in the tables."""
+        if not find_method(self.method).takes_background:
+            return self.method
+        known = ["others"] * self.others + ["generic"] * self.generic
+        more = {"": "", "scored": ", sharpened", "unseen": ", sharpened with other images"}
+        return f"{self.method}: {' + '.join(known) or 'own texts alone'}{more[self.sharpened]}"
+
+
+VARIANTS = (
+    Variant("cosine"),
+    Variant("orthogonal"),
+    Variant("tangent"),
+    Variant("exclusive-orthogonal", others=True),
+    Variant("contrastive", generic=False),
+    Variant("contrastive"),
+    Variant("contrastive", others=True, generic=False),
+    Variant("contrastive", others=True),
+    Variant("contrastive", sharpened="unseen"),
+    Variant("contrastive", sharpened="scored"),
+    Variant("contrastive", others=True, sharpened="unseen"),
+    Variant("contrastive", others=True, sharpened="scored"),
+)
+
+
+COUNTED = tuple(
+    each
+    for each in VARIANTS
+    if each.method == PAPER_METHOD
+    or (each.method == "contrastive" and each.generic and each.sharpened != "unseen")
+)
+"""Variants that are measured with fewer texts."""
+COUNTS = (3, 4, 6, 8, 12, 16, 24)
+COUNT_DRAWS = 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,7 +190,7 @@ class Run:
         group: Name of the set.
         criterion: Name of the criterion.
         split: Number of the split or draw.
-        method: Name of the method, or `UNIVERSAL`.
+        method: Name of the variant, or `UNIVERSAL`.
         condition: One of `CONDITIONS`.
         accuracies: Clustering accuracy for each seed of k-means, shape (s,).
         precisions: Average precision of each query, shape (q,).
@@ -150,6 +212,25 @@ class Run:
         return float(self.accuracies.mean()), float(self.precisions.mean())
 
 
+@dataclass(frozen=True, slots=True)
+class CountRun:
+    """Clustering accuracy with some of the criterion's texts.
+
+    Attributes:
+        group: Name of the set.
+        criterion: Name of the criterion.
+        method: Name of the variant.
+        count: Number of texts.
+        accuracy: Clustering accuracy.
+    """
+
+    group: str
+    criterion: str
+    method: str
+    count: int
+    accuracy: float
+
+
 def read_cases(folder: Path) -> Iterator[Case]:
     """Read the vectors and yield all cases.
 
@@ -167,17 +248,42 @@ def read_cases(folder: Path) -> Iterator[Case]:
     yield from _bank_cases(*(VectorFile(folder / name) for name in (WORDS, DRESS, IMAGENET)))
 
 
-def measure(case: Case, methods: Sequence[str] = METHODS) -> Iterator[Run]:
-    """Measure the universal embedding and all methods on a case."""
+def measure(case: Case, variants: Sequence[Variant] = VARIANTS) -> Iterator[Run]:
+    """Measure the universal embedding and all variants on a case."""
     universal = _measure_rows(case, UNIVERSAL, CONDITIONS[0], case.images)
     for condition, texts in case.texts.items():
         yield replace(universal, condition=condition)
-        for method in methods:
-            record = find_method(method)
-            made = make_projection(
-                texts, record.name, against=case.against if record.needs_against else ()
-            )
-            yield _measure_rows(case, method, condition, made.apply(case.images))
+        for variant in variants:
+            if variant.sharpened != "unseen" or case.unseen is not None:
+                made = make_map(case, variant, texts)
+                yield _measure_rows(case, variant.name, condition, made.apply(case.images))
+
+
+def make_map(case: Case, variant: Variant, texts: Rows) -> Projection:
+    """Make the map of a variant from texts, shape (k, d), float32, unit rows."""
+    made = make_projection(
+        texts, variant.method, against=case.against if variant.others else (),
+        background=case.background if variant.generic else None,
+    )  # fmt: skip
+    if not variant.sharpened:
+        return made
+    images = case.images if variant.sharpened == "scored" else case.unseen
+    assert images is not None
+    return sharpen_projection(made, len(texts), images)[0]
+
+
+def measure_counts(case: Case) -> Iterator[CountRun]:
+    """Measure some variants with fewer of the criterion's own texts."""
+    own = case.texts[CONDITIONS[0]]
+    for count in (*(c for c in COUNTS if c < len(own)), len(own)):
+        for draw in range(COUNT_DRAWS):
+            rng = np.random.default_rng([case.split, draw])
+            texts = own[np.sort(rng.permutation(len(own))[:count])]
+            for variant in COUNTED:
+                rows = make_map(case, variant, texts).apply(case.images)
+                scores = clustering_runs(rows, case.codes, case.seeds[:2])["ACC"]
+                mean = float(np.mean(scores))
+                yield CountRun(case.group, case.criterion, variant.name, count, mean)
 
 
 def compare_accuracies(runs: Sequence[Run], paper: Sequence[Run]) -> Comparison:
@@ -231,12 +337,15 @@ def markdown(runs: Sequence[Run], seconds: float) -> str:
         "near-duplicate images, so that they do not cover the choice of the texts. For accuracy it "
         "is a criterion and split, or draw. Dressed people have one draw: there it is a start of "
         "k-means for a criterion, so that these intervals of accuracy are too narrow.\n",
-        "The methods that use other criteria are given the words that the last condition is drawn "
-        "from. `contrastive` was tuned on the sets clothes and dressed people, with this protocol; "
-        "the sets man or woman and animals played no part in it.\n",
+        "“Others”: the method gets the words that the last condition is drawn from. “Generic”: it "
+        "gets generic texts, which for the clothes are all captions of the basis half, and for the "
+        "other sets the nouns that both the bank and the list of `crl export` have. “Sharpened”: "
+        "with the images that are scored, or with the images of the other half, without labels. "
+        "The constants of `contrastive` were chosen on these sets, see docs/PROJECTIONS.md.\n",
         "Left out: the textures (of 47 labels, the bank has words for three or four), and indoor "
         "or outdoor scenes (the bank has no words for them).\n",
         "![Clustering accuracy against noise](real-vectors.png)\n",
+        "![Clustering accuracy against the number of texts](real-vectors-texts.png)\n",
     ]  # fmt: skip
     for group in dict.fromkeys(run.group for run in runs):
         own = [run for run in runs if run.group == group]
@@ -244,43 +353,6 @@ def markdown(runs: Sequence[Run], seconds: float) -> str:
         if len({run.criterion for run in own}) > 1:
             parts += ["Each criterion:\n", _each_criterion(own) + "\n"]
     return "\n".join(parts)
-
-
-def plot(runs: Sequence[Run]) -> bytes:
-    """Plot accuracy against condition, one panel for clothes and one for dressed people, as PNG."""
-    import io
-
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for panel, group in zip(panels, ("clothes", "dress"), strict=True):
-        for index, method in enumerate(dict.fromkeys(run.method for run in runs)):
-            found = [
-                [r.scores[0] for r in runs
-                 if (r.group, r.method, r.condition) == (group, method, condition)]
-                for condition in CONDITIONS
-            ]  # fmt: skip
-            heights = [float(np.mean(each)) for each in found]
-            needs = method != UNIVERSAL and find_method(method).needs_against
-            panel.plot(
-                range(len(CONDITIONS)), heights, label=method,
-                color="black" if method in (UNIVERSAL, PAPER_METHOD) else f"C{index}",
-                linestyle=":" if method == UNIVERSAL else "-" if needs else "--",
-                marker="" if method == UNIVERSAL else "os^vD"[index % 5],
-                linewidth=2.5 if method in (PAPER_METHOD, "contrastive") else 1.2,
-            )  # fmt: skip
-        panel.set_xticks(range(len(CONDITIONS)), [c.replace(" of ", " of\n") for c in CONDITIONS])
-        panel.set_title(TITLES[group].split(":")[0])
-        panel.set_ylabel("clustering accuracy")
-        panel.grid(alpha=0.3)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False,
-        title="solid: uses other criteria",
-    )  # fmt: skip
-    target = io.BytesIO()
-    figure.savefig(target, format="png", dpi=130, metadata={"Software": None})
-    return target.getvalue()
 
 
 def _clothes(file: VectorFile) -> Iterator[Case]:
@@ -309,6 +381,7 @@ def _clothes(file: VectorFile) -> Iterator[Case]:
             yield _case(
                 "clothes", name, split, images=images[~half], labels=labels[~half],
                 groups=products[~half], own=bank[name], others=others, off_topic=off_topic, rng=rng,
+                background=_unit(text[half]), unseen=images[half],
             )  # fmt: skip
 
 
@@ -316,6 +389,8 @@ def _bank_cases(words: VectorFile, dress: VectorFile, imagenet: VectorFile) -> I
     text = _unit(words.read("text", "word vectors").astype(np.float64))
     word, kind = (words.read(name, "words") for name in ("word", "kind"))
     nouns = kind == "noun"
+    shipped = {text.split(" ", 1)[1] for text in generic_texts() if text.startswith(("a ", "an "))}
+    background = text[nouns & np.isin(word, sorted(shipped))]
     of_kind = {name: text[kind == name] for name in BANK_KINDS}
 
     def named(wanted: Sequence[str]) -> NDArray[np.bool_]:
@@ -338,7 +413,7 @@ def _bank_cases(words: VectorFile, dress: VectorFile, imagenet: VectorFile) -> I
         labels = dress.read(column, "labels")
         yield _case(
             "dress", name, images=images, labels=labels, groups=groups, own=of_kind[name],
-            others=others, off_topic=strange, rng=rng,
+            others=others, off_topic=strange, rng=rng, background=background,
         )  # fmt: skip
     sets: list[tuple[str, VectorFile, str, tuple[str, ...], Callable[[Names], Names]]] = [
         ("gender", dress, "gender", PEOPLE, lambda labels: labels),
@@ -357,7 +432,7 @@ def _bank_cases(words: VectorFile, dress: VectorFile, imagenet: VectorFile) -> I
             yield _case(
                 name, name, draw, seeds, images=images, labels=select(file.read(column, "labels")),
                 groups=file.read("group", "groups"), own=text[own], others=list(of_kind.values()),
-                off_topic=off_topic(rng, own), rng=rng,
+                off_topic=off_topic(rng, own), rng=rng, background=background,
             )  # fmt: skip
 
 
@@ -365,6 +440,7 @@ def _case(
     group: str, criterion: str, split: int = 0, seeds: Sequence[int] = SEEDS, *,
     images: Rows, labels: Names, groups: Names, own: Rows,
     others: Sequence[Rows], off_topic: Rows, rng: np.random.Generator,
+    background: Rows, unseen: Rows | None = None,
 ) -> Case:  # fmt: skip
     """Leave small classes out and draw the noise."""
     classes, sizes = np.unique(labels, return_counts=True)
@@ -381,6 +457,8 @@ def _case(
         groups[kept].astype(np.int64),
         {name: np.concatenate([own, rows]).astype(np.float32) for name, rows in added.items()},
         [rows.astype(np.float32) for rows in others],
+        background.astype(np.float32),
+        unseen,
     )  # fmt: skip
 
 
@@ -445,7 +523,7 @@ def _unit(rows: NDArray[np.floating]) -> Rows:
     return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
 
 
-def _record(runs: Sequence[Run], seconds: float) -> bytes:
+def _record(runs: Sequence[Run], counts: Sequence[CountRun], seconds: float) -> bytes:
     found = [
         {
             "set": run.group, "criterion": run.criterion, "split": run.split,
@@ -455,7 +533,11 @@ def _record(runs: Sequence[Run], seconds: float) -> bytes:
         }
         for run in runs
     ]  # fmt: skip
-    return json.dumps({"crl_sdk": __version__, "seconds": round(seconds), "runs": found}).encode()
+    document = {
+        "crl_sdk": __version__, "seconds": round(seconds), "runs": found,
+        "counts": [asdict(each) for each in counts],
+    }  # fmt: skip
+    return json.dumps(document).encode()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -463,24 +545,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="directory of the real vectors")
     parser.add_argument(
-        "--out", type=Path, help="base name of the files to write: OUT.md, OUT.png and OUT.json"
+        "--out", type=Path, help="base name of the files to write: OUT.md, OUT.png and others"
     )
     parsed = parser.parse_args(arguments)
+    from crl_benchmarks.real_vector_plots import plot_counts, plot_noise
+    from crl_benchmarks.real_vector_warnings import assess, warning_tables
+
     started = time.perf_counter()
     try:
         with threadpool_limits(1):
-            runs = [run for case in read_cases(parsed.data) for run in measure(case)]
+            cases = list(read_cases(parsed.data))
+            runs = [run for case in cases for run in measure(case)]
+            counts = [run for case in cases for run in measure_counts(case)]
+            assessed = list(assess(cases))
     except MissingVectors as missing:
         print(missing)
         return
     seconds = time.perf_counter() - started
-    text = markdown(runs, seconds)
+    text = markdown(runs, seconds) + "\n" + warning_tables(assessed)
     print(text)
     if parsed.out is not None:
         for suffix, data in (
-            (".md", text.encode()), (".png", plot(runs)), (".json", _record(runs, seconds)),
-        ):  # fmt: skip
-            write_atomically(parsed.out.with_suffix(suffix), data, InvalidInputError)
+            (".md", text.encode()),
+            (".png", plot_noise(runs)),
+            ("-texts.png", plot_counts(counts)),
+            (".json", _record(runs, counts, seconds)),
+        ):
+            path = parsed.out.with_name(parsed.out.name + suffix)
+            write_atomically(path, data, InvalidInputError)
 
 
 if __name__ == "__main__":

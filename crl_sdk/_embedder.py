@@ -59,7 +59,7 @@ class Embedder:
         ...     basis = embedder.create_basis("color", ["red", "green", "blue"])
         ...     result = embedder.embed([np.full((96, 96, 3), 200, np.uint8)], ["color"])
         >>> result.universal.shape, result["color"].shape
-        ((1, 128), (1, 3))
+        ((1, 128), (1, 2))
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class Embedder:
         post: Post = "l2",
         merge_threshold: float = DEFAULT_MERGE_THRESHOLD,
         against: Sequence[str | Basis] = (),
-        reference: NDArray[np.floating] | None = None,
+        ignore: Sequence[str | Basis] = (),
         progress: ReportProgress | None = None,
         load: bool = True,
     ) -> Basis:
@@ -230,13 +230,14 @@ class Embedder:
             options: How often and how the language model is asked.
             prompts: Templates with one `{}` for the text. Embeddings are averaged over all of
                 them.
-            method: Projection method, one of `crl_sdk.basis.METHODS`. None chooses `centred`, or
-                `exclusive-weighted` if `against` is given.
+            method: Projection method, one of `crl_sdk.basis.METHODS`. None for `contrastive`, or
+                for `cosine` with two texts.
             post: Row normalisation of the conditional embedding.
             merge_threshold: Cosine from which two texts are merged, in (0, 1].
-            against: Other criteria whose texts should count less: names of loaded bases, or bases.
-            reference: Embeddings of typical images, shape (n, d). Their mean is subtracted from
-                every image.
+            against: Other criteria, whose texts should count less: names of loaded bases, or
+                bases.
+            ignore: Criteria to disregard, whose directions are removed from the map: names of
+                loaded bases, or bases.
             progress: Called after each token of the language model.
             load: Whether to load the basis, so that `embed` knows its criterion.
 
@@ -245,25 +246,26 @@ class Embedder:
 
         Raises:
             CriterionError: If the criterion is malformed.
-            UnknownCriterionError: If `against` names a basis that is not loaded.
-            BasisMismatchError: If a basis in `against` was made for another model.
+            UnknownCriterionError: If `against` or `ignore` names a basis that is not loaded.
+            BasisMismatchError: If a basis in `against` or `ignore` was made for another model.
             BundleError: If the bundle has no text tower.
             GenerationError: If the language model cannot be loaded, fails, or does not know the
                 criterion.
             InvalidInputError: If another argument is malformed, see `crl_sdk.basis.build_basis`.
             MissingDependencyError: If llama-cpp-python is not installed.
         """
-        others = self._other_bases(against)
+        others = self._other_bases(against, "against")
+        ignored = self._other_bases(ignore, "ignore")
         check_options(
             criterion, fingerprint=self.bundle.fingerprint, prompts=prompts, method=method,
-            post=post, merge_threshold=merge_threshold, reference=reference, against=others,
+            post=post, merge_threshold=merge_threshold, against=others, ignore=ignored,
         )  # fmt: skip
         texts = self.generate_texts(
             criterion, llm=llm, options=options, prompts=prompts, progress=progress
         )
         return self.create_basis(
             criterion, texts, prompts=prompts, method=method, post=post,
-            merge_threshold=merge_threshold, against=others, reference=reference, load=load,
+            merge_threshold=merge_threshold, against=others, ignore=ignored, load=load,
         )  # fmt: skip
 
     def generate_texts(
@@ -313,7 +315,7 @@ class Embedder:
         post: Post = "l2",
         merge_threshold: float = DEFAULT_MERGE_THRESHOLD,
         against: Sequence[str | Basis] = (),
-        reference: NDArray[np.floating] | None = None,
+        ignore: Sequence[str | Basis] = (),
         provenance: Mapping[str, Any] | None = None,
         load: bool = True,
     ) -> Basis:
@@ -324,13 +326,14 @@ class Embedder:
             texts: Short descriptive texts, such as `red` and `green`; or generated texts.
             prompts: Templates with one `{}` for the text. Embeddings are averaged over all of
                 them.
-            method: Projection method, one of `crl_sdk.basis.METHODS`. None chooses `centred`, or
-                `exclusive-weighted` if `against` is given.
+            method: Projection method, one of `crl_sdk.basis.METHODS`. None for `contrastive`, or
+                for `cosine` with two texts.
             post: Row normalisation of the conditional embedding.
             merge_threshold: Cosine from which two texts are merged, in (0, 1].
-            against: Other criteria whose texts should count less: names of loaded bases, or bases.
-            reference: Embeddings of typical images, shape (n, d). Their mean is subtracted from
-                every image.
+            against: Other criteria, whose texts should count less: names of loaded bases, or
+                bases.
+            ignore: Criteria to disregard, whose directions are removed from the map: names of
+                loaded bases, or bases.
             provenance: JSON values to store with the basis, beside those of generated texts.
             load: Whether to load the basis, so that `embed` knows its criterion.
 
@@ -339,8 +342,8 @@ class Embedder:
 
         Raises:
             CriterionError: If the criterion is malformed.
-            UnknownCriterionError: If `against` names a basis that is not loaded.
-            BasisMismatchError: If a basis in `against` was made for another model.
+            UnknownCriterionError: If `against` or `ignore` names a basis that is not loaded.
+            BasisMismatchError: If a basis in `against` or `ignore` was made for another model.
             BundleError: If the bundle has no text tower.
             InvalidInputError: If another argument is malformed, see `crl_sdk.basis.build_basis`.
         """
@@ -350,7 +353,9 @@ class Embedder:
         basis = build_basis(
             criterion, texts, self.embed_text, fingerprint=self.bundle.fingerprint,
             prompts=prompts, method=method, post=post, merge_threshold=merge_threshold,
-            reference=reference, against=self._other_bases(against), provenance=provenance,
+            against=self._other_bases(against, "against"),
+            ignore=self._other_bases(ignore, "ignore"),
+            background=self.bundle.background, provenance=provenance,
         )  # fmt: skip
         return self.add_basis(basis) if load else basis
 
@@ -570,13 +575,13 @@ class Embedder:
             )
         return self._bases[name]
 
-    def _other_bases(self, against: Sequence[str | Basis]) -> list[Basis]:
-        if isinstance(against, str | Basis):
-            name = against if isinstance(against, str) else against.criterion
+    def _other_bases(self, others: Sequence[str | Basis], role: str) -> list[Basis]:
+        if isinstance(others, str | Basis):
+            name = others if isinstance(others, str) else others.criterion
             raise InvalidInputError(
-                f"expected a list of other criteria in against, got one: pass [{name!r}]"
+                f"expected a list of other criteria in {role}, got one: pass [{name!r}]"
             )
-        return [self._basis(other) for other in against]
+        return [self._basis(other) for other in others]
 
     def _pack(
         self, bases: Sequence[Basis]

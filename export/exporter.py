@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torchvision.transforms.functional import normalize
 
+from crl_export.background import add_background
 from crl_export.checkpoint import RANDOM, Checkpoint, load_checkpoint
 from crl_export.clip_model import ClipModel
 from crl_export.graphs import ImageGraph, TextGraph, export_image_graph, export_text_graph
@@ -60,6 +61,7 @@ def export_model(
     seed: int = 0,
     overwrite: bool = False,
     strict_int8: bool = False,
+    background: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> ModelBundle:
     """Export an open_clip model to a bundle.
@@ -79,6 +81,8 @@ def export_model(
         seed: Seed of random weights.
         overwrite: Whether to replace a bundle at `out`.
         strict_int8: Whether to fail if int8 exceeds its tolerance, instead of warning.
+        background: Generic texts, see `crl_export.background.add_background`. None for the list
+            that ships.
         progress: Function that is called with the current step in words, the number of finished
             steps, and the number of all steps.
 
@@ -88,14 +92,16 @@ def export_model(
     Raises:
         ExportError: If the model cannot be loaded or exported, or `out` is not empty.
         ParityError: If a graph differs from torch by more than its tolerance.
-        InvalidInputError: If a precision is unknown.
+        InvalidInputError: If a precision is unknown, or a background text is malformed.
     """
+    if background is not None and not text:
+        raise InvalidInputError("background texts need the text tower: leave one of the two out")
     unknown = set(precisions) - set(PRECISIONS)
     if unknown or not precisions:
         raise InvalidInputError(f"expected precisions among {PRECISIONS}, got {tuple(precisions)}")
     out = Path(out)
     _check_out(out, overwrite)
-    steps = _Steps(progress, total=3 + 2 * len(set(precisions)) + (2 if text else 0))
+    steps = _Steps(progress, total=3 + 2 * len(set(precisions)) + (3 if text else 0))
 
     steps.begin("loading the model")
     checkpoint = load_checkpoint(architecture, pretrained, seed=seed)
@@ -108,6 +114,9 @@ def export_model(
         _write_manifest(
             work, checkpoint, name=name, license=license, dim=dim, images=images, text=entry
         )
+        if text:
+            steps.begin("embedding the background texts")
+            add_background(work, background)
         ModelBundle.open(work)
         _replace(work, out)
     except OSError as error:

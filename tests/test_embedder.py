@@ -48,7 +48,7 @@ def test_one_pass_serves_every_criterion(embedder, bases, image_files):
     together = embedder.embed(image_files, bases)
     plain = embedder.embed(image_files)
     assert together.universal.shape == (9, embedder.bundle.embedding_dim)
-    assert together["Color"].shape == (9, 4) and together["shape"].shape == (9, 3)
+    assert together["Color"].shape == (9, 3) and together["shape"].shape == (9, 3)
     assert all(a.dtype == np.float32 for a in (together.universal, together["color"]))
     np.testing.assert_allclose(np.linalg.norm(together.universal, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(together.universal, plain.universal, atol=1e-6)
@@ -106,7 +106,7 @@ def test_a_long_iterable_is_not_held_in_memory(embedder):
 def test_no_images(embedder, bases):
     result = embedder.embed([], bases)
     assert result.universal.shape == (0, embedder.bundle.embedding_dim)
-    assert result["color"].shape == (0, 4) and result.ok.shape == (0,)
+    assert result["color"].shape == (0, 3) and result.ok.shape == (0,)
 
 
 def test_one_bad_image_loses_nothing(embedder, bases, image_files, tmp_path):
@@ -241,11 +241,11 @@ def test_one_call_from_a_criterion_in_words_to_its_basis(embedder, image_files):
             prompts=["a photo of {} things"], against=["shape"], progress=seen.append,
         )  # fmt: skip
         assert basis.criterion == "main color" and basis.texts == ("red", "green", "blue", "yellow")
-        assert basis.method == "exclusive-weighted" and basis.provenance["against"] == ["shape"]
+        assert basis.method == "contrastive" and basis.provenance["against"] == ["shape"]
         assert basis.provenance["votes"] == dict.fromkeys(basis.texts, 3)
         assert basis.provenance["model"] == {"name": "scripted"}
         assert seen[-1] == GenerationProgress(answers=2, max_answers=3, tokens=3, seconds=0.5)
-        assert own.embed(image_files[:2], ["main color"])["main color"].shape == (2, 4)
+        assert own.embed(image_files[:2], ["main color"])["main color"].shape == (2, 3)
 
 
 def test_generated_texts_can_be_seen_and_edited_before_a_basis_is_made(embedder):
@@ -255,7 +255,8 @@ def test_generated_texts_can_be_seen_and_edited_before_a_basis_is_made(embedder)
         assert not own.bases
         basis = own.create_basis("color", texts, load=False, provenance={"checked by": "me"})
         assert not own.bases
-        assert basis.provenance == {**texts.provenance, "checked by": "me"}
+        made_with = {"background": 400, "weights": basis.provenance["weights"]}
+        assert basis.provenance == {**texts.provenance, "checked by": "me", **made_with}
         edited = own.create_basis("color", [each.text for each in texts.texts[:3]])
         assert edited.texts == ("red", "green", "blue") and own.bases["color"] is edited
         with pytest.raises(UnknownCriterionError, match="no basis 'mood' is loaded"):
@@ -268,8 +269,9 @@ def test_generated_texts_can_be_seen_and_edited_before_a_basis_is_made(embedder)
     ("options", "words"),
     [
         ({"method": "magic"}, "expected a method"),
-        ({"method": "exclusive"}, "'exclusive' needs other criteria"),
-        ({"method": "cosine", "reference": np.ones((2, 128), np.float32)}, "takes no reference"),
+        ({"method": "tangent", "against": ["shape"]}, "'tangent' takes no other criteria"),
+        ({"ignore": ["shape"], "criterion": "Shape"}, "got 'shape' itself"),
+        ({"ignore": "shape"}, r"pass \['shape'\]"),
         ({"merge_threshold": 0}, "merge_threshold"),
         ({"post": "magic"}, "expected post"),
         ({"prompts": ["no place"]}, "exactly one {}"),

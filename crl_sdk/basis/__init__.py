@@ -10,7 +10,12 @@ from crl_sdk._progress import GenerationProgress
 
 if TYPE_CHECKING:
     from crl_sdk.basis._basis import Basis, MergedText, basis_path
-    from crl_sdk.basis._build import DEFAULT_PROMPT, build_basis, edit_basis
+    from crl_sdk.basis._build import (
+        DEFAULT_PROMPT,
+        build_basis,
+        build_basis_from_vectors,
+        edit_basis,
+    )
     from crl_sdk.basis._generate import GeneratedTexts, generate_texts
     from crl_sdk.basis._generation_options import GenerationOptions
     from crl_sdk.basis._language_model import LanguageModel
@@ -38,6 +43,7 @@ __all__ = [
     "RankedText",
     "basis_path",
     "build_basis",
+    "build_basis_from_vectors",
     "edit_basis",
     "generate_texts",
     "make_projection",
@@ -48,7 +54,12 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "_basis": ("Basis", "MergedText", "basis_path"),
-        "_build": ("DEFAULT_PROMPT", "build_basis", "edit_basis"),
+        "_build": (
+            "DEFAULT_PROMPT",
+            "build_basis",
+            "build_basis_from_vectors",
+            "edit_basis",
+        ),
         "_generate": ("GeneratedTexts", "generate_texts"),
         "_generation_options": ("GenerationOptions",),
         "_language_model": ("LanguageModel",),

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk._criterion import normalise_criterion
-from crl_sdk.basis._methods import Method
 from crl_sdk.errors import (
     BasisError,
     IntegrityError,
@@ -62,7 +61,7 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     texts: tuple[str, ...]
     counts: tuple[int, ...]
     prompts: tuple[str, ...]
-    method: Method
+    method: str
     post: Post
     fingerprint: str
     merge_threshold: float
@@ -82,12 +81,15 @@ class Basis:
         prompts: Templates with one `{}`. The embedding of a text is its mean over all prompts.
         text_embeddings: Embeddings of the texts, shape (k, d), float32, unit rows.
         projection: Affine map from (d,) to (m,); m equals k if its columns are texts.
-        method: Name of the projection method, one of `crl_sdk.basis.METHODS`.
+        method: Name of the projection method, one of `crl_sdk.basis.METHODS`. A file may name a
+            method of another version; its projection can be used all the same.
         fingerprint: Fingerprint of the model bundle.
         merge_threshold: Smallest cosine at which two texts were merged.
         merged: Texts that were left out as duplicates.
-        provenance: JSON values that say where the texts came from. `references` is the number of
-            reference images and `against` the list of other criteria, if the projection used any.
+        provenance: JSON values that say where the texts came from, and what the projection was
+            made with, if anything: `against` and `ignore`, lists of other criteria; `background`,
+            the number of generic texts; `weights`, the weight of each text, at most 1; and
+            `sharpened`, what it learnt from images (see `crl_sdk.tasks.sharpen`).
     """
 
     criterion: str
@@ -96,7 +98,7 @@ class Basis:
     prompts: tuple[str, ...]
     text_embeddings: NDArray[np.float32]
     projection: Projection
-    method: Method
+    method: str
     fingerprint: str
     merge_threshold: float = 1.0
     merged: tuple[MergedText, ...] = ()

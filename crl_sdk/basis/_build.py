@@ -10,20 +10,28 @@ from numpy.typing import NDArray
 
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk.basis._basis import Basis, MergedText
+from crl_sdk.basis._contrastive import text_weights
 from crl_sdk.basis._methods import (
     Method,
-    ProjectionMethod,
     check_method,
     default_method,
+    find_method,
     make_projection,
 )
 from crl_sdk.errors import BasisError, InvalidInputError
-from crl_sdk.projection._projection import EPSILON, POSTS, Post
+from crl_sdk.model._fingerprint import fingerprint_of_name
+from crl_sdk.projection._projection import EPSILON, POSTS, Post, check_embeddings
 
 DEFAULT_PROMPT = "{}"
 """Prompt that leaves a text as it is."""
 
 DEFAULT_MERGE_THRESHOLD = 0.995
+
+_MADE_WITH = ("against", "ignore", "background", "weights", "sharpened")
+"""Keys of the provenance that say what the projection was made with."""
+
+_VECTORS = "vectors"
+"""Key of the provenance of a basis that was made without a text tower."""
 
 EmbedText: TypeAlias = Callable[[Sequence[str]], NDArray[np.float32]]
 """Text tower of a model: n texts to embeddings of shape (n, d), float32, unit rows."""
@@ -39,8 +47,9 @@ def build_basis(
     method: Method | None = None,
     post: Post = "l2",
     merge_threshold: float = DEFAULT_MERGE_THRESHOLD,
-    reference: NDArray[np.floating] | None = None,
     against: Sequence[Basis] = (),
+    ignore: Sequence[Basis] = (),
+    background: NDArray[np.floating] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Basis:
     """Make a basis from texts (Conditional Representation Learning, arXiv 2510.04564).
@@ -55,13 +64,13 @@ def build_basis(
         embed_text: Text tower of the model.
         fingerprint: Fingerprint of that model's bundle.
         prompts: Templates with one `{}` for the text. Embeddings are averaged over all of them.
-        method: Projection method, one of `crl_sdk.basis.METHODS`. None chooses `centred`, or
-            `exclusive-weighted` if `against` is given.
+        method: Projection method, one of `crl_sdk.basis.METHODS`. None for `contrastive`, or for
+            `cosine` with two texts.
         post: Row normalisation of the conditional embedding.
         merge_threshold: Cosine in (0, 1]; 1 merges exact duplicates only.
-        reference: Embeddings of typical images, shape (n, d). Their mean is subtracted from every
-            image.
-        against: Bases of other criteria, whose texts should count less.
+        against: Bases of other criteria. What varies in their texts counts less.
+        ignore: Bases of criteria to disregard. Their directions are removed from the map.
+        background: Embeddings of generic texts, shape (n, d), such as `ModelBundle.background`.
         provenance: JSON values to store with the basis.
 
     Returns:
@@ -69,31 +78,42 @@ def build_basis(
 
     Raises:
         CriterionError: If the criterion is malformed.
-        BasisMismatchError: If a basis in `against` was made for another model.
+        BasisMismatchError: If a basis in `against` or `ignore` was made for another model.
         InvalidInputError: If there are too few texts, a prompt or the threshold is malformed, or
-            `reference` or `against` does not fit the method.
+            `against` does not fit the method.
     """
-    name, checked_prompts, chosen = check_options(
+    name, checked_prompts = check_options(
         criterion, fingerprint=fingerprint, prompts=prompts, method=method, post=post,
-        merge_threshold=merge_threshold, reference=reference, against=against,
+        merge_threshold=merge_threshold, against=against, ignore=ignore,
     )  # fmt: skip
     distinct, counts, merged = _merge_exact(texts)
     embeddings = embed_with_prompts(distinct, checked_prompts, embed_text)
     kept, counts, near = _merge_near(distinct, counts, embeddings, merge_threshold)
     unit = embeddings[kept]
-    if len(kept) < chosen.min_texts <= len(distinct):
+    chosen = check_method(
+        method or default_method(len(kept), against=len(against)), against=len(against)
+    )
+    if len(kept) < min(chosen.min_texts, len(distinct)):
         raise InvalidInputError(
             f"the {len(distinct)} texts merge into {', '.join(repr(distinct[i]) for i in kept)}, "
             f"because their embeddings have cosines of {merge_threshold:g} or more: give texts "
             "that differ more, or raise merge_threshold"
         )
+    others = [other.text_embeddings for other in against]
     projection = make_projection(
-        unit, chosen.name, post=post, reference=reference,
-        against=[other.text_embeddings for other in against],
+        unit, chosen.name, post=post, against=others, background=background,
+        ignore=[other.projection for other in ignore],
     )  # fmt: skip
-    made_with: dict[str, Any] = {} if reference is None else {"references": len(reference)}
+    made_with: dict[str, Any] = {}
     if against:
         made_with["against"] = [other.criterion for other in against]
+    if ignore:
+        made_with["ignore"] = [other.criterion for other in ignore]
+    if background is not None and chosen.takes_background:
+        made_with["background"] = len(background)
+    if chosen.weights_texts:
+        weights = text_weights(unit, others, background)
+        made_with["weights"] = [round(float(each), 4) for each in weights / weights.max()]
     return Basis(
         criterion=name,
         texts=tuple(distinct[i] for i in kept),
@@ -109,6 +129,83 @@ def build_basis(
     )
 
 
+def build_basis_from_vectors(
+    criterion: str,
+    texts: Sequence[str],
+    embeddings: NDArray[np.floating],
+    *,
+    model: str,
+    method: Method | None = None,
+    post: Post = "l2",
+    merge_threshold: float = DEFAULT_MERGE_THRESHOLD,
+    against: Sequence[Basis] = (),
+    ignore: Sequence[Basis] = (),
+    background: NDArray[np.floating] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Basis:
+    """Make a basis from texts whose embeddings are known, without a text tower.
+
+    Args:
+        criterion: What the texts describe, such as `color`.
+        texts: The n texts.
+        embeddings: Their embeddings, shape (n, d), of a float dtype. They are scaled to unit
+            length.
+        model: Name of the model that made the embeddings, such as `openai/clip-vit-base-patch32`,
+            or the fingerprint of a bundle. The basis can be used only with embeddings of the same
+            model.
+        method: Projection method, see `build_basis`.
+        post: Row normalisation of the conditional embedding.
+        merge_threshold: Cosine in (0, 1]; 1 merges exact duplicates only.
+        against: Bases of other criteria. What varies in their texts counts less.
+        ignore: Bases of criteria to disregard.
+        background: Embeddings of generic texts by the same model, shape (b, d).
+        provenance: JSON values to store with the basis.
+
+    Returns:
+        The basis.
+
+    Raises:
+        CriterionError: If the criterion is malformed.
+        BasisMismatchError: If a basis in `against` or `ignore` was made for another model.
+        InvalidInputError: If the embeddings do not match the texts, hold NaN or a zero row; or as
+            for `build_basis`.
+
+    Example:
+        >>> from crl_sdk.basis import build_basis_from_vectors
+        >>> basis = build_basis_from_vectors(
+        ...     "color", ["red", "green", "blue"], np.eye(3, 8), model="my-clip"
+        ... )
+        >>> basis.fingerprint, basis.projection.output_dim
+        ('name:my-clip', 2)
+    """
+    rows = np.asarray(embeddings)
+    if rows.ndim != 2 or len(rows) != len(texts) or isinstance(texts, str):
+        raise InvalidInputError(
+            f"expected embeddings (n, d), one row for each of {len(texts)} texts, got {rows.shape}"
+        )
+    wide = check_embeddings(rows, rows.shape[1]).astype(np.float64)
+    lengths = np.linalg.norm(wide, axis=1, keepdims=True)
+    if not lengths.all():
+        zero = texts[int(np.flatnonzero(lengths == 0)[0])]
+        raise InvalidInputError(f"the embedding of {zero!r} is zero: leave the text out")
+    known: dict[str, NDArray[np.float64]] = {}
+    for text, row in zip(texts, wide / lengths, strict=True):
+        known.setdefault(" ".join(text.split()), row)
+    return build_basis(
+        criterion,
+        texts,
+        lambda asked: np.array([known[text] for text in asked], np.float32),
+        fingerprint=fingerprint_of_name(model),
+        method=method,
+        post=post,
+        merge_threshold=merge_threshold,
+        against=against,
+        ignore=ignore,
+        background=background,
+        provenance={"texts": "given with their embeddings", **(provenance or {}), _VECTORS: True},
+    )
+
+
 def check_options(
     criterion: str,
     *,
@@ -117,21 +214,20 @@ def check_options(
     method: Method | None,
     post: Post,
     merge_threshold: float,
-    reference: NDArray[np.floating] | None,
     against: Sequence[Basis],
-) -> tuple[str, tuple[str, ...], ProjectionMethod]:
+    ignore: Sequence[Basis] = (),
+) -> tuple[str, tuple[str, ...]]:
     """Check the arguments of `build_basis` that do not depend on its texts.
 
     This takes no time, while a language model may need a minute to write the texts.
 
     Returns:
-        Normalised name of the criterion, the prompts, and the record of the method.
+        Normalised name of the criterion, and the prompts.
 
     Raises:
         CriterionError: If the criterion is malformed.
-        BasisMismatchError: If a basis in `against` was made for another model.
-        InvalidInputError: If another argument is malformed, or `reference` or `against` does not
-            fit the method.
+        BasisMismatchError: If a basis in `against` or `ignore` was made for another model.
+        InvalidInputError: If another argument is malformed, or `against` does not fit the method.
     """
     name = normalise_criterion(criterion)
     checked_prompts = check_prompts(prompts)
@@ -139,15 +235,16 @@ def check_options(
         raise InvalidInputError(f"expected merge_threshold in (0, 1], got {merge_threshold}")
     if post not in POSTS:
         raise InvalidInputError(f"expected post in {POSTS}, got {post!r}")
-    for other in against:
-        other.require_fingerprint(fingerprint)
-        if other.criterion == name:
-            raise InvalidInputError(
-                f"expected other criteria in against, got {name!r} itself: leave it out"
-            )
-    method = method or default_method(against=bool(against))
-    chosen = check_method(method, against=len(against), reference=reference is not None)
-    return name, checked_prompts, chosen
+    for role, others in (("against", against), ("ignore", ignore)):
+        for other in others:
+            other.require_fingerprint(fingerprint)
+            if other.criterion == name:
+                raise InvalidInputError(
+                    f"expected other criteria in {role}, got {name!r} itself: leave it out"
+                )
+    if method is not None:
+        check_method(method, against=len(against))
+    return name, checked_prompts
 
 
 def edit_basis(
@@ -157,11 +254,15 @@ def edit_basis(
     fingerprint: str,
     add: Sequence[str] = (),
     remove: Sequence[str] = (),
+    against: Sequence[Basis] = (),
+    ignore: Sequence[Basis] = (),
+    background: NDArray[np.floating] | None = None,
 ) -> Basis:
     """Make a basis again with texts added or removed.
 
     Prompts, method and row normalisation stay the same. Texts that had been merged into a removed
-    text come back. The change is appended to `edits` in the provenance.
+    text come back. The change is appended to `edits` in the provenance. A sharpened basis loses
+    what it learnt from images: sharpen the result again.
 
     Args:
         basis: Basis to start from.
@@ -169,6 +270,10 @@ def edit_basis(
         fingerprint: Fingerprint of that model's bundle.
         add: Texts to append.
         remove: Texts to leave out; case and white space do not matter.
+        against: Bases of the other criteria that the basis was made against, which its file names
+            but does not contain.
+        ignore: Bases of the criteria that the basis disregards, likewise.
+        background: Embeddings of generic texts, shape (n, d), such as `ModelBundle.background`.
 
     Returns:
         The new basis.
@@ -177,16 +282,22 @@ def edit_basis(
         BasisMismatchError: If the basis was made for another model.
         InvalidInputError: If a text to remove is missing, a text to add is there already, or too
             few texts would be left.
-        BasisError: If the basis was made with reference images or other criteria, which its file
-            does not contain.
+        BasisError: If the basis was made from vectors, or `against` or `ignore` are not the
+            criteria that it was made with.
     """
-    basis.require_fingerprint(fingerprint)
-    sources = {"references": "reference images", "against": "other criteria"}
-    if used := [words for name, words in sources.items() if name in basis.provenance]:
+    if basis.provenance.get(_VECTORS):
         raise BasisError(
-            f"basis {basis.criterion!r} was made with {' and '.join(used)}, which its file does "
-            "not contain: make it again instead of editing it"
+            f"basis {basis.criterion!r} was made from vectors, so that no text tower can embed "
+            "other texts: make it again with crl basis create --vectors FILE --overwrite"
         )
+    basis.require_fingerprint(fingerprint)
+    for role, given in (("against", against), ("ignore", ignore)):
+        expected = basis.provenance.get(role, [])
+        if sorted(expected) != sorted(other.criterion for other in given):
+            raise BasisError(
+                f"basis {basis.criterion!r} was made with {role} {', '.join(expected) or 'nothing'}"
+                f": pass the bases of these criteria as {role}"
+            )
     texts = [*basis.texts, *(merged.text for merged in basis.merged)]
     gone = {_comparison_key(text) for text in remove}
     missing = [
@@ -200,6 +311,7 @@ def edit_basis(
     present = {_comparison_key(text) for text in kept}
     if double := [text for text in add if _comparison_key(text) in present]:
         raise InvalidInputError(f"basis {basis.criterion!r} has the text {double[0]!r} already")
+    kept_provenance = {k: v for k, v in basis.provenance.items() if k not in _MADE_WITH}
     edits = [*basis.provenance.get("edits", ()), {"added": [*add], "removed": [*remove]}]
     return build_basis(
         basis.criterion,
@@ -207,10 +319,13 @@ def edit_basis(
         embed_text,
         fingerprint=fingerprint,
         prompts=basis.prompts,
-        method=basis.method,
+        method=find_method(basis.method).name,
         post=basis.projection.post,
         merge_threshold=basis.merge_threshold,
-        provenance={**basis.provenance, "edits": edits},
+        against=against,
+        ignore=ignore,
+        background=background,
+        provenance={**kept_provenance, "edits": edits},
     )
 
 

@@ -46,6 +46,9 @@ evaluation.command("vectors", short_help="Compare all projection methods on stor
     evaluate_vectors.evaluate_vectors
 )
 app.command("export")(models.export)
+app.command("background", short_help="Add generic texts to a bundle of an older version.")(
+    models.add_background
+)
 app.command("info")(models.info)
 app.command("doctor", short_help="Show this machine and the engines that run on it.")(doctor.doctor)
 app.command("compile")(compile.compile_bundle)

@@ -5,24 +5,34 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.table import Table
 
+from crl_sdk._criterion import normalise_criterion
 from crl_sdk.basis._basis import Basis, basis_path
-from crl_sdk.basis._build import DEFAULT_MERGE_THRESHOLD, DEFAULT_PROMPT, edit_basis
+from crl_sdk.basis._build import (
+    DEFAULT_MERGE_THRESHOLD,
+    DEFAULT_PROMPT,
+    build_basis_from_vectors,
+    edit_basis,
+)
 from crl_sdk.basis._generation_options import DEFAULT_OPTIONS
-from crl_sdk.basis._methods import Method, default_method, find_method
+from crl_sdk.basis._methods import DEFAULT_METHOD, Method, find_method
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._console import JsonOption, note, out, print_facts, print_json, warn
 from crl_sdk.cli._options import (
     DEFAULT_BASES,
     BasesOption,
     BundleOption,
+    DecodeOption,
+    EngineOption,
+    ThreadsOption,
     load_basis,
     open_embedder,
 )
 from crl_sdk.errors import BasisError, InvalidInputError
+from crl_sdk.model._bundle import ModelBundle
+from crl_sdk.model._fingerprint import fingerprint_of_name, require_same_model
 from crl_sdk.projection._projection import Post
 from crl_sdk.storage._atomic_files import make_directory
 from crl_sdk.storage._checksummed_safetensors import SUFFIX
@@ -45,6 +55,21 @@ def create(
         ),
     ] = None,
     text: TextOption = None,
+    vectors: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of text embeddings, .npz or .parquet, in place of a text tower: arrays "
+            "text:CRITERION and words:CRITERION, or a bank of words (docs/EVAL.md). --text and "
+            "--from-texts choose words of the bank."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="With --vectors: name of the model that made the embeddings, such as "
+            "openai/clip-vit-base-patch32. Needed unless the file has a fingerprint."
+        ),
+    ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -54,8 +79,8 @@ def create(
     method: Annotated[
         Method | None,
         typer.Option(
-            help="Projection method, see docs/PROJECTIONS.md. Default: "
-            f"{default_method(against=False)}, or {default_method(against=True)} with --against."
+            help="Projection method, see docs/PROJECTIONS.md. Default: contrastive, or cosine with "
+            "two texts."
         ),
     ] = None,
     against: Annotated[
@@ -63,6 +88,13 @@ def create(
         typer.Option(
             help="Another criterion whose texts should count less: the name or file of its basis; "
             "may be repeated."
+        ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A criterion to disregard, whose directions are removed: the name or file of its "
+            "basis; may be repeated."
         ),
     ] = None,
     post: Annotated[
@@ -103,12 +135,33 @@ def create(
     if path.exists() and not (overwrite or dry_run):
         raise BasisError(f"{path}: exists already; pass --overwrite to replace it")
     prompts = tuple(prompt or (DEFAULT_PROMPT,))
-    others = [_other_basis(name, bases) for name in against or ()]
     basis_options: dict[str, Any] = {
         "prompts": prompts, "method": method, "post": post, "merge_threshold": merge,
-        "against": others,
+        "against": [_other_basis(name, bases) for name in against or ()],
+        "ignore": [_other_basis(name, bases) for name in ignore or ()],
     }  # fmt: skip
+    if method == "ignore" and not given:
+        given = [text for other in basis_options.pop("ignore") for text in other.texts]
+        if not given:
+            raise InvalidInputError(
+                "the method ignore needs the criterion to disregard: pass --ignore NAME, or its "
+                "texts with --text or --from-texts"
+            )
+    if model is not None and vectors is None:
+        raise InvalidInputError("--model names the model of --vectors FILE: pass both or neither")
+    if vectors is not None:
+        if prompt or hint or example or include or exclude:
+            raise InvalidInputError(
+                "--vectors needs no model: leave out --prompt and the options of the language model"
+            )
+        basis_options.pop("prompts")
+        basis = basis_from_file(vectors, criterion, given, model, basis_options)
+        if not dry_run:
+            save(basis, path)
+        _print_basis(basis, path, as_json)
+        return
     with open_embedder(bundle) as embedder:
+        warn_without_background(embedder.bundle, method or DEFAULT_METHOD)
         if given:
             basis = embedder.create_basis(
                 criterion, given, provenance={"texts": "given by the user"}, **basis_options
@@ -132,6 +185,56 @@ def create(
     _print_basis(basis, path, as_json)
 
 
+def basis_from_file(
+    path: Path, criterion: str, words: list[str], model: str | None, options: dict[str, Any]
+) -> Basis:
+    """Make a basis from a file of text embeddings.
+
+    Args:
+        path: The `.npz` or `.parquet` file.
+        criterion: Name of the criterion.
+        words: Words to take from a bank; empty for those that the file has for the criterion.
+        model: Name of the model; None if the file has its fingerprint.
+        options: Options of `build_basis_from_vectors`.
+
+    Raises:
+        InvalidInputError: If the file cannot be read, has no texts of the criterion, or its model
+            is not known.
+        BasisMismatchError: If the file has another fingerprint than `model`.
+    """
+    from crl_sdk.evaluation._vectors import TEXT, VectorFile, read_background, read_text_vectors
+
+    file = VectorFile(path)
+    stored = file.fingerprint()
+    if stored is None and model is None:
+        raise InvalidInputError(
+            f"{path}: the file does not say which model made the embeddings: name it with "
+            "--model NAME, such as --model openai/clip-vit-base-patch32"
+        )
+    named = None if model is None else fingerprint_of_name(model)
+    if stored is not None and named is not None:
+        require_same_model(
+            str(path), stored, named, used_with="--model",
+            remedy="leave out --model, the file names its model itself",
+        )  # fmt: skip
+    name = normalise_criterion(criterion)
+    own = next((each for each in file.names if each in (TEXT + criterion, TEXT + name)), "text")
+    dim = file.read(own, "text embeddings (k, d)").shape[-1]
+    known, notes = read_text_vectors([file], {name: words} if words else {}, dim)
+    for each in notes:
+        note(each)
+    background = read_background([file], None, known, dim)
+    if name not in known:
+        raise InvalidInputError(
+            f"{path}: no texts of {name!r}, the file has {', '.join(known) or 'none'}: name the "
+            "criterion as in the file, or choose words of a bank with --text or --from-texts"
+        )
+    return build_basis_from_vectors(
+        name, known[name].texts, known[name].embeddings, model=named or str(stored),
+        background=background, provenance={"source": str(path)}, **options,
+    )  # fmt: skip
+
+
 @app.command("edit")
 def edit(
     criterion: Annotated[str, typer.Argument(help="Name of the basis.")],
@@ -145,19 +248,94 @@ def edit(
 ) -> None:
     """Add texts to a basis, or remove some.
 
-    The basis is made again with the same prompts and method.
+    The basis is made again with the same prompts, method and other criteria, whose bases are read
+    from --bases. What it learnt from images is lost: sharpen it again.
     """
     path = basis_path(bases, criterion)
     basis = load_basis(bases, criterion)
     if not add and not remove:
         raise InvalidInputError("expected --add TEXT or --remove TEXT")
+    roles = {
+        role: [load_basis(bases, name) for name in basis.provenance.get(role, ())]
+        for role in ("against", "ignore")
+    }
     with open_embedder(bundle) as embedder:
+        warn_without_background(embedder.bundle, basis.method)
         changed = edit_basis(
             basis, embedder.embed_text, fingerprint=embedder.bundle.fingerprint,
-            add=add or (), remove=remove or (),
+            add=add or (), remove=remove or (), background=embedder.bundle.background, **roles,
         )  # fmt: skip
     save(changed, path)
+    if "sharpened" in basis.provenance:
+        warn(
+            "the basis had been sharpened with images, which it no longer is: run crl basis "
+            f"sharpen {criterion!r} --images DIR again"
+        )
     _print_basis(changed, path, as_json)
+
+
+@app.command("sharpen")
+def sharpen(
+    criterion: Annotated[str, typer.Argument(help="Name of the basis.")],
+    images: Annotated[
+        Path,
+        typer.Option(
+            help="Images of the kind the basis is used for, better 300 or more: a directory, or a "
+            "file of embeddings from `crl embed`."
+        ),
+    ],
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV file with a header and the columns `file`, relative to the directory, and "
+            "`label`, for some or all of the images. Ten images of a class are enough."
+        ),
+    ] = None,
+    column: Annotated[
+        str, typer.Option(help="With --labels: name of the column with the labels.")
+    ] = "label",
+    bundle: BundleOption = None,
+    bases: BasesOption = DEFAULT_BASES,
+    engine: EngineOption = "auto",
+    threads: ThreadsOption = None,
+    decode: DecodeOption = "exact",
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bases.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Sharpen a basis with images of the kind it is used for.
+
+    The images need no labels. What varies within their clusters counts less from then on. The
+    basis is replaced, and what it was sharpened with is recorded in it. Make it again with `crl
+    basis create --overwrite` to undo this.
+    """
+    from crl_sdk.cli._sources import (
+        LazyEmbedder,
+        read_label_table,
+        require_same_model,
+        require_tasks,
+    )
+    from crl_sdk.tasks._sharpen import sharpen as sharpen_basis
+
+    require_tasks("crl basis sharpen")
+    path = basis_path(bases, criterion)
+    basis = load_basis(bases, criterion)
+    with LazyEmbedder(bundle, engine, threads, decode) as model:
+        found = model.read([images])
+    require_same_model(found, [basis])
+    given = None
+    if labels is not None:
+        directory = Path() if found.files is None else images
+        table = read_label_table(directory, labels, column)
+        given = [table.get(Path(name), "") for name in found.names]
+        if missing := len(table) - sum(label != "" for label in given):
+            warn(f"{labels}: {missing} of {len(table)} files are not among the images")
+    result = sharpen_basis(basis, found.universal, given, source=str(images), seed=seed)
+    for reason in result.reasons:
+        warn(reason)
+    save(result.basis, path)
+    _print_basis(result.basis, path, as_json)
+    if found.failed:
+        raise typer.Exit(1)
 
 
 @app.command("show")
@@ -225,7 +403,7 @@ def _print_basis(basis: Basis, path: Path, as_json: bool) -> None:
             **_made_with(basis),
         },
     )
-    weights = _weights(basis)
+    weights = basis.provenance.get("weights", [])
     table = Table("text", "represents", *(["weight"] if weights else []), "texts merged into it")
     for i, (text, count) in enumerate(zip(basis.texts, basis.counts, strict=True)):
         merged = ", ".join(m.text for m in basis.merged if m.into == text)
@@ -233,20 +411,29 @@ def _print_basis(basis: Basis, path: Path, as_json: bool) -> None:
     out.print(table)
 
 
-def _weights(basis: Basis) -> list[float]:
-    """Return the weight of each text, or nothing if all texts have the same weight."""
-    if not find_method(basis.method).weights_texts:
-        return []
-    return [float(norm) for norm in np.linalg.norm(basis.projection.weight, axis=0)]
+def warn_without_background(bundle: ModelBundle, method: str) -> None:
+    """Warn if the method uses generic texts and the bundle has none."""
+    if find_method(method).takes_background and bundle.background is None:
+        warn(
+            f"the bundle has no background texts, so that the method {method} works less well: add "
+            f"them with crl background {bundle.path}"
+        )
 
 
 def _made_with(basis: Basis) -> dict[str, str]:
-    """Return the reference images and other criteria that the projection used."""
+    """Return what else the projection was made with."""
     facts = {}
-    if count := basis.provenance.get("references"):
-        facts["references"] = f"{count} images"
-    if against := basis.provenance.get("against"):
-        facts["against"] = ", ".join(against)
+    for role in ("against", "ignore"):
+        if others := basis.provenance.get(role):
+            facts[role] = ", ".join(others)
+    if count := basis.provenance.get("background"):
+        facts["background"] = f"{count} generic texts"
+    if sharpened := basis.provenance.get("sharpened"):
+        kind = "labelled classes" if sharpened["labelled"] else "clusters"
+        source = f" of {sharpened['source']}" if "source" in sharpened else ""
+        facts["sharpened with"] = (
+            f"{sharpened['images']} images{source} in {sharpened['clusters']} {kind}"
+        )
     return facts
 
 
@@ -262,7 +449,7 @@ def _document(basis: Basis, path: Path) -> dict[str, Any]:
         "prompts": list(basis.prompts),
         "texts": list(basis.texts),
         "counts": list(basis.counts),
-        "weights": _weights(basis),
+        "weights": basis.provenance.get("weights", []),
         "merge_threshold": basis.merge_threshold,
         "merged": [{"text": m.text, "into": m.into, "cosine": m.cosine} for m in basis.merged],
         "provenance": dict(basis.provenance),

@@ -31,6 +31,7 @@ from crl_sdk.cli._sources import (
     LazyEmbedder,
     PromptOption,
     TextsOption,
+    read_label_table,
     require_same_model,
     require_tasks,
 )
@@ -93,7 +94,9 @@ def fit(
     require_tasks("crl classify fit")
     if out_file.suffix != SUFFIX:
         raise InvalidInputError(f"--out: expected a {SUFFIX} file, got {str(out_file)!r}")
-    given = _from_folders(directory) if labels is None else _from_table(directory, labels, column)
+    given = (
+        _from_folders(directory) if labels is None else read_label_table(directory, labels, column)
+    )
     with LazyEmbedder(bundle, engine, threads, decode) as model:
         basis = model.find_or_make_basis(
             criterion, bases, file=basis_file, texts=texts, prompt=prompt, llm=llm
@@ -242,38 +245,4 @@ def _from_folders(directory: Path) -> dict[Path, str]:
             f"{directory}: {len(loose)} files outside the subdirectories are not used, for example "
             f"{loose[0].name}"
         )
-    return given
-
-
-def _from_table(directory: Path, path: Path, column: str) -> dict[Path, str]:
-    """Return the class of each image from a CSV file."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            header = list(reader.fieldnames or ())
-            if "file" not in header or column not in header:
-                raise InvalidInputError(
-                    f"{path}: expected a first line with the columns 'file' and {column!r}, "
-                    f"separated by commas, found {header}; --column chooses the column of labels"
-                )
-            lines = [(reader.line_num, line) for line in reader]
-    except OSError as error:
-        raise InvalidInputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InvalidInputError(f"{path}: expected CSV in UTF-8 ({error})") from error
-    given: dict[Path, str] = {}
-    for number, line in lines:
-        name, label = (line["file"] or "").strip(), (line[column] or "").strip()
-        if not name or not label or None in line:
-            raise InvalidInputError(
-                f"{path}, line {number}: expected a file and a label and {len(header)} columns, "
-                f"found {[value for value in line.values() if value is not None]}"
-            )
-        if given.setdefault(directory / name, label) != label:
-            raise InvalidInputError(
-                f"{path}, line {number}: {name!r} has the label {label!r} here and "
-                f"{given[directory / name]!r} before: keep one"
-            )
-    if not given:
-        raise InvalidInputError(f"{path}: expected a line for each labelled image, found none")
     return given

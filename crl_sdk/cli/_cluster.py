@@ -46,6 +46,8 @@ from crl_sdk.tasks._cluster_quality import ClusterQuality, assess_clusters
 from crl_sdk.tasks._clustering import Clustering
 from crl_sdk.tasks._clustering import cluster as cluster_rows
 from crl_sdk.tasks._kmeans import MAX_CLUSTERS, check_rows
+from crl_sdk.tasks._sharpen import ENOUGH_IMAGES
+from crl_sdk.tasks._sharpen import sharpen as sharpen_basis
 
 TABLE, REPORT = "clusters.csv", "report.html"
 
@@ -81,6 +83,13 @@ def cluster(
     engine: EngineOption = "auto",
     threads: ThreadsOption = None,
     decode: DecodeOption = "exact",
+    sharpen: Annotated[
+        bool,
+        typer.Option(
+            help="Sharpen the basis with these images before they are grouped. Takes the method "
+            f"contrastive and {ENOUGH_IMAGES} images or more."
+        ),
+    ] = True,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal groups.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -88,7 +97,8 @@ def cluster(
 
     The result is a table and, for image files, a report. Without --basis and --texts, the basis
     of the criterion is read from --bases. If it is not there, the local language model writes its
-    texts. Images that cannot be read are listed and left out, and the exit status is then 1.
+    texts. With enough images, the basis is sharpened with them for this command. Images that
+    cannot be read are listed and left out, and the exit status is then 1.
     """
     require_tasks("crl cluster")
     with LazyEmbedder(bundle, engine, threads, decode) as model:
@@ -99,10 +109,14 @@ def cluster(
     require_same_model(images, [basis])
     with spinner("grouping …"):
         universal = check_rows(images.universal)
+        doubts: tuple[str, ...] = ()
+        if sharpen and basis.method == "contrastive" and len(universal) >= ENOUGH_IMAGES:
+            sharpened = sharpen_basis(basis, universal, source=str(source), seed=seed)
+            basis, doubts = sharpened.basis, sharpened.reasons
         rows = project_rows(universal, [basis.projection])[0]
         found = cluster_rows(rows, k, basis=basis, universal=universal, max_k=max_k, seed=seed)
         quality = assess_clusters(universal, rows, basis.text_embeddings, seed=seed)
-        reasons = (*quality.reasons, *_undescribed_groups(found))
+        reasons = (*quality.reasons, *doubts, *_undescribed_groups(found, quality))
     make_directory(directory, InvalidInputError)
     write_atomically(directory / TABLE, _csv(images, found), InvalidInputError)
     page = None
@@ -117,10 +131,10 @@ def cluster(
         raise typer.Exit(1)
 
 
-def _undescribed_groups(found: Clustering) -> tuple[str, ...]:
-    """Return a sentence about the groups that no text describes, if there are any."""
+def _undescribed_groups(found: Clustering, quality: ClusterQuality) -> tuple[str, ...]:
+    """Return a sentence about groups that no text describes, if too few images were checked."""
     count = sum(each.name is not None and not each.name.fits for each in found.clusters)
-    if not count:
+    if not count or quality.undescribed is not None:
         return ()
     return (
         f"no text describes {count} of {len(found.clusters)} groups: a text for what the images "
@@ -174,6 +188,7 @@ def _document(
         "texts": list(basis.texts),
         "fingerprint": basis.fingerprint,
         "basis_sha256": basis.sha256(),
+        "sharpened": basis.provenance.get("sharpened"),
         "k": found.k,
         "chosen": None
         if choice is None
@@ -189,7 +204,7 @@ def _document(
         "stability": found.stability,
         "quality": {
             "separation": quality.separation,
-            "stability": quality.stability,
+            "undescribed": quality.undescribed,
             "reasons": list(reasons),
         },
         "clusters": [_cluster_document(images, found, i) for i in range(len(found.clusters))],

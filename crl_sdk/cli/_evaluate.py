@@ -229,13 +229,14 @@ def _measure(
         if "few-shot" in options.protocols:
             settings |= {"shots": list(options.shots), "splits": options.splits}
         rows = run.run_labelled(
-            read, universal, texts, method=options.method, protocols=options.protocols,
+            read, universal, texts, method=options.method,
+            background=embedder.bundle.background, protocols=options.protocols,
             seeds=options.seeds, shots=options.shots, splits=options.splits, step=step,
         )  # fmt: skip
     elif isinstance(read, GeneCis):
         rows = run.run_genecis(
             read, universal, texts["scene"], partial(embedder.embed_text, truncate=True),
-            method=options.method, step=step,
+            method=options.method, background=embedder.bundle.background, step=step,
         )  # fmt: skip
     else:
         settings |= {"components": run.reduced_size(texts, options.components)}

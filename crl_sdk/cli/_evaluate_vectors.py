@@ -21,11 +21,17 @@ from crl_sdk.errors import InvalidInputError
 from crl_sdk.evaluation import _results as report
 from crl_sdk.evaluation import _vector_results as results
 from crl_sdk.evaluation._criterion_texts import CriterionTexts
-from crl_sdk.evaluation._vector_protocols import VECTOR_PROTOCOLS, VectorOptions, run_vectors
+from crl_sdk.evaluation._vector_protocols import (
+    DESCRIBING,
+    VECTOR_PROTOCOLS,
+    VectorOptions,
+    run_vectors,
+)
 from crl_sdk.evaluation._vectors import (
     TEXT,
     WORDS,
     VectorFile,
+    read_background,
     read_images,
     read_labels,
     read_text_vectors,
@@ -62,6 +68,14 @@ def evaluate_vectors(
             "criteria of the methods that need some. Default: all in the files."
         ),
     ] = "",
+    background: Annotated[
+        str | None,
+        typer.Option(
+            help="Generic texts for the method contrastive: the name of an array (n, d), or a kind "
+            "of the bank of words, which is then no criterion. Default: the array background, if "
+            "a file has it."
+        ),
+    ] = None,
     group: Annotated[
         str | None,
         typer.Option(
@@ -77,8 +91,8 @@ def evaluate_vectors(
         ),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="Projection methods, separated by commas. Default: all.")
-    ] = ",".join(METHODS),
+        str, typer.Option(help="Projection methods, separated by commas.")
+    ] = ",".join(DESCRIBING),
     protocol: Annotated[
         str, typer.Option(help="Protocols to run, separated by commas.")
     ] = ",".join(VECTOR_PROTOCOLS),
@@ -124,6 +138,7 @@ def evaluate_vectors(
     require_one_space(files)
     images, scaled = read_images(file)
     known, notes = read_text_vectors(files, lists, images.shape[1])
+    generic = read_background(files, background, known, images.shape[1])
     known = _select(criteria, known)
     columns = _columns(labels, file, known)
     vectors = read_labels(file, images, list(columns), group, smallest)
@@ -131,7 +146,9 @@ def evaluate_vectors(
     for each in notes:
         note(each)
     with spinner("measuring") as status:
-        rows, remarks = run_vectors(vectors, columns, known, options, status.update)
+        rows, remarks = run_vectors(
+            vectors, columns, known, options, status.update, background=generic
+        )
     for each in remarks:
         note(each)
     settings: dict[str, Any] = {"protocols": list(protocols), "methods": list(methods)}
@@ -139,6 +156,7 @@ def evaluate_vectors(
         settings |= {"seeds": seeds}
     if "few-shot" in protocols:
         settings |= {"shots": list(options.shots), "splits": splits}
+    settings |= {"generic texts": 0 if generic is None else len(generic)}
     settings |= {"smallest class": smallest, "grouped": "yes" if vectors.grouped else "no"}
     found = results.make_document(
         data.name, vectors, criteria=columns, rows=rows, texts=known, settings=settings,

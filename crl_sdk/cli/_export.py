@@ -1,4 +1,4 @@
-"""`crl export` and `crl info`: make a model bundle and show what a bundle holds."""
+"""`crl export`, `crl background` and `crl info`: make, complete and show a model bundle."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ from rich.table import Table
 
 from crl_sdk.cli._console import JsonOption, note, out, print_facts, print_json, progress_bar
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
+from crl_sdk.model._background import BACKGROUND_FILE
 from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.model._manifest import PRECISIONS, Manifest, Parity, Precision
+
+BackgroundOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--background",
+        help="Your own generic texts for a specialised model: a UTF-8 file with one text per line, "
+        "50 or more. Default: 832 English words and captions.",
+    ),
+]
 
 
 def export(
@@ -34,6 +44,7 @@ def export(
         str, typer.Option("--license", help="Licence of the weights, for the manifest.")
     ] = "unknown",
     text: Annotated[bool, typer.Option(help="Export the text tower too.")] = True,
+    background: BackgroundOption = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -43,6 +54,7 @@ def export(
     tolerance.
     """
     try:
+        from crl_export.background import read_background_texts
         from crl_export.exporter import export_model
     except ImportError as error:
         raise MissingDependencyError(error.name or "torch", "export", "crl export") from error
@@ -57,6 +69,7 @@ def export(
             name=name,
             license=license_name,
             text=text,
+            background=None if background is None else read_background_texts(background),
             overwrite=overwrite,
             progress=lambda stage, done, total: progress.update(
                 task, description=stage, completed=done, total=total
@@ -64,6 +77,24 @@ def export(
         )
     note(f"wrote {out_dir}")
     _print_bundle(bundle, as_json)
+
+
+def add_background(
+    bundle: Annotated[Path, typer.Argument(help="Directory of a bundle.")],
+    background: BackgroundOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Add background texts to a bundle that an older version exported, or replace them.
+
+    The method `contrastive` compares the texts of a criterion with these generic texts. Bases that
+    exist already do not change; make them again to use the new background.
+    """
+    from crl_export.background import add_background, read_background_texts
+
+    texts = None if background is None else read_background_texts(background)
+    changed = add_background(bundle, texts)
+    note(f"wrote {bundle / BACKGROUND_FILE}")
+    _print_bundle(changed, as_json)
 
 
 def info(
@@ -92,7 +123,15 @@ def _print_bundle(bundle: ModelBundle, as_json: bool) -> None:
     if as_json:
         print_json({"path": str(bundle.path), **msgspec.to_builtins(manifest)})
         return
-    print_facts(str(bundle.path), _facts(manifest))
+    facts = _facts(manifest)
+    if manifest.text is not None:
+        known = bundle.background
+        facts["background"] = (
+            f"none: add one with crl background {bundle.path}"
+            if known is None
+            else f"{len(known)} generic texts"
+        )
+    print_facts(str(bundle.path), facts)
     table = Table("graph", "MB", "cosine mean", "cosine min", "max |Δ|", "samples")
     for graph in manifest.images:
         table.add_row(graph.file, *_graph_row(manifest, graph.file, graph.parity))

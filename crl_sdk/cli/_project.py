@@ -14,6 +14,7 @@ from crl_sdk.cli._console import JsonOption, note, print_facts, print_json, prog
 from crl_sdk.cli._options import DEFAULT_BASES, BasesOption, load_basis
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.model._bundle import ModelBundle
+from crl_sdk.model._fingerprint import short_fingerprint
 from crl_sdk.projection._project_rows import OUTPUT_DTYPES
 from crl_sdk.stored._project import RECORD, project_stored
 from crl_sdk.stored._reader import StoredEmbeddings
@@ -57,7 +58,7 @@ def project(
     if opened.fingerprint is None and fingerprint is None:
         warn(
             f"{stored} does not say which model made it; assuming the model of the bases, "
-            f"{loaded[0].fingerprint[:12]}…"
+            f"{short_fingerprint(loaded[0].fingerprint)}"
         )
     if not opened.mapped:
         note(f"{stored}: compressed, so it is loaded into memory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,11 +18,13 @@ from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embedder import Embedder
 from crl_sdk.basis._basis import Basis, basis_path, require_one_model
 from crl_sdk.basis._build import DEFAULT_PROMPT
+from crl_sdk.basis._methods import DEFAULT_METHOD
 from crl_sdk.cli import _generation as generation
-from crl_sdk.cli._basis import read_texts, save
+from crl_sdk.cli._basis import read_texts, save, warn_without_background
 from crl_sdk.cli._console import note, progress_bar, warn
 from crl_sdk.cli._options import open_embedder
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
+from crl_sdk.model._fingerprint import short_fingerprint
 from crl_sdk.model._image_files import find_image_files
 from crl_sdk.model._preprocess import Decode
 from crl_sdk.stored._reader import SUFFIXES as STORED_SUFFIXES
@@ -197,6 +200,7 @@ class LazyEmbedder:
             )
         name = normalise_criterion(criterion)
         if texts is not None:
+            warn_without_background(self.embedder.bundle, DEFAULT_METHOD)
             return self.embedder.create_basis(
                 name, read_texts(texts), prompts=[prompt],
                 provenance={"texts": "given by the user"},
@@ -205,6 +209,7 @@ class LazyEmbedder:
         if path.exists():
             note(f"{name}: basis {path}")
             return Basis.load(path)
+        warn_without_background(self.embedder.bundle, DEFAULT_METHOD)
         basis = generation.generate_basis(self.embedder, name, llm, prompts=[prompt])
         save(basis, path)
         note(f"{name}: {', '.join(basis.texts)}")
@@ -236,9 +241,53 @@ def require_same_model(source: ImageSource, bases: Sequence[Basis]) -> None:
     if source.fingerprint is None:
         warn(
             "the file of embeddings does not name the model that made it; it is assumed to be the "
-            f"model of the basis, {bases[0].fingerprint[:12]}…"
+            f"model of the basis, {short_fingerprint(bases[0].fingerprint)}"
         )
     require_one_model(bases, source.fingerprint)
+
+
+def read_label_table(directory: Path, path: Path, column: str) -> dict[Path, str]:
+    """Return the class of each image from a CSV file.
+
+    Args:
+        directory: Directory that the files in the table are relative to.
+        path: CSV file with a header, the column `file` and a column of labels.
+        column: Name of the column of labels.
+
+    Raises:
+        InvalidInputError: If the file cannot be read, lacks a column or a cell, or gives a file two
+            labels.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            header = list(reader.fieldnames or ())
+            if "file" not in header or column not in header:
+                raise InvalidInputError(
+                    f"{path}: expected a first line with the columns 'file' and {column!r}, "
+                    f"separated by commas, found {header}; --column chooses the column of labels"
+                )
+            lines = [(reader.line_num, line) for line in reader]
+    except OSError as error:
+        raise InvalidInputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InvalidInputError(f"{path}: expected CSV in UTF-8 ({error})") from error
+    given: dict[Path, str] = {}
+    for number, line in lines:
+        name, label = (line["file"] or "").strip(), (line[column] or "").strip()
+        if not name or not label or None in line:
+            raise InvalidInputError(
+                f"{path}, line {number}: expected a file and a label and {len(header)} columns, "
+                f"found {[value for value in line.values() if value is not None]}"
+            )
+        if given.setdefault(directory / name, label) != label:
+            raise InvalidInputError(
+                f"{path}, line {number}: {name!r} has the label {label!r} here and "
+                f"{given[directory / name]!r} before: keep one"
+            )
+    if not given:
+        raise InvalidInputError(f"{path}: expected a line for each labelled image, found none")
+    return given
 
 
 def _stored_names(path: Path, count: int) -> list[str]:

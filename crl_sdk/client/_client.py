@@ -247,6 +247,7 @@ class AsyncClient:
         method: str | None = None,
         post: str | None = None,
         against: Sequence[str] = (),
+        ignore: Sequence[str] = (),
         replace: bool = True,
     ) -> BasisInfo:
         """Let the server make a basis from texts, with the text tower of its model.
@@ -258,8 +259,10 @@ class AsyncClient:
             method: Projection method, see docs/PROJECTIONS.md. None for the default.
             post: Row normalisation after the projection: `l2`, `standardise` or `none`. None for
                 `l2`.
-            against: Other criteria whose texts should count less, for the methods that need
+            against: Other criteria whose texts should count less, for the methods that take
                 them. The server must have a basis of each.
+            ignore: Criteria to disregard, whose directions are removed. The server must have a
+                basis of each.
             replace: Whether to replace the basis that the criterion has already.
 
         Returns:
@@ -268,13 +271,13 @@ class AsyncClient:
         Raises:
             InvalidInputError: If a criterion, text, prompt or method is malformed, or if `method`
                 and `against` do not fit together.
-            UnknownCriterionError: If the server has no basis of one of `against`.
+            UnknownCriterionError: If the server has no basis of one of `against` or `ignore`.
             BasisExistsError: If the criterion has a basis and `replace` is False.
         """
-        _check_lists(texts=texts, prompts=prompts, against=against)
+        _check_lists(texts=texts, prompts=prompts, against=against, ignore=ignore)
         given = basis_pb2.BasisTexts(
             criterion=criterion, texts=texts, prompts=prompts, method=method or "",
-            post=post or "", against=against,
+            post=post or "", against=against, ignore=ignore,
         )  # fmt: skip
         return await self._put(basis_pb2.PutBasisRequest(texts=given, no_replace=not replace))
 
@@ -301,6 +304,7 @@ class AsyncClient:
         exclude: Sequence[str] = (),
         seed: int = 0,
         against: Sequence[str] = (),
+        ignore: Sequence[str] = (),
         replace: bool = True,
         progress: Callable[[GenerationProgress], None] | None = None,
         timeout: float = 600.0,
@@ -318,6 +322,7 @@ class AsyncClient:
             exclude: Texts to leave out.
             seed: Seed of the language model. Equal seeds give equal texts.
             against: Other criteria whose texts should count less, see `create_basis`.
+            ignore: Criteria to disregard, see `create_basis`.
             replace: Whether to replace the basis that the criterion has already.
             progress: Function that is called from time to time with the state of the generation.
             timeout: Seconds for the whole call.
@@ -329,12 +334,14 @@ class AsyncClient:
             NotOfferedError: If the server has no language model.
             GenerationError: If the language model answers nothing usable.
             BasisExistsError: If the criterion has a basis and `replace` is False.
-            UnknownCriterionError: If the server has no basis of one of `against`.
+            UnknownCriterionError: If the server has no basis of one of `against` or `ignore`.
         """
-        _check_lists(prompts=prompts, include=include, exclude=exclude, against=against)
+        _check_lists(
+            prompts=prompts, include=include, exclude=exclude, against=against, ignore=ignore
+        )
         request = basis_pb2.GenerateBasisRequest(
             criterion=criterion, hint=hint, prompts=prompts, count=count or 0, include=include,
-            exclude=exclude, seed=seed, no_replace=not replace, against=against,
+            exclude=exclude, seed=seed, no_replace=not replace, against=against, ignore=ignore,
         )  # fmt: skip
         metadata = self._connection.metadata
         try:

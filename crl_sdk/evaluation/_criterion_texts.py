@@ -78,14 +78,19 @@ def texts_from_basis(basis: Basis, fingerprint: str, source: str) -> CriterionTe
     return CriterionTexts(basis.texts, basis.text_embeddings, basis.prompts, source)
 
 
-def make_projections(texts: Mapping[str, CriterionTexts], method: Method) -> dict[str, Projection]:
+def make_projections(
+    texts: Mapping[str, CriterionTexts],
+    method: Method,
+    background: NDArray[np.floating] | None = None,
+) -> dict[str, Projection]:
     """Make the projection of each criterion, without row normalisation.
 
     The protocols normalise the rows themselves.
 
     Args:
-        texts: Texts of all criteria. Methods that need other criteria take the remaining ones.
+        texts: Texts of all criteria. Methods that take other criteria get the remaining ones.
         method: One of `crl_sdk.basis.METHODS`. `cosine` is the paper's.
+        background: Embeddings of generic texts, shape (n, d), such as `ModelBundle.background`.
 
     Raises:
         InvalidInputError: If there are too few texts for the method, or no other criteria.
@@ -95,6 +100,6 @@ def make_projections(texts: Mapping[str, CriterionTexts], method: Method) -> dic
         others = [each.embeddings for name, each in texts.items() if name != criterion]
         made[criterion] = make_projection(
             own.embeddings, method, post="none",
-            against=others if find_method(method).needs_against else (),
+            against=others if find_method(method).takes_against else (), background=background,
         )  # fmt: skip
     return made

@@ -115,6 +115,7 @@ def run_labelled(
     texts: Mapping[str, CriterionTexts],
     *,
     method: Method = PAPER_METHOD,
+    background: NDArray[np.float32] | None = None,
     protocols: Sequence[str] = PROTOCOLS,
     seeds: int = 20,
     shots: Sequence[int] = shots_of.SHOTS,
@@ -128,6 +129,7 @@ def run_labelled(
         universal: Universal embeddings of `data.files`, shape (n, d), float32, unit rows.
         texts: Texts of each criterion. These criteria are evaluated.
         method: Method that makes the projections. `cosine` is the paper's.
+        background: Embeddings of generic texts, shape (b, d), for methods that use them.
         protocols: Some of `PROTOCOLS`.
         seeds: Number of k-means seeds, counted from 0.
         shots: Numbers of training images of each class.
@@ -147,7 +149,7 @@ def run_labelled(
         raise InvalidInputError(
             f"expected protocols of {PROTOCOLS} and seeds >= 1, got {list(protocols)} and {seeds}"
         )
-    maps = make_projections(texts, method)
+    maps = make_projections(texts, method, background)
     rows = []
     for criterion in texts:
         labels = data.labels[criterion]
@@ -187,6 +189,7 @@ def run_genecis(
     embed_text: EmbedText,
     *,
     method: Method = PAPER_METHOD,
+    background: NDArray[np.float32] | None = None,
     step: Step | None = None,
 ) -> list[ResultRow]:
     """Rank the gallery of each query.
@@ -198,6 +201,7 @@ def run_genecis(
         embed_text: Function from n texts to embeddings, shape (n, d), float32, unit rows. Texts
             are cut at the context length of the model.
         method: Method that makes the projection. `cosine` is the paper's.
+        background: Embeddings of generic texts, shape (b, d), for methods that use them.
         step: Function that is called with a description of each step.
 
     Returns:
@@ -208,7 +212,8 @@ def run_genecis(
     Raises:
         InvalidInputError: If there are too few texts for the method or a value is NaN.
     """
-    conditional = make_projections({"scene": scene}, method)["scene"].apply(universal)
+    made = make_projections({"scene": scene}, method, background)
+    conditional = made["scene"].apply(universal)
     _report(step, "embedding the conditions' captions")
     words = sorted({query.condition for query in data.queries})
     embedded = embed_text([caption for word in words for caption in condition_captions(word)])

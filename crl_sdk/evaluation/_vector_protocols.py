@@ -9,7 +9,13 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from crl_sdk.basis._methods import METHODS, PAPER_METHOD, Method, find_method, make_projection
+from crl_sdk.basis._methods import (
+    PAPER_METHOD,
+    PROJECTION_METHODS,
+    Method,
+    find_method,
+    make_projection,
+)
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.evaluation import _clustering as kmeans
 from crl_sdk.evaluation import _few_shot as shots_of
@@ -17,11 +23,16 @@ from crl_sdk.evaluation._criterion_texts import CriterionTexts
 from crl_sdk.evaluation._mean_std import MeanStd
 from crl_sdk.evaluation._protocols import SCALED, UNIVERSAL, Step
 from crl_sdk.evaluation._vectors import VectorSet
-from crl_sdk.projection._projection import normalise_rows
+from crl_sdk.projection._projection import Projection, normalise_rows
 from crl_sdk.tasks._metrics import average_precision
+from crl_sdk.tasks._sharpen import ENOUGH_IMAGES, sharpen_projection
 
 VECTOR_PROTOCOLS = ("clustering", "few-shot", "retrieval")
 RANDOM = "random directions"
+SHARPENED = "contrastive, sharpened"
+"""The method `contrastive`, sharpened with the images that are evaluated, without their labels."""
+DESCRIBING = tuple(method.name for method in PROJECTION_METHODS if method.texts_describe)
+"""Methods whose conditional embeddings are about the criterion."""
 _DRAWS = 5
 """Number of draws of the random directions. Seed or split i uses draw i modulo this."""
 _BLOCK = 1 << 22
@@ -80,7 +91,7 @@ class VectorOptions:
         splits: Number of random choices of the training images.
     """
 
-    methods: tuple[Method, ...] = METHODS
+    methods: tuple[Method, ...] = DESCRIBING
     protocols: tuple[str, ...] = VECTOR_PROTOCOLS
     seeds: int = 20
     shots: tuple[int, ...] = shots_of.SHOTS
@@ -93,16 +104,19 @@ def run_vectors(
     texts: Mapping[str, CriterionTexts],
     options: VectorOptions,
     step: Step | None = None,
+    *,
+    background: Rows | None = None,
 ) -> tuple[list[VectorRow], list[str]]:
     """Run the protocols for each label column.
 
     Args:
         data: Image vectors with labels.
         criteria: Criterion of each label column.
-        texts: Text vectors of all criteria. Methods that need other criteria take all but the
+        texts: Text vectors of all criteria. Methods that take other criteria get all but the
             evaluated one.
         options: Options of the protocols.
         step: Function that is called with a description of each step.
+        background: Vectors of generic texts, shape (n, d), float32, unit rows.
 
     Returns:
         Rows sorted by label column, then by protocol; and remarks on methods that were left out.
@@ -130,7 +144,16 @@ def run_vectors(
                     "other criteria and there are none"
                 )
                 continue
-            maps[method] = _project(images, criterion, texts, method)
+            if k < find_method(method).min_texts:
+                notes.append(
+                    f"{column}: the method {method} is left out, because it needs "
+                    f"{find_method(method).min_texts} texts and there are {k}"
+                )
+                continue
+            made = _projection(criterion, texts, method, background)
+            maps[method] = made.apply(images)
+            if method == "contrastive" and len(images) >= ENOUGH_IMAGES:
+                maps[SHARPENED] = sharpen_projection(made, k, images)[0].apply(images)
         draws = [images @ _directions(k, d, seed).T for seed in range(_DRAWS)]
         ways = {UNIVERSAL: [images], SCALED: [images], RANDOM: draws}
         ways |= {method: [mapped] for method, mapped in maps.items()}
@@ -315,15 +338,17 @@ def _over_draws(
     return found
 
 
-def _project(
-    images: Rows, criterion: str, texts: Mapping[str, CriterionTexts], method: Method
-) -> Rows:
+def _projection(
+    criterion: str,
+    texts: Mapping[str, CriterionTexts],
+    method: Method,
+    background: Rows | None,
+) -> Projection:
     others = [each.embeddings for name, each in texts.items() if name != criterion]
-    made = make_projection(
+    return make_projection(
         texts[criterion].embeddings, method, post="none",
-        against=others if find_method(method).needs_against else (),
+        against=others if find_method(method).takes_against else (), background=background,
     )  # fmt: skip
-    return made.apply(images)
 
 
 def _directions(count: int, dim: int, seed: int) -> Rows:

@@ -24,6 +24,8 @@ from crl_sdk.projection._projection import check_embeddings
 TEXT, WORDS = "text:", "words:"
 """Start of the names of the arrays with the text vectors and the words of a criterion."""
 
+BACKGROUND = "background"
+
 _UNIT_TOLERANCE = 1e-3
 """Largest deviation of a norm from 1 that passes as rounding. That of float16 is 3e-4."""
 _SHOWN = 8
@@ -299,6 +301,40 @@ def read_text_vectors(
             ", ".join(str(file.path) for file, _, _ in banks),
         )  # fmt: skip
     return found, notes
+
+
+def read_background(
+    files: Sequence[VectorFile],
+    name: str | None,
+    known: dict[str, CriterionTexts],
+    dim: int,
+) -> NDArray[np.float32] | None:
+    """Read the vectors of generic texts.
+
+    Args:
+        files: The files.
+        name: Name of an array, or of a criterion in `known`, which is then removed from it. None
+            for the array `background`, if a file has it.
+        known: Texts of each criterion.
+        dim: Number of dimensions of the image vectors.
+
+    Returns:
+        Vectors, shape (n, d), float32, unit rows; None if there are none.
+
+    Raises:
+        InvalidInputError: If no file has the array, or it has the wrong shape or dtype.
+    """
+    if name is not None and normalise_criterion(name) in known:
+        return known.pop(normalise_criterion(name)).embeddings
+    for file in files:
+        if (name or BACKGROUND) in file:
+            return _text_rows(file, name or BACKGROUND, dim)[0]
+    if name is None:
+        return None
+    raise InvalidInputError(
+        f"--background: expected an array of {', '.join(str(file.path) for file in files)}, or one "
+        f"of the criteria {', '.join(known) or '(none)'}, got {name!r}"
+    )
 
 
 def require_one_space(files: Sequence[VectorFile]) -> None:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from crl_sdk.errors import BundleError, IntegrityError
+from crl_sdk.model._background import BACKGROUND_FILE, read_background
 from crl_sdk.model._manifest import (
     MANIFEST,
     FileEntry,
@@ -95,6 +100,20 @@ class ModelBundle:
     def precisions(self) -> tuple[Precision, ...]:
         """Precisions that the bundle has image graphs for."""
         return tuple(graph.precision for graph in self.manifest.images)
+
+    @cached_property
+    def background(self) -> NDArray[np.float32] | None:
+        """Embeddings of generic texts by the bundle's own text tower, or None.
+
+        Their shape is (n, d), float32. The method `contrastive` uses them to see how texts vary
+        anyhow. `crl export` makes them; `crl background` adds them to an older bundle.
+
+        Raises:
+            IntegrityError: If the file is malformed.
+        """
+        if BACKGROUND_FILE not in self.manifest.files:
+            return None
+        return read_background(self.path / BACKGROUND_FILE, self.embedding_dim)
 
     def image_graph(self, precision: Precision) -> Path:
         """Return the path of the image graph of a precision.

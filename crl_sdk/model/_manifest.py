@@ -15,6 +15,7 @@ import msgspec
 from crl_sdk.errors import BundleError, IntegrityError, UnsupportedSchemaError
 from crl_sdk.model._preprocess import PreprocessSpec
 from crl_sdk.model._tokenizer import Clean
+from crl_sdk.storage._atomic_files import write_atomically
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -196,12 +197,15 @@ def parse_manifest(data: bytes, *, where: str = MANIFEST) -> Manifest:
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write `manifest.json`, indented and with keys in a fixed order.
 
+    Readers see the old or the new manifest, even after a crash.
+
     Raises:
         IntegrityError: If the parts of the manifest contradict each other.
+        BundleError: If it cannot be written.
     """
     _check_manifest(manifest, str(directory / MANIFEST))
     text = msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=2)
-    (directory / MANIFEST).write_bytes(text + b"\n")
+    write_atomically(directory / MANIFEST, text + b"\n", BundleError)
 
 
 def _check_manifest(manifest: Manifest, where: str) -> None:

@@ -159,21 +159,20 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
             )
             send(basis_pb2.GenerateBasisResponse(progress=message))
 
-        against = self._select(request.against)
+        against, ignore = self._select(request.against), self._select(request.ignore)
         if request.no_replace:  # `put` checks it again, but the language model takes a minute
             self._pipeline.bases.require_new(request.criterion)
         with self._open_llm() as llm:
             basis = self._pipeline.embedder.generate_basis(
                 request.criterion, llm=llm, options=options,
                 prompts=tuple(request.prompts) or (DEFAULT_PROMPT,), against=against,
-                progress=report, load=False,
+                ignore=ignore, progress=report, load=False,
             )  # fmt: skip
         stored, replaced = self._pipeline.bases.put(basis, replace=not request.no_replace)
         return basis_pb2.PutBasisResponse(info=_to_info(stored), replaced=replaced)
 
     def _build(self, request: basis_pb2.BasisTexts) -> Basis:
         """Make a basis from the texts of a client."""
-        against = self._select(request.against)
         method, post = request.method or None, request.post or "l2"
         if (method is not None and method not in METHODS) or post not in POSTS:
             raise InvalidInputError(
@@ -185,7 +184,8 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
             prompts=tuple(request.prompts) or (DEFAULT_PROMPT,),
             method=method,
             post=post,
-            against=against,
+            against=self._select(request.against),
+            ignore=self._select(request.ignore),
             provenance={"texts": "given by a client"},
             load=False,
         )

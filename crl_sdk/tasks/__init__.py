@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from crl_sdk.tasks._kmeans import ClusterCount, choose_k
     from crl_sdk.tasks._naming import ClusterName
     from crl_sdk.tasks._retrieval import Index, SearchResults, condition_captions
+    from crl_sdk.tasks._sharpen import Sharpened, sharpen
     from crl_sdk.tasks._transformer import ConditionalTransformer
 
 __all__ = [
@@ -25,10 +26,12 @@ __all__ = [
     "FewShotClassifier",
     "Index",
     "SearchResults",
+    "Sharpened",
     "assess_clusters",
     "choose_k",
     "cluster",
     "condition_captions",
+    "sharpen",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -40,6 +43,7 @@ __getattr__, __dir__ = lazy_names(
         "_kmeans": ("ClusterCount", "choose_k"),
         "_naming": ("ClusterName",),
         "_retrieval": ("Index", "SearchResults", "condition_captions"),
+        "_sharpen": ("Sharpened", "sharpen"),
         "_transformer": ("ConditionalTransformer",),
     },
     extra="tasks",

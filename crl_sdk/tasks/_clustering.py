@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk.basis._basis import Basis
+from crl_sdk.basis._methods import known_method
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._projection import EPSILON
 from crl_sdk.tasks._kmeans import (
@@ -95,7 +96,8 @@ def cluster(
     Args:
         rows: Conditional embeddings or any other vectors, shape (n, m), of a float dtype.
         k: Number of clusters, 1 to n. None to choose it with `choose_k`.
-        basis: Basis whose texts name the clusters. It need not be the one that made the rows.
+        basis: Basis whose texts name the clusters. It need not be the one that made the rows. The
+            texts of the method `ignore` describe what is disregarded and name nothing.
         universal: Universal embeddings of the same images, shape (n, d), of a float dtype. With
             them, clusters can be named whatever the method of the basis, and copies of an image
             are recognised.
@@ -125,6 +127,8 @@ def cluster(
             f"expected universal embeddings of the same images, got {len(checked)} rows and "
             f"{len(images)} universal embeddings"
         )
+    if basis is not None and (method := known_method(basis.method)) and not method.texts_describe:
+        basis = None
     scores = None if basis is None else text_scores(basis, universal=universal, rows=checked)
     choice = choose_k(checked, max_k, seed=seed) if k is None else None
     count = choice.k if choice is not None else k

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk.basis._basis import Basis
-from crl_sdk.basis._methods import find_method
+from crl_sdk.basis._methods import known_method
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._projection import check_embeddings
 
@@ -69,7 +69,8 @@ def text_scores(
     if universal is not None:
         checked = check_embeddings(universal, basis.projection.input_dim)
         return np.asarray(checked @ basis.text_embeddings.T)
-    if rows is None or not find_method(basis.method).columns_are_texts:
+    record = known_method(basis.method)
+    if rows is None or record is None or not record.columns_are_texts:
         raise InvalidInputError(
             f"basis {basis.criterion!r} was made by the method {basis.method!r}, whose columns are "
             "not its texts: pass universal=, the universal embeddings (n, d), to name clusters"

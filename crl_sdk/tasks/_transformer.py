@@ -14,15 +14,22 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk.basis._basis import Basis, basis_path
-from crl_sdk.basis._methods import Method, default_method, find_method, make_projection
+from crl_sdk.basis._methods import (
+    Method,
+    default_method,
+    find_method,
+    known_method,
+    make_projection,
+)
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._projection import Post, Projection
+from crl_sdk.tasks._sharpen import sharpen_projection
 
 
 class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # untyped
     """Pipeline step that returns conditional embeddings, `post(x @ weight + bias)`.
 
-    It learns nothing from X unless `centre` is set. Criterion, method and row normalisation can be
+    It learns nothing from X unless `sharpen` is set. Criterion, method and row normalisation can be
     searched like any parameter, for example `{"crl__criterion": ["color", "shape"]}` for a step
     named `crl`. As in all of scikit-learn, parameters are checked in `fit`.
 
@@ -35,12 +42,14 @@ class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[m
         text_embeddings: Text embeddings from `embed_text` of an `Embedder` or a `Client`, shape
             (k, d), of a float dtype, unit rows.
         method: Method that makes the projection from the texts, see `crl_sdk.basis`. None for the
-            projection of the basis as it is, or `centred` with `text_embeddings`. A projection
-            that is made again has no reference images. Methods that need other criteria cannot be
-            used, because `against` is not known here.
+            projection of the basis as it is, or the default with `text_embeddings`. A projection
+            that is made again knows no other criteria, so that methods that need them cannot be
+            used.
+        background: Embeddings of generic texts, shape (b, d), of a float dtype, unit rows, such as
+            `ModelBundle.background`, for a projection that is made here.
         post: Row normalisation. None for that of the basis, or `l2` with `text_embeddings`.
-        centre: Whether `fit` takes the mean of X as the mean of typical images, which the method
-            removes. The projection is then made again from the texts.
+        sharpen: Whether `fit` sharpens the projection with X, see `crl_sdk.tasks.sharpen`, and
+            with y if it is given. The method must be `contrastive`.
 
     Attributes:
         projection_: The projection, a `Projection`.
@@ -57,8 +66,9 @@ class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[m
         texts: Sequence[str] | None = None,
         text_embeddings: NDArray[Any] | None = None,
         method: Method | None = None,
+        background: NDArray[Any] | None = None,
         post: Post | None = None,
-        centre: bool = False,
+        sharpen: bool = False,
     ) -> None:
         """Store the parameters. See the class for their meaning."""
         self.basis = basis
@@ -66,33 +76,39 @@ class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[m
         self.texts = texts
         self.text_embeddings = text_embeddings
         self.method = method
+        self.background = background
         self.post = post
-        self.centre = centre
+        self.sharpen = sharpen
 
     def fit(self, X: Any, y: Any = None) -> ConditionalTransformer:
         """Make the projection.
 
         Args:
             X: Universal embeddings, shape (n, d), of a float dtype, unit rows.
-            y: Ignored.
+            y: Labels for `sharpen`, shape (n,). Otherwise ignored.
 
         Returns:
             The transformer itself.
 
         Raises:
             InvalidInputError: If neither or both of `basis` and `text_embeddings` are given, X has
-                another dimension, or a parameter is malformed.
+                another dimension, a parameter is malformed, or there are too few rows to sharpen.
             BasisError: If a basis file cannot be read.
             IntegrityError: If a file is not a basis file.
             ValueError: If X is not a finite (n, d) array (raised by scikit-learn).
         """
-        del y
         checked = validate_data(self, X, dtype=[np.float32, np.float64])
         embeddings, texts, made, method, post = self._source(checked.shape[1])
-        if made is None or self.method is not None or self.centre:
+        if made is None or self.method is not None:
             made = make_projection(
-                embeddings, method, post=post, reference=checked if self.centre else None
+                embeddings, find_method(method).name, post=post, background=self.background
             )
+        if self.sharpen:
+            if method != "contrastive":
+                raise InvalidInputError(
+                    f"expected the method 'contrastive' with sharpen=True, got {method!r}"
+                )
+            made = sharpen_projection(made, len(embeddings), checked, y)[0]
         self.projection_ = Projection(made.weight, made.bias, post)
         self.texts_, self.method_ = texts, method
         if self.projection_.input_dim != self.n_features_in_:
@@ -140,7 +156,8 @@ class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[m
                     f"({self.n_features_in_}), got {len(input_features)}"
                 )
         columns = self.projection_.output_dim
-        if find_method(self.method_).columns_are_texts and self.texts_ is not None:
+        record = known_method(self.method_)
+        if record is not None and record.columns_are_texts and self.texts_ is not None:
             return np.asarray(self.texts_, dtype=object)
         return np.asarray([f"crl{i}" for i in range(columns)], dtype=object)
 
@@ -152,7 +169,7 @@ class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[m
 
     def _source(
         self, dim: int
-    ) -> tuple[NDArray[Any], tuple[str, ...] | None, Projection | None, Method, Post]:
+    ) -> tuple[NDArray[Any], tuple[str, ...] | None, Projection | None, str, Post]:
         """Return text embeddings, texts, the projection of the basis if any, method and post."""
         if (self.basis is None) == (self.text_embeddings is None):
             raise InvalidInputError(
@@ -181,7 +198,7 @@ class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[m
                 f"expected one distinct text for each of {len(embeddings)} text embeddings, got "
                 f"{len(texts)}: {', '.join(map(str, texts[:6]))}"
             )
-        method = self.method or default_method(against=False)
+        method = self.method or default_method(len(embeddings))
         return embeddings, texts, None, method, self.post or "l2"
 
     def _basis(self, given: Any) -> Basis:

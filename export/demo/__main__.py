@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from crl_export.demo.captions import NEUTRAL_PROMPT
+from crl_export.demo.captions import NEUTRAL_PROMPT, background_captions
 from crl_export.demo.dataset import TEST_SEED, labels_of, read_labels, write_dataset
 from crl_export.demo.evaluate import Row, as_table, evaluate
 from crl_sdk import Embedder, demo_bundle
@@ -36,6 +36,7 @@ def build(directory: Path) -> None:
         out=directory / "bundle",
         name="crl-demo",
         license="Apache-2.0",
+        background=background_captions(),
         overwrite=True,
     )
     rows = evaluate_bundle(directory / "bundle")

@@ -58,6 +58,7 @@ _SUBSET_SHARES = (0.04, 0.46, 0.26, 0.14, 0.10)
 _ASIDE_CHANCE = 0.06  # chance that a caption mentions the background, and the size
 _FILLER_CHANCE = 0.35
 _CRITERION_FRAME_CHANCE = 0.2
+_BACKGROUND_SEED = 19
 _WORD = re.compile(r"[a-z]{3,14}")
 
 CODES: Mapping[str, int] = MappingProxyType({name: i for i, name in enumerate(FACTORS)})
@@ -119,6 +120,22 @@ def filler_words(words: Sequence[str], held_out: Sequence[str]) -> tuple[str, ..
             continue
         kept.append(word)
     return tuple(kept)
+
+
+def background_captions() -> tuple[str, ...]:
+    """Return 400 captions of random scenes, the background of the demo model.
+
+    The demo model does not know generic English words.
+    """
+    rng = np.random.default_rng(_BACKGROUND_SEED)
+    captioner = Captioner(())
+    found: dict[str, None] = {}
+    while len(found) < 400:
+        codes = [int(rng.integers(len(values))) for values in FACTORS.values()]
+        text = " ".join(captioner.caption(codes, rng).text.split())
+        if text:
+            found.setdefault(text)
+    return tuple(found)
 
 
 class Captioner:

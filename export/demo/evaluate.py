@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from crl_export.demo.captions import NEUTRAL_PROMPT
+from crl_export.demo.captions import NEUTRAL_PROMPT, background_captions
 from crl_export.demo.lexicon import OFF_TOPIC, SYNONYMS
 from crl_export.demo.world import CRITERIA, FACTORS
 from crl_sdk.basis._methods import Method, make_projection
@@ -34,17 +34,17 @@ class Row:
         criterion: Name of the factor.
         universal: Accuracy of the universal embeddings.
         cosine: Accuracy of the cosines with the criterion's words, normalised: the paper's method.
-        centred: Like `cosine`, with the mean of the words subtracted first.
-        mixed: Like `centred`, with off-topic words added, half as many as the criterion has words.
+        contrastive: Accuracy with the method `contrastive` and the demo model's background.
+        mixed: Like `contrastive`, with half as many off-topic words added.
         mixed_cosine: Like `cosine`, with the same off-topic words added.
-        random: Like `centred`, with off-topic words only, as many as the criterion has words.
+        random: Like `contrastive`, with off-topic words only, as many as the criterion has words.
         random_cosine: Like `cosine`, with the same off-topic words only.
     """
 
     criterion: str
     universal: float
     cosine: float
-    centred: float
+    contrastive: float
     mixed: float
     mixed_cosine: float
     random: float
@@ -83,6 +83,7 @@ def evaluate(
         One row per criterion of `world.CRITERIA`, in that order.
     """
     rng = np.random.default_rng(0)
+    background = embed_texts(background_captions())
     rows = []
     for criterion in CRITERIA:
         words = own_words(criterion)
@@ -94,7 +95,7 @@ def evaluate(
         def accuracy(
             texts: NDArray[np.float32], method: Method, criterion: str = criterion
         ) -> float:
-            conditional = make_projection(texts, method).apply(images)
+            conditional = make_projection(texts, method, background=background).apply(images)
             return kmeans_accuracy(conditional, labels[criterion], seeds)
 
         rows.append(
@@ -102,10 +103,10 @@ def evaluate(
                 criterion=criterion,
                 universal=kmeans_accuracy(images, labels[criterion], seeds),
                 cosine=accuracy(own, "cosine"),
-                centred=accuracy(own, "centred"),
-                mixed=accuracy(mixed, "centred"),
+                contrastive=accuracy(own, "contrastive"),
+                mixed=accuracy(mixed, "contrastive"),
                 mixed_cosine=accuracy(mixed, "cosine"),
-                random=accuracy(noise, "centred"),
+                random=accuracy(noise, "contrastive"),
                 random_cosine=accuracy(noise, "cosine"),
             )
         )

@@ -224,7 +224,7 @@ def quick_accuracies(
     accuracies = {}
     for criterion in CRITERIA:
         texts = embed_texts([NEUTRAL_PROMPT.format(word) for word in own_words(criterion)])
-        embeddings = make_projection(texts, "centred").apply(images)
+        embeddings = make_projection(texts, "cosine").apply(images)
         accuracy = kmeans_accuracy(embeddings, codes[:, CODES[criterion]], seeds=(0,))
         accuracies[criterion] = round(accuracy, 4)
     return accuracies

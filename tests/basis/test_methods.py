@@ -17,7 +17,9 @@ import scipy.linalg
 from crl_sdk._embedder import Embedder
 from crl_sdk.basis._basis import Basis
 from crl_sdk.basis._build import build_basis, edit_basis
+from crl_sdk.basis._contrastive import text_weights
 from crl_sdk.basis._methods import (
+    DEFAULT_METHOD,
     METHODS,
     PROJECTION_METHODS,
     Method,
@@ -47,12 +49,17 @@ def texts_of(k=9, seed=0, towards=3.0):
 IMAGES = texts_of(40, seed=9)
 
 
+AGAINST = [texts_of(5, seed=1), texts_of(4, seed=2)]
+BACKGROUND = texts_of(60, seed=3, towards=1.0)
+
+
 def options_of(method):
-    against = {"against": [texts_of(5, seed=1), texts_of(4, seed=2)]}
-    return against if find_method(method).needs_against else {}
+    return {"against": AGAINST} if find_method(method).needs_against else {}
 
 
-def definition(method, texts, images, mean=None):  # noqa: PLR0911
+def definition(  # noqa: PLR0911
+    method, texts, images, *, mean=None, against=(), background=None
+):
     """Each method implemented from its description, in float64 and without an affine map."""
     x, t = images.astype(np.float64), texts.astype(np.float64)
     centred = t - t.mean(axis=0)
@@ -60,15 +67,24 @@ def definition(method, texts, images, mean=None):  # noqa: PLR0911
     values, vectors = np.linalg.eigh(centred.T @ centred)
     order = np.argsort(values)[::-1][: len(t) - 1]
     axes, strengths = vectors[:, order], np.sqrt(values[order])
-    moved = x if mean is None else x - mean
+    against = [each.astype(np.float64) for each in against]
     if method == "cosine":
         return x @ t.T
-    if method == "centred":
-        return moved @ centred.T
     if method == "orthogonal":
-        return moved @ axes[:, : bend(strengths)]
-    if method == "pca":
-        return (x - (t.mean(axis=0) if mean is None else mean)) @ axes
+        return x @ axes[:, : bend(strengths)]
+    if method == "exclusive-orthogonal":
+        spans = []
+        for other in against:
+            _, s, v = np.linalg.svd(other - other.mean(axis=0), full_matrices=False)
+            s = s[s > s[0] * 1e-6]
+            spans.append(v[: bend(s)])
+        kept = np.eye(D) - np.linalg.pinv(np.concatenate(spans)) @ np.concatenate(spans)
+        return x @ kept @ axes[:, : bend(strengths)]
+    if method == "contrastive":
+        return x @ contrastive_axes(t, against, background)
+    if method == "ignore":
+        axes = np.linalg.qr(contrastive_axes(t, (), background))[0]
+        return x - sum(np.outer(x @ axis, axis) for axis in axes.T)
     if method == "tangent":
         at = t.mean(axis=0) / np.linalg.norm(t.mean(axis=0))
 
@@ -86,53 +102,55 @@ def definition(method, texts, images, mean=None):  # noqa: PLR0911
         normal = (point - at) / np.linalg.norm(point - at)
         turned = logarithm(x, point) @ (np.eye(D) - 2 * np.outer(normal, normal))
         return turned @ axes
-    if not find_method(method).needs_against:
-        raise NotImplementedError(
-            f"write the definition of {method!r} here, independently of the SDK"
-        )
-    against = [each.astype(np.float64) for each in options_of(method)["against"]]
-    if method == "exclusive-weighted":
-        theirs = [np.cov(each.T, bias=True) for each in against]
-        spread = sum(each / np.trace(each) for each in theirs) / len(theirs)
-        mean = sum(each.mean(axis=0) for each in against) / len(against)
-        kept = []
-        for text in t:
-            away = text - mean  # the part that the Wiener filter assigns to the others:
-            part = spread @ np.linalg.solve(spread + np.eye(D) / D, away)
-            kept.append(1 - away @ part / (away @ away))
-        return moved @ t.T * np.minimum(1, np.array(kept) / np.median(kept)) ** 2
-    if method == "contrastive":
-        return moved @ contrastive_axes(t, against)
-    spans = []
-    for other in against:
-        _, s, v = np.linalg.svd(other - other.mean(axis=0), full_matrices=False)
-        s = s[s > s[0] * 1e-6]
-        spans.append(v[: bend(s)])
-    kept = np.eye(D) - np.linalg.pinv(np.concatenate(spans)) @ np.concatenate(spans)
-    inner = {"exclusive": "centred", "exclusive-orthogonal": "orthogonal"}[method]
-    return definition(inner, texts, moved @ kept, None)
+    raise NotImplementedError(f"write the definition of {method!r} here, independently of the SDK")
 
 
-def contrastive_axes(texts, against):
-    """The weighted directions of `contrastive`, by scipy's generalised eigenvectors."""
-    centre = np.concatenate([texts, *against]).mean(axis=0)
+def cosine_of(a, b):
+    return a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
+
+
+def contrastive_weights(texts, against, background):
+    """The weights of `text_weights`, one text at a time."""
     weights = []
-    for text in texts - centre:
-        cosines = [
-            text @ other / (np.linalg.norm(text) * np.linalg.norm(other))
-            for other in np.concatenate(against) - centre
-        ]
-        weights.append(1 - max(0, *cosines))
-    theirs = [np.cov(each.T, bias=True) for each in against]
-    background = sum(each / np.trace(each) for each in theirs) / len(theirs)
-    own = np.cov(texts.T, aweights=weights, bias=True)
-    strengths, axes = scipy.linalg.eigh(own, background + 10 / D * np.eye(D))
-    strengths, axes = strengths[::-1][: len(texts) - 1], axes[:, ::-1][:, : len(texts) - 1]
+    for i, text in enumerate(texts):
+        weight = 1.0
+        if background is not None:
+            centre = background.astype(np.float64).mean(axis=0)
+            near = sorted(
+                cosine_of(text - centre, other - centre) for j, other in enumerate(texts) if j != i
+            )
+            weight = 0.1 + max(np.mean(near[-3:]), 0)
+        weights.append(weight)
+    if against:
+        centre = np.concatenate([texts, *against]).mean(axis=0)
+        for i, text in enumerate(texts):
+            near = max(cosine_of(text - centre, o - centre) for other in against for o in other)
+            weights[i] *= max(1 - max(near, 0), 1e-3)
+    return np.array(weights)
+
+
+def contrastive_axes(texts, against, background):
+    """The weighted directions of `contrastive`, by scipy's generalised eigenvectors."""
+    parts = []
+    if against:
+        theirs = [np.cov(each.T, bias=True) for each in against]
+        parts.append(sum(each / np.trace(each) for each in theirs) / len(theirs))
+    if background is not None:
+        every = np.cov(background.astype(np.float64).T, bias=True)
+        parts.append(every / np.trace(every))
+    nuisance = sum(parts) / len(parts) if parts else np.zeros((D, D))
+    own = np.cov(texts.T, aweights=contrastive_weights(texts, against, background), bias=True)
+    return reference_directions(own, nuisance, len(texts) - 1)
+
+
+def reference_directions(signal, nuisance, count):
+    strengths, axes = scipy.linalg.eigh(signal, nuisance + 10 / D * np.eye(D))
+    strengths, axes = strengths[::-1][:count], axes[:, ::-1][:, :count]
     kept = []
     for axis in axes.T:  # Gram and Schmidt
         rest = axis - sum(((axis @ before) * before for before in kept), np.zeros(D))
         kept.append(rest / np.linalg.norm(rest))
-    return np.array(kept).T * (strengths / strengths[0]) ** 0.25
+    return np.array(kept).T * (strengths / strengths[0]) ** 0.3
 
 
 def alike(rows, expected, atol=2e-5):
@@ -141,57 +159,76 @@ def alike(rows, expected, atol=2e-5):
     np.testing.assert_allclose(rows, expected * signs, atol=atol)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("referenced", [False, True])
-def test_an_affine_map_gives_what_the_definition_gives(method, referenced):
-    if referenced and not find_method(method).takes_reference:
-        return  # see test_bad_input
-    texts = texts_of()
-    reference = texts_of(30, seed=5) if referenced else None
-    projection = make_projection(texts, method, reference=reference, **options_of(method))
+def cases():
+    for method in PROJECTION_METHODS:
+        for given in (False, True) if method.takes_against else (False,):
+            for generic in (False, True) if method.takes_background else (False,):
+                for reference in (False, True) if method.takes_reference else (False,):
+                    if given or not method.needs_against:
+                        yield method.name, given, generic, reference
+
+
+@pytest.mark.parametrize(("method", "given", "generic", "referenced"), [*cases()])
+def test_an_affine_map_gives_what_the_definition_gives(method, given, generic, referenced):
+    """Tolerance 2e-5 of a unit row, from float32 weights."""
+    texts, reference = texts_of(), texts_of(30, seed=5) if referenced else None
+    options = {"against": AGAINST if given else (), "background": BACKGROUND if generic else None}
+    projection = make_projection(texts, method, reference=reference, **options)
     mean = reference.astype(np.float64).mean(axis=0) if referenced else None
-    expected = normalise_rows(definition(method, texts, IMAGES, mean).astype(np.float32), "l2")
-    alike(projection.apply(IMAGES), expected)
+    expected = definition(method, texts, IMAGES, mean=mean, **options).astype(np.float32)
+    alike(projection.apply(IMAGES), normalise_rows(expected, "l2"))
     assert projection.weight.dtype == projection.bias.dtype == np.float32
+
+
+@pytest.mark.parametrize("against", [[], AGAINST])
+@pytest.mark.parametrize("background", [None, BACKGROUND])
+def test_the_weights_of_texts_are_those_of_their_definition(against, background):
+    texts = texts_of().astype(np.float64)
+    expected = contrastive_weights(texts, against, background)
+    found = text_weights(texts, against, background)
+    np.testing.assert_allclose(found, expected / expected.sum(), rtol=1e-6)
 
 
 def test_the_directions_of_other_criteria_are_removed():
     texts = texts_of()
     other = texts_of(3, seed=1)  # few enough that all their directions are taken
-    for method in ("exclusive", "exclusive-orthogonal"):
-        projection = make_projection(texts, method, against=[other])
-        within = (other - other.mean(axis=0)) @ projection.weight
-        assert np.abs(within).max() < 1e-6
-        assert np.abs(projection.weight).max() > 0.01
+    projection = make_projection(texts, "exclusive-orthogonal", against=[other])
+    within = (other - other.mean(axis=0)) @ projection.weight
+    assert np.abs(within).max() < 1e-6
+    assert np.abs(projection.weight).max() > 0.01
 
 
-def test_the_mean_image_becomes_nothing_or_is_turned_onto_the_mean_text():
-    texts, reference = texts_of(), texts_of(30, seed=5)
-    mean = reference.mean(axis=0, keepdims=True)
+def test_what_is_ignored_is_removed_alone_and_from_any_method():
+    texts, other = texts_of(), texts_of(4, seed=1)
+    varies = other - other.mean(axis=0)
+    alone = make_projection(other, "ignore")
+    assert alone.output_dim == D
+    np.testing.assert_allclose(varies @ alone.weight, 0.0, atol=1e-5)
+    ignored = make_projection(other, "contrastive")
     for method in METHODS:
-        if not find_method(method).takes_reference:
-            continue
-        projection = make_projection(texts, method, reference=reference, **options_of(method))
-        assert np.abs(mean @ projection.weight + projection.bias).max() < 1e-6, method
+        plain = make_projection(texts, method, **options_of(method))
+        projection = make_projection(texts, method, ignore=[ignored], **options_of(method))
+        assert projection.weight.shape == plain.weight.shape
+        np.testing.assert_allclose(varies @ projection.weight, 0.0, atol=1e-5)
+        assert np.abs(projection.weight).max() > 0.01
+    with pytest.raises(InvalidInputError, match="from 24 dimensions in ignore, got 5"):
+        make_projection(texts, ignore=[make_projection(other[:, :5], "cosine")])
 
 
-def test_a_text_of_another_criterion_counts_less():
-    own, other = texts_of(6), texts_of(6, seed=1)
-    projection = make_projection(
-        np.concatenate([own, other[:2]]), "exclusive-weighted", against=[other]
-    )
-    weights = np.linalg.norm(projection.weight, axis=0)
-    assert weights[6:].max() < 0.5 * weights[:6].min()
-    assert weights.min() > 0 and weights.max() == pytest.approx(1)
-    same = make_projection(np.tile(own[:1], (3, 1)), "exclusive-weighted", against=[other])
-    np.testing.assert_allclose(np.linalg.norm(same.weight, axis=0), 1.0, atol=1e-6)
+def test_the_mean_image_is_turned_onto_the_mean_text():
+    texts, reference = texts_of(), texts_of(30, seed=5)
+    projection = make_projection(texts, "tangent", reference=reference)
+    mean = reference.mean(axis=0, keepdims=True)
+    assert np.abs(mean @ projection.weight + projection.bias).max() < 1e-6
 
 
 def test_the_type_of_methods_lists_the_registry():
     assert get_args(Method) == METHODS
     assert len(set(METHODS)) == len(METHODS)
-    for needs_against in (False, True):
-        assert sum(m.default for m in PROJECTION_METHODS if m.needs_against == needs_against) == 1
+    assert DEFAULT_METHOD in METHODS
+    assert not find_method(DEFAULT_METHOD).needs_against
+    assert default_method(3) == default_method(1) == default_method(2, against=1) == "contrastive"
+    assert default_method(2) == "cosine"
 
 
 @pytest.mark.parametrize("method", PROJECTION_METHODS, ids=METHODS)
@@ -225,13 +262,18 @@ def test_contrastive_sees_through_a_variation_that_all_texts_share():
     )  # fmt: skip
     same = labels[:, None] == labels[None]
     found = {}
-    for method in ("cosine", "exclusive-weighted", "contrastive"):
-        against = others if find_method(method).needs_against else ()
-        rows = make_projection(own, method, against=against).apply(images)
+    generic = texts(np.zeros((60, D)), 0.8)
+    for name, method, options in (
+        ("cosine", "cosine", {}),
+        ("others", "contrastive", {"against": others}),
+        ("generic", "contrastive", {"background": generic}),
+        ("both", "contrastive", {"against": others, "background": generic}),
+    ):
+        rows = make_projection(own, method, **options).apply(images)
         near = np.where(np.eye(400), -2, rows @ rows.T).argsort(axis=1)[:, -20:]
-        found[method] = np.take_along_axis(same, near, axis=1).mean()
-    assert found["contrastive"] > 0.9
-    assert max(found["cosine"], found["exclusive-weighted"]) < found["contrastive"] - 0.2
+        found[name] = np.take_along_axis(same, near, axis=1).mean()
+    assert min(found["others"], found["generic"], found["both"]) > 0.9
+    assert found["cosine"] < found["others"] - 0.2
 
 
 def test_contrastive_counts_texts_of_another_criterion_little():
@@ -246,9 +288,13 @@ def test_contrastive_counts_texts_of_another_criterion_little():
     assert np.isfinite(make_projection(other, "contrastive", against=[other]).weight).all()
 
 
-def test_the_default_method():
-    assert default_method(against=False) == "centred"
-    assert default_method(against=True) == "exclusive-weighted"
+def test_contrastive_counts_a_stray_text_little():
+    """A text without siblings in the list, seen against generic texts."""
+    rng = np.random.default_rng(0)
+    own = unit(texts_of(8, seed=0) + 2.0 * texts_of(1, seed=7))
+    stray = unit(rng.standard_normal((1, D)))
+    weights = text_weights(np.concatenate([own, stray]).astype(np.float64), (), BACKGROUND)
+    assert weights[8] < 0.4 * weights[:8].min()
 
 
 def test_orthogonal_columns_are_orthonormal_and_few():
@@ -273,12 +319,16 @@ def test_the_bend_of_a_spectrum():
 def test_any_number_of_texts(method, k):
     """From two texts, which have one direction, to more texts than dimensions."""
     if k < find_method(method).min_texts:
-        with pytest.raises(InvalidInputError, match="at least 2 distinct texts, got 1"):
-            make_projection(texts_of(1), method, **options_of(method))
+        with pytest.raises(InvalidInputError, match=r"at least \d distinct texts, got"):
+            make_projection(texts_of(k), method, **options_of(method))
+        return
+    if method == "ignore" and k > D // 2:
+        with pytest.raises(InvalidInputError, match="give at most 12 texts"):
+            make_projection(texts_of(k), method)
         return
     projection = make_projection(texts_of(k), method, **options_of(method))
     rows = projection.apply(IMAGES)
-    assert 1 <= projection.output_dim <= k
+    assert 1 <= projection.output_dim <= (D if method == "ignore" else k)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1.0, atol=1e-5)
 
 
@@ -286,18 +336,21 @@ def test_bad_input():
     texts = texts_of()
     with pytest.raises(InvalidInputError, match="expected a method in"):
         make_projection(texts, "nonsense")
-    with pytest.raises(InvalidInputError, match="'centred' takes no other criteria"):
-        make_projection(texts, "centred", against=[texts])
-    with pytest.raises(InvalidInputError, match="'exclusive' needs other criteria"):
-        make_projection(texts, "exclusive")
-    with pytest.raises(InvalidInputError, match=r"shape \(n, 24\)"):
-        make_projection(texts, "exclusive", against=[texts[:, :5]])
+    with pytest.raises(InvalidInputError, match="'cosine' takes no other criteria"):
+        make_projection(texts, "cosine", against=[texts])
+    with pytest.raises(InvalidInputError, match="'exclusive-orthogonal' needs other criteria"):
+        make_projection(texts, "exclusive-orthogonal")
+    for wrong in ({"against": [texts[:, :5]]}, {"background": texts[:, :5]}):
+        with pytest.raises(InvalidInputError, match=r"shape \(n, 24\)"):
+            make_projection(texts, **wrong)
+    with pytest.raises(InvalidInputError, match="at least one background"):
+        make_projection(texts, background=texts[:0])
     with pytest.raises(InvalidInputError, match="takes no reference"):
         make_projection(texts, "cosine", reference=texts)
     with pytest.raises(InvalidInputError, match="at least one reference"):
         make_projection(texts, "tangent", reference=texts[:0])
     with pytest.raises(InvalidInputError, match="NaN"):
-        make_projection(np.full_like(texts, np.nan), "pca")
+        make_projection(np.full_like(texts, np.nan))
 
 
 def test_a_basis_remembers_what_it_was_made_with(tmp_path):
@@ -309,29 +362,31 @@ def test_a_basis_remembers_what_it_was_made_with(tmp_path):
     def make(name, texts, **options):
         return build_basis(name, texts, embed_text, fingerprint="ab" * 32, **options)
 
-    other = make("shape", list("abc"))
-    basis = make(
-        "color",
-        list("defgh"),
-        method="exclusive",
-        against=[other],
-        reference=texts_of(7, seed=3),
-    )
+    other, ignored = make("shape", list("abc")), make("size", list("bc"))
+    basis = make("color", list("defgh"), against=[other], ignore=[ignored], background=BACKGROUND)
     basis.save(tmp_path / "color.safetensors")
     loaded = Basis.load(tmp_path / "color.safetensors")
-    assert loaded.provenance == {"references": 7, "against": ["shape"]}
-    assert loaded.method == "exclusive" and loaded.sha256() == basis.sha256()
-    with pytest.raises(BasisError, match="made with reference images and other criteria"):
+    weights = loaded.provenance["weights"]
+    assert loaded.provenance == {
+        "against": ["shape"], "ignore": ["size"], "background": 60, "weights": weights,
+    }  # fmt: skip
+    assert len(weights) == 5 and max(weights) == 1.0
+    assert loaded.method == "contrastive" and loaded.sha256() == basis.sha256()
+    with pytest.raises(BasisError, match=r"made with against shape: pass the bases"):
         edit_basis(loaded, embed_text, fingerprint="ab" * 32, add=["i"])
-    edited = edit_basis(make("size", list("abc"), method="pca"), embed_text, fingerprint="ab" * 32,
-                        add=["i"])  # fmt: skip
-    assert edited.projection.bias.any() and edited.texts == ("a", "b", "c", "i")
-    assert make("color", list("defgh"), against=[other]).method == "exclusive-weighted"
+    given = {"against": [other], "ignore": [ignored], "background": BACKGROUND}
+    edited = edit_basis(loaded, embed_text, fingerprint="ab" * 32, add=["i"], **given)
+    again = make("color", list("defghi"), **given)
+    np.testing.assert_array_equal(edited.projection.weight, again.projection.weight)
+    assert edited.provenance["edits"] == [{"added": ["i"], "removed": []}]
+    assert len(edited.provenance["weights"]) == 6
     with pytest.raises(InvalidInputError, match="got 'shape' itself"):
         make("Shape", list("defgh"), against=[other])
     foreign = build_basis("size", list("abc"), embed_text, fingerprint="cd" * 32)
     with pytest.raises(BasisMismatchError, match="made for model"):
-        make("color", list("defgh"), method="exclusive", against=[foreign])
+        make("color", list("defgh"), against=[foreign])
+    with pytest.raises(BasisMismatchError, match="made for model"):
+        make("color", list("defgh"), ignore=[foreign])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -354,16 +409,15 @@ def table_of_methods() -> str:
     """The records of all methods as a Markdown table."""
     lines = ["| method | columns | source | takes |", "|---|---|---|---|"]
     for method in PROJECTION_METHODS:
-        default = " (default with other criteria)" if method.needs_against else " (default)"
         source = re.sub(
             r"arXiv (\S+)", r"[arXiv \1](https://arxiv.org/abs/\1)",
             method.source.replace("this project", "ours"),
         )  # fmt: skip
-        takes = ["other criteria"] * method.needs_against + ["references"] * method.takes_reference
-        lines.append(
-            f"| `{method.name}`{default * method.default} | {method.columns} | {source} "
-            f"| {', '.join(takes)} |".replace("|  |", "| |")
-        )
+        takes = ["other criteria"] * method.takes_against
+        takes += ["background"] * method.takes_background + ["references"] * method.takes_reference
+        default = " (default)" * (method.name == DEFAULT_METHOD)
+        cells = (f"`{method.name}`{default}", method.columns, source, ", ".join(takes))
+        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
     return "\n".join(lines) + "\n"
 
 

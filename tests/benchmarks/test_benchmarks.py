@@ -61,15 +61,15 @@ def test_projections():
     runs = projections.measure_all(world, 2, workers=1)
     assert projections.texts_of(world, "count", "language model", "", 0) == []  # it refused
     by = {(r.factor, r.source, r.noise, r.variant, r.seed): r.scores["accuracy"] for r in runs}
-    assert by["colour", "own words", "", "centred", 0] > 0.9
-    assert by["colour", "random words", "", "centred", 0] < 0.5
+    assert by["colour", "own words", "", "contrastive", 0] > 0.9
+    assert by["colour", "random words", "", "contrastive", 0] < 0.5
     assert ("count", "language model", "", "cosine", 0) not in by
-    warned = next(r for r in runs if r.source == "own words" and r.variant == "centred")
-    assert warned.signals["separation"] > 0.2 and warned.signals["stability"] > 0.7
+    warned = next(r for r in runs if r.source == "own words" and r.variant == "contrastive")
+    assert warned.signals["separation"] > 0.2 and warned.signals["undescribed"] < 0.4
     text = projection_tables.markdown(runs, {"images": 150, "seeds": 2, "seconds": 60,
                                              "references": 400})  # fmt: skip
-    assert text.count("\n| exclusive-weighted |") == 4 and "nan" not in text
-    assert text.count("words | exclusive-orthogonal |") == 4  # once per criterion
+    assert text.count("\n| contrastive, others |") == 4 and "nan" not in text
+    assert text.count("words | exclusive-orthogonal, others |") == 4  # once per criterion
     assert "| count | language model | clean | " in text and "refused" in text
 
 
@@ -78,8 +78,8 @@ def test_differences_are_paired():
         return projections.Run("shape", "own words", "", variant, seed, 3, {"map": score}, {})
 
     runs = [run(s, v, level + 0.1 * s + gain * (1 + 0.1 * s)) for s, level in ((0, 0.1), (1, 0.7))
-            for v, gain in (("cosine", 0), ("centred", 0.06))]  # fmt: skip
-    found = projection_tables.difference(runs, "centred", "map")
+            for v, gain in (("cosine", 0), ("contrastive", 0.06))]  # fmt: skip
+    found = projection_tables.difference(runs, "contrastive", "map")
     assert found.mean == pytest.approx(0.063)  # the levels differ far more
     assert found.half == pytest.approx(12.706 * 0.003, rel=1e-3)  # Student's, one degree
     assert str(found) == "+6.3 ± 3.8"

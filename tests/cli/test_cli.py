@@ -111,18 +111,18 @@ def test_one_bad_image_is_named_and_the_others_written(crl, image_files, tmp_pat
 def test_a_basis_against_others(crl):
     colors = [part for word in ("red", "green", "blue", "yellow") for part in ("-t", word)]
     crl("basis", "create", "shape", "-t", "circle", "-t", "square", "-t", "star")
-    against = ["--method", "exclusive", "--against"]
+    against = ["--method", "exclusive-orthogonal", "--against"]
     made = document(crl("basis", "create", "color", *colors, *against, "shape", "--json"))
-    assert made["provenance"]["against"] == ["shape"] and made["method"] == "exclusive"
+    assert made["provenance"]["against"] == ["shape"] and made["method"] == "exclusive-orthogonal"
     assert "shape" in crl("basis", "show", made["path"]).stdout
     mixed = [*colors, "-t", "circles", "--against", "shape", "--overwrite", "--json"]
     made = document(crl("basis", "create", "color", *mixed))
-    assert made["method"] == "exclusive-weighted" and made["weights"][-1] < min(
-        made["weights"][:-1]
-    )
+    assert made["method"] == "contrastive" and made["weights"][-1] < min(made["weights"][:-1])
     assert f"{made['weights'][-1]:.2f}" in crl("basis", "show", made["path"]).stdout
-    refused = crl("basis", "create", "size", *colors, "--method", "exclusive", status=1).stderr
-    assert "the method 'exclusive' needs other criteria" in refused
+    refused = crl(
+        "basis", "create", "size", *colors, "--method", "exclusive-orthogonal", status=1
+    ).stderr
+    assert "the method 'exclusive-orthogonal' needs other criteria" in refused
     refused = crl("basis", "create", "size", *colors, *against, "mood", status=1).stderr
     assert "no basis 'mood' in" in refused
     refused = crl("basis", "edit", "mood", "--add", "calm", status=1).stderr
@@ -138,7 +138,7 @@ def test_a_basis_against_others(crl):
         (["basis", "create", "color", "--texts", "latin1.txt"], "expected UTF-8"),
         (["basis", "create", "color", "--texts", "empty.txt"], "one text per line"),
         (["basis", "create", "../color", "-t", "red"], "expected a criterion"),
-        (["basis", "create", "color", "-t", "red"], "at least 2 distinct texts"),
+        (["basis", "create", "color", "-t", "red"], "at least 3 distinct texts"),
         (["basis", "create", "color", "-t", "red " * 999, "-t", "blue"], "tokens, the model reads"),
         (["basis", "show", "empty.txt"], "not a valid basis file"),
         (["embed", "x.jpg", "--out", "x.csv"], "expected a .npz or .parquet"),

@@ -189,9 +189,9 @@ def test_bases_and_methods(clevr4, words, tmp_path, monkeypatch):
     assert by_directory["texts"]["color"]["count"] == 3  # a basis has no repeated texts
     assert by_directory["texts"]["color"]["prompts"] == ["{}"]
     other = crl_eval(
-        "clevr4", "--data", clevr4, "--bases", "bases", *arguments, "--method", "centred"
+        "clevr4", "--data", clevr4, "--bases", "bases", *arguments, "--method", "contrastive"
     )
-    assert other["settings"]["method"] == "centred"
+    assert other["settings"]["method"] == "contrastive"
     as_shape = ["--basis", "shape=bases/color.safetensors", "--criteria", "shape"]
     assert crl_eval("clevr4", "--data", clevr4, *as_shape, "--shots", 1, "--splits", 1)["rows"]
     with pytest.raises(CrlError, match="which has its own prompts"):
@@ -258,7 +258,7 @@ def test_deepfashion(tmp_path, image_files):
     assert len(found["paper_rows"]) == 9 * 6 and mean[-1]["scores"]["mAP"] == 0.1133
     assert mean[-1]["label"] == "published, CRL, trained, CLIP ViT-B/16"
     with pytest.raises(CrlError, match="method cosine"):
-        crl_eval("deepfashion", "--data", tmp_path, *given, "--method", "centred")
+        crl_eval("deepfashion", "--data", tmp_path, *given, "--method", "contrastive")
 
 
 def test_cards_photos_say_that_the_model_never_saw_a_card(tmp_path, words):
@@ -323,11 +323,11 @@ def test_too_few_texts_are_refused_before_images_are_embedded(clevr4, tmp_path, 
         CrlError, match="color: few-shot classification needs rows with two columns"
     ):
         crl_eval(*given, "--shots", 1)
-    with pytest.raises(CrlError, match="'centred' needs at least 2 distinct texts"):
-        crl_eval(*given, "--method", "centred", "--protocol", "clustering")
+    with pytest.raises(CrlError, match="'contrastive' needs at least 3 distinct texts"):
+        crl_eval(*given, "--method", "contrastive", "--protocol", "clustering")
     one.write_text("red\nblue\n")
-    with pytest.raises(CrlError, match="'exclusive' needs other criteria"):
-        crl_eval(*given, "--method", "exclusive", "--protocol", "clustering")
+    with pytest.raises(CrlError, match="'exclusive-orthogonal' needs other criteria"):
+        crl_eval(*given, "--method", "exclusive-orthogonal", "--protocol", "clustering")
 
 
 def test_every_benchmark_is_described():

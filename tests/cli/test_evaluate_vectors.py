@@ -14,7 +14,16 @@ from crl_sdk.errors import CrlError, InvalidInputError
 
 pytest.importorskip("sklearn")
 
-SHORT = ["--seeds", "2", "--splits", "2", "--shots", "1,2", "--method", "centred,exclusive"]
+SHORT = [
+    "--seeds",
+    "2",
+    "--splits",
+    "2",
+    "--shots",
+    "1,2",
+    "--method",
+    "contrastive,exclusive-orthogonal",
+]
 
 
 def invoke(*arguments: object):
@@ -53,10 +62,12 @@ def test_table_json_and_markdown(data, tmp_path):
     assert found["labels"]["tone"] == {
         "criterion": "tone", "images": 24, "classes": {"dark": 12, "light": 12},
     }  # fmt: skip
-    assert found["settings"]["methods"] == ["centred", "exclusive"]
+    assert found["settings"]["methods"] == ["contrastive", "exclusive-orthogonal"]
     assert any("do not have unit length" in note for note in found["notes"])
     rows = {(r["labels"], r["protocol"], r["representation"]): r["scores"] for r in found["rows"]}
-    assert rows["tone", "clustering", "centred"]["ACC"]["mean"] == 1
+    assert rows["tone", "clustering", "exclusive-orthogonal"]["ACC"]["mean"] == 1
+    assert ("tone", "clustering", "contrastive") not in rows
+    assert any("needs 3 texts and there are 2" in note for note in found["notes"])
     assert rows["tone", "clustering", "cosine"]["ACC"]["difference"] is None
     assert rows["form", "retrieval", "universal"]["mAP"]["low"] is not None
     markdown = tmp_path / "found.md"
@@ -98,7 +109,7 @@ def test_files_with_other_names(data, bank, tmp_path):
         (["--array", "picture=clip"], "--array: expected one of image, text"),
         (["--array", "image"], "expected NAME=STORED"),
         (["--words", "tone"], "--words: expected CRITERION=FILE"),
-        (["--method", "best"], "--method: expected some of cosine"),
+        (["--method", "best"], "--method: expected some of contrastive"),
         (["--protocol", "luck"], "--protocol: expected some of clustering"),
         (["--min-class-size", "3"], "10 shots need classes of at least 11"),
         (["--shots", "20"], "expected two classes or more with at least 21 images"),

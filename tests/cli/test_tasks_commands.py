@@ -196,7 +196,7 @@ def test_models_are_not_mixed(crl, folder, colours, tmp_path):
     labels.write_text("file,label\nred-0.jpg,r\nblue-0.jpg,b\n")
     with pytest.raises(BasisMismatchError):
         crl("classify", "fit", folder, "--labels", labels, "--basis", other, "-o", "m.safetensors")
-    rows = np.eye(3, dtype=np.float32)
+    rows = np.eye(3, 2, dtype=np.float32)
     FewShotClassifier(Basis.load(other)).fit(rows, list("aab")).save("m.safetensors")
     for source in ("photos", "x.npz"):
         with pytest.raises(BasisMismatchError, match="model 000000"):
@@ -330,7 +330,7 @@ def test_what_classify_refuses(crl, folder, colours, arguments, words):
     tmp_path = colours.parent
     for name in "ab":
         (tmp_path / "hollow" / name).mkdir(parents=True)
-    rows = np.eye(3, dtype=np.float32)
+    rows = np.eye(3, 2, dtype=np.float32)
     FewShotClassifier().fit(rows, list("aab")).save(tmp_path / "rows.safetensors")
     with pytest.raises(CrlError, match=words):
         crl("classify", *arguments)

@@ -279,11 +279,11 @@ def test_a_subset_of_protocols_and_other_methods():
     only = run.run_labelled(data, universal, texts, protocols=("clustering",), seeds=1)
     assert {row.protocol for row in only} == {"clustering"}
     other = run.run_labelled(
-        data, universal, texts, method="exclusive", protocols=("clustering",), seeds=1
+        data, universal, texts, method="exclusive-orthogonal", protocols=("clustering",), seeds=1
     )
     assert len(other) == len(only)
     with pytest.raises(InvalidInputError, match="against"):
-        run.run_labelled(data, universal, {"color": texts["color"]}, method="exclusive")
+        run.run_labelled(data, universal, {"color": texts["color"]}, method="exclusive-orthogonal")
     with pytest.raises(InvalidInputError, match="protocols of"):
         run.run_labelled(data, universal, texts, protocols=("guessing",))
     with pytest.raises(InvalidInputError, match="seeds >= 1"):

@@ -221,18 +221,19 @@ def test_every_method_and_control_is_compared_with_cosine(tmp_path):
     rows, notes = run.run_vectors(read(file, "colour"), {"colour": "colour"}, texts, options)
     assert notes == []
     by = {(row.protocol, row.representation): row.scores for row in rows}
+    methods = dict.fromkeys(("cosine", *run.DESCRIBING))
     for protocol in run.VECTOR_PROTOCOLS:
         names = [name for kind, name in by if kind == protocol]
         scaled = ["universal, same scale"] * (protocol == "few-shot")
-        assert names == ["universal", *scaled, "random directions", *METHODS]
+        assert names == ["universal", *scaled, "random directions", *methods]
     acc = {name: scores["ACC"] for (kind, name), scores in by.items() if kind == "clustering"}
-    assert acc["universal"].score.mean < 0.6 and acc["centred"].score.mean > 0.95
-    assert acc["cosine"].difference is None and acc["centred"].difference is not None
+    assert acc["universal"].score.mean < 0.6 and acc["contrastive"].score.mean > 0.95
+    assert acc["cosine"].difference is None and acc["contrastive"].difference is not None
     low, high = acc["universal"].low, acc["universal"].high
     assert low is not None and high is not None and low <= acc["universal"].difference <= high
-    near = by["retrieval", "centred"]
+    near = by["retrieval", "contrastive"]
     assert near["mAP"].score.mean > 0.95 and near["1-NN"].score.mean > 0.95
-    assert near["mAP"].score.std is None and set(by["few-shot", "pca"]) == {"1 shot", "3 shots"}
+    assert near["mAP"].score.std is None and set(by["few-shot", "tangent"]) == {"1 shot", "3 shots"}
     again, _ = run.run_vectors(read(file, "colour"), {"colour": "colour"}, texts, options)
     assert again == rows
 

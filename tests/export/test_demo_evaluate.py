@@ -64,7 +64,7 @@ def test_a_perfect_model_scores_one_and_its_random_basis_does_not():
     rows = evaluate(normalise_rows(images, "l2"), embed_texts, labels, seeds=(0,))
     assert [row.criterion for row in rows] == list(CRITERIA)
     for row in rows:
-        assert row.centred > 0.99
+        assert row.contrastive > 0.99
         assert row.mixed > 0.99
         assert row.random < 0.4
     assert as_table(rows).count("\n") == len(CRITERIA) + 1

@@ -224,14 +224,14 @@ def test_embedder_projects_onto_one_or_several(embedder, tmp_path):
     }
     embedder.project(embeddings, made, out=maps)
     np.testing.assert_allclose(maps["shape"], results["shape"], atol=2e-3)
-    one = np.zeros((50, 3), np.float32)
+    one = np.zeros((50, made[0].projection.output_dim), np.float32)
     assert embedder.project(embeddings, made[0], out=one) is one and one.any()
     for arguments, out, words in [
         ([made[0], made[0]], None, "each once"),
         ([], None, "expected criteria"),
         (made, {"color": one}, r"a mapping of \['color', 'shape'\]"),
         (made, one, "a mapping"),
-        (made[1], one, r"an output \(50, 2\)"),
+        (made[1], one[:, :1], r"an output \(50, 2\)"),
     ]:
         with pytest.raises(InvalidInputError, match=words):
             embedder.project(embeddings, arguments, out=out)

@@ -49,7 +49,7 @@ def test_the_server_knows_no_method(client, embedder, image_files):
         against = [other] if method.needs_against else []
         made[name] = build_basis(
             name, texts, embedder.embed_text, fingerprint=embedder.bundle.fingerprint,
-            method=method.name, against=against,
+            method=method.name, against=against, background=embedder.bundle.background,
         )  # fmt: skip
         client.create_basis(name, texts, method=method.name, against=[b.criterion for b in against])
     listed = {b.criterion: (b.method, b.output_dim) for b in client.bases()}
@@ -59,9 +59,9 @@ def test_the_server_knows_no_method(client, embedder, image_files):
     for name, basis in made.items():
         expected = basis.projection.apply(result.universal)
         np.testing.assert_allclose(result[name], expected, atol=1e-6)
-    assert client.create_basis("color", texts, against=["size"]).method == "exclusive-weighted"
+    assert client.create_basis("color", texts, against=["size"]).method == "contrastive"
     with pytest.raises(InvalidInputError, match="needs other criteria"):
-        client.create_basis("color", texts, method="exclusive")
+        client.create_basis("color", texts, method="exclusive-orthogonal")
     with pytest.raises(InvalidInputError, match="takes no other criteria"):
         client.create_basis("color", texts, method="cosine", against=["size"])
     with pytest.raises(UnknownCriterionError, match="known are"):
@@ -73,7 +73,7 @@ def test_the_server_knows_no_method(client, embedder, image_files):
 def test_put_list_get_delete(server, client, embedder, image_files, tmp_path):
     basis = make(embedder)
     info = client.put_basis(basis.to_bytes())
-    assert info.criterion == "mood" and info.sha256 == basis.sha256() and info.output_dim == 3
+    assert info.criterion == "mood" and info.sha256 == basis.sha256() and info.output_dim == 2
     assert [b.criterion for b in client.bases()] == ["color", "mood", "shape"]
     result = client.embed(image_files[:2], criteria=["mood"])
     assert result.basis_sha256["mood"] == basis.sha256()
@@ -284,7 +284,7 @@ def test_the_servers_language_model_writes_a_basis(serve, embedder, image_files)
         assert not late  # the language model was not asked
         client.create_basis("shape", ["circle", "square", "star"])
         info = client.generate_basis("mood", against=["shape"])
-        assert info.method == "exclusive-weighted"
+        assert info.method == "contrastive"
         with pytest.raises(UnknownCriterionError, match="known are"):
             client.generate_basis("mood", against=["weight"])
 

@@ -33,7 +33,13 @@ def local(embedder, images, criteria=("color",)):
     from crl_sdk.basis._build import build_basis
 
     bases = [
-        build_basis(name, texts[name], embedder.embed_text, fingerprint=embedder.bundle.fingerprint)
+        build_basis(
+            name,
+            texts[name],
+            embedder.embed_text,
+            fingerprint=embedder.bundle.fingerprint,
+            background=embedder.bundle.background,
+        )
         for name in criteria
     ]
     return embedder.embed(images, bases)
@@ -210,7 +216,7 @@ def test_the_form_of_the_reply(stub, image_files):
     reply = stub.Embed(request)
     assert not reply.HasField("universal")
     rows = decode_tensor(reply.conditional[0].rows)
-    assert rows.dtype == np.float16 and rows.shape == (1, 4)
+    assert rows.dtype == np.float16 and rows.shape == (1, 3)
     assert len(reply.images[0].digest) == 32 and reply.timings.total_us > 0
     with pytest.raises(grpc.RpcError, match="FLOAT32 or FLOAT16"):
         stub.Embed(embedding_pb2.EmbedRequest(images=[image], dtype=embedding_pb2.DTYPE_UINT8))
@@ -247,7 +253,7 @@ def test_the_asynchronous_client(server, image_files):
             return result["color"], [info.criterion for info in await client.bases()]
 
     rows, names = server.wait(work())
-    assert rows.shape == (9, 4) and names == ["color", "shape"]
+    assert rows.shape == (9, 3) and names == ["color", "shape"]
 
 
 def send(stub, messages):

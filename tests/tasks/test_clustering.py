@@ -149,7 +149,9 @@ def test_a_cluster_that_no_text_describes_is_named_so():
     assert alone.fits and alone.text in ("cat", "dog")  # there is no other cluster to compare with
 
 
-@pytest.mark.parametrize("method", [m.name for m in PROJECTION_METHODS if not m.needs_against])
+@pytest.mark.parametrize(
+    "method", [m.name for m in PROJECTION_METHODS if not m.needs_against and m.texts_describe]
+)
 def test_names_do_not_depend_on_the_method(method):
     universal, truth = planted(4, 15)
     basis = basis_of(COLOURS, method=method)
@@ -159,9 +161,16 @@ def test_names_do_not_depend_on_the_method(method):
         assert each.name.text == COLOURS[np.bincount(truth[found.labels == number]).argmax()]
 
 
+def test_texts_of_what_is_disregarded_name_nothing():
+    universal, _ = planted(4, 15)
+    basis = basis_of(COLOURS, method="ignore")
+    found = cluster(basis.projection.apply(universal), 4, basis=basis, universal=universal)
+    assert [each.name for each in found.clusters] == [None] * 4
+
+
 def test_rows_name_clusters_only_where_their_columns_are_texts():
     universal, _ = planted(3, 8)
-    basis = basis_of(COLOURS)
+    basis = basis_of(COLOURS, method="cosine")
     found = cluster(basis.projection.apply(universal), 3, basis=basis)
     assert {each.name.text for each in found.clusters} == {"red", "green", "blue"}
     other = basis_of(COLOURS, method="orthogonal")

@@ -40,7 +40,9 @@ def labelled(each: int = 5, classes: int = 3, noise: float = 0.2, seed: int = 0)
 @pytest.fixture
 def basis() -> Basis:
     unit = np.eye(6, dtype=np.float32)
-    return build_basis("color", list("abcdef"), lambda _: unit, fingerprint=FINGERPRINT)
+    return build_basis(
+        "color", list("abcdef"), lambda _: unit, fingerprint=FINGERPRINT, method="cosine"
+    )
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import check_estimator
 
-from crl_sdk.tasks import ConditionalTransformer
+from crl_sdk.tasks import ConditionalTransformer, sharpen
 
 DIM, FINGERPRINT = 16, "f" * 64
 
@@ -45,7 +45,13 @@ class AnyWidth(ConditionalTransformer):
     """Transformer with random texts for X of any width, as scikit-learn's checks need."""
 
     def _source(self, dim):
-        return unit(3, dim), ("a", "b", "c"), None, self.method or "centred", self.post or "none"
+        return (
+            unit(3, dim),
+            ("a", "b", "c"),
+            None,
+            self.method or "contrastive",
+            self.post or "none",
+        )
 
 
 def test_scikit_learns_own_checks():
@@ -60,7 +66,7 @@ def test_rows_are_those_of_the_basis():
     made = ConditionalTransformer(basis).fit(x)
     np.testing.assert_array_equal(made.transform(x), basis.projection.apply(x))
     assert made.transform(x.astype(np.float64)).dtype == np.float32
-    assert made.get_feature_names_out().tolist() == ["red", "green", "blue"]
+    assert made.get_feature_names_out().tolist() == ["crl0", "crl1"]
     assert made.n_features_in_ == DIM
     other = ConditionalTransformer(basis, post="standardise").fit_transform(x)
     np.testing.assert_allclose(other.std(axis=1, ddof=1), 1, rtol=1e-5)
@@ -87,7 +93,14 @@ def test_texts_with_their_embeddings():
     x, texts = unit(6, seed=3), unit(4, seed=1)
     made = ConditionalTransformer(texts=["a", "b", "c", "d"], text_embeddings=texts).fit(x)
     np.testing.assert_array_equal(made.transform(x), make_projection(texts).apply(x))
-    assert made.get_feature_names_out().tolist() == ["a", "b", "c", "d"]
+    named = ConditionalTransformer(
+        texts=["a", "b", "c", "d"], text_embeddings=texts, method="cosine"
+    )
+    assert named.fit(x).get_feature_names_out().tolist() == ["a", "b", "c", "d"]
+    generic = unit(60, seed=9)
+    made = ConditionalTransformer(text_embeddings=texts, background=generic).fit(x)
+    expected = make_projection(texts, background=generic).apply(x)
+    np.testing.assert_array_equal(made.transform(x), expected)
     unnamed = ConditionalTransformer(text_embeddings=texts, method="cosine", post="none").fit(x)
     assert unnamed.get_feature_names_out().tolist() == ["crl0", "crl1", "crl2", "crl3"]
     np.testing.assert_allclose(unnamed.transform(x), x @ texts.T, rtol=1e-5, atol=1e-6)
@@ -99,10 +112,17 @@ def test_columns_that_are_not_texts_are_numbered():
     assert names.tolist() == [f"crl{i}" for i in range(made.projection_.output_dim)]
 
 
-def test_centre_learns_the_mean_of_x():
-    basis, x = basis_of("color", ["red", "green", "blue"]), unit(9, seed=2) + 0.1
-    made = ConditionalTransformer(basis, centre=True, post="none").fit(x)
-    np.testing.assert_allclose(made.transform(x).mean(axis=0), 0, atol=1e-5)
+def test_sharpen_learns_from_x_and_from_labels():
+    basis, x = basis_of("color", ["red", "green", "blue"]), unit(90, seed=2)
+    labels = np.repeat([0, 1, 2], 30)
+    for y in (None, labels):
+        made = ConditionalTransformer(basis, sharpen=True).fit(x, y)
+        expected = sharpen(basis, x, y).basis.projection.apply(x)
+        np.testing.assert_array_equal(made.transform(x), expected)
+    with pytest.raises(InvalidInputError, match="at least 50 images"):
+        ConditionalTransformer(basis, sharpen=True).fit(x[:20])
+    with pytest.raises(InvalidInputError, match="expected the method 'contrastive'"):
+        ConditionalTransformer(basis, sharpen=True, method="cosine").fit(x)
 
 
 def test_criteria_methods_and_posts_are_searched_in_a_pipeline(tmp_path):

@@ -40,7 +40,7 @@ class BasisInfo(_message.Message):
     sha256: _builtins.str
     """SHA-256 of the basis, in hex. It is the version of the basis."""
     method: _builtins.str
-    """Projection method: `centred`, `cosine`, …, see docs/PROJECTIONS.md."""
+    """Projection method: `contrastive`, `cosine`, …, see docs/PROJECTIONS.md."""
     post: _builtins.str
     """Row normalisation after the projection: `l2`, `standardise` or `none`."""
     output_dim: _builtins.int
@@ -194,10 +194,11 @@ class BasisTexts(_message.Message):
     METHOD_FIELD_NUMBER: _builtins.int
     POST_FIELD_NUMBER: _builtins.int
     AGAINST_FIELD_NUMBER: _builtins.int
+    IGNORE_FIELD_NUMBER: _builtins.int
     criterion: _builtins.str
     method: _builtins.str
-    """Projection method: `cosine`, `centred`, `orthogonal`, …, see docs/PROJECTIONS.md. Empty for the
-    default: `centred`, or `exclusive-weighted` if `against` names other criteria.
+    """Projection method: `contrastive`, `cosine`, …, see docs/PROJECTIONS.md. Empty for the default:
+    `contrastive`, or `cosine` with two texts.
     """
     post: _builtins.str
     """Row normalisation after the projection: `l2`, `standardise` or `none`. Empty for `l2`."""
@@ -209,9 +210,13 @@ class BasisTexts(_message.Message):
 
     @_builtins.property
     def against(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Other criteria whose texts should count less, for the methods that need them, see
+        """Other criteria whose texts should count less, for the methods that take them, see
         docs/PROJECTIONS.md. The server must have a basis of each.
         """
+
+    @_builtins.property
+    def ignore(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Criteria to disregard, whose directions are removed. The server must have a basis of each."""
 
     def __init__(
         self,
@@ -222,10 +227,11 @@ class BasisTexts(_message.Message):
         method: _builtins.str = ...,
         post: _builtins.str = ...,
         against: _abc.Iterable[_builtins.str] | None = ...,
+        ignore: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["against", b"against", "criterion", b"criterion", "method", b"method", "post", b"post", "prompts", b"prompts", "texts", b"texts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["against", b"against", "criterion", b"criterion", "ignore", b"ignore", "method", b"method", "post", b"post", "prompts", b"prompts", "texts", b"texts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -302,6 +308,7 @@ class GenerateBasisRequest(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     NO_REPLACE_FIELD_NUMBER: _builtins.int
     AGAINST_FIELD_NUMBER: _builtins.int
+    IGNORE_FIELD_NUMBER: _builtins.int
     criterion: _builtins.str
     """Criterion in words, such as "animal habitat"."""
     hint: _builtins.str
@@ -326,7 +333,11 @@ class GenerateBasisRequest(_message.Message):
 
     @_builtins.property
     def against(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Other criteria, as in BasisTexts. If there are any, the method is `exclusive-weighted`."""
+        """Other criteria, as in BasisTexts."""
+
+    @_builtins.property
+    def ignore(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Criteria to disregard, as in BasisTexts."""
 
     def __init__(
         self,
@@ -340,10 +351,11 @@ class GenerateBasisRequest(_message.Message):
         seed: _builtins.int = ...,
         no_replace: _builtins.bool = ...,
         against: _abc.Iterable[_builtins.str] | None = ...,
+        ignore: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["against", b"against", "count", b"count", "criterion", b"criterion", "exclude", b"exclude", "hint", b"hint", "include", b"include", "no_replace", b"no_replace", "prompts", b"prompts", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["against", b"against", "count", b"count", "criterion", b"criterion", "exclude", b"exclude", "hint", b"hint", "ignore", b"ignore", "include", b"include", "no_replace", b"no_replace", "prompts", b"prompts", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
