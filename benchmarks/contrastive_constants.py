@@ -23,7 +23,8 @@ from threadpoolctl import threadpool_limits
 
 from crl_benchmarks import projections
 from crl_benchmarks.markdown import table
-from crl_benchmarks.real_vectors import Case, MissingVectors, Variant, make_map, read_cases
+from crl_benchmarks.real_vector_sets import Case, MissingVectors, read_cases
+from crl_benchmarks.real_vectors import Variant, make_map
 from crl_export.demo.world import CRITERIA
 from crl_sdk import __version__
 from crl_sdk.basis import _contrastive

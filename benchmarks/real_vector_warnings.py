@@ -9,7 +9,8 @@ from itertools import product
 import numpy as np
 
 from crl_benchmarks.markdown import table
-from crl_benchmarks.real_vectors import CONDITIONS, Case, Rows, Variant, make_map
+from crl_benchmarks.real_vector_sets import CONDITIONS, Case, Rows
+from crl_benchmarks.real_vectors import Variant, make_map
 from crl_sdk.evaluation._clustering import clustering_runs
 from crl_sdk.projection._projection import normalise_rows
 from crl_sdk.tasks._cluster_quality import MAX_UNDESCRIBED, MIN_SEPARATION, assess_clusters

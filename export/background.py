@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -32,28 +31,7 @@ _MIN_SPREAD = 1e-3  # mean squared distance of the embeddings from their mean
 def generic_texts() -> tuple[str, ...]:
     """Return the generic English texts that `crl export` uses by default."""
     content = files("crl_export").joinpath("background.txt").read_text(encoding="utf-8")
-    return _parse(content)
-
-
-def read_background_texts(path: Path) -> tuple[str, ...]:
-    """Read the texts of a background from a UTF-8 file with one text per line.
-
-    Blank lines and lines that begin with `#` are left out.
-
-    Raises:
-        InvalidInputError: If the file cannot be read or is not UTF-8.
-    """
-    try:
-        return _parse(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InvalidInputError(
-            f"{path}: cannot be read ({error.strerror}); check the path"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InvalidInputError(
-            f"{path}: expected UTF-8 with one text per line ({error.reason} at byte "
-            f"{error.start}); save it as UTF-8"
-        ) from error
+    return tuple(line for line in content.splitlines() if line and not line.startswith("#"))
 
 
 def add_background(
@@ -107,8 +85,3 @@ def add_background(
     listed = {**others, BACKGROUND_FILE: entry}
     write_manifest(bundle.path, msgspec.structs.replace(bundle.manifest, files=listed))
     return ModelBundle.open(bundle.path)
-
-
-def _parse(content: str) -> tuple[str, ...]:
-    lines = (line.strip() for line in content.splitlines())
-    return tuple(line for line in lines if line and not line.startswith("#"))

@@ -10,12 +10,8 @@ from crl_sdk._progress import GenerationProgress
 
 if TYPE_CHECKING:
     from crl_sdk.basis._basis import Basis, MergedText, basis_path
-    from crl_sdk.basis._build import (
-        DEFAULT_PROMPT,
-        build_basis,
-        build_basis_from_vectors,
-        edit_basis,
-    )
+    from crl_sdk.basis._build import DEFAULT_PROMPT, build_basis, edit_basis
+    from crl_sdk.basis._from_vectors import build_basis_from_vectors
     from crl_sdk.basis._generate import GeneratedTexts, generate_texts
     from crl_sdk.basis._generation_options import GenerationOptions
     from crl_sdk.basis._language_model import LanguageModel
@@ -54,12 +50,8 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "_basis": ("Basis", "MergedText", "basis_path"),
-        "_build": (
-            "DEFAULT_PROMPT",
-            "build_basis",
-            "build_basis_from_vectors",
-            "edit_basis",
-        ),
+        "_build": ("DEFAULT_PROMPT", "build_basis", "edit_basis"),
+        "_from_vectors": ("build_basis_from_vectors",),
         "_generate": ("GeneratedTexts", "generate_texts"),
         "_generation_options": ("GenerationOptions",),
         "_language_model": ("LanguageModel",),

@@ -34,8 +34,8 @@ MIN_TEXT_WEIGHT = 1e-3
 """Smallest weight of a text that equals one of another criterion, relative to the others."""
 
 FULL_WEIGHT_IMAGES = 300
-"""Number of unlabelled images from which their scatter counts as much as the isotropic nuisance
-and the background together. Fewer images count in proportion."""
+"""Number of unlabelled images from which their scatter has its full trace of 1. With fewer images
+the trace is smaller in proportion."""
 
 BETWEEN_CLASSES = 0.1
 """Weight of the scatter between labelled classes, relative to the texts' leading direction."""

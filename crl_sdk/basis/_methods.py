@@ -156,7 +156,7 @@ def make_projection(
         background: Embeddings of generic texts, shape (n, d), unit rows, such as
             `ModelBundle.background`. Methods that do not use them ignore them.
         ignore: Projections of criteria to disregard. The directions of their columns are removed
-            from the map, one criterion after the other.
+            from the map.
         reference: Embeddings of typical images, shape (n, d), unit rows, for the method `tangent`,
             which turns their mean onto the mean of the texts.
 
@@ -193,13 +193,13 @@ def make_projection(
         None if reference is None else wide(reference, "reference").mean(axis=0),
     )
     weight = record.function(inputs)
-    for other in ignore:
-        if other.input_dim != d:
-            raise InvalidInputError(
-                f"expected projections from {d} dimensions in ignore, got {other.input_dim}"
-            )
-        axes = np.linalg.qr(other.weight.astype(np.float64))[0]
-        weight = weight - axes @ (axes.T @ weight)
+    if wrong := [other.input_dim for other in ignore if other.input_dim != d]:
+        raise InvalidInputError(
+            f"expected projections from {d} dimensions in ignore, got {wrong[0]}"
+        )
+    if ignore:
+        # all at once: one after the other, the second could bring the first back
+        weight = without_span(weight, np.concatenate([other.weight for other in ignore], axis=1))
     return Projection(
         np.ascontiguousarray(weight, np.float32), np.zeros(weight.shape[1], np.float32), post
     )
@@ -247,8 +247,7 @@ def exclusive_orthogonal(inputs: MethodInputs) -> Rows:
     for texts in inputs.against:
         directions, values = principal_directions(texts)
         spans.append(directions[: bend(values)])
-    together = np.linalg.qr(np.concatenate(spans).T)[0]
-    return np.asarray(weight - together @ (together.T @ weight))
+    return without_span(weight, np.concatenate(spans).T)
 
 
 def tangent(inputs: MethodInputs) -> Rows:
@@ -281,14 +280,14 @@ def ignore(inputs: MethodInputs) -> Rows:
     With V the directions of `contrastive`, orthonormal and all of equal weight, the map is I - VV'.
     It keeps d dimensions. Source: projection onto a null space, as in debiasing word embeddings.
     """
-    axes = np.linalg.qr(contrastive(inputs))[0]
+    axes = contrastive(inputs)
     dim, count = axes.shape
     if 2 * count > dim:
         raise InvalidInputError(
             f"the texts vary in {count} of {dim} dimensions, so that too little would be left: "
             f"give at most {dim // 2} texts of what to disregard"
         )
-    return np.asarray(np.eye(dim) - axes @ axes.T)
+    return without_span(np.eye(dim), axes)
 
 
 PROJECTION_METHODS: tuple[ProjectionMethod, ...] = (
@@ -332,6 +331,13 @@ PROJECTION_METHODS: tuple[ProjectionMethod, ...] = (
 
 METHODS: tuple[Method, ...] = tuple(method.name for method in PROJECTION_METHODS)
 """Names of all projection methods."""
+
+
+def without_span(weight: Rows, columns: Rows) -> Rows:
+    """Return a weight (d, m) without the directions that some columns (d, r) span."""
+    axes, values, _ = np.linalg.svd(columns.astype(np.float64), full_matrices=False)
+    axes = axes[:, values > values[0] * 1e-6]
+    return np.asarray(weight - axes @ (axes.T @ weight))
 
 
 def _unit(vector: Rows) -> Rows:

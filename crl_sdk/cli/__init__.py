@@ -23,6 +23,7 @@ from crl_sdk.cli import _export as models
 from crl_sdk.cli import _project as project
 from crl_sdk.cli import _retrieve as retrieve
 from crl_sdk.cli import _serve as serve
+from crl_sdk.cli import _sharpen as sharpen
 from crl_sdk.cli import _verify as verify
 from crl_sdk.cli._console import err, print_error
 from crl_sdk.errors import CrlError
@@ -52,6 +53,7 @@ app.command("background", short_help="Add generic texts to a bundle of an older 
 app.command("info")(models.info)
 app.command("doctor", short_help="Show this machine and the engines that run on it.")(doctor.doctor)
 app.command("compile")(compile.compile_bundle)
+basis.app.command("sharpen")(sharpen.sharpen)
 app.add_typer(basis.app, name="basis")
 app.command("embed")(embed.embed)
 app.command("project", short_help="Project stored embeddings onto criteria, without images.")(

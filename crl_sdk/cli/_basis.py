@@ -8,12 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from crl_sdk._criterion import normalise_criterion
 from crl_sdk.basis._basis import Basis, basis_path
 from crl_sdk.basis._build import (
     DEFAULT_MERGE_THRESHOLD,
     DEFAULT_PROMPT,
-    build_basis_from_vectors,
     edit_basis,
 )
 from crl_sdk.basis._generation_options import DEFAULT_OPTIONS
@@ -24,15 +22,11 @@ from crl_sdk.cli._options import (
     DEFAULT_BASES,
     BasesOption,
     BundleOption,
-    DecodeOption,
-    EngineOption,
-    ThreadsOption,
     load_basis,
     open_embedder,
 )
 from crl_sdk.errors import BasisError, InvalidInputError
 from crl_sdk.model._bundle import ModelBundle
-from crl_sdk.model._fingerprint import fingerprint_of_name, require_same_model
 from crl_sdk.projection._projection import Post
 from crl_sdk.storage._atomic_files import make_directory
 from crl_sdk.storage._checksummed_safetensors import SUFFIX
@@ -155,10 +149,12 @@ def create(
                 "--vectors needs no model: leave out --prompt and the options of the language model"
             )
         basis_options.pop("prompts")
+        from crl_sdk.cli._text_vectors import basis_from_file
+
         basis = basis_from_file(vectors, criterion, given, model, basis_options)
         if not dry_run:
             save(basis, path)
-        _print_basis(basis, path, as_json)
+        print_basis(basis, path, as_json)
         return
     with open_embedder(bundle) as embedder:
         warn_without_background(embedder.bundle, method or DEFAULT_METHOD)
@@ -182,57 +178,7 @@ def create(
             )
     if not dry_run:
         save(basis, path)
-    _print_basis(basis, path, as_json)
-
-
-def basis_from_file(
-    path: Path, criterion: str, words: list[str], model: str | None, options: dict[str, Any]
-) -> Basis:
-    """Make a basis from a file of text embeddings.
-
-    Args:
-        path: The `.npz` or `.parquet` file.
-        criterion: Name of the criterion.
-        words: Words to take from a bank; empty for those that the file has for the criterion.
-        model: Name of the model; None if the file has its fingerprint.
-        options: Options of `build_basis_from_vectors`.
-
-    Raises:
-        InvalidInputError: If the file cannot be read, has no texts of the criterion, or its model
-            is not known.
-        BasisMismatchError: If the file has another fingerprint than `model`.
-    """
-    from crl_sdk.evaluation._vectors import TEXT, VectorFile, read_background, read_text_vectors
-
-    file = VectorFile(path)
-    stored = file.fingerprint()
-    if stored is None and model is None:
-        raise InvalidInputError(
-            f"{path}: the file does not say which model made the embeddings: name it with "
-            "--model NAME, such as --model openai/clip-vit-base-patch32"
-        )
-    named = None if model is None else fingerprint_of_name(model)
-    if stored is not None and named is not None:
-        require_same_model(
-            str(path), stored, named, used_with="--model",
-            remedy="leave out --model, the file names its model itself",
-        )  # fmt: skip
-    name = normalise_criterion(criterion)
-    own = next((each for each in file.names if each in (TEXT + criterion, TEXT + name)), "text")
-    dim = file.read(own, "text embeddings (k, d)").shape[-1]
-    known, notes = read_text_vectors([file], {name: words} if words else {}, dim)
-    for each in notes:
-        note(each)
-    background = read_background([file], None, known, dim)
-    if name not in known:
-        raise InvalidInputError(
-            f"{path}: no texts of {name!r}, the file has {', '.join(known) or 'none'}: name the "
-            "criterion as in the file, or choose words of a bank with --text or --from-texts"
-        )
-    return build_basis_from_vectors(
-        name, known[name].texts, known[name].embeddings, model=named or str(stored),
-        background=background, provenance={"source": str(path)}, **options,
-    )  # fmt: skip
+    print_basis(basis, path, as_json)
 
 
 @app.command("edit")
@@ -271,71 +217,7 @@ def edit(
             "the basis had been sharpened with images, which it no longer is: run crl basis "
             f"sharpen {criterion!r} --images DIR again"
         )
-    _print_basis(changed, path, as_json)
-
-
-@app.command("sharpen")
-def sharpen(
-    criterion: Annotated[str, typer.Argument(help="Name of the basis.")],
-    images: Annotated[
-        Path,
-        typer.Option(
-            help="Images of the kind the basis is used for, better 300 or more: a directory, or a "
-            "file of embeddings from `crl embed`."
-        ),
-    ],
-    labels: Annotated[
-        Path | None,
-        typer.Option(
-            help="CSV file with a header and the columns `file`, relative to the directory, and "
-            "`label`, for some or all of the images. Ten images of a class are enough."
-        ),
-    ] = None,
-    column: Annotated[
-        str, typer.Option(help="With --labels: name of the column with the labels.")
-    ] = "label",
-    bundle: BundleOption = None,
-    bases: BasesOption = DEFAULT_BASES,
-    engine: EngineOption = "auto",
-    threads: ThreadsOption = None,
-    decode: DecodeOption = "exact",
-    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bases.")] = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Sharpen a basis with images of the kind it is used for.
-
-    The images need no labels. What varies within their clusters counts less from then on. The
-    basis is replaced, and what it was sharpened with is recorded in it. Make it again with `crl
-    basis create --overwrite` to undo this.
-    """
-    from crl_sdk.cli._sources import (
-        LazyEmbedder,
-        read_label_table,
-        require_same_model,
-        require_tasks,
-    )
-    from crl_sdk.tasks._sharpen import sharpen as sharpen_basis
-
-    require_tasks("crl basis sharpen")
-    path = basis_path(bases, criterion)
-    basis = load_basis(bases, criterion)
-    with LazyEmbedder(bundle, engine, threads, decode) as model:
-        found = model.read([images])
-    require_same_model(found, [basis])
-    given = None
-    if labels is not None:
-        directory = Path() if found.files is None else images
-        table = read_label_table(directory, labels, column)
-        given = [table.get(Path(name), "") for name in found.names]
-        if missing := len(table) - sum(label != "" for label in given):
-            warn(f"{labels}: {missing} of {len(table)} files are not among the images")
-    result = sharpen_basis(basis, found.universal, given, source=str(images), seed=seed)
-    for reason in result.reasons:
-        warn(reason)
-    save(result.basis, path)
-    _print_basis(result.basis, path, as_json)
-    if found.failed:
-        raise typer.Exit(1)
+    print_basis(changed, path, as_json)
 
 
 @app.command("show")
@@ -343,7 +225,7 @@ def show(
     file: Annotated[Path, typer.Argument(help="A basis file.")], as_json: JsonOption = False
 ) -> None:
     """Verify a basis file and print its content."""
-    _print_basis(Basis.load(file), file, as_json)
+    print_basis(Basis.load(file), file, as_json)
 
 
 def _other_basis(name: str, bases: Path) -> Basis:
@@ -387,7 +269,8 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
-def _print_basis(basis: Basis, path: Path, as_json: bool) -> None:
+def print_basis(basis: Basis, path: Path, as_json: bool) -> None:
+    """Print what a basis holds."""
     if as_json:
         print_json(_document(basis, path))
         return

@@ -86,8 +86,9 @@ def cluster(
     sharpen: Annotated[
         bool,
         typer.Option(
-            help="Sharpen the basis with these images before they are grouped. Takes the method "
-            f"contrastive and {ENOUGH_IMAGES} images or more."
+            help="Sharpen the basis with these images before they are grouped, if it is of the "
+            f"method contrastive, was not sharpened yet, and there are {ENOUGH_IMAGES} images or "
+            "more."
         ),
     ] = True,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal groups.")] = 0,
@@ -110,7 +111,7 @@ def cluster(
     with spinner("grouping …"):
         universal = check_rows(images.universal)
         doubts: tuple[str, ...] = ()
-        if sharpen and basis.method == "contrastive" and len(universal) >= ENOUGH_IMAGES:
+        if sharpen and _can_be_sharpened(basis, len(universal)):
             sharpened = sharpen_basis(basis, universal, source=str(source), seed=seed)
             basis, doubts = sharpened.basis, sharpened.reasons
         rows = project_rows(universal, [basis.projection])[0]
@@ -129,6 +130,12 @@ def cluster(
         _print(images, basis, found, reasons, directory / TABLE, page)
     if images.failed:
         raise typer.Exit(1)
+
+
+def _can_be_sharpened(basis: Basis, images: int) -> bool:
+    """Whether a basis fits and was not sharpened before, perhaps with labels."""
+    fits = basis.method == "contrastive" and "sharpened" not in basis.provenance
+    return fits and images >= ENOUGH_IMAGES
 
 
 def _undescribed_groups(found: Clustering, quality: ClusterQuality) -> tuple[str, ...]:

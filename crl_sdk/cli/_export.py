@@ -8,6 +8,7 @@ from typing import Annotated, cast
 import typer
 from rich.table import Table
 
+from crl_sdk.cli._basis import read_texts
 from crl_sdk.cli._console import JsonOption, note, out, print_facts, print_json, progress_bar
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.model._background import BACKGROUND_FILE
@@ -54,7 +55,6 @@ def export(
     tolerance.
     """
     try:
-        from crl_export.background import read_background_texts
         from crl_export.exporter import export_model
     except ImportError as error:
         raise MissingDependencyError(error.name or "torch", "export", "crl export") from error
@@ -69,7 +69,7 @@ def export(
             name=name,
             license=license_name,
             text=text,
-            background=None if background is None else read_background_texts(background),
+            background=_background_texts(background),
             overwrite=overwrite,
             progress=lambda stage, done, total: progress.update(
                 task, description=stage, completed=done, total=total
@@ -89,10 +89,9 @@ def add_background(
     The method `contrastive` compares the texts of a criterion with these generic texts. Bases that
     exist already do not change; make them again to use the new background.
     """
-    from crl_export.background import add_background, read_background_texts
+    from crl_export.background import add_background
 
-    texts = None if background is None else read_background_texts(background)
-    changed = add_background(bundle, texts)
+    changed = add_background(bundle, _background_texts(background))
     note(f"wrote {bundle / BACKGROUND_FILE}")
     _print_bundle(changed, as_json)
 
@@ -103,6 +102,13 @@ def info(
 ) -> None:
     """Verify a bundle and print its contents."""
     _print_bundle(ModelBundle.open(bundle), as_json)
+
+
+def _background_texts(path: Path | None) -> list[str] | None:
+    """Read generic texts; lines that begin with `#` are comments."""
+    if path is None:
+        return None
+    return [text for text in read_texts(path) if not text.startswith("#")]
 
 
 def _precisions(value: str) -> tuple[Precision, ...]:

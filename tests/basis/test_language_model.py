@@ -97,6 +97,24 @@ def test_a_system_that_does_not_limit_a_process_to_some_cores(monkeypatch):
         assert opened.describe()["threads"] == os.cpu_count()
 
 
+def test_weights_are_not_repacked_while_a_model_is_loaded(monkeypatch):
+    """llama.cpp's kernels for repacked weights end the process on some machines."""
+    import llama_cpp
+
+    seen = []
+    original, load = llama_cpp.llama_cpp.llama_model_default_params, llama_cpp.Llama
+
+    def spy(*arguments, **options):
+        seen.append(llama_cpp.llama_cpp.llama_model_default_params().use_extra_bufts)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(llama_cpp, "Llama", spy)
+    with LanguageModel.open(context=256):
+        assert seen == [False]
+    assert llama_cpp.llama_cpp.llama_model_default_params is original
+    assert original().use_extra_bufts
+
+
 def test_a_gguf_file_anywhere_on_the_disk(tmp_path):
     path = tmp_path / "mine.gguf"
     shutil.copy(find_model(None), path)

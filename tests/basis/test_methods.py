@@ -211,6 +211,11 @@ def test_what_is_ignored_is_removed_alone_and_from_any_method():
         assert projection.weight.shape == plain.weight.shape
         np.testing.assert_allclose(varies @ projection.weight, 0.0, atol=1e-5)
         assert np.abs(projection.weight).max() > 0.01
+    both = [ignored, make_projection(texts_of(4, seed=2), "contrastive")]
+    weight = make_projection(texts, ignore=both).weight
+    for each in both:  # whatever their order, and though they are not orthogonal
+        np.testing.assert_allclose(each.weight.T @ weight, 0.0, atol=1e-5)
+    assert np.abs(both[0].weight.T @ both[1].weight).max() > 0.1
     with pytest.raises(InvalidInputError, match="from 24 dimensions in ignore, got 5"):
         make_projection(texts, ignore=[make_projection(other[:, :5], "cosine")])
 

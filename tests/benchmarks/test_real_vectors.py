@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from crl_benchmarks import real_vectors
+from crl_benchmarks import real_vector_sets, real_vectors
 
 DIM = 24
 COLOURS = ("Black", "White", "Blue", "Red")
@@ -46,7 +46,7 @@ def folder(tmp_path):
     world = World()
     draw = world.rng.choice
     count = 160
-    off_topic = real_vectors.CLOTHES_OFF_TOPIC.split()
+    off_topic = real_vector_sets.CLOTHES_OFF_TOPIC.split()
     clothes = [
         (draw(COLOURS), draw(TYPES), draw(PATTERNS), draw(off_topic), draw(off_topic))
         for _ in range(count)
@@ -54,18 +54,18 @@ def folder(tmp_path):
     words = [tuple(word.lower() for word in row) for row in clothes]
     columns = np.array(clothes).T
     np.savez(
-        tmp_path / real_vectors.CLOTHES,
+        tmp_path / real_vector_sets.CLOTHES,
         image=world.images([row[:3] for row in words]).astype(np.float32),
         text=world.texts(words).astype(np.float32), caption=[" ".join(row) for row in words],
         product_code=np.arange(count) // 2, perceived_colour_master_name=columns[0],
         product_type_name=columns[1], graphical_appearance_name=columns[2],
     )  # fmt: skip
-    bank = [(kind, f"{kind} {i}") for kind in real_vectors.BANK_KINDS for i in range(4)]
-    animals = [noun for nouns in real_vectors.ANIMALS.values() for noun in nouns]
-    nouns = [*real_vectors.PEOPLE, *animals, *(f"thing {i}" for i in range(15))]
+    bank = [(kind, f"{kind} {i}") for kind in real_vector_sets.BANK_KINDS for i in range(4)]
+    animals = [noun for nouns in real_vector_sets.ANIMALS.values() for noun in nouns]
+    nouns = [*real_vector_sets.PEOPLE, *animals, *(f"thing {i}" for i in range(15))]
     bank += [("noun", noun) for noun in nouns]
     np.savez(
-        tmp_path / real_vectors.WORDS,
+        tmp_path / real_vector_sets.WORDS,
         text=world.texts([[word] for _, word in bank]).astype(np.float32),
         word=[word for _, word in bank], kind=[kind for kind, _ in bank],
     )  # fmt: skip
@@ -75,13 +75,13 @@ def folder(tmp_path):
     columns = np.array(people).T
     unknown = np.arange(80) < 3
     np.savez(
-        tmp_path / real_vectors.DRESS, image=world.images(people).astype(np.float16),
+        tmp_path / real_vector_sets.DRESS, image=world.images(people).astype(np.float16),
         group=np.arange(80), gender=columns[0], first_colour=np.where(unknown, "", columns[1]),
         garment=columns[2],
     )  # fmt: skip
     kinds = ["dog", "bird", "fish", "food"] * 18
     np.savez(
-        tmp_path / real_vectors.IMAGENET,
+        tmp_path / real_vector_sets.IMAGENET,
         image=world.images([[kind] for kind in kinds]).astype(np.float16), group=np.arange(72),
         kind=kinds,
     )  # fmt: skip
@@ -91,7 +91,8 @@ def folder(tmp_path):
 def test_tables_plot_and_record(folder, tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(real_vectors, "SPLITS", 2)
+    for module in (real_vectors, real_vector_sets):
+        monkeypatch.setattr(module, "SPLITS", 2)
     monkeypatch.setattr(real_vectors, "COUNT_DRAWS", 1)
     out = tmp_path / "out"
     real_vectors.main(["--data", str(folder), "--out", str(out)])
@@ -106,7 +107,7 @@ def test_tables_plot_and_record(folder, tmp_path, monkeypatch):
     document = json.loads(out.with_suffix(".json").read_bytes())
     runs, counts = document["runs"], document["counts"]
     cases, variants = 3 * 2 + 2 + 2 + 2, len(real_vectors.VARIANTS)
-    conditions = len(real_vectors.CONDITIONS)
+    conditions = len(real_vector_sets.CONDITIONS)
     assert len(runs) == (cases * (1 + variants) - len(unseen) * (2 + 2 + 2)) * conditions
     assert {each["count"] for each in counts} >= {3, 4}
     clean = {
@@ -124,12 +125,13 @@ def test_tables_plot_and_record(folder, tmp_path, monkeypatch):
 
 def test_classes_groups_and_noise(folder):
     cases = {
-        (case.group, case.criterion, case.split): case for case in real_vectors.read_cases(folder)
+        (case.group, case.criterion, case.split): case
+        for case in real_vector_sets.read_cases(folder)
     }
     assert len(cases) == 3 * 4 + 2 + 4 + 4
     colour = cases["dress", "colour", 0]
     assert len(colour.images) == 77  # three have no label
-    clean, off_topic, others = (colour.texts[name] for name in real_vectors.CONDITIONS)
+    clean, off_topic, others = (colour.texts[name] for name in real_vector_sets.CONDITIONS)
     assert [len(clean), len(off_topic), len(others)] == [4, 6, 6]
     known = np.concatenate(colour.against)
     assert all((row == known).all(axis=1).any() for row in others[4:])
@@ -142,7 +144,7 @@ def test_classes_groups_and_noise(folder):
 
 def test_own_group_is_never_retrieved(folder):
     pytest.importorskip("sklearn")
-    case = next(real_vectors.read_cases(folder))
+    case = next(real_vector_sets.read_cases(folder))
     run = next(real_vectors.measure(case, ()))
     near = case.images.astype(np.float64) @ case.images.T
     for query, expected in enumerate(run.precisions):
@@ -166,21 +168,21 @@ def test_each_run_counts_equally():
 
 
 def test_absent_files_are_named(folder, capsys):
-    (folder / real_vectors.DRESS).unlink()
+    (folder / real_vector_sets.DRESS).unlink()
     out = folder / "out"
     real_vectors.main(["--data", str(folder), "--out", str(out)])
     message = capsys.readouterr().out
     assert message.count("\n") == 1
-    assert f"{folder / real_vectors.DRESS} is missing" in message
+    assert f"{folder / real_vector_sets.DRESS} is missing" in message
     assert str(folder / "README.md") in message
     assert not list(folder.glob("out*"))
 
 
 def test_an_absent_noun_is_named(folder):
-    path = folder / real_vectors.WORDS
+    path = folder / real_vector_sets.WORDS
     with np.load(path) as bank:
         kept = bank["word"] != "kitten"
         arrays = {name: bank[name][kept] for name in bank.files}
     np.savez(path, **arrays)
     with pytest.raises(real_vectors.InvalidInputError, match="kitten"):
-        list(real_vectors.read_cases(folder))
+        list(real_vector_sets.read_cases(folder))

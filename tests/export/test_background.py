@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from crl_export import background
-from crl_export.background import add_background, generic_texts, read_background_texts
+from crl_export.background import add_background, generic_texts
 from crl_export.demo.captions import background_captions
 from crl_sdk import Embedder, demo_bundle
 from crl_sdk.errors import ExportError, IntegrityError, InvalidInputError
@@ -112,21 +112,13 @@ def test_a_malformed_file_names_the_command_that_makes_it_again(tmp_path, data):
         read_background(tmp_path / "absent", 8)
 
 
-def test_bad_texts(bundle, tmp_path):
+def test_bad_texts(bundle):
     with pytest.raises(InvalidInputError, match="at least 50 distinct background texts, got 49"):
         add_background(bundle, [*some_texts(49), some_texts()[0]])
     with pytest.raises(InvalidInputError, match=r"give texts that it knows"):
         add_background(bundle, ["red" + " " * i for i in range(60)])
     with pytest.raises(InvalidInputError, match="tokens"):
         add_background(bundle, [*some_texts(), "red " * 100])
-    file = tmp_path / "texts.txt"
-    file.write_text("# words\n\n  red square \nblue circle\n", encoding="utf-8")
-    assert read_background_texts(file) == ("red square", "blue circle")
-    file.write_bytes(b"\xff\xfe")
-    with pytest.raises(InvalidInputError, match="expected UTF-8"):
-        read_background_texts(file)
-    with pytest.raises(InvalidInputError, match="cannot be read"):
-        read_background_texts(tmp_path / "absent")
     assert len(ModelBundle.open(bundle).background) == 400  # nothing was lost
 
 

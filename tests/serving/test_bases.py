@@ -64,8 +64,14 @@ def test_the_server_knows_no_method(client, embedder, image_files):
         client.create_basis("color", texts, method="exclusive-orthogonal")
     with pytest.raises(InvalidInputError, match="takes no other criteria"):
         client.create_basis("color", texts, method="cosine", against=["size"])
-    with pytest.raises(UnknownCriterionError, match="known are"):
-        client.create_basis("color", texts, against=["weight"])
+    for role in ("against", "ignore"):
+        with pytest.raises(UnknownCriterionError, match="known are"):
+            client.create_basis("color", texts, **{role: ["weight"]})
+    ignored = client.create_basis("color", texts, ignore=["size"])
+    expected = embedder.create_basis("color", texts, ignore=[other], load=False)
+    rows = client.embed(image_files[:3], criteria=["color"])["color"]
+    np.testing.assert_allclose(rows, expected.projection.apply(result.universal), atol=1e-6)
+    assert ignored.output_dim == expected.projection.output_dim
     with pytest.raises(InvalidInputError, match="expected a method of"):
         client.create_basis("color", texts, method="nonsense")
 
