@@ -21,6 +21,7 @@ from crl_sdk.errors import InvalidInputError
 from crl_sdk.evaluation import _results as report
 from crl_sdk.evaluation import _vector_results as results
 from crl_sdk.evaluation._criterion_texts import CriterionTexts
+from crl_sdk.evaluation._vector_noise import CLEAN, NOISES
 from crl_sdk.evaluation._vector_protocols import (
     DESCRIBING,
     VECTOR_PROTOCOLS,
@@ -96,6 +97,14 @@ def evaluate_vectors(
     protocol: Annotated[
         str, typer.Option(help="Protocols to run, separated by commas.")
     ] = ",".join(VECTOR_PROTOCOLS),
+    noise: Annotated[
+        str,
+        typer.Option(
+            help="What to mix into the texts, separated by commas: clean (nothing), off-topic "
+            "(half as many generic texts), other-criteria (half as many texts of those). The "
+            "methods are evaluated with each."
+        ),
+    ] = CLEAN,
     seeds: Annotated[int, typer.Option(min=1, help="Number of k-means seeds.")] = 20,
     shots: Annotated[str, typer.Option(help="Numbers of training images per class.")] = "1,5,10",
     splits: Annotated[
@@ -125,7 +134,8 @@ def evaluate_vectors(
         report.check_path(out_file)
     protocols = parse_names("--protocol", protocol, VECTOR_PROTOCOLS)
     methods = tuple(m for m in METHODS if m in parse_names("--method", method, METHODS))
-    options = VectorOptions(methods, protocols, seeds, parse_shots(shots), splits)
+    noises = parse_names("--noise", noise, NOISES)
+    options = VectorOptions(methods, protocols, seeds, parse_shots(shots), splits, noises)
     smallest = _smallest_class(min_class_size, options)
     require_tasks("crl eval")
     renamed = _renamed(array)
@@ -156,6 +166,7 @@ def evaluate_vectors(
         settings |= {"seeds": seeds}
     if "few-shot" in protocols:
         settings |= {"shots": list(options.shots), "splits": splits}
+    settings |= {"texts": list(noises)}
     settings |= {"generic texts": 0 if generic is None else len(generic)}
     settings |= {"smallest class": smallest, "grouped": "yes" if vectors.grouped else "no"}
     found = results.make_document(

@@ -22,8 +22,9 @@ from crl_sdk.evaluation import _few_shot as shots_of
 from crl_sdk.evaluation._criterion_texts import CriterionTexts
 from crl_sdk.evaluation._mean_std import MeanStd
 from crl_sdk.evaluation._protocols import SCALED, UNIVERSAL, Step
+from crl_sdk.evaluation._vector_noise import CLEAN, mix_in
 from crl_sdk.evaluation._vectors import VectorSet
-from crl_sdk.projection._projection import Projection, normalise_rows
+from crl_sdk.projection._projection import normalise_rows
 from crl_sdk.tasks._metrics import average_precision
 from crl_sdk.tasks._sharpen import ENOUGH_IMAGES, sharpen_projection
 
@@ -68,6 +69,7 @@ class VectorRow:
         criterion: Criterion whose texts were used.
         protocol: One of `VECTOR_PROTOCOLS`.
         representation: Embeddings that were evaluated: universal, a control, or a method.
+        noise: What was mixed into the texts, one of `NOISES`.
         scores: Comparison for each measure.
     """
 
@@ -75,6 +77,7 @@ class VectorRow:
     criterion: str
     protocol: str
     representation: str
+    noise: str
     scores: Mapping[str, Comparison]
 
 
@@ -89,6 +92,8 @@ class VectorOptions:
         seeds: Number of k-means seeds, counted from 0.
         shots: Numbers of training images of each class.
         splits: Number of random choices of the training images.
+        noises: Some of `NOISES`. The universal embedding and the controls, which hardly depend on
+            the texts, are evaluated with the first of them.
     """
 
     methods: tuple[Method, ...] = DESCRIBING
@@ -96,6 +101,7 @@ class VectorOptions:
     seeds: int = 20
     shots: tuple[int, ...] = shots_of.SHOTS
     splits: int = shots_of.SPLITS
+    noises: tuple[str, ...] = (CLEAN,)
 
 
 def run_vectors(
@@ -119,10 +125,11 @@ def run_vectors(
         background: Vectors of generic texts, shape (n, d), float32, unit rows.
 
     Returns:
-        Rows sorted by label column, then by protocol; and remarks on methods that were left out.
+        Rows sorted by label column, then by protocol and noise; and remarks on methods that were
+        left out.
 
     Raises:
-        InvalidInputError: If a label column or its criterion has too little data.
+        InvalidInputError: If a label column, its criterion or a kind of noise has too little data.
         MissingDependencyError: If scikit-learn or SciPy is not installed.
     """
     rows: list[VectorRow] = []
@@ -136,61 +143,87 @@ def run_vectors(
                 f"{texts[criterion].source}: {criterion}: expected two texts or more, got {k}: add "
                 "texts that describe different values of the criterion"
             )
-        maps: dict[str, Rows] = {}
-        for method in dict.fromkeys((PAPER_METHOD, *options.methods)):
-            if find_method(method).needs_against and len(texts) < 2:
-                notes.append(
-                    f"{column}: the method {method} is left out, because it needs the texts of "
-                    "other criteria and there are none"
-                )
-                continue
-            if k < find_method(method).min_texts:
-                notes.append(
-                    f"{column}: the method {method} is left out, because it needs "
-                    f"{find_method(method).min_texts} texts and there are {k}"
-                )
-                continue
-            made = _projection(criterion, texts, method, background)
-            maps[method] = made.apply(images)
-            if method == "contrastive" and len(images) >= ENOUGH_IMAGES:
-                maps[SHARPENED] = sharpen_projection(made, k, images)[0].apply(images)
-        draws = [images @ _directions(k, d, seed).T for seed in range(_DRAWS)]
-        ways = {UNIVERSAL: [images], SCALED: [images], RANDOM: draws}
-        ways |= {method: [mapped] for method, mapped in maps.items()}
+        others = [each.embeddings for name, each in texts.items() if name != criterion]
+        methods = _usable_methods(options.methods, k, len(others), column, notes)
         run = _Protocols(own.codes, groups, options, data.grouped)
-        for protocol in (each for each in VECTOR_PROTOCOLS if each in options.protocols):
-            runs: dict[str, Runs] = {}
-            for name, given in ways.items():
-                if name == SCALED and protocol != "few-shot":
-                    continue  # the other protocols ignore the scale
-                if protocol == "few-shot" and given[0].shape[1] < 2:
-                    notes.append(
-                        f"{column}: few-shot is left out for {name}, whose rows have one column "
-                        f"with {k} texts: add texts"
-                    )
-                    continue
-                if step is not None:
-                    step(f"{column}: {protocol}, {name}")
-                runs[name] = run.run(protocol, name, given, maps[PAPER_METHOD])
-            rows += [
-                VectorRow(
-                    column, criterion, protocol, name,
-                    {
-                        measure: compare(
-                            values, runs[PAPER_METHOD][measure],
-                            groups=run.query_groups if protocol == "retrieval" else None,
+        found: list[VectorRow] = []
+        for noise in options.noises:
+            mixed, generic = mix_in(texts[criterion].embeddings, noise, others, background)
+            maps = _maps(mixed, methods, others, generic, images)
+            ways = {name: [mapped] for name, mapped in maps.items()}
+            if noise == options.noises[0]:
+                draws = [images @ _directions(k, d, seed).T for seed in range(_DRAWS)]
+                ways = {UNIVERSAL: [images], SCALED: [images], RANDOM: draws, **ways}
+            for protocol in options.protocols:
+                runs: dict[str, Runs] = {}
+                for name, given in ways.items():
+                    if name == SCALED and protocol != "few-shot":
+                        continue  # the other protocols ignore the scale
+                    if protocol == "few-shot" and given[0].shape[1] < 2:
+                        notes.append(
+                            f"{column}: few-shot is left out for {name}, whose rows have one "
+                            f"column with {k} texts: add texts"
                         )
-                        for measure, values in found.items()
-                    },
-                )
-                for name, found in runs.items()
-            ]  # fmt: skip
-            if protocol == "retrieval" and run.left_out:
-                notes.append(
-                    f"{column}: {run.left_out} of {len(images)} images are not used as queries of "
-                    "retrieval, because their class has no image outside their group"
-                )
-    return rows, notes
+                        continue
+                    if step is not None:
+                        step(f"{column}: {protocol}, {name}, {noise} texts")
+                    runs[name] = run.run(protocol, name, given, maps[PAPER_METHOD])
+                found += [
+                    VectorRow(
+                        column, criterion, protocol, name, noise,
+                        run.compare(protocol, scores, runs[PAPER_METHOD]),
+                    )
+                    for name, scores in runs.items()
+                ]  # fmt: skip
+        rows += sorted(found, key=lambda row: VECTOR_PROTOCOLS.index(row.protocol))
+        if "retrieval" in options.protocols and run.left_out:
+            notes.append(
+                f"{column}: {run.left_out} of {len(images)} images are not used as queries of "
+                "retrieval, because their class has no image outside their group"
+            )
+    return rows, list(dict.fromkeys(notes))
+
+
+def _usable_methods(
+    methods: Sequence[Method], texts: int, others: int, column: str, notes: list[str]
+) -> list[Method]:
+    """Return the methods that fit the numbers of texts and of other criteria, `cosine` first."""
+    usable = []
+    for method in dict.fromkeys((PAPER_METHOD, *methods)):
+        needed = find_method(method).min_texts
+        if find_method(method).needs_against and not others:
+            notes.append(
+                f"{column}: the method {method} is left out, because it needs the texts of other "
+                "criteria and there are none"
+            )
+        elif texts < needed:
+            notes.append(
+                f"{column}: the method {method} is left out, because it needs {needed} texts and "
+                f"there are {texts}"
+            )
+        else:
+            usable.append(method)
+    return usable
+
+
+def _maps(
+    texts: Rows,
+    methods: Sequence[Method],
+    others: Sequence[Rows],
+    background: Rows | None,
+    images: Rows,
+) -> dict[str, Rows]:
+    """Return the conditional embeddings of the images by each method."""
+    maps = {}
+    for method in methods:
+        made = make_projection(
+            texts, method, post="none", background=background,
+            against=others if find_method(method).takes_against else (),
+        )  # fmt: skip
+        maps[method] = made.apply(images)
+        if method == "contrastive" and len(images) >= ENOUGH_IMAGES:
+            maps[SHARPENED] = sharpen_projection(made, len(texts), images)[0].apply(images)
+    return maps
 
 
 class _Protocols:
@@ -240,6 +273,14 @@ class _Protocols:
 
             found |= _over_draws(len(drawn), draws, classify)
         return found
+
+    def compare(self, protocol: str, scores: Runs, paper: Runs) -> dict[str, Comparison]:
+        """Compare each measure with that of `cosine`."""
+        groups = self.query_groups if protocol == "retrieval" else None
+        return {
+            measure: compare(values, paper[measure], groups=groups)
+            for measure, values in scores.items()
+        }
 
     def _cluster(self, rows: Rows, seeds: Sequence[int]) -> dict[str, list[float]]:
         return kmeans.clustering_runs(rows, self.codes, seeds)
@@ -336,19 +377,6 @@ def _over_draws(
         for measure, scores in function(rows, at).items() if at else ():
             found.setdefault(measure, np.empty(count))[at] = scores
     return found
-
-
-def _projection(
-    criterion: str,
-    texts: Mapping[str, CriterionTexts],
-    method: Method,
-    background: Rows | None,
-) -> Projection:
-    others = [each.embeddings for name, each in texts.items() if name != criterion]
-    return make_projection(
-        texts[criterion].embeddings, method, post="none",
-        against=others if find_method(method).takes_against else (), background=background,
-    )  # fmt: skip
 
 
 def _directions(count: int, dim: int, seed: int) -> Rows:

@@ -13,6 +13,7 @@ from crl_sdk.errors import InvalidInputError
 from crl_sdk.evaluation._criterion_texts import CriterionTexts
 from crl_sdk.evaluation._mean_std import MeanStd
 from crl_sdk.evaluation._results import format_percent, format_settings
+from crl_sdk.evaluation._vector_noise import CLEAN
 from crl_sdk.evaluation._vector_protocols import VectorRow
 from crl_sdk.evaluation._vectors import VectorSet
 from crl_sdk.storage._atomic_files import write_atomically
@@ -72,6 +73,7 @@ def make_document(
                 "criterion": row.criterion,
                 "protocol": row.protocol,
                 "representation": row.representation,
+                "texts": row.noise,
                 "scores": {
                     measure: {
                         "mean": each.score.mean,
@@ -95,8 +97,8 @@ def tables(
 
     Returns:
         Header of each table, and for each of its rows the scores in percent and below them the
-        differences to `cosine` in points. The first two cells are the label column and the
-        embeddings.
+        differences to `cosine` in points. The first two cells are the label column, with the noise
+        if there is any, and the embeddings.
     """
     made: dict[str, tuple[list[str], list[tuple[list[str], list[str]]]]] = {}
     for row in rows:
@@ -104,7 +106,7 @@ def tables(
         _, cells = made.setdefault(row["protocol"], ([row["protocol"], "embeddings", *scores], []))
         cells.append(
             (
-                [row["labels"], row["representation"],
+                [_with_noise(row), row["representation"],
                  *(format_percent(MeanStd(each["mean"], each["std"])) for each in scores.values())],
                 ["", "", *map(_difference, scores.values())],
             )
@@ -155,6 +157,10 @@ def write_document(path: Path, found: Mapping[str, Any]) -> None:
     """
     text = format_markdown(found) if path.suffix == ".md" else json.dumps(found, indent=1) + "\n"
     write_atomically(path, text.encode(), InvalidInputError)
+
+
+def _with_noise(row: Mapping[str, Any]) -> str:
+    return str(row["labels"]) if row["texts"] == CLEAN else f"{row['labels']}, {row['texts']}"
 
 
 def _difference(score: Mapping[str, Any]) -> str:

@@ -78,6 +78,30 @@ def test_table_json_and_markdown(data, tmp_path):
     assert "- labels tone, criterion tone: 24 images of 2 classes" in text and "paired 95 %" in text
 
 
+def test_noise_is_mixed_into_the_texts_of_the_methods_alone(data, tmp_path):
+    more = tmp_path / "more.npz"
+    generic = np.eye(8)[np.arange(30) % 8] + np.eye(8)[7]
+    np.savez(more, **dict(np.load(data)), background=generic)
+    ask = ["--data", more, *SHORT, "--protocol", "clustering,retrieval", "--json"]
+    found = json.loads(invoke(*ask, "--noise", "clean,off-topic,other-criteria").stdout)
+    rows = [r for r in found["rows"] if (r["labels"], r["protocol"]) == ("form", "retrieval")]
+    noises = {
+        name: [row["texts"] for row in rows if row["representation"] == name]
+        for name in ("universal", "cosine", "contrastive")
+    }
+    every = ["clean", "off-topic", "other-criteria"]
+    assert noises == {"universal": ["clean"], "cosine": every, "contrastive": every}
+    assert found["settings"]["texts"] == every
+    clean = json.loads(invoke(*ask).stdout)["rows"]
+    assert [row for row in found["rows"] if row["texts"] == "clean"] == clean
+    shown = invoke(*ask[:-1], "--noise", "off-topic").output
+    assert "form, off-topic" in shown and "other-criteria" not in shown
+    with pytest.raises(InvalidInputError, match=r"--noise off-topic: expected at least 3 generic"):
+        invoke("--data", data, *SHORT, "--noise", "off-topic")
+    with pytest.raises(InvalidInputError, match=r"--noise other-criteria: .* there are 0"):
+        invoke("--data", data, *SHORT, "--criteria", "form", "--noise", "other-criteria")
+
+
 def test_files_with_other_names(data, bank, tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("dark\nlight\n")
