@@ -301,8 +301,8 @@ class Embedder:
         """
         self.bundle.text_graph()  # without one, fail before the language model is loaded
         return generate_texts(
-            criterion, llm, options,
-            embed_text=self.embed_text, prompts=prompts, progress=progress,
+            criterion, llm, options, embed_text=self.embed_text,
+            background=self.bundle.background, prompts=prompts, progress=progress,
         )  # fmt: skip
 
     def create_basis(
@@ -501,7 +501,7 @@ class Embedder:
     @overload
     def project(  # type: ignore[overload-overlap]  # a str is a sequence of str as well
         self,
-        embeddings: NDArray[np.floating],
+        embeddings: NDArray[Any],
         criteria: str | Basis,
         *,
         out: NDArray[Any] | None = None,
@@ -511,7 +511,7 @@ class Embedder:
     @overload
     def project(
         self,
-        embeddings: NDArray[np.floating],
+        embeddings: NDArray[Any],
         criteria: Sequence[str | Basis],
         *,
         out: Mapping[str, NDArray[Any]] | None = None,
@@ -520,7 +520,7 @@ class Embedder:
 
     def project(
         self,
-        embeddings: NDArray[np.floating],
+        embeddings: NDArray[Any],
         criteria: str | Basis | Sequence[str | Basis],
         *,
         out: NDArray[Any] | Mapping[str, NDArray[Any]] | None = None,
@@ -529,11 +529,11 @@ class Embedder:
         """Project stored universal embeddings onto one or several bases, without images.
 
         Args:
-            embeddings: Universal embeddings of this model, shape (n, d), float16, float32 or
-                float64, unit rows. They may be memory-mapped and are read once for all criteria.
+            embeddings: Universal embeddings of this model, shape (n, d), int8, float16, float32
+                or float64, unit rows. They may be memory-mapped and are read once for all criteria.
             criteria: Name of a loaded basis, or a basis; or a list of them.
-            out: Arrays to write to, such as memory maps, each of shape (n, m), float32 or float16:
-                one array, or for a list of criteria one by name. None creates float32 arrays.
+            out: Arrays to write to, such as memory maps, each of shape (n, m), float32, float16 or
+                int8: one array, or for a list of criteria one by name. None creates float32 arrays.
             threads: Number of threads, see `crl_sdk.projection.project_rows`. With several, which
                 is the default for many rows, BLAS is limited to one thread in the whole process
                 during the call.

@@ -28,6 +28,7 @@ from crl_sdk.basis._llm_requests import (
 )
 from crl_sdk.basis._votes import RankedText, VoteCounter, text_key
 from crl_sdk.errors import GenerationError
+from crl_sdk.projection._projection import normalise_rows
 
 ReportProgress: TypeAlias = Callable[[GenerationProgress], None]
 MIN_TEXTS = 3
@@ -36,8 +37,12 @@ MIN_TEXTS = 3
 SURE = 0.25
 """Share of the answers from which a text is kept wherever it lies in the embedding space."""
 
-MIN_DISTANCE = 0.05
+MIN_DISTANCE = 0.07
 """A text is an outlier only if its mean similarity is at least this far below the median."""
+
+MIN_CENTRED_DISTANCE = 0.1
+"""The same, for similarities after the mean of the background is subtracted. `make eval-real` shows
+how many strays and how many good texts both rules find."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,7 @@ def generate_texts(
     options: GenerationOptions = DEFAULT_OPTIONS,
     *,
     embed_text: EmbedText | None = None,
+    background: NDArray[np.floating] | None = None,
     prompts: Sequence[str] = (DEFAULT_PROMPT,),
     progress: ReportProgress | None = None,
 ) -> GeneratedTexts:
@@ -110,6 +116,8 @@ def generate_texts(
         options: How often and how to ask.
         embed_text: Text tower of the vision-language model, used to drop outliers. None keeps
             them.
+        background: Embeddings of generic texts, shape (n, d), such as `ModelBundle.background`.
+            With them, outliers are found far more reliably.
         prompts: Prompts that the texts will be embedded with.
         progress: Called after each token.
 
@@ -140,7 +148,8 @@ def generate_texts(
             "example line, a larger model, or texts of your own"
         )
     if embed_text is not None and options.spread > 0:
-        texts, outliers = _drop_outliers(texts, embed_text, prompts, options, len(seeds))
+        rows = embed_with_prompts([c.text for c in texts], prompts, embed_text)
+        texts, outliers = _drop_outliers(texts, rows, background, options, len(seeds))
         dropped = [*dropped, *outliers]
     kept, rest = texts[: options.count], texts[options.count :]
     dropped = [*dropped, *(DroppedText(c.text, c.votes, "over the number asked for") for c in rest)]
@@ -246,8 +255,8 @@ def _filter_texts(
 
 def _drop_outliers(
     texts: Sequence[RankedText],
-    embed_text: EmbedText,
-    prompts: Sequence[str],
+    rows: NDArray[np.float32],
+    background: NDArray[np.floating] | None,
     options: GenerationOptions,
     answers: int,
 ) -> tuple[list[RankedText], list[DroppedText]]:
@@ -256,11 +265,10 @@ def _drop_outliers(
     A text with many votes stays, because the vision-language model may know it better than the
     others.
     """
-    rows = embed_with_prompts([c.text for c in texts], prompts, embed_text)
-    near = similarity_to_others(rows, np.array([max(c.votes, 1) for c in texts], np.float32))
-    median = float(np.median(near))
-    deviation = 1.4826 * float(np.median(np.abs(near - median)))
-    cut = median - max(options.spread * deviation, MIN_DISTANCE)
+    weights = np.array([max(c.votes, 1) for c in texts], np.float32)
+    near = similarity_to_others(rows, weights, background)
+    distance = MIN_DISTANCE if background is None else MIN_CENTRED_DISTANCE
+    cut = outlier_cut(near, options.spread, distance)
     kept, outliers = [], []
     for candidate, value in zip(texts, near, strict=True):
         sure = candidate.votes >= SURE * answers or candidate.text in options.include
@@ -272,18 +280,39 @@ def _drop_outliers(
     return kept, outliers
 
 
+def outlier_cut(near: NDArray[np.floating], spread: float, distance: float) -> float:
+    """Return the similarity below which a text is an outlier.
+
+    Args:
+        near: Result of `similarity_to_others`, shape (n,).
+        spread: Number of robust standard deviations that an outlier is below the median.
+        distance: Smallest distance of an outlier from the median.
+    """
+    median = float(np.median(near))
+    deviation = 1.4826 * float(np.median(np.abs(near - median)))
+    return median - max(spread * deviation, distance)
+
+
 def similarity_to_others(
-    rows: NDArray[np.float32], weights: NDArray[np.float32]
+    rows: NDArray[np.float32],
+    weights: NDArray[np.float32],
+    background: NDArray[np.floating] | None = None,
 ) -> NDArray[np.float32]:
     """Return the weighted mean cosine of each row with all other rows.
+
+    All texts share a direction, which makes even unrelated ones similar. It is the mean of the
+    background, and is subtracted first.
 
     Args:
         rows: Unit rows, shape (n, d), float32.
         weights: Positive weights of the rows, shape (n,), float32.
+        background: Embeddings of generic texts, shape (b, d), unit rows.
 
     Returns:
         Mean cosines, shape (n,), float32; zeros if there is one row.
     """
+    if background is not None:
+        rows = normalise_rows(rows - background.mean(axis=0, dtype=np.float32), "l2")
     total = (weights[:, None] * rows).sum(axis=0)
     others = total[None, :] - weights[:, None] * rows
     mass = np.maximum(weights.sum() - weights, 1e-12)

@@ -53,7 +53,7 @@ class GenerationOptions:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     form: Form = "auto"
-    spread: float = 3.0
+    spread: float = 2.0
 
     def __post_init__(self) -> None:
         """Check all values.

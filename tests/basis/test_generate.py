@@ -127,6 +127,34 @@ def test_outliers_in_the_space_of_the_model_are_dropped():
     assert len(unfiltered.texts) == 7
 
 
+def test_a_background_shows_outliers_that_a_common_direction_hides():
+    """All texts of a real model are similar: here a stray has a cosine of 0.92 with the others."""
+    words = ["red", "blue", "green", "pink", "brown", "gold", "algebra"]
+    rng = np.random.default_rng(0)
+    common = 4.0 * np.eye(40)[0]
+    rows = common + np.eye(40)[[1] * 6 + [2]] + rng.normal(0, 0.08, (7, 40))
+    background = common + rng.normal(0, 0.16, (200, 40))
+    unit, generic = (
+        (each / np.linalg.norm(each, axis=1, keepdims=True)).astype(np.float32)
+        for each in (rows, background)
+    )
+    assert (unit[:6] @ unit[6] > 0.9).all()
+    table = dict(zip(words, unit, strict=True))
+    every, most = (" " + ", ".join(listed) + "\n" for listed in (words, words[:-1]))
+    options = GenerationOptions(max_answers=12, patience=12)
+
+    def texts(background):
+        found = generate_texts(
+            "color", Scripted(*[every] * 2, *[most] * 10), options,
+            embed_text=lambda given: np.array([table[text] for text in given]),
+            background=background,
+        )  # fmt: skip
+        return [each.text for each in found.texts]
+
+    assert texts(None) == words
+    assert texts(generic) == words[:-1]
+
+
 def test_similarity_is_the_weighted_mean_over_the_others():
     rng = np.random.default_rng(1)
     rows = rng.standard_normal((5, 4)).astype(np.float32)
