@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +18,9 @@ class Embeddings:
     """Embeddings of n images; `embeddings["color"]` is the array of one criterion.
 
     Attributes:
-        universal: Universal embeddings, shape (n, d), float32, unit rows. Rows of failed images
-            are NaN.
-        conditional: Conditional embeddings by criterion, each of shape (n, m), float32. Rows of
-            failed images are NaN.
+        universal: Universal embeddings, shape (n, d), unit rows, float32 or the dtype that the
+            call asked for. Rows of failed images are NaN, or zeros as int8.
+        conditional: Conditional embeddings by criterion, each of shape (n, m), of the same dtype.
         errors: Reasons why images failed, by position.
         fingerprint: Fingerprint of the model that made them. Embeddings can be compared only if
             their fingerprints are equal.
@@ -30,15 +30,15 @@ class Embeddings:
             in process.
     """
 
-    universal: NDArray[np.float32]
-    conditional: Mapping[str, NDArray[np.float32]]
+    universal: NDArray[Any]
+    conditional: Mapping[str, NDArray[Any]]
     errors: Mapping[int, ImageError] = field(default_factory=dict)
     fingerprint: str = ""
     cached: NDArray[np.bool_] | None = None
     basis_sha256: Mapping[str, str] = field(default_factory=dict)
     timings: Mapping[str, int] = field(default_factory=dict)
 
-    def __getitem__(self, criterion: str) -> NDArray[np.float32]:
+    def __getitem__(self, criterion: str) -> NDArray[Any]:
         """Return the conditional embeddings of one criterion, shape (n, m).
 
         Raises:

@@ -18,6 +18,7 @@ from crl_sdk.cli._options import (
     BasesOption,
     BundleOption,
     DecodeOption,
+    DtypeOption,
     EngineOption,
     ThreadsOption,
     load_basis,
@@ -25,6 +26,8 @@ from crl_sdk.cli._options import (
 )
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.model._image_files import find_image_files
+from crl_sdk.projection._row_dtypes import RowDtype, encode_rows, require_row_dtype
+from crl_sdk.stored._reader import UNIVERSAL
 
 
 def embed(
@@ -43,6 +46,7 @@ def embed(
     baked: BakedOption = None,
     threads: ThreadsOption = None,
     decode: DecodeOption = "exact",
+    dtype: DtypeOption = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per engine run.")] = 32,
     as_json: JsonOption = False,
 ) -> None:
@@ -54,6 +58,8 @@ def embed(
     paths = find_image_files(images)
     names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
     loaded = [load_basis(bases, name) for name in names]
+    for basis in loaded:
+        require_row_dtype(dtype, basis.projection.post)
     with (
         open_embedder(bundle, engine, threads, baked, decode) as embedder,
         progress_bar() as progress,
@@ -69,7 +75,7 @@ def embed(
         engine, fingerprint = embedder.engine, embedder.bundle.fingerprint
     good = [path for path, ok in zip(paths, result.ok, strict=True) if ok]
     if good:
-        _write(out_file, good, result, fingerprint)
+        _write(out_file, good, result, fingerprint, dtype)
     summary: dict[str, Any] = {
         "out": str(out_file) if good else None,
         "images": len(good),
@@ -78,6 +84,7 @@ def embed(
         ],
         "universal": result.universal.shape[1],
         "conditional": {name: result[name].shape[1] for name in names},
+        "dtype": dtype,
         "engine": engine,
         "fingerprint": fingerprint,
     }
@@ -94,6 +101,7 @@ def embed(
                 "failed": len(result.errors),
                 "universal": f"{summary['universal']} values",
                 "conditional": f"{', '.join(sizes)} values" if sizes else "none",
+                "dtype": dtype,
                 "engine": engine,
                 "fingerprint": fingerprint,
             },
@@ -113,11 +121,15 @@ def _check_out(path: Path) -> None:
         _pyarrow()
 
 
-def _write(path: Path, images: Sequence[Path], result: Embeddings, fingerprint: str) -> None:
+def _write(
+    path: Path, images: Sequence[Path], result: Embeddings, fingerprint: str, dtype: RowDtype
+) -> None:
     """Write the embeddings of readable images, with their paths and the model's fingerprint."""
     names = [str(image) for image in images]
-    arrays: dict[str, Any] = {"universal": result.universal[result.ok]}
-    arrays.update({name: rows[result.ok] for name, rows in result.conditional.items()})
+    given = {UNIVERSAL: result.universal, **result.conditional}
+    arrays: dict[str, Any] = {
+        name: encode_rows(rows[result.ok], dtype) for name, rows in given.items()
+    }
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         if path.suffix == ".npz":

@@ -13,6 +13,7 @@ from crl_sdk.cli._console import note
 from crl_sdk.errors import CriterionError
 from crl_sdk.model._bundle import demo_bundle
 from crl_sdk.model._preprocess import Decode
+from crl_sdk.projection._row_dtypes import RowDtype
 
 BundleOption = Annotated[
     Path | None,
@@ -47,6 +48,13 @@ DecodeOption = Annotated[
     Decode,
     typer.Option(
         help="fast lets libjpeg shrink large JPEGs while decoding; embeddings change slightly."
+    ),
+]
+DtypeOption = Annotated[
+    RowDtype,
+    typer.Option(
+        help="Dtype of the embeddings in the file. float16 halves it. int8 quarters it and keeps "
+        "the direction of each row, which is enough for cosines."
     ),
 ]
 

@@ -11,11 +11,10 @@ import typer
 
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk.cli._console import JsonOption, note, print_facts, print_json, progress_bar, warn
-from crl_sdk.cli._options import DEFAULT_BASES, BasesOption, load_basis
+from crl_sdk.cli._options import DEFAULT_BASES, BasesOption, DtypeOption, load_basis
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.model._fingerprint import short_fingerprint
-from crl_sdk.projection._project_rows import OUTPUT_DTYPES
 from crl_sdk.stored._project import RECORD, project_stored
 from crl_sdk.stored._reader import StoredEmbeddings
 
@@ -29,7 +28,7 @@ def project(
     ],
     criteria: Annotated[str, typer.Option(help="Names of bases, separated by commas.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write to.")],
-    dtype: Annotated[str, typer.Option(help="float32, or float16 for half the size.")] = "float32",
+    dtype: DtypeOption = "float32",
     bundle: Annotated[
         Path | None,
         typer.Option(
@@ -47,8 +46,6 @@ def project(
     as_json: JsonOption = False,
 ) -> None:
     """Project stored embeddings onto criteria, without images and without the model."""
-    if dtype not in OUTPUT_DTYPES:
-        raise InvalidInputError(f"--dtype: expected one of {OUTPUT_DTYPES}, got {dtype!r}")
     names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
     if not names:
         raise InvalidInputError("--criteria: expected at least one, such as 'color, shape'")
@@ -70,7 +67,7 @@ def project(
             loaded,
             out,
             fingerprint=fingerprint,
-            dtype=dtype,  # type: ignore[arg-type]  # checked above
+            dtype=dtype,
             overwrite=overwrite,
             threads=threads,
             progress=lambda done: progress.update(task, completed=done),

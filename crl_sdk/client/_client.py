@@ -39,6 +39,7 @@ from crl_sdk.client._results import (
 )
 from crl_sdk.errors import BasisError, ImageBatchError, InvalidInputError, ServiceError
 from crl_sdk.pb.crl.v1 import basis_pb2, basis_pb2_grpc, embedding_pb2, embedding_pb2_grpc
+from crl_sdk.projection._row_dtypes import RowDtype, require_row_dtype
 from crl_sdk.rpc._tensors import decode_tensor
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class AsyncClient:
         criteria: Sequence[str] = (),
         *,
         on_error: Literal["raise", "collect"] = "raise",
+        dtype: RowDtype = "float32",
     ) -> Embeddings:
         """Embed any number of images, and return their embeddings in the same order.
 
@@ -106,10 +108,12 @@ class AsyncClient:
 
         Args:
             images: Paths, encoded bytes, PIL images, uint8 pixels of shape (h, w) or (h, w, c), or
-                stored universal embeddings as float arrays of shape (d,).
+                stored universal embeddings as float or int8 arrays of shape (d,).
             criteria: Names of bases on the server.
             on_error: What to do about images that cannot be read. `raise` embeds the others, then
                 raises. `collect` reports the failures in `Embeddings.errors`.
+            dtype: Dtype of the embeddings, see `crl_sdk.projection.encode_rows`. float16 halves the
+                reply. int8 quarters it and keeps only the directions of the rows.
 
         Raises:
             ImageBatchError: If some images failed. It carries the result of the others.
@@ -120,13 +124,13 @@ class AsyncClient:
         """
         if on_error not in ("raise", "collect"):
             raise InvalidInputError(f"expected on_error 'raise' or 'collect', got {on_error!r}")
-        parts = [part async for part in self.embed_batches(images, criteria)]
+        parts = [part async for part in self.embed_batches(images, criteria, dtype=dtype)]
         for _ in range(_MAX_REPROJECTIONS):
             stale = stale_parts(parts)
             if not stale:
                 break
             for i in stale:
-                parts[i] = await self._reproject(parts[i], criteria)
+                parts[i] = await self._reproject(parts[i], criteria, dtype)
         else:
             raise ServiceError(
                 f"the bases of {list(criteria)} were replaced {_MAX_REPROJECTIONS} times during "
@@ -138,13 +142,18 @@ class AsyncClient:
         return result
 
     async def embed_batches(
-        self, images: Iterable[ClientImage], criteria: Sequence[str] = ()
+        self,
+        images: Iterable[ClientImage],
+        criteria: Sequence[str] = (),
+        *,
+        dtype: RowDtype = "float32",
     ) -> AsyncGenerator[Embeddings, None]:
         """Embed a long iterable of images batch by batch, in order and in bounded memory.
 
         Args:
             images: Images as in `embed`.
             criteria: Names of bases on the server.
+            dtype: Dtype of the embeddings, see `embed`.
 
         Yields:
             The embeddings of `ClientOptions.batch_size` images. Images that cannot be read are
@@ -152,15 +161,22 @@ class AsyncClient:
         """
         _check_images(images)
         _check_lists(criteria=criteria)
+        require_row_dtype(dtype)
         batches = _batches(images, self.options.batch_size)
         in_progress: list[asyncio.Task[Embeddings]] = []
+
+        def start(batch: list[ClientImage]) -> asyncio.Task[Embeddings]:
+            return asyncio.create_task(self._embed_batch(batch, criteria, dtype))
+
         try:
             for batch in islice(batches, self.options.max_in_flight):
-                in_progress.append(asyncio.create_task(self._embed_batch(batch, criteria)))
+                in_progress.append(start(batch))
             while in_progress:
                 result = await in_progress.pop(0)
                 for batch in islice(batches, 1):
-                    in_progress.append(asyncio.create_task(self._embed_batch(batch, criteria)))
+                    in_progress.append(
+                        asyncio.create_task(self._embed_batch(batch, criteria, dtype))
+                    )
                 yield result
         finally:
             for task in in_progress:
@@ -355,28 +371,34 @@ class AsyncClient:
             raise typed_error(error) from error
         raise ServiceError("the server ended the generation without a basis: try again")
 
-    async def _embed_batch(self, images: list[ClientImage], criteria: Sequence[str]) -> Embeddings:
+    async def _embed_batch(
+        self, images: list[ClientImage], criteria: Sequence[str], dtype: RowDtype
+    ) -> Embeddings:
         if self.options.resize and self._model is None:
             self._model = await self.model()
         resize = self._model.preprocessing if self._model is not None else None
         if resize is None and all(isinstance(image, bytes | np.ndarray) for image in images):
-            request, local = embed_request(images, criteria)
+            request, local = embed_request(images, criteria, dtype=dtype)
         else:  # reading files and decoding would block the event loop
-            request, local = await asyncio.to_thread(embed_request, images, criteria, resize)
+            request, local = await asyncio.to_thread(
+                embed_request, images, criteria, resize, dtype=dtype
+            )
         if not request.images:
             return failed_batch(local, len(images))
         response = await self._connection.call(self._embedding.Embed, request)
         if self._model is not None and response.fingerprint != self._model.fingerprint:
             self._model = None  # the server has another model now, which may need other pixels
-            return await self._embed_batch(images, criteria)
+            return await self._embed_batch(images, criteria, dtype)
         return read_response(response, local, images)
 
-    async def _reproject(self, part: Embeddings, criteria: Sequence[str]) -> Embeddings:
+    async def _reproject(
+        self, part: Embeddings, criteria: Sequence[str], dtype: RowDtype
+    ) -> Embeddings:
         """Return a part with its embeddings projected again, onto the bases as they are now."""
         rows = part.universal[part.ok]
         if not len(rows):
             return part
-        fresh = await self._embed_batch(list(rows), criteria)
+        fresh = await self._embed_batch(list(rows), criteria, dtype)
         return with_conditional(part, fresh)
 
     async def _put(self, request: basis_pb2.PutBasisRequest) -> BasisInfo:
@@ -463,10 +485,14 @@ class Client:
     generate_basis = _blocking(AsyncClient.generate_basis)
 
     def embed_batches(
-        self, images: Iterable[ClientImage], criteria: Sequence[str] = ()
+        self,
+        images: Iterable[ClientImage],
+        criteria: Sequence[str] = (),
+        *,
+        dtype: RowDtype = "float32",
     ) -> Iterator[Embeddings]:
         """Embed a long iterable of images batch by batch, see `AsyncClient.embed_batches`."""
-        batches = self._client.embed_batches(images, criteria)
+        batches = self._client.embed_batches(images, criteria, dtype=dtype)
         try:
             while True:
                 try:

@@ -22,7 +22,8 @@ from crl_sdk.errors import (
     ServiceError,
 )
 from crl_sdk.pb.crl.v1 import embedding_pb2
-from crl_sdk.rpc._tensors import decode_tensor, encode_tensor
+from crl_sdk.projection._row_dtypes import RowDtype, failed_rows, is_row_dtype
+from crl_sdk.rpc._tensors import decode_tensor, dtype_code, encode_tensor
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,6 +35,8 @@ def embed_request(
     images: Sequence[ClientImage],
     criteria: Sequence[str],
     resize: ServedPreprocessing | None = None,
+    *,
+    dtype: RowDtype = "float32",
 ) -> tuple[embedding_pb2.EmbedRequest, dict[int, ImageError]]:
     """Return the request for a batch of images.
 
@@ -41,6 +44,7 @@ def embed_request(
         images: Paths, bytes, PIL images, pixels or stored embeddings.
         criteria: Names of bases.
         resize: How to decode and resize the images here. None sends them as they are.
+        dtype: Dtype of the reply's rows.
 
     Returns:
         The request, without the images that cannot be read here; and the errors of those, by
@@ -57,7 +61,10 @@ def embed_request(
             messages.append(_image(ready, position))
         except ImageError as error:
             errors[position] = error
-    return embedding_pb2.EmbedRequest(images=messages, criteria=criteria), errors
+    request = embedding_pb2.EmbedRequest(
+        images=messages, criteria=criteria, dtype=dtype_code(np.dtype(dtype))
+    )
+    return request, errors
 
 
 def _resized(image: ClientImage, preprocessing: ServedPreprocessing) -> ClientImage:
@@ -66,7 +73,7 @@ def _resized(image: ClientImage, preprocessing: ServedPreprocessing) -> ClientIm
     Raises:
         ImageError: If the image cannot be read.
     """
-    if isinstance(image, np.ndarray) and image.dtype.kind == "f":
+    if isinstance(image, np.ndarray) and is_row_dtype(image.dtype):
         return image
     try:
         from crl_sdk.model._preprocess import PreprocessSpec, load_pixels
@@ -135,11 +142,11 @@ def read_response(
             source = str(image) if isinstance(image, str | os.PathLike) else f"image {position}"
             errors[position] = kind(status.message, source=source)
 
-    def rows(tensor: embedding_pb2.Tensor) -> NDArray[np.float32]:
-        array: NDArray[np.float32] = decode_tensor(tensor)
+    def rows(tensor: embedding_pb2.Tensor) -> NDArray[Any]:
+        array = decode_tensor(tensor)
         if not local:
             return array
-        spread = np.full((count, array.shape[1]), np.nan, np.float32)
+        spread = failed_rows((count, array.shape[1]), array.dtype)
         spread[sent] = array
         return spread
 
@@ -168,7 +175,7 @@ def join_batches(parts: Sequence[Embeddings]) -> Embeddings:
 
     Args:
         parts: Results in the order of their images. The rows of a batch of which no image could
-            be sent become NaN.
+            be sent become NaN, or zeros as int8.
 
     Raises:
         InvalidInputError: If there are no parts.
@@ -180,9 +187,9 @@ def join_batches(parts: Sequence[Embeddings]) -> Embeddings:
     model = next((part for part in parts if part.fingerprint), parts[0])
     starts = np.cumsum([0, *(len(part.universal) for part in parts)])
 
-    def rows(name: str | None) -> NDArray[np.float32]:
+    def rows(name: str | None) -> NDArray[Any]:
         like = model.universal if name is None else model.conditional[name]
-        blank = [np.full((len(p.universal), like.shape[1]), np.nan, np.float32) for p in parts]
+        blank = [failed_rows((len(p.universal), like.shape[1]), like.dtype) for p in parts]
         return np.concatenate(
             [
                 blank[i] if not p.fingerprint else p.universal if name is None
@@ -226,7 +233,7 @@ def stale_parts(parts: Sequence[Embeddings]) -> list[int]:
 
 
 def with_conditional(part: Embeddings, fresh: Embeddings) -> Embeddings:
-    """Return a part with other conditional embeddings. Rows of failed images stay NaN.
+    """Return a part with other conditional embeddings. Rows of failed images stay as they are.
 
     Args:
         part: Embeddings of n images, some of which may have failed.
@@ -234,7 +241,7 @@ def with_conditional(part: Embeddings, fresh: Embeddings) -> Embeddings:
     """
     conditional = {}
     for name, rows in fresh.conditional.items():
-        spread = np.full((len(part.universal), rows.shape[1]), np.nan, np.float32)
+        spread = failed_rows((len(part.universal), rows.shape[1]), rows.dtype)
         spread[part.ok] = rows
         conditional[name] = spread
     return replace(part, conditional=conditional, basis_sha256=fresh.basis_sha256)

@@ -20,6 +20,7 @@ from crl_sdk.evaluation._criterion_texts import CriterionTexts
 from crl_sdk.evaluation._dataset import Labels
 from crl_sdk.model._fingerprint import require_same_model
 from crl_sdk.projection._projection import check_embeddings
+from crl_sdk.projection._row_dtypes import is_row_dtype
 
 TEXT, WORDS = "text:", "words:"
 """Start of the names of the arrays with the text vectors and the words of a criterion."""
@@ -363,10 +364,10 @@ def _text_rows(file: VectorFile, name: str, dim: int) -> tuple[NDArray[np.float3
 
 def _unit_rows(given: NDArray[Any], what: str) -> tuple[NDArray[np.float32], list[str]]:
     """Check vectors and scale them to unit length. Also return a remark if they did not have it."""
-    if given.ndim != 2 or 0 in given.shape or given.dtype.kind != "f":
+    if given.ndim != 2 or 0 in given.shape or not is_row_dtype(given.dtype):
         raise InvalidInputError(
-            f"{what}: expected vectors (n, d) of a float dtype with n, d >= 1, got {given.shape} "
-            f"{given.dtype}"
+            f"{what}: expected vectors (n, d) of a float dtype or int8 with n, d >= 1, got "
+            f"{given.shape} {given.dtype}"
         )
     try:
         rows = check_embeddings(given, given.shape[1])

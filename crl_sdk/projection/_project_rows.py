@@ -30,8 +30,12 @@ from threadpoolctl import threadpool_limits
 
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._projection import EPSILON, Post, Projection
-
-OUTPUT_DTYPES = ("float32", "float16")
+from crl_sdk.projection._row_dtypes import (
+    check_dtype_of,
+    normalise_int8,
+    require_row_dtype,
+    write_rows,
+)
 
 _BLOCK_BYTES = 1 << 21  # of float32 rows, which stay in the caches of a core
 _PART_BYTES = 1 << 20  # of float32 results, which also stay there
@@ -58,11 +62,11 @@ def project_rows(
     process.
 
     Args:
-        embeddings: Universal embeddings, shape (n, d), float16, float32 or float64, unit rows.
-            They may be memory-mapped and are read in blocks.
+        embeddings: Universal embeddings, shape (n, d), int8, float16, float32 or float64, unit
+            rows. They may be memory-mapped and are read in blocks.
         projections: Projections of input dimension d, at least one.
-        out: Writable array for each projection, such as a memory map, shape (n, m), float32 or
-            float16. None creates float32 arrays. After an error they hold some of the rows.
+        out: Writable array for each projection, such as a memory map, shape (n, m), float32,
+            float16 or int8. None creates float32 arrays. After an error they hold some of the rows.
         threads: Number of threads. None chooses one per core, or one for few rows.
         progress: Called in the calling thread from time to time with the number of finished rows.
 
@@ -70,8 +74,8 @@ def project_rows(
         The arrays in `out`.
 
     Raises:
-        InvalidInputError: If a shape or dtype is wrong, a row is not finite, or a value does not
-            fit into float16.
+        InvalidInputError: If a shape or dtype is wrong, a row is not finite, a value does not fit
+            float16, or rows without normalisation are wanted as int8.
     """
     rows = check_rows(embeddings, projections)
     if out is None:
@@ -97,8 +101,8 @@ def check_rows(embeddings: NDArray[Any], projections: Sequence[Projection]) -> N
         The embeddings as a plain array on the same memory.
 
     Raises:
-        InvalidInputError: If the embeddings are not floats of shape (n, d), or a projection does
-            not have the input dimension d.
+        InvalidInputError: If the embeddings are not int8 or floats of shape (n, d), or a
+            projection does not have the input dimension d.
     """
     dims = sorted({projection.input_dim for projection in projections})
     if len(dims) != 1:
@@ -106,10 +110,7 @@ def check_rows(embeddings: NDArray[Any], projections: Sequence[Projection]) -> N
     rows = np.asarray(embeddings)
     if rows.ndim != 2 or rows.shape[1] != dims[0]:
         raise InvalidInputError(f"expected embeddings of shape (n, {dims[0]}), got {rows.shape}")
-    if rows.dtype.kind != "f" or rows.dtype.itemsize not in (2, 4, 8):
-        raise InvalidInputError(
-            f"expected embeddings of a float dtype (float16, float32, float64), got {rows.dtype}"
-        )
+    check_dtype_of(rows)
     return rows
 
 
@@ -122,11 +123,9 @@ def _check_out(
         )
     for array, projection in zip(out, projections, strict=True):
         shape = (len(rows), projection.output_dim)
-        if np.shape(array) != shape or str(array.dtype) not in OUTPUT_DTYPES:
-            raise InvalidInputError(
-                f"expected an output {shape} of float32 or float16, got {np.shape(array)} "
-                f"{array.dtype}"
-            )
+        if np.shape(array) != shape:
+            raise InvalidInputError(f"expected an output {shape}, got {np.shape(array)}")
+        require_row_dtype(str(array.dtype), projection.post)
         if not array.flags.writeable:
             raise InvalidInputError("an output is read-only: open the memory map with mode 'r+'")
         if np.may_share_memory(array, rows):
@@ -145,7 +144,7 @@ class _Step:
         post: Row normalisation.
         length: Length of the normalised rows.
         slice_rows: Number of rows of one product.
-        out: Output array, shape (n, m), float32 or float16.
+        out: Output array, shape (n, m), of one of `ROW_DTYPES`.
         direct: Whether products can be written to `out` without conversion.
     """
 
@@ -203,13 +202,9 @@ class _Job:
             _finish(values, step)
             if not step.direct:
                 try:
-                    with np.errstate(over="raise"):
-                        np.copyto(target, values, casting="same_kind")
-                except FloatingPointError:
-                    return InvalidInputError(
-                        f"a value in rows {start} to {start + len(rows) - 1} does not fit "
-                        "float16: use float32"
-                    )
+                    write_rows(values, target)
+                except InvalidInputError as error:
+                    return InvalidInputError(f"rows {start} to {start + len(rows) - 1}: {error}")
         return None
 
 
@@ -220,6 +215,8 @@ def _load(block: NDArray[Any], copy: NDArray[np.float32]) -> NDArray[np.float32]
         return block
     loaded = copy[: len(block)]
     np.copyto(loaded, block, casting="same_kind")
+    if block.dtype == np.int8:
+        normalise_int8(loaded)
     return loaded
 
 
@@ -281,8 +278,8 @@ def _finish(values: NDArray[np.float32], step: _Step) -> None:
         values /= scale[:, None]
 
 
-def _not_finite(row: NDArray[np.float32], number: int) -> InvalidInputError:
-    if np.isfinite(row).all():
+def _not_finite(row: NDArray[Any], number: int) -> InvalidInputError:
+    if row.any() if row.dtype == np.int8 else np.isfinite(row).all():
         return InvalidInputError(
             f"the embedding at row {number} is so long that its projection is infinite: expected "
             "unit rows"

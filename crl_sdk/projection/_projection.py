@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk.errors import InvalidInputError
+from crl_sdk.projection._row_dtypes import decode_rows
 
 Post: TypeAlias = Literal["l2", "standardise", "none"]
 """Row normalisation: to unit length, to mean 0 and variance 1, or none."""
@@ -73,11 +74,11 @@ class Projection:
         """Length m of a conditional embedding."""
         return int(self.weight.shape[1])
 
-    def apply(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+    def apply(self, embeddings: NDArray[Any]) -> NDArray[np.float32]:
         """Project universal embeddings.
 
         Args:
-            embeddings: Universal embeddings, shape (n, d), a float dtype, unit rows.
+            embeddings: Universal embeddings, shape (n, d), a float dtype or int8, unit rows.
 
         Returns:
             Conditional embeddings, shape (n, m), float32.
@@ -139,11 +140,11 @@ def pack(
     return weight, bias, slices
 
 
-def check_embeddings(embeddings: NDArray[np.floating], dim: int) -> NDArray[np.float32]:
+def check_embeddings(embeddings: NDArray[Any], dim: int) -> NDArray[np.float32]:
     """Check embeddings from the user and convert them to float32.
 
     Args:
-        embeddings: Embeddings, shape (n, dim), float16, float32 or float64.
+        embeddings: Embeddings, shape (n, dim), int8, float16, float32 or float64.
         dim: Expected length of an embedding.
 
     Returns:
@@ -155,9 +156,7 @@ def check_embeddings(embeddings: NDArray[np.floating], dim: int) -> NDArray[np.f
     array = np.asarray(embeddings)
     if array.ndim != 2 or array.shape[1] != dim:
         raise InvalidInputError(f"expected embeddings of shape (n, {dim}), got {array.shape}")
-    if array.dtype.kind != "f":
-        raise InvalidInputError(f"expected embeddings of a float dtype, got {array.dtype}")
-    checked = array.astype(np.float32, copy=False)
+    checked = decode_rows(array)
     finite = np.isfinite(checked)
     if not finite.all():
         bad = np.flatnonzero(~finite.all(axis=1))

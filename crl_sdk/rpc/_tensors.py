@@ -15,6 +15,7 @@ _DTYPES: dict[embedding_pb2.Dtype.ValueType, np.dtype[Any]] = {
     embedding_pb2.DTYPE_FLOAT32: np.dtype("<f4"),
     embedding_pb2.DTYPE_FLOAT16: np.dtype("<f2"),
     embedding_pb2.DTYPE_UINT8: np.dtype("u1"),
+    embedding_pb2.DTYPE_INT8: np.dtype("i1"),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
@@ -23,18 +24,28 @@ def encode_tensor(array: NDArray[Any]) -> embedding_pb2.Tensor:
     """Return an array as a message.
 
     Args:
-        array: Array of any shape, float32, float16 or uint8.
+        array: Array of any shape, float32, float16, uint8 or int8.
 
     Raises:
         InvalidInputError: If the dtype is another one.
     """
-    code = _CODES.get(array.dtype.newbyteorder("<"))
-    if code is None:
-        raise InvalidInputError(
-            f"expected an array of float32, float16 or uint8, got {array.dtype}: convert it first"
-        )
+    code = dtype_code(array.dtype)
     little = np.ascontiguousarray(array, dtype=_DTYPES[code])
     return embedding_pb2.Tensor(dtype=code, shape=array.shape, data=little.tobytes())
+
+
+def dtype_code(dtype: np.dtype[Any]) -> embedding_pb2.Dtype.ValueType:
+    """Return the code of a dtype in messages.
+
+    Raises:
+        InvalidInputError: If it has none.
+    """
+    code = _CODES.get(dtype.newbyteorder("<"))
+    if code is None:
+        raise InvalidInputError(
+            f"expected an array of float32, float16, uint8 or int8, got {dtype}: convert it first"
+        )
+    return code
 
 
 def decode_tensor(tensor: embedding_pb2.Tensor) -> NDArray[Any]:

@@ -14,6 +14,12 @@ from numpy.typing import NDArray
 from crl_sdk._version import __version__
 from crl_sdk.errors import CrlError, ImageTooLargeError, InvalidInputError
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
+from crl_sdk.projection._row_dtypes import (
+    RowDtype,
+    encode_rows,
+    is_row_dtype,
+    require_row_dtype,
+)
 from crl_sdk.rpc._status import status_code
 from crl_sdk.rpc._tensors import decode_tensor, encode_tensor
 from crl_sdk.serving._call_interceptor import caller, log_unexpected_error
@@ -27,10 +33,11 @@ STREAM_WINDOW = 8
 The server reads the next request only when one of them is done.
 """
 
-_ROW_DTYPES: dict[int, type[np.floating]] = {
-    embedding_pb2.DTYPE_UNSPECIFIED: np.float32,
-    embedding_pb2.DTYPE_FLOAT32: np.float32,
-    embedding_pb2.DTYPE_FLOAT16: np.float16,
+_ROW_DTYPES: dict[int, RowDtype] = {
+    embedding_pb2.DTYPE_UNSPECIFIED: "float32",
+    embedding_pb2.DTYPE_FLOAT32: "float32",
+    embedding_pb2.DTYPE_FLOAT16: "float16",
+    embedding_pb2.DTYPE_INT8: "int8",
 }
 
 
@@ -104,7 +111,7 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
                 self._pipeline.embedder.embed_text, list(request.texts), truncate=request.truncate
             )
             return embedding_pb2.EmbedTextResponse(
-                embeddings=encode_tensor(rows.astype(dtype, copy=False)),
+                embeddings=encode_tensor(encode_rows(rows, dtype)),
                 fingerprint=self._pipeline.embedder.bundle.fingerprint,
             )
 
@@ -148,11 +155,11 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
         )
 
 
-def _row_dtype(dtype: int) -> type[np.floating]:
-    """Return the NumPy dtype of a reply's rows."""
+def _row_dtype(dtype: int) -> RowDtype:
+    """Return the dtype of a reply's rows."""
     if dtype not in _ROW_DTYPES:
         raise InvalidInputError(
-            f"expected a dtype of FLOAT32 or FLOAT16 for the reply, got {dtype}"
+            f"expected a dtype of FLOAT32, FLOAT16 or INT8 for the reply, got {dtype}"
         )
     return _ROW_DTYPES[dtype]
 
@@ -171,8 +178,8 @@ def _read_source(image: embedding_pb2.Image, position: int) -> ImageSource:
         fits = array.dtype.kind == "u" and array.ndim in (2, 3)
         expected = "pixels UINT8 of shape (height, width[, channels])"
     else:
-        fits = array.dtype.kind == "f" and array.ndim == 1
-        expected = "embedding of floats of shape (d)"
+        fits = is_row_dtype(array.dtype) and array.ndim == 1
+        expected = "embedding FLOAT32, FLOAT16 or INT8 of shape (d)"
     if not fits:
         raise InvalidInputError(
             f"image {position}: expected {expected}, got {array.dtype} of shape {array.shape}"
@@ -181,11 +188,13 @@ def _read_source(image: embedding_pb2.Image, position: int) -> ImageSource:
 
 
 def _to_response(
-    result: EmbedResult, fingerprint: str, dtype: type[np.floating], omit_universal: bool
+    result: EmbedResult, fingerprint: str, dtype: RowDtype, omit_universal: bool
 ) -> embedding_pb2.EmbedResponse:
     def rows(array: NDArray[np.float32]) -> embedding_pb2.Tensor:
-        return encode_tensor(array.astype(dtype, copy=False))
+        return encode_tensor(encode_rows(array, dtype))
 
+    for stored in result.bases:
+        require_row_dtype(dtype, stored.basis.projection.post)
     timing = result.timing
     return embedding_pb2.EmbedResponse(
         images=[_to_status(image) for image in result.images],

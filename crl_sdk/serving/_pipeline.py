@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from crl_sdk._embedder import Embedder
 from crl_sdk.errors import CrlError, EngineError, ImageError
 from crl_sdk.projection._projection import check_embeddings
+from crl_sdk.projection._row_dtypes import is_row_dtype
 from crl_sdk.serving._admission import Admission, ServerLimits
 from crl_sdk.serving._bases import BasisStore, StoredBasis
 from crl_sdk.serving._batcher import Batcher, EmbeddedImage
@@ -126,7 +127,7 @@ class Pipeline:
 
     def _look_up(self, source: ImageSource) -> ImageOutcome:
         """Return the outcome of a stored embedding or a cached image, or an empty outcome."""
-        if isinstance(source, np.ndarray) and source.dtype.kind == "f":
+        if isinstance(source, np.ndarray) and is_row_dtype(source.dtype):
             row = check_embeddings(source[None], self.embedder.bundle.embedding_dim)[0]
             return ImageOutcome(embedding=row)
         outcome = ImageOutcome(digest=digest_image(source))

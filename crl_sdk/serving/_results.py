@@ -13,7 +13,7 @@ from crl_sdk.serving._bases import StoredBasis
 
 ImageSource = bytes | NDArray[Any]
 """An encoded image (bytes), pixels (uint8, shape (h, w) or (h, w, channels)), or a stored
-universal embedding (floating point, shape (d,))."""
+universal embedding (a float dtype or int8, shape (d,))."""
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -20,13 +20,12 @@ from crl_sdk._version import __version__
 from crl_sdk.basis._basis import Basis, basis_path
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._project_rows import check_rows, project_rows
+from crl_sdk.projection._row_dtypes import RowDtype, require_row_dtype
 from crl_sdk.storage._atomic_files import write_record
 from crl_sdk.stored._reader import StoredEmbeddings
 
 SCHEMA = 1
 RECORD = "projections.json"
-
-OutputDtype: TypeAlias = Literal["float32", "float16"]
 
 
 class ProjectedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -47,7 +46,7 @@ class ProjectedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     basis_sha256: str
     post: str
     shape: tuple[int, int]
-    dtype: OutputDtype
+    dtype: RowDtype
     bytes: int
 
 
@@ -83,7 +82,7 @@ def project_stored(
     directory: Path,
     *,
     fingerprint: str | None = None,
-    dtype: OutputDtype = "float32",
+    dtype: RowDtype = "float32",
     overwrite: bool = False,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
@@ -108,10 +107,12 @@ def project_stored(
     Raises:
         BasisMismatchError: If embeddings and bases belong to different models.
         InvalidInputError: If files exist already, a row is not finite, shapes do not fit, the
-            directory cannot be written, or the disk is full.
+            dtype does not fit a basis, the directory cannot be written, or the disk is full.
     """
     model = stored.require_bases(bases, fingerprint)
     check_rows(stored.embeddings, [basis.projection for basis in bases])
+    for basis in bases:
+        require_row_dtype(dtype, basis.projection.post)
     paths = [basis_path(directory, basis.criterion).with_suffix(".npy") for basis in bases]
     if len(set(paths)) != len(paths):
         raise InvalidInputError(f"expected each criterion once, got {[p.stem for p in paths]}")
@@ -160,7 +161,7 @@ def _write_arrays(
     stored: StoredEmbeddings,
     bases: Sequence[Basis],
     paths: Sequence[Path],
-    dtype: OutputDtype,
+    dtype: RowDtype,
     **options: Any,
 ) -> list[int]:
     """Write all arrays or none. Returns the sizes of the files in bytes."""
@@ -192,7 +193,7 @@ def _write_arrays(
     return [path.stat().st_size for path in paths]
 
 
-def _make_array(file: Any, shape: tuple[int, int], dtype: OutputDtype) -> np.memmap[Any, Any]:
+def _make_array(file: Any, shape: tuple[int, int], dtype: RowDtype) -> np.memmap[Any, Any]:
     """Write the .npy header, allocate the space and memory-map the array.
 
     With allocated space a full disk is an error here. Without it, writing to the memory map would

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from crl_sdk.basis._basis import Basis, require_one_model
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.model._fingerprint import require_same_model
+from crl_sdk.projection._row_dtypes import is_row_dtype
 
 UNIVERSAL = "universal"
 """Name of the universal embeddings in the files that `crl embed` writes."""
@@ -29,7 +30,7 @@ class StoredEmbeddings:
 
     Attributes:
         path: Path of the file.
-        embeddings: Universal embeddings, shape (n, d), a float dtype, unit rows. They are
+        embeddings: Universal embeddings, shape (n, d), a float dtype or int8, unit rows. They are
             memory-mapped if the file allows it.
         fingerprint: Fingerprint of the model that made them; None if the file does not say.
         mapped: Whether they are memory-mapped.
@@ -64,9 +65,9 @@ class StoredEmbeddings:
         except OSError as error:
             why = error.strerror or str(error)
             raise InvalidInputError(f"{path}: cannot be read ({why}); check the path") from error
-        if array.ndim != 2 or array.dtype.kind != "f":
+        if array.ndim != 2 or not is_row_dtype(array.dtype):
             raise InvalidInputError(
-                f"{path}: expected embeddings (n, d) of a float dtype, got {array.shape} "
+                f"{path}: expected embeddings (n, d) of a float dtype or int8, got {array.shape} "
                 f"{array.dtype}"
             )
         return cls(path, array, fingerprint, isinstance(array, np.memmap))

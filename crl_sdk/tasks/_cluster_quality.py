@@ -72,7 +72,7 @@ def assess_clusters(
     Args:
         universal: Universal embeddings of n images, shape (n, d), of a float dtype, unit rows.
         conditional: Conditional embeddings of the same images, shape (n, m), of a float dtype.
-        text_embeddings: Embeddings of the basis' texts, shape (t, d), of a float dtype.
+        text_embeddings: Embeddings of the basis' texts, shape (t, d), of a float dtype or int8.
         k: Number of clusters to check. None for the number of texts, at most 10.
         seed: Seed of the clusterings and of the random directions.
 

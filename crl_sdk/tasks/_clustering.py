@@ -94,7 +94,7 @@ def cluster(
     `crl project` return rows that are normalised as their basis says.
 
     Args:
-        rows: Conditional embeddings or any other vectors, shape (n, m), of a float dtype.
+        rows: Conditional embeddings or any other vectors, shape (n, m), of a float dtype or int8.
         k: Number of clusters, 1 to n. None to choose it with `choose_k`.
         basis: Basis whose texts name the clusters. It need not be the one that made the rows. The
             texts of the method `ignore` describe what is disregarded and name nothing.

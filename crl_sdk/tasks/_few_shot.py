@@ -96,7 +96,7 @@ class FewShotClassifier:
         """Return the conditional embeddings of universal embeddings.
 
         Args:
-            universal: Universal embeddings, shape (n, d), of a float dtype, unit rows.
+            universal: Universal embeddings, shape (n, d), of a float dtype or int8, unit rows.
 
         Returns:
             Conditional embeddings, shape (n, m), float32.
@@ -122,7 +122,7 @@ class FewShotClassifier:
         """Fit the classifier to labelled rows. Classes with only one image are logged.
 
         Args:
-            rows: Conditional embeddings, shape (n, m), of a float dtype.
+            rows: Conditional embeddings, shape (n, m), of a float dtype or int8.
             labels: Name of the class of each row.
             classes: Names of all classes. None to take them from `labels`.
             unlabelled: Conditional embeddings to be classified later, shape (u, m), of a float
@@ -154,7 +154,7 @@ class FewShotClassifier:
         """Return the probability of each class for each row. It is not calibrated.
 
         Args:
-            rows: Conditional embeddings, shape (n, m), of a float dtype; n may be 0.
+            rows: Conditional embeddings, shape (n, m), of a float dtype or int8; n may be 0.
 
         Returns:
             Probabilities, shape (n, c), float32, with one column for each of `classes`.
@@ -183,7 +183,7 @@ class FewShotClassifier:
         With few images the accuracy is rough: of 20 images, one more or less is 5 %.
 
         Args:
-            rows: Conditional embeddings, shape (n, m), of a float dtype.
+            rows: Conditional embeddings, shape (n, m), of a float dtype or int8.
             labels: Name of the class of each row.
 
         Returns:

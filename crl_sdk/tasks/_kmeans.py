@@ -71,7 +71,7 @@ def check_rows(rows: NDArray[Any]) -> NDArray[np.float32]:
     """Check rows that a caller passed, and return them as float32.
 
     Args:
-        rows: Rows, shape (n, m), of a float dtype.
+        rows: Rows, shape (n, m), of a float dtype or int8.
 
     Returns:
         The rows, shape (n, m), float32.
@@ -152,7 +152,7 @@ def choose_k(
     `ClusterCount.weak` says whether there are clusters at all.
 
     Args:
-        rows: Rows to cluster, shape (n, m), of a float dtype.
+        rows: Rows to cluster, shape (n, m), of a float dtype or int8.
         max_k: Largest number to try, at least 2. It is limited to half the rows of a resample.
         resamples: Number of resamples.
         seed: Seed of the random choices. Equal seeds give equal results.

@@ -14,6 +14,7 @@ from crl_sdk.basis._basis import Basis, require_one_model
 from crl_sdk.errors import CriterionError, InvalidInputError
 from crl_sdk.projection._project_rows import project_rows
 from crl_sdk.projection._projection import EPSILON, check_embeddings
+from crl_sdk.projection._row_dtypes import decode_rows
 from crl_sdk.tasks._kmeans import check_rows
 
 PLACES = ("left", "right", "top", "lower", "mid")
@@ -227,7 +228,7 @@ class Index:
 
         Args:
             criterion: Criterion of the index.
-            row: Row to compare with, shape (m,) or (1, m), of a float dtype.
+            row: Row to compare with, shape (m,) or (1, m), of a float dtype or int8.
 
         Returns:
             Cosines, shape (n,), float32. 0 for an image whose row is all zeros.
@@ -347,11 +348,4 @@ def _blocks(rows: NDArray[Any]) -> Any:
     """Yield the rows block by block, as float32."""
     starts = _starts(rows)
     for start in starts:
-        yield _as_float32(rows[start : start + starts.step])
-
-
-def _as_float32(block: NDArray[Any]) -> NDArray[np.float32]:
-    """Return a block as float32. Refuse other than float dtypes."""
-    if block.dtype.kind != "f":
-        raise InvalidInputError(f"expected rows of a float dtype, got {block.dtype}")
-    return block.astype(np.float32, copy=False)
+        yield decode_rows(rows[start : start + starts.step])

@@ -66,7 +66,7 @@ def sharpen(
     Args:
         basis: A basis of the method `contrastive`.
         universal: Universal embeddings of typical images by the model of the basis, shape (n, d),
-            of a float dtype, unit rows. 50 or more, better 300, without labels.
+            of a float dtype or int8, unit rows. 50 or more, better 300, without labels.
         labels: Class of each image, shape (n,), or an empty string where it is not known. Such
             images are left out. Ten images of a class are enough, three are needed.
         source: Where the images come from, for the provenance.
@@ -120,7 +120,7 @@ def sharpen_projection(
     Args:
         projection: The projection, from d to m dimensions.
         texts: Number of texts that it was made from.
-        universal: Universal embeddings, shape (n, d), of a float dtype, unit rows.
+        universal: Universal embeddings, shape (n, d), of a float dtype or int8, unit rows.
         labels: Class of each image, as in `sharpen`.
         within_span: Whether directions that were removed from the projection stay removed.
         seed: Seed of the clustering.

@@ -40,7 +40,7 @@ class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[m
             refused.
         texts: The k texts, which name the columns. Only together with `text_embeddings`.
         text_embeddings: Text embeddings from `embed_text` of an `Embedder` or a `Client`, shape
-            (k, d), of a float dtype, unit rows.
+            (k, d), of a float dtype or int8, unit rows.
         method: Method that makes the projection from the texts, see `crl_sdk.basis`. None for the
             projection of the basis as it is, or the default with `text_embeddings`. A projection
             that is made again knows no other criteria, so that methods that need them cannot be
@@ -84,7 +84,7 @@ class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[m
         """Make the projection.
 
         Args:
-            X: Universal embeddings, shape (n, d), of a float dtype, unit rows.
+            X: Universal embeddings, shape (n, d), of a float dtype or int8, unit rows.
             y: Labels for `sharpen`, shape (n,). Otherwise ignored.
 
         Returns:
@@ -122,7 +122,7 @@ class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[m
         """Return the conditional embeddings of universal embeddings.
 
         Args:
-            X: Universal embeddings, shape (n, d), of a float dtype, unit rows.
+            X: Universal embeddings, shape (n, d), of a float dtype or int8, unit rows.
 
         Returns:
             Conditional embeddings, shape (n, m), float32.

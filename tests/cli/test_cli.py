@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from crl_sdk import Basis, demo_bundle
+from crl_sdk.projection import decode_rows
 
 
 @pytest.fixture
@@ -86,6 +87,43 @@ def test_basis_then_embed(crl, image_files, tmp_path):
     assert table.schema.metadata[b"crl_fingerprint"].decode() == summary["fingerprint"]
     stored = np.stack(table["main color"].to_numpy(zero_copy_only=False))
     np.testing.assert_array_equal(stored, arrays["main color"])
+
+
+@pytest.mark.parametrize("form", ["npz", "parquet"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("int8", 0.02)])
+def test_embed_in_smaller_dtypes(crl, image_files, form, dtype, tolerance):
+    crl("basis", "create", "color", "-t", "red", "-t", "green", "-t", "blue")
+    ask = ["embed", image_files[0].parent, "--criteria", "color", "--out"]
+    crl(*ask, "full.npz")
+    assert document(crl(*ask, f"x.{form}", "--dtype", dtype, "--json"))["dtype"] == dtype
+    full = np.load("full.npz")
+    if form == "npz":
+        found = {name: np.load("x.npz")[name] for name in ("universal", "color")}
+    else:
+        from pyarrow import parquet
+
+        table = parquet.read_table("x.parquet")
+        found = {
+            name: np.stack(table[name].to_numpy(zero_copy_only=False))
+            for name in ("universal", "color")
+        }
+    for name, rows in found.items():
+        assert rows.dtype == dtype
+        np.testing.assert_allclose(decode_rows(rows), full[name], atol=tolerance)
+    crl("project", f"x.{form}", "--criteria", "color", "--out", "out", "--dtype", "int8")
+    projected = np.load("out/color.npy")
+    assert projected.dtype == np.int8
+    np.testing.assert_allclose(decode_rows(projected), full["color"], atol=5 * tolerance)
+
+
+def test_int8_of_a_basis_without_row_normalisation_is_refused_before_the_work(crl, image_files):
+    crl("basis", "create", "color", "-t", "red", "-t", "green", "-t", "blue", "--post", "none")
+    ask = ["--criteria", "color", "--dtype", "int8"]
+    for command in (["embed", image_files[0], "--out", "x.npz"], ["project", "y.npz", "-o", "o"]):
+        if command[0] == "project":
+            crl("embed", image_files[0], "--out", "y.npz")
+        assert "use float16" in crl(*command, *ask, status=1).stderr
+    assert not Path("x.npz").exists() and not Path("o").exists()
 
 
 def test_the_environment_names_bundle_and_bases(crl, tmp_path):

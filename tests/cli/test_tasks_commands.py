@@ -112,15 +112,17 @@ def test_cluster_stored_embeddings(crl, folder, colours, tmp_path):
     crl("basis", "create", "color", "--texts", colours)
     crl("embed", folder, "--out", "x.npz")
     crl("embed", folder, "--out", "x.parquet")
+    crl("embed", folder, "--out", "i.npz", "--dtype", "int8")
+    crl("embed", folder, "--out", "i.parquet", "--dtype", "int8")
     np.save("x.npy", np.load("x.npz")["universal"].astype(np.float16))
-    for name in ("x.npz", "x.parquet", "x.npy"):
-        told = crl("cluster", name, "--criterion", "color", "--out", name[2:], "--json")
+    for name in ("x.npz", "x.parquet", "x.npy", "i.npz", "i.parquet"):
+        told = crl("cluster", name, "--criterion", "color", "--out", f"{name}.out", "--json")
         assert told["report"] is None and told["k"] == 3
-        lines = table(tmp_path / name[2:] / "clusters.csv")
+        lines = table(tmp_path / f"{name}.out" / "clusters.csv")
         assert {line["name"] for line in lines} == set(COLOURS)
         known = str(folder / "blue-0.jpg") if name != "x.npy" else "row 0"
         assert lines[0]["file"] == known
-        assert [p.name for p in (tmp_path / name[2:]).iterdir()] == ["clusters.csv"]
+        assert [p.name for p in (tmp_path / f"{name}.out").iterdir()] == ["clusters.csv"]
     told = crl("cluster", "x.npz", "--basis", "bases/color.safetensors", "--k", 1, "--json")
     assert told["criterion"] == "color" and told["chosen"] is None and told["stability"] is None
 

@@ -26,6 +26,7 @@ from crl_sdk.errors import (
     ServiceError,
     UnknownCriterionError,
 )
+from crl_sdk.projection import decode_rows
 from support import unseen_image
 
 
@@ -132,6 +133,32 @@ def test_one_batch_is_read_without_copies(client, image_files):
     rows = client.embed([path.read_bytes() for path in image_files], ["color"])["color"]
     assert rows.dtype == np.float32 and rows.shape[0] == 9
     assert not rows.flags.owndata and not rows.flags.writeable  # a view of the message
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("int8", 0.01)])
+def test_smaller_dtypes(server, image_files, dtype, tolerance):
+    images = [*image_files[:4], b"junk", "missing.jpg"]
+    with Client(server.address, ClientOptions(batch_size=4)) as client:
+        full = client.embed(images, ["color"], on_error="collect")
+        small = client.embed(images, ["color"], on_error="collect", dtype=dtype)
+        again = client.embed(list(small.universal[small.ok]), ["color"])  # stored rows, sent back
+        (part,) = client.embed_batches(image_files[:2], dtype=dtype)
+        with pytest.raises(InvalidInputError, match=r"float32, float16, int8, got 'bits'"):
+            client.embed(images, dtype="bits")
+    assert part.universal.dtype == dtype
+    for rows, expected in ((small.universal, full.universal), (small["color"], full["color"])):
+        assert rows.dtype == dtype and rows.shape == expected.shape
+        np.testing.assert_allclose(decode_rows(rows), expected, atol=tolerance)  # NaN with NaN
+    assert sorted(small.errors) == [4, 5] and np.isnan(decode_rows(small.universal[4:])).all()
+    np.testing.assert_allclose(again["color"], full["color"][:4], atol=5 * tolerance)
+
+
+def test_int8_is_refused_where_the_length_matters(server, image_files):
+    with Client(server.address) as client:
+        client.create_basis("finish", ["glossy", "matt"], post="none")
+        assert client.embed(image_files[:1], ["finish"], dtype="float16")["finish"].shape == (1, 2)
+        with pytest.raises(InvalidInputError, match="use float16, or make the basis with --post"):
+            client.embed(image_files[:1], ["finish"], dtype="int8")
 
 
 def test_a_basis_is_fetched_with_its_file(client, embedder, image_files):

@@ -153,7 +153,9 @@ def test_the_first_bad_row_is_named_whatever_the_threads(small_blocks):
 def test_what_does_not_fit_a_dtype():
     each = Projection(np.full((4, 2), 300, np.float32), np.zeros(2, np.float32), "none")
     rows = np.full((3, 4), 100, np.float32)
-    with pytest.raises(InvalidInputError, match=r"rows 0 to 2 does not fit float16: use float32"):
+    with pytest.raises(
+        InvalidInputError, match=r"rows 0 to 2: a value does not fit float16: use float32"
+    ):
         project_rows(rows, [each], [np.zeros((3, 2), np.float16)])
     with pytest.raises(InvalidInputError, match="row 0 is so long"):
         project_rows(np.full((3, 4), 3e38, np.float32), [each])
@@ -176,7 +178,7 @@ def test_wrong_arguments():
         ((rows.astype(np.longdouble), [each]), "float dtype"),
         ((rows, [each], []), "one output for each of 1"),
         ((rows, [each], [out[:2]]), r"an output \(3, 2\)"),
-        ((rows, [each], [out.astype(np.float64)]), "float32 or float16, got"),
+        ((rows, [each], [out.astype(np.float64)]), "float32, float16, int8, got 'float64'"),
         ((rows, [each], [locked]), "read-only"),
         ((rows, [each], [rows[:, :2]]), "shares memory with the embeddings"),
     ]:

@@ -12,7 +12,7 @@ from crl_sdk.errors import InvalidInputError
 from crl_sdk.pb.crl.v1 import embedding_pb2
 from crl_sdk.rpc import decode_tensor, encode_tensor
 
-ARRAYS = st.sampled_from(["<f4", ">f4", "<f2", "u1"]).flatmap(
+ARRAYS = st.sampled_from(["<f4", ">f4", "<f2", "u1", "i1"]).flatmap(
     lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0))
 )
 

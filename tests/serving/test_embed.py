@@ -199,6 +199,8 @@ def pixels(shape, data, dtype=embedding_pb2.DTYPE_UINT8):
         (pixels([4, 4], bytes(16), 77), "expected a tensor of dtype"),
         (embedding_pb2.Image(embedding=encode_tensor(np.ones(5, np.float32))), r"\(n, 128\)"),
         (embedding_pb2.Image(embedding=encode_tensor(np.full(128, np.nan, np.float32))), "NaN"),
+        (embedding_pb2.Image(embedding=encode_tensor(np.zeros(128, np.int8))), "NaN"),
+        (embedding_pb2.Image(embedding=encode_tensor(np.ones(128, np.uint8))), "FLOAT16 or INT8"),
         (embedding_pb2.Image(embedding=encode_tensor(np.ones((1, 128), np.float32))), "of shape"),
     ],
 )
@@ -218,7 +220,7 @@ def test_the_form_of_the_reply(stub, image_files):
     rows = decode_tensor(reply.conditional[0].rows)
     assert rows.dtype == np.float16 and rows.shape == (1, 3)
     assert len(reply.images[0].digest) == 32 and reply.timings.total_us > 0
-    with pytest.raises(grpc.RpcError, match="FLOAT32 or FLOAT16"):
+    with pytest.raises(grpc.RpcError, match="FLOAT32, FLOAT16 or INT8"):
         stub.Embed(embedding_pb2.EmbedRequest(images=[image], dtype=embedding_pb2.DTYPE_UINT8))
     with pytest.raises(grpc.RpcError, match="expected 1 to 256 images"):
         stub.Embed(embedding_pb2.EmbedRequest())

@@ -244,7 +244,6 @@ def test_wrong_arguments(bases, rows):
         (("x.npy", "--criteria", "mood", "--out", "out"), "which has main color, shape"),
         (("x.npy", "--criteria", "shape,shape", "--out", "out"), "each criterion once"),
         (("x.npy", "--criteria", " , ", "--out", "out"), "at least one"),
-        (("x.npy", *BOTH, "--dtype", "int8"), "float32"),
         (("x.npy", "--criteria", "shape", "--out", "file/out"), "cannot be written"),
         (("x.npy", "--criteria", "shape", "--out", "file"), "cannot be written"),
     ]:

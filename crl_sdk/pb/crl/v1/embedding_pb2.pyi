@@ -14,7 +14,7 @@ The error of a whole call is a gRPC status:
   UNAVAILABLE         The server is starting or stopping, or its engine failed.
 
 A bad image is not an error of the call: its `ImageStatus` says what is wrong, and its rows are
-NaN.
+NaN, or zeros in INT8.
 """
 
 from collections import abc as _abc
@@ -43,6 +43,11 @@ class _DtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dtype.ValueType
     DTYPE_FLOAT32: _Dtype.ValueType  # 1
     DTYPE_FLOAT16: _Dtype.ValueType  # 2
     DTYPE_UINT8: _Dtype.ValueType  # 3
+    DTYPE_INT8: _Dtype.ValueType  # 4
+    """Embeddings alone: each row is scaled so that its largest magnitude is 127, and rounded. It keeps
+    the direction of the row, so compare rows by cosine, or scale them to unit length first. Not
+    possible for a basis without row normalisation.
+    """
 
 class Dtype(_Dtype, metaclass=_DtypeEnumTypeWrapper):
     """Type of the elements of a tensor."""
@@ -51,6 +56,11 @@ DTYPE_UNSPECIFIED: Dtype.ValueType  # 0
 DTYPE_FLOAT32: Dtype.ValueType  # 1
 DTYPE_FLOAT16: Dtype.ValueType  # 2
 DTYPE_UINT8: Dtype.ValueType  # 3
+DTYPE_INT8: Dtype.ValueType  # 4
+"""Embeddings alone: each row is scaled so that its largest magnitude is 127, and rounded. It keeps
+the direction of the row, so compare rows by cosine, or scale them to unit length first. Not
+possible for a basis without row normalisation.
+"""
 Global___Dtype: _TypeAlias = Dtype  # noqa: Y015
 
 @_typing.final
@@ -62,7 +72,7 @@ class EmbedRequest(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     OMIT_UNIVERSAL_FIELD_NUMBER: _builtins.int
     dtype: Global___Dtype.ValueType
-    """Type of the tensors in the reply: FLOAT32 or FLOAT16. Unspecified means FLOAT32."""
+    """Type of the tensors in the reply: FLOAT32, FLOAT16 or INT8. Unspecified means FLOAT32."""
     omit_universal: _builtins.bool
     """Whether to leave the universal embeddings out of the reply."""
     @_builtins.property
@@ -111,8 +121,8 @@ class Image(_message.Message):
 
     @_builtins.property
     def embedding(self) -> Global___Tensor:
-        """Universal embedding of this model, FLOAT32 or FLOAT16, of shape (d). It is projected without
-        running the model.
+        """Universal embedding of this model, FLOAT32, FLOAT16 or INT8, of shape (d). It is projected
+        without running the model.
         """
 
     def __init__(
@@ -382,7 +392,7 @@ class EmbedTextRequest(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     TRUNCATE_FIELD_NUMBER: _builtins.int
     dtype: Global___Dtype.ValueType
-    """Type of the embeddings: FLOAT32 or FLOAT16. Unspecified means FLOAT32."""
+    """Type of the embeddings: FLOAT32, FLOAT16 or INT8. Unspecified means FLOAT32."""
     truncate: _builtins.bool
     """Whether to cut texts that are longer than the model's context. Otherwise such a text is an
     error of the call.

@@ -14,7 +14,7 @@ The error of a whole call is a gRPC status:
   UNAVAILABLE         The server is starting or stopping, or its engine failed.
 
 A bad image is not an error of the call: its `ImageStatus` says what is wrong, and its rows are
-NaN.
+NaN, or zeros in INT8.
 """
 
 from collections import abc as _abc
