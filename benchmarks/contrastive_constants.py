@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
@@ -21,11 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from crl_benchmarks import projections
+from crl_benchmarks.demo_world_set import read_demo_cases
 from crl_benchmarks.markdown import table
 from crl_benchmarks.real_vector_sets import Case, MissingVectors, read_cases
 from crl_benchmarks.real_vectors import Variant, make_map
-from crl_export.demo.world import CRITERIA
 from crl_sdk import __version__
 from crl_sdk.basis import _contrastive
 from crl_sdk.errors import InvalidInputError
@@ -36,8 +35,8 @@ from crl_sdk.storage._atomic_files import write_atomically
 RIDGES, POWERS, FLOORS = (1.0, 3.0, 10.0, 30.0), (0.0, 0.1, 0.2, 0.3, 0.5), (0.001, 0.1, 1e3)
 """Values that are tried. The largest floor gives all texts the same weight."""
 
-SCENES = 400
-SEEDS = (0, 1)
+SPLITS = 2
+"""Number of splits or draws of each set that are measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +57,6 @@ SETTINGS = tuple(Setting(*values) for values in product(RIDGES, POWERS, FLOORS))
 
 Scores = dict[tuple[str, Setting | None, bool], list[tuple[float, float]]]
 """Accuracy and mAP of each run by set, setting (None for `cosine`) and use of other criteria."""
-
-
-def demo_cases(scenes: int = SCENES) -> Iterator[Case]:
-    """Yield the criteria of the demo world as cases, with lists of synonyms."""
-    world = projections.make_word_world(scenes)
-    for factor, seed in product(CRITERIA, SEEDS):
-        texts = {
-            noise or "clean": world.embed(
-                projections.texts_of(world, factor, "synonyms", noise, seed)
-            )
-            for noise in projections.NOISES
-        }
-        yield Case(
-            "demo world", factor, seed, SEEDS, world.universal, world.labels[factor],
-            np.arange(len(world.universal)), texts,
-            projections.other_texts(world, factor, seed), world.background, None,
-        )  # fmt: skip
 
 
 def measure(cases: Sequence[Case], settings: Sequence[Setting] = SETTINGS) -> Scores:
@@ -175,8 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     try:
         with threadpool_limits(1):
-            real = [case for case in read_cases(parsed.data) if case.split < len(SEEDS)]
-            found = measure([*real, *demo_cases()])
+            cases = [*read_cases(parsed.data), *read_demo_cases()]
+            found = measure([case for case in cases if case.split < SPLITS])
     except MissingVectors as missing:
         print(missing)
         return

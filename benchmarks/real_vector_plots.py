@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +42,7 @@ def plot_noise(runs: Sequence[Run]) -> bytes:
             panel.plot(range(len(conditions)), heights, line, color=colour, marker="o", label=label)
         panel.set_xticks(range(len(conditions)), [c.replace(" of ", " of\n") for c in conditions])
 
-    return _figure(draw)
+    return _figure(draw, {**GROUPS, "demo world": "Demo world"})
 
 
 def plot_counts(runs: Sequence[CountRun]) -> bytes:
@@ -64,19 +64,19 @@ def plot_counts(runs: Sequence[CountRun]) -> bytes:
                 panel.plot(shared, heights, line, color=colour, marker="o", label=label)
         panel.set_xlabel("texts of the criterion")
 
-    return _figure(draw)
+    return _figure(draw, GROUPS)
 
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else float("nan")
 
 
-def _figure(draw: Any) -> bytes:
+def _figure(draw: Any, groups: Mapping[str, str]) -> bytes:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    panels = figure.subplots(1, len(GROUPS))
-    for panel, (group, title) in zip(panels, GROUPS.items(), strict=True):
+    figure = Figure(figsize=(1 + 4 * len(groups), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(groups))
+    for panel, (group, title) in zip(panels, groups.items(), strict=True):
         draw(panel, group)
         panel.set_title(title)
         panel.grid(alpha=0.3)

@@ -103,6 +103,47 @@ class Case:
     unseen: Rows | None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class WordBank:
+    """Words with their text vectors.
+
+    Attributes:
+        path: File that they come from.
+        words: The words, shape (n,).
+        kinds: Kind of each word, shape (n,).
+        vectors: Text vectors, shape (n, d), float32, unit rows.
+        background: Vectors of the nouns that `crl export` has in its list of generic texts, shape
+            (b, d), float32, unit rows.
+    """
+
+    path: Path
+    words: Names
+    kinds: Names
+    vectors: Rows
+    background: Rows
+
+    def nouns(self, wanted: Sequence[str]) -> NDArray[np.bool_]:
+        """Return which words are these nouns.
+
+        Raises:
+            InvalidInputError: If a noun is missing.
+        """
+        found: NDArray[np.bool_] = (self.kinds == "noun") & np.isin(self.words, wanted)
+        if missing := sorted(set(wanted) - set(self.words[found])):
+            raise InvalidInputError(f"{self.path}: expected the nouns {', '.join(missing)}")
+        return found
+
+
+def read_word_bank(path: Path) -> WordBank:
+    """Read a word bank."""
+    file = VectorFile(path)
+    vectors = _unit(file.read("text", "word vectors").astype(np.float64))
+    words, kinds = (file.read(name, "words") for name in ("word", "kind"))
+    shipped = [text.split(" ", 1)[1] for text in generic_texts() if text.startswith(("a ", "an "))]
+    generic = (kinds == "noun") & np.isin(words, shipped)
+    return WordBank(path, words, kinds, vectors, vectors[generic])
+
+
 def read_cases(folder: Path) -> Iterator[Case]:
     """Read the vectors and yield all cases.
 
@@ -117,7 +158,8 @@ def read_cases(folder: Path) -> Iterator[Case]:
                 "make: DATA=DIR) if they are elsewhere."
             )
     yield from _clothes(VectorFile(folder / CLOTHES))
-    yield from _bank_cases(*(VectorFile(folder / name) for name in (WORDS, DRESS, IMAGENET)))
+    bank = read_word_bank(folder / WORDS)
+    yield from _bank_cases(bank, *(VectorFile(folder / name) for name in (DRESS, IMAGENET)))
 
 
 def _clothes(file: VectorFile) -> Iterator[Case]:
@@ -150,20 +192,9 @@ def _clothes(file: VectorFile) -> Iterator[Case]:
             )  # fmt: skip
 
 
-def _bank_cases(words: VectorFile, dress: VectorFile, imagenet: VectorFile) -> Iterator[Case]:
-    text = _unit(words.read("text", "word vectors").astype(np.float64))
-    word, kind = (words.read(name, "words") for name in ("word", "kind"))
-    nouns = kind == "noun"
-    shipped = {text.split(" ", 1)[1] for text in generic_texts() if text.startswith(("a ", "an "))}
-    background = text[nouns & np.isin(word, sorted(shipped))]
-    of_kind = {name: text[kind == name] for name in BANK_KINDS}
-
-    def named(wanted: Sequence[str]) -> NDArray[np.bool_]:
-        found: NDArray[np.bool_] = nouns & np.isin(word, wanted)
-        if set(word[found]) != set(wanted):
-            missing = sorted(set(wanted) - set(word[found]))
-            raise InvalidInputError(f"{words.path}: expected the nouns {', '.join(missing)}")
-        return found
+def _bank_cases(bank: WordBank, dress: VectorFile, imagenet: VectorFile) -> Iterator[Case]:
+    text, nouns = bank.vectors, bank.kinds == "noun"
+    of_kind = {name: text[bank.kinds == name] for name in BANK_KINDS}
 
     def off_topic(rng: np.random.Generator, own: NDArray[np.bool_] | None = None) -> Rows:
         rows: Rows = text[nouns if own is None else nouns & ~own]
@@ -178,7 +209,7 @@ def _bank_cases(words: VectorFile, dress: VectorFile, imagenet: VectorFile) -> I
         labels = dress.read(column, "labels")
         yield _case(
             "dress", name, images=images, labels=labels, groups=groups, own=of_kind[name],
-            others=others, off_topic=strange, rng=rng, background=background,
+            others=others, off_topic=strange, rng=rng, background=bank.background,
         )  # fmt: skip
     sets: list[tuple[str, VectorFile, str, tuple[str, ...], Callable[[Names], Names]]] = [
         ("gender", dress, "gender", PEOPLE, lambda labels: labels),
@@ -188,7 +219,7 @@ def _bank_cases(words: VectorFile, dress: VectorFile, imagenet: VectorFile) -> I
         ),
     ]  # fmt: skip
     for name, file, column, wanted, select in sets:
-        own = named(wanted)
+        own = bank.nouns(wanted)
         images = _images(file)
         for draw in range(SPLITS):
             rng = np.random.default_rng(draw)
@@ -197,7 +228,7 @@ def _bank_cases(words: VectorFile, dress: VectorFile, imagenet: VectorFile) -> I
             yield _case(
                 name, name, draw, seeds, images=images, labels=select(file.read(column, "labels")),
                 groups=file.read("group", "groups"), own=text[own], others=list(of_kind.values()),
-                off_topic=off_topic(rng, own), rng=rng, background=background,
+                off_topic=off_topic(rng, own), rng=rng, background=bank.background,
             )  # fmt: skip
 
 

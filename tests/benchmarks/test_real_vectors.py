@@ -7,7 +7,13 @@ import json
 import numpy as np
 import pytest
 
-from crl_benchmarks import real_vector_sets, real_vectors
+from crl_benchmarks import (
+    demo_world_set,
+    real_vector_dtypes,
+    real_vector_sets,
+    real_vector_texts,
+    real_vectors,
+)
 
 DIM = 24
 COLOURS = ("Black", "White", "Blue", "Red")
@@ -61,8 +67,8 @@ def folder(tmp_path):
         product_type_name=columns[1], graphical_appearance_name=columns[2],
     )  # fmt: skip
     bank = [(kind, f"{kind} {i}") for kind in real_vector_sets.BANK_KINDS for i in range(4)]
-    animals = [noun for nouns in real_vector_sets.ANIMALS.values() for noun in nouns]
-    nouns = [*real_vector_sets.PEOPLE, *animals, *(f"thing {i}" for i in range(15))]
+    listed = [noun for nouns in real_vector_texts.NOUN_LISTS.values() for noun in nouns]
+    nouns = [*real_vector_sets.PEOPLE, *listed, *(f"thing {i}" for i in range(15))]
     bank += [("noun", noun) for noun in nouns]
     np.savez(
         tmp_path / real_vector_sets.WORDS,
@@ -94,21 +100,24 @@ def test_tables_plot_and_record(folder, tmp_path, monkeypatch):
     for module in (real_vectors, real_vector_sets):
         monkeypatch.setattr(module, "SPLITS", 2)
     monkeypatch.setattr(real_vectors, "COUNT_DRAWS", 1)
+    monkeypatch.setattr(real_vector_texts, "DRAWS", 1)
+    monkeypatch.setattr(demo_world_set, "SCENES", 60)
     out = tmp_path / "out"
     real_vectors.main(["--data", str(folder), "--out", str(out)])
     text = out.with_suffix(".md").read_text()
     unseen = [each for each in real_vectors.VARIANTS if each.sharpened == "unseen"]
+    methods = text[: text.index("## The warning")]
     for variant in real_vectors.VARIANTS:
-        # sets, and criteria of two sets; only the clothes have unseen images
-        expected = 1 + 3 if variant in unseen else 4 + 3 + 2
-        assert text.count(f"| `{variant.name}` | ") == expected
+        # sets, and criteria of three sets; only the clothes have unseen images
+        expected = 1 + 3 if variant in unseen else 5 + 3 + 2 + 4
+        assert methods.count(f"| `{variant.name}` | ") == expected
     for plot in (out.with_suffix(".png"), tmp_path / "out-texts.png"):
         assert plot.read_bytes().startswith(b"\x89PNG")
     document = json.loads(out.with_suffix(".json").read_bytes())
     runs, counts = document["runs"], document["counts"]
-    cases, variants = 3 * 2 + 2 + 2 + 2, len(real_vectors.VARIANTS)
+    cases, variants = 3 * 2 + 2 + 2 + 2 + 4 * 2, len(real_vectors.VARIANTS)
     conditions = len(real_vector_sets.CONDITIONS)
-    assert len(runs) == (cases * (1 + variants) - len(unseen) * (2 + 2 + 2)) * conditions
+    assert len(runs) == (cases * (1 + variants) - len(unseen) * (2 + 2 + 2 + 4 * 2)) * conditions
     assert {each["count"] for each in counts} >= {3, 4}
     clean = {
         (run["set"], run["criterion"], run["split"], run["method"]): run
@@ -121,6 +130,39 @@ def test_tables_plot_and_record(folder, tmp_path, monkeypatch):
             clean[group, criterion, 0, "contrastive: others + generic"]["mAP"]
             > universal["mAP"] + 0.2
         )
+
+
+def test_what_dtypes_of_stored_rows_cost(folder):
+    pytest.importorskip("sklearn")
+    case = next(real_vector_sets.read_cases(folder))
+    costs = {(cost.what, cost.dtype): cost for cost in real_vector_dtypes.measure_dtypes([case])}
+    universal, conditional, projected = real_vector_dtypes.STORED
+    for what in (universal, conditional, projected):
+        full = np.array(costs[what, "float32"].scores)
+        for dtype in ("float16", "int8"):
+            assert np.abs(np.array(costs[what, dtype].scores) - full).max() < 0.05, (what, dtype)
+    assert costs[conditional, "signs"].scores[1] < costs[conditional, "float32"].scores[1] - 0.05
+    dim, columns = case.images.shape[1], costs[conditional, "signs"].bits
+    assert (costs[universal, "float32"].bits, costs[universal, "int8"].bits) == (32 * dim, 8 * dim)
+    assert costs[conditional, "int8"].bits == 8 * columns < len(case.texts["clean"]) * 8
+    text = real_vector_dtypes.dtype_tables(list(costs.values()), str.title)
+    assert text.count("| int8 |") == 3 and "### Clothes" in text
+
+
+def test_texts_that_share_a_direction(folder, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(real_vector_texts, "DRAWS", 3)
+    lists = list(real_vector_texts.stray_lists(folder))
+    criteria = len(real_vector_sets.BANK_KINDS) + len(real_vector_texts.NOUN_LISTS)
+    assert len(lists) == 2 * criteria * 3
+    assert all(0 < (~each.own).sum() < 4 and each.own.sum() >= 4 for each in lists)
+    cases = [case for case in real_vector_sets.read_cases(folder) if case.split == 0]
+    text = real_vector_texts.text_tables(folder, cases)
+    assert text.count("| plain |") == text.count("| minus the background |") == 2
+    assert "| clothes | `contrastive: others + generic` |" in text
+    own = cases[0].texts["clean"]
+    turned = real_vector_texts._turned(own, 0.98, np.random.default_rng(0))
+    np.testing.assert_allclose((turned * own).sum(axis=1), 0.98, atol=1e-5)
 
 
 def test_classes_groups_and_noise(folder):
