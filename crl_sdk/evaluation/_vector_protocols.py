@@ -214,7 +214,7 @@ def _maps(
     images: Rows,
 ) -> dict[str, Rows]:
     """Return the conditional embeddings of the images by each method."""
-    maps = {}
+    maps: dict[str, Rows] = {}
     for method in methods:
         made = make_projection(
             texts, method, post="none", background=background,
