@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 DATA ?= ../shared/data/real-vectors
 
-.PHONY: demo test test-slow test-gpu check types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants export-parity compile-table bench bench-project bench-peers load clean
+.PHONY: demo test test-slow test-gpu check types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-project bench-peers load clean
 
 demo: $(VENV)/.demo ## from criteria in words to named groups of images, with a report
 	$(BIN)/crl demo
@@ -66,6 +66,9 @@ eval-real: $(VENV)/.dev ## comparison of the projection methods on real CLIP vec
 
 eval-constants: $(VENV)/.dev ## constants of the default projection method, chosen with one set left out
 	$(BIN)/python -m crl_benchmarks.contrastive_constants --data $(DATA) --out benchmarks/results/contrastive-constants.md
+
+eval-relevance: $(VENV)/.demo ## whether the default language model knows what belongs to a criterion: 1 minute
+	$(BIN)/python -m crl_benchmarks.text_relevance --out benchmarks/results/text-relevance.md
 
 export-parity: $(VENV)/.dev ## parity table of exported models
 	$(BIN)/python -m crl_export.parity_table --out benchmarks/results/export-parity

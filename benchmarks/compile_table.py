@@ -123,8 +123,9 @@ def compile_all(models: list[str], work_dir: Path) -> list[dict[str, Any]]:
         else:
             precisions = ["fp16", "fp32"]
             exported = export_model(
-                model, out=work_dir / model, precisions=("fp32", "fp16"), text=False
-            )
+                model, out=work_dir / model, pretrained="none", precisions=("fp32", "fp16"),
+                text=False,
+            )  # fmt: skip
             bundle = exported.path
         for precision in precisions:
             for architecture in toolkit.architectures:

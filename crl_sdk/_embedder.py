@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import islice
@@ -34,6 +36,7 @@ from crl_sdk.errors import (
     UnknownCriterionError,
 )
 from crl_sdk.model._bundle import ModelBundle
+from crl_sdk.model._familiar_images import FEW
 from crl_sdk.model._preprocess import DEFAULT_LIMITS, Decode, ImageLimits, load_pixels
 from crl_sdk.projection._project_rows import project_rows
 from crl_sdk.projection._projection import Post, normalise_rows, pack
@@ -43,6 +46,11 @@ if TYPE_CHECKING:
     from crl_sdk.model._preprocess import ImageInput
 
 _TEXT_BATCH = 64
+
+_RECENT = 20
+"""Number of recent images that are compared with the model's own images."""
+
+_log = logging.getLogger(__name__)
 
 
 class Embedder:
@@ -94,6 +102,8 @@ class Embedder:
         self._text_engine: TextEngine | None = None
         self._tokenizer = bundle.tokenizer() if bundle.manifest.text else None
         self._bases: dict[str, Basis] = {}
+        self._distances: deque[float] = deque(maxlen=_RECENT)  # of the recent images
+        self._unfamiliar: str | None = None
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="crl-decode")
 
     @classmethod
@@ -134,6 +144,12 @@ class Embedder:
         opened = bundle if isinstance(bundle, ModelBundle) else ModelBundle.open(bundle)
         if baked is not None:
             baked.require_fingerprint(opened.fingerprint)
+        if opened.manifest.source.random:
+            _log.warning(
+                "%s: the model has random weights and knows nothing, so that its embeddings serve "
+                "to measure speed only: export it again with --pretrained TAG",
+                opened.path,
+            )
         image_engine = open_engine(opened, engine, threads=threads, baked=baked)
         embedder = cls(
             opened,
@@ -419,12 +435,14 @@ class Embedder:
                 batch[good], batch_projected[good] = self._image_engine.run(
                     np.stack(pixels), weight, bias
                 )
+                self._note_unfamiliar(batch[good], least=FEW)
             universal.append(batch)
             projected.append(batch_projected)
             done += len(decoded)
             if progress is not None:
                 progress(done)
 
+        self._note_unfamiliar(least=1)
         rows = np.concatenate([np.zeros((0, weight.shape[1]), np.float32), *projected])
         result = Embeddings(
             np.concatenate([np.zeros((0, self.bundle.embedding_dim), np.float32), *universal]),
@@ -468,7 +486,9 @@ class Embedder:
         Raises:
             EngineError: If the engine run fails.
         """
-        return self._image_engine.run(pixels, *self._pack([])[:2])[0]
+        rows = self._image_engine.run(pixels, *self._pack([])[:2])[0]
+        self._note_unfamiliar(rows, least=_RECENT)
+        return rows
 
     def embed_text(self, texts: Sequence[str], *, truncate: bool = False) -> NDArray[np.float32]:
         """Embed texts with the text tower.
@@ -561,6 +581,29 @@ class Embedder:
         projections = [basis.projection for basis in bases.values()]
         results = project_rows(embeddings, projections, targets, threads=threads)
         return dict(zip(bases, results, strict=True))
+
+    @property
+    def unfamiliar(self) -> str | None:
+        """A warning, if the model has never seen images like those it has embedded here."""
+        return self._unfamiliar
+
+    def _note_unfamiliar(self, universal: NDArray[np.float32] | None = None, *, least: int) -> None:
+        """Look at embeddings, and warn once if the recent images are unlike the model's own.
+
+        Args:
+            universal: Further embeddings, shape (n, d).
+            least: Number of recent images from which they are judged.
+        """
+        familiar = self.bundle.familiar_images
+        if familiar is None or self._unfamiliar is not None:
+            return
+        if universal is not None:
+            self._distances.extend(familiar.distances(universal).tolist())
+        if len(self._distances) >= least:
+            distances, name = np.array(self._distances), self.bundle.manifest.name
+            self._unfamiliar = familiar.warning(distances, name)
+            if self._unfamiliar is not None:
+                _log.warning("%s", self._unfamiliar)
 
     def _basis(self, criterion: str | Basis) -> Basis:
         if isinstance(criterion, Basis):

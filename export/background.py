@@ -10,15 +10,13 @@ import os
 from collections.abc import Sequence
 from importlib.resources import files
 
-import msgspec
 import numpy as np
 
+from crl_export.bundle_files import put_file
 from crl_sdk.engines._onnx_sessions import open_session
-from crl_sdk.errors import ExportError, InvalidInputError
+from crl_sdk.errors import InvalidInputError
 from crl_sdk.model._background import BACKGROUND_FILE, encode_background
-from crl_sdk.model._bundle import ModelBundle, sha256_file
-from crl_sdk.model._manifest import FileEntry, write_manifest
-from crl_sdk.storage._atomic_files import write_atomically
+from crl_sdk.model._bundle import ModelBundle
 
 MIN_TEXTS = 50
 """Smallest number of distinct texts of a background. On real vectors, 60 generic nouns served
@@ -38,9 +36,6 @@ def add_background(
     directory: str | os.PathLike[str], texts: Sequence[str] | None = None
 ) -> ModelBundle:
     """Embed generic texts with a bundle's text tower and store them in the bundle.
-
-    The manifest names the file only while it is complete, so a killed process leaves a valid
-    bundle, with or without a background.
 
     Args:
         directory: Directory of the bundle.
@@ -76,12 +71,4 @@ def add_background(
             f"the model gives all background texts nearly the same embedding (spread {spread:.1g}):"
             " give texts that it knows"
         )
-    path = bundle.path / BACKGROUND_FILE
-    others = {name: e for name, e in bundle.manifest.files.items() if name != BACKGROUND_FILE}
-    if len(others) < len(bundle.manifest.files):  # an old one is replaced: never list a mixture
-        write_manifest(bundle.path, msgspec.structs.replace(bundle.manifest, files=others))
-    write_atomically(path, encode_background(distinct, embeddings), ExportError)
-    entry = FileEntry(sha256=sha256_file(path), bytes=path.stat().st_size)
-    listed = {**others, BACKGROUND_FILE: entry}
-    write_manifest(bundle.path, msgspec.structs.replace(bundle.manifest, files=listed))
-    return ModelBundle.open(bundle.path)
+    return put_file(bundle, BACKGROUND_FILE, encode_background(distinct, embeddings))

@@ -23,7 +23,7 @@ from open_clip.transformer import QuickGELU
 
 from crl_export.clip_model import ClipModel
 from crl_sdk.errors import ExportError
-from crl_sdk.model._manifest import Source
+from crl_sdk.model._manifest import RANDOM_WEIGHTS, Source
 from crl_sdk.model._preprocess import PreprocessSpec
 
 CONFIG_FILE = "open_clip_config.json"
@@ -49,14 +49,14 @@ class Checkpoint:
     source: Source
 
 
-def load_checkpoint(architecture: str, pretrained: str, *, seed: int = 0) -> Checkpoint:
+def load_checkpoint(architecture: str, pretrained: str | None, *, seed: int = 0) -> Checkpoint:
     """Create a model and load its weights. Only tensors are unpickled.
 
     Args:
         architecture: Name of an open_clip architecture, or a directory with weights and
             `open_clip_config.json`.
         pretrained: Tag of open_clip, a `.safetensors` or `.pt` file, or `none` for random weights.
-            It must be `none` if `architecture` is a directory, which has its own weights.
+            None if `architecture` is a directory, which has its own weights.
         seed: Seed of random weights.
 
     Raises:
@@ -65,9 +65,9 @@ def load_checkpoint(architecture: str, pretrained: str, *, seed: int = 0) -> Che
     """
     directory = Path(architecture)
     if (directory / CONFIG_FILE).is_file():
-        if pretrained != RANDOM:
+        if pretrained is not None:
             raise ExportError(
-                f"{directory} has its own weights; omit --pretrained, got {pretrained!r}"
+                f"{directory} has its own weights: leave out --pretrained {pretrained}"
             )
         return _load_directory(directory)
     if architecture not in open_clip.list_models():
@@ -76,6 +76,11 @@ def load_checkpoint(architecture: str, pretrained: str, *, seed: int = 0) -> Che
         raise ExportError(
             f"open_clip has no architecture {architecture!r}{hint}; expected one of "
             f"open_clip.list_models(), or a directory with {CONFIG_FILE}"
+        )
+    if pretrained is None:
+        raise ExportError(
+            f"{architecture}: expected weights with --pretrained: {_known_tags(architecture)}, a "
+            f".safetensors or .pt file, or {RANDOM} for random weights, which know nothing"
         )
     _check_pretrained(architecture, pretrained)
     with _quiet(), _typed_errors(architecture, pretrained):
@@ -87,7 +92,7 @@ def load_checkpoint(architecture: str, pretrained: str, *, seed: int = 0) -> Che
         )
     label = Path(pretrained).name if Path(pretrained).is_file() else pretrained
     if pretrained == RANDOM:
-        label = f"{RANDOM} (random weights, seed {seed})"
+        label = f"{RANDOM_WEIGHTS}, seed {seed})"
     return Checkpoint(
         model=model.eval().requires_grad_(False),
         name=architecture,
@@ -168,11 +173,15 @@ def _check_pretrained(architecture: str, pretrained: str) -> None:
         return
     if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or path.parent != Path():
         raise ExportError(f"{path}: no such checkpoint file; check the path")
-    tags = ", ".join(list_pretrained_tags_by_model(architecture)) or "none"
     raise ExportError(
-        f"{architecture} has no pretrained tag {pretrained!r}; its tags are: {tags}. "
-        "A local .safetensors or .pt file works too"
+        f"{architecture} has no weights {pretrained!r}: expected {_known_tags(architecture)}, or a "
+        ".safetensors or .pt file"
     )
+
+
+def _known_tags(architecture: str) -> str:
+    tags = list_pretrained_tags_by_model(architecture)
+    return f"one of the tags {', '.join(tags)}" if tags else "a tag (open_clip has none for it)"
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torchvision.transforms.functional import normalize
 
 from crl_export.background import add_background
-from crl_export.checkpoint import RANDOM, Checkpoint, load_checkpoint
+from crl_export.checkpoint import Checkpoint, load_checkpoint
 from crl_export.clip_model import ClipModel
 from crl_export.graphs import ImageGraph, TextGraph, export_image_graph, export_text_graph
 from crl_export.precision import half_graph, quantise
@@ -53,7 +53,7 @@ def export_model(
     architecture: str,
     *,
     out: Path,
-    pretrained: str = RANDOM,
+    pretrained: str | None = None,
     precisions: Sequence[Precision] = ("fp32",),
     name: str | None = None,
     license: str = "unknown",
@@ -74,6 +74,7 @@ def export_model(
             `open_clip_config.json`.
         out: Directory of the new bundle.
         pretrained: Tag of open_clip, a `.safetensors` or `.pt` file, or `none` for random weights.
+            None if `architecture` is a directory, which has its own weights.
         precisions: Precisions of the image graph, one graph each.
         name: Name of the model in the manifest; the architecture by default.
         license: Licence of the weights, for the manifest.

@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from crl_export.checkpoint import RANDOM
 from crl_export.exporter import export_model
 from crl_sdk.model._manifest import PRECISIONS
 
@@ -51,8 +52,9 @@ def measure(model: str, work: Path) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the table shows int8 beyond its tolerance
         bundle = export_model(
-            model, out=work / "bundle", precisions=PRECISIONS, text=model not in IMAGE_ONLY
-        )
+            model, out=work / "bundle", precisions=PRECISIONS, text=model not in IMAGE_ONLY,
+            pretrained=None if Path(model).is_dir() else RANDOM,
+        )  # fmt: skip
     manifest = bundle.manifest
     graphs = {graph.file: graph.parity for graph in manifest.images}
     if manifest.text is not None:

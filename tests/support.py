@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from crl_sdk.basis import GeneratedTexts, RankedText
+from crl_sdk import Basis
+from crl_sdk.basis import BasisDirectory, GeneratedTexts, RankedText
 
 _numbers = count()
 
@@ -47,14 +50,37 @@ def generated_texts(criterion: str, texts: Sequence[str]) -> GeneratedTexts:
     )
 
 
+def basis_file(directory: str | os.PathLike[str], criterion: str) -> Path:
+    """Return the file of a criterion in a directory with bases of one model."""
+    (path,) = BasisDirectory(directory).files(criterion)
+    return path
+
+
+def save_basis(basis: Basis, directory: str | os.PathLike[str]) -> Path:
+    """Save a basis in a directory of bases, and return its file."""
+    path = BasisDirectory(directory).path_of(basis.criterion, basis.fingerprint)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    basis.save(path)
+    return path
+
+
+def log_likelihoods(
+    prefix: str, texts: Sequence[str], irrelevant: Sequence[str] = ()
+) -> list[float]:
+    """What `LanguageModel.log_likelihoods` gives for a model that knows which texts belong."""
+    if prefix == "Examples of things:":
+        return [-9.0] * len(texts)
+    return [-12.0 if text in irrelevant else -4.0 for text in texts]
+
+
 class Scripted:
     """A model that repeats the given answers in a cycle."""
 
     name, follows_instructions = "scripted", False
     tokens, seconds = 0, 0.0
 
-    def __init__(self, *answers: str) -> None:
-        self.answers, self.asked = answers, []
+    def __init__(self, *answers: str, irrelevant: Sequence[str] = ()) -> None:
+        self.answers, self.asked, self.irrelevant = answers, [], irrelevant
 
     def complete(self, prompt, grammar, sampling, on_token=None):
         self.asked.append((prompt, sampling))
@@ -63,6 +89,9 @@ class Scripted:
         return self.answers[(len(self.asked) - 1) % len(self.answers)]
 
     chat = complete
+
+    def log_likelihoods(self, prefix, texts):
+        return log_likelihoods(prefix, texts, self.irrelevant)
 
     def describe(self):
         return {"name": self.name}

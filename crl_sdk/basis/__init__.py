@@ -9,8 +9,9 @@ from crl_sdk._lazy import lazy_names
 from crl_sdk._progress import GenerationProgress
 
 if TYPE_CHECKING:
-    from crl_sdk.basis._basis import Basis, MergedText, basis_path
+    from crl_sdk.basis._basis import Basis, MergedText
     from crl_sdk.basis._build import DEFAULT_PROMPT, build_basis, edit_basis
+    from crl_sdk.basis._directory import BasisDirectory
     from crl_sdk.basis._from_vectors import build_basis_from_vectors
     from crl_sdk.basis._generate import GeneratedTexts, generate_texts
     from crl_sdk.basis._generation_options import GenerationOptions
@@ -29,6 +30,7 @@ __all__ = [
     "METHODS",
     "PROJECTION_METHODS",
     "Basis",
+    "BasisDirectory",
     "GeneratedTexts",
     "GenerationOptions",
     "GenerationProgress",
@@ -37,7 +39,6 @@ __all__ = [
     "Method",
     "ProjectionMethod",
     "RankedText",
-    "basis_path",
     "build_basis",
     "build_basis_from_vectors",
     "edit_basis",
@@ -49,8 +50,9 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "_basis": ("Basis", "MergedText", "basis_path"),
+        "_basis": ("Basis", "MergedText"),
         "_build": ("DEFAULT_PROMPT", "build_basis", "edit_basis"),
+        "_directory": ("BasisDirectory",),
         "_from_vectors": ("build_basis_from_vectors",),
         "_generate": ("GeneratedTexts", "generate_texts"),
         "_generation_options": ("GenerationOptions",),

@@ -27,7 +27,6 @@ from crl_sdk.model._fingerprint import require_same_model
 from crl_sdk.projection._projection import Post, Projection
 from crl_sdk.storage._atomic_files import write_atomically
 from crl_sdk.storage._checksummed_safetensors import (
-    SUFFIX,
     content_sha256,
     decode_checksummed,
     encode_checksummed,
@@ -248,21 +247,6 @@ def require_one_model(
     for basis in bases:
         basis.require_fingerprint(fingerprint, used_with=used_with)
     return fingerprint
-
-
-def basis_path(directory: Path, criterion: str) -> Path:
-    """Return the path of a criterion's basis in a directory of bases.
-
-    Spaces become `+`, which no criterion contains, so different criteria have different files.
-
-    Raises:
-        CriterionError: If the criterion is malformed, so that it never becomes part of a path.
-
-    Example:
-        >>> basis_path(Path("bases"), "Animal habitat").name
-        'animal+habitat.safetensors'
-    """
-    return directory / f"{normalise_criterion(criterion).replace(' ', '+')}{SUFFIX}"
 
 
 def _check(basis: Basis) -> None:

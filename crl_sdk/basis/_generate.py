@@ -26,6 +26,7 @@ from crl_sdk.basis._llm_requests import (
     compose_completion,
     few_shot_lines,
 )
+from crl_sdk.basis._relevance import MIN_RELEVANCE, relevance
 from crl_sdk.basis._votes import RankedText, VoteCounter, text_key
 from crl_sdk.errors import GenerationError
 from crl_sdk.projection._projection import normalise_rows
@@ -80,21 +81,27 @@ class GeneratedTexts:
 
     @property
     def unsure(self) -> bool:
-        """Whether no text is in a quarter of the answers, so the model hardly knows it."""
-        return model_is_unsure(self.provenance)
+        """Whether the language model hardly knows the criterion, see `reasons`."""
+        return bool(self.reasons)
 
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Reasons why the model hardly knows the criterion; empty if it does."""
+        found = []
+        if all(each.votes < SURE * self.answers for each in self.texts):
+            found.append("no text is in a quarter of its answers")
+        if self.provenance.get("mean_relevance", MIN_RELEVANCE) < MIN_RELEVANCE:
+            found.append("it does not find its own texts likely for this criterion")
+        return tuple(found)
 
-def model_is_unsure(provenance: Mapping[str, Any]) -> bool:
-    """Return whether the language model hardly knew the criterion.
-
-    Args:
-        provenance: Provenance of generated texts, or of the basis made from them.
-
-    Returns:
-        Whether no text is in at least a quarter of the answers.
-    """
-    needed = SURE * len(provenance["seeds"])
-    return all(votes < needed for votes in provenance["votes"].values())
+    def doubts(self) -> str:
+        """Return what the model is unsure of and what it said, with advice."""
+        said = ", ".join(f"{each.text} ({each.votes})" for each in self.texts[:12])
+        return (
+            f"{self.provenance['model']['name']} does not seem to know {self.criterion!r}: "
+            f"{', and '.join(self.reasons)}. In {self.answers} answers it said: {said}. Try other "
+            "words, a hint or an example line, a larger model, or texts of your own"
+        )
 
 
 def generate_texts(
@@ -127,8 +134,9 @@ def generate_texts(
     Raises:
         CriterionError: If the criterion is malformed.
         InvalidInputError: If a prompt is malformed.
-        GenerationError: If the model cannot be loaded or fails, or if fewer than `MIN_TEXTS` texts
-            are left.
+        GenerationError: If the model cannot be loaded or fails, or if it does not know the
+            criterion: fewer than `MIN_TEXTS` texts are left, no text is in a quarter of the
+            answers, or the criterion does not make the texts likely.
         MissingDependencyError: If llama-cpp-python is not installed.
     """
     name, prompts = normalise_criterion(criterion), check_prompts(prompts)
@@ -138,8 +146,9 @@ def generate_texts(
             form = "chat" if opened.follows_instructions else "completion"
         votes, seeds = _collect_votes(name, opened, options, form, progress)
         model_name, description = opened.name, opened.describe()
-    ranked = votes.ranking()
-    texts, dropped = _filter_texts(name, ranked, options, len(seeds))
+        ranked = votes.ranking()
+        texts, dropped = _filter_texts(name, ranked, options, len(seeds))
+        relevant = relevance(opened, name, [each.text for each in texts])
     if len(texts) < MIN_TEXTS:
         said = ", ".join(f"{c.text} ({c.votes})" for c in ranked[:12]) or "nothing"
         raise GenerationError(
@@ -147,13 +156,17 @@ def generate_texts(
             f"{len(texts)} texts, {MIN_TEXTS} are needed. It said: {said}. Try a hint or an "
             "example line, a larger model, or texts of your own"
         )
-    if embed_text is not None and options.spread > 0:
+    by_text = {c.text: round(float(r), 2) for c, r in zip(texts, relevant, strict=True)}
+    mean = float(np.average(relevant, weights=[max(c.votes, 1) for c in texts]))
+    texts, irrelevant = _drop_irrelevant(texts, by_text, options, len(seeds))
+    dropped = [*dropped, *irrelevant]
+    if embed_text is not None and options.spread > 0 and texts:
         rows = embed_with_prompts([c.text for c in texts], prompts, embed_text)
         texts, outliers = _drop_outliers(texts, rows, background, options, len(seeds))
         dropped = [*dropped, *outliers]
     kept, rest = texts[: options.count], texts[options.count :]
     dropped = [*dropped, *(DroppedText(c.text, c.votes, "over the number asked for") for c in rest)]
-    return GeneratedTexts(
+    found = GeneratedTexts(
         criterion=name,
         texts=tuple(kept),
         dropped=tuple(sorted(dropped, key=lambda d: -d.votes)),
@@ -167,9 +180,36 @@ def generate_texts(
             "few_shot": {key: list(texts) for key, texts in few_shot_lines(name, options).items()},
             "seeds": seeds,
             "votes": {c.text: c.votes for c in kept},
+            "relevance": {c.text: by_text[c.text] for c in kept},
+            "mean_relevance": round(mean, 2),
             "dropped": [asdict(d) for d in dropped],
         },
     )
+    if found.unsure and not options.accept_unsure:
+        raise GenerationError(found.doubts())
+    return found
+
+
+def _drop_irrelevant(
+    texts: Sequence[RankedText],
+    relevant: Mapping[str, float],
+    options: GenerationOptions,
+    answers: int,
+) -> tuple[list[RankedText], list[DroppedText]]:
+    """Drop texts with few votes that the criterion makes less likely."""
+    kept, irrelevant = [], []
+    for candidate in texts:
+        value = relevant[candidate.text]
+        if value >= 0 or _is_sure(candidate, options, answers):
+            kept.append(candidate)
+        else:
+            reason = f"the model finds it less likely for this criterion: log ratio {value:.1f}"
+            irrelevant.append(DroppedText(candidate.text, candidate.votes, reason))
+    return kept, irrelevant
+
+
+def _is_sure(candidate: RankedText, options: GenerationOptions, answers: int) -> bool:
+    return candidate.votes >= SURE * answers or candidate.text in options.include
 
 
 @contextmanager
@@ -271,8 +311,7 @@ def _drop_outliers(
     cut = outlier_cut(near, options.spread, distance)
     kept, outliers = [], []
     for candidate, value in zip(texts, near, strict=True):
-        sure = candidate.votes >= SURE * answers or candidate.text in options.include
-        if sure or value >= cut:
+        if value >= cut or _is_sure(candidate, options, answers):
             kept.append(candidate)
         else:
             reason = f"far from the others: similarity {value:.3f}, cut {cut:.3f}"

@@ -38,6 +38,7 @@ class GenerationOptions:
         spread: A text with few votes is dropped as an outlier if its mean similarity to the others
             is this many robust standard deviations, and at least `MIN_DISTANCE`, below the median.
             0 keeps all texts.
+        accept_unsure: Whether to return texts that the model is unsure of, instead of an error.
     """
 
     count: int = 40
@@ -54,6 +55,7 @@ class GenerationOptions:
     exclude: tuple[str, ...] = ()
     form: Form = "auto"
     spread: float = 2.0
+    accept_unsure: bool = False
 
     def __post_init__(self) -> None:
         """Check all values.

@@ -6,13 +6,17 @@ import ctypes
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from crl_sdk.basis._llm_files import check_gguf, find_model
 from crl_sdk.errors import CrlError, GenerationError, MissingDependencyError
@@ -173,6 +177,46 @@ class LanguageModel:
             lambda options: self._llama.create_chat_completion(messages, **options),
             grammar, sampling, on_token,
         )  # fmt: skip
+
+    def log_likelihoods(self, prefix: str, texts: Sequence[str]) -> list[float]:
+        """Return how likely each text is after a prefix: its log probability, in nats.
+
+        Args:
+            prefix: Plain text, such as `A color, such as`.
+            texts: The texts. A space is put before each.
+
+        Raises:
+            GenerationError: If prefix and text do not fit the context, or llama.cpp fails.
+        """
+        llama = self._llama
+        started = time.perf_counter()
+        try:
+            beginning = llama.tokenize(prefix.encode())
+            llama.reset()  # type: ignore[no-untyped-call]
+            llama.eval(beginning)
+            first = self._log_probabilities()
+            found = []
+            for text in texts:
+                tokens = llama.tokenize(f" {text}".encode(), add_bos=False)
+                total = float(first[tokens[0]])
+                llama.n_tokens = len(beginning)  # go back to the end of the prefix
+                for token, following in pairwise(tokens):
+                    llama.eval([token])
+                    total += float(self._log_probabilities()[following])
+                found.append(total)
+        except Exception as error:  # llama_cpp raises bare ValueError and RuntimeError
+            raise GenerationError(f"{self.name}: llama.cpp failed ({error})") from error
+        finally:
+            self.seconds += time.perf_counter() - started
+        return found
+
+    def _log_probabilities(self) -> NDArray[np.float64]:
+        """Return the log probabilities of the next token, shape (vocabulary,)."""
+        # Llama.scores holds logits only with logits_all, which needs the whole context's memory
+        last = _llama_cpp().llama_get_logits_ith(self._llama.ctx, -1)
+        logits = np.ctypeslib.as_array(last, (self._llama.n_vocab(),)).astype(np.float64)
+        logits -= logits.max()
+        return np.asarray(logits - np.log(np.exp(logits).sum()))
 
     def _generate(
         self,

@@ -25,7 +25,7 @@ from crl_sdk.cli import _retrieve as retrieve
 from crl_sdk.cli import _serve as serve
 from crl_sdk.cli import _sharpen as sharpen
 from crl_sdk.cli import _verify as verify
-from crl_sdk.cli._console import err, print_error
+from crl_sdk.cli._console import LogHandler, print_error
 from crl_sdk.errors import CrlError
 from crl_sdk.evaluation._benchmarks import BENCHMARK_NAMES
 
@@ -90,11 +90,10 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    from rich.logging import RichHandler
-
-    handler = RichHandler(console=err, show_path=False)
     logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler]
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(message)s",
+        handlers=[LogHandler()],
     )
 
 

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from crl_sdk.basis._basis import Basis, basis_path
+from crl_sdk.basis._basis import Basis
 from crl_sdk.basis._build import (
     DEFAULT_MERGE_THRESHOLD,
     DEFAULT_PROMPT,
     edit_basis,
 )
+from crl_sdk.basis._directory import BasisDirectory
+from crl_sdk.basis._generate import GeneratedTexts
 from crl_sdk.basis._generation_options import DEFAULT_OPTIONS
 from crl_sdk.basis._methods import DEFAULT_METHOD, Method, find_method
 from crl_sdk.cli import _generation as generation
+from crl_sdk.cli import _text_vectors as text_vectors
 from crl_sdk.cli._console import JsonOption, note, out, print_facts, print_json, warn
 from crl_sdk.cli._options import (
     DEFAULT_BASES,
     BasesOption,
     BundleOption,
+    command,
     load_basis,
+    open_bundle,
     open_embedder,
 )
-from crl_sdk.errors import BasisError, InvalidInputError
+from crl_sdk.errors import BasisError, CrlError, InvalidInputError
 from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.projection._projection import Post
 from crl_sdk.storage._atomic_files import make_directory
@@ -42,11 +49,8 @@ TextOption = Annotated[
 @app.command("create")
 def create(
     criterion: Annotated[str, typer.Argument(help="What matters, in words, such as `color`.")],
-    text_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--from-texts", "--texts", help="Your own texts: a UTF-8 file with one text per line."
-        ),
+    texts: Annotated[
+        Path | None, typer.Option(help="Your own texts: a UTF-8 file with one text per line.")
     ] = None,
     text: TextOption = None,
     vectors: Annotated[
@@ -54,7 +58,7 @@ def create(
         typer.Option(
             help="File of text embeddings, .npz or .parquet, in place of a text tower: arrays "
             "text:CRITERION and words:CRITERION, or a bank of words (docs/EVAL.md). --text and "
-            "--from-texts choose words of the bank."
+            "--texts choose words of the bank."
         ),
     ] = None,
     model: Annotated[
@@ -107,6 +111,7 @@ def create(
     answers: generation.AnswersOption = DEFAULT_OPTIONS.max_answers,
     seed: generation.SeedOption = 0,
     form: generation.FormOption = "auto",
+    accept_unsure: generation.AcceptUnsureOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the texts; write nothing.")
     ] = False,
@@ -117,68 +122,88 @@ def create(
 ) -> None:
     """Make a basis. A local language model writes its texts, or you give them.
 
-    Give your own texts with --from-texts or --text. `crl embed --criteria` then knows the basis.
+    Give your own texts with --texts or --text. `crl embed --criteria` then knows the basis.
     """
-    given = [*(text or []), *(read_texts(text_file) if text_file is not None else [])]
-    if given and (hint or example or include or exclude):
-        raise InvalidInputError(
-            "--hint, --example, --include and --exclude are for texts of the language model: leave "
-            "them out with --text and --from-texts"
-        )
-    path = basis_path(bases, criterion)
+    given = [*(text or []), *(read_texts(texts) if texts is not None else [])]
+    _check_sources(
+        given, vectors, model, prompt, asks_model=bool(hint or example or include or exclude)
+    )
+    if vectors is None:
+        opened = open_bundle(bundle)
+        fingerprint = opened.fingerprint
+    else:
+        fingerprint = text_vectors.fingerprint(vectors, model)
+    path = BasisDirectory(bases).path_of(criterion, fingerprint)
     if path.exists() and not (overwrite or dry_run):
         raise BasisError(f"{path}: exists already; pass --overwrite to replace it")
-    prompts = tuple(prompt or (DEFAULT_PROMPT,))
     basis_options: dict[str, Any] = {
-        "prompts": prompts, "method": method, "post": post, "merge_threshold": merge,
-        "against": [_other_basis(name, bases) for name in against or ()],
-        "ignore": [_other_basis(name, bases) for name in ignore or ()],
+        "method": method, "post": post, "merge_threshold": merge,
+        "against": [load_basis(bases, name, fingerprint, bundle) for name in against or ()],
+        "ignore": [load_basis(bases, name, fingerprint, bundle) for name in ignore or ()],
     }  # fmt: skip
     if method == "ignore" and not given:
         given = [text for other in basis_options.pop("ignore") for text in other.texts]
         if not given:
             raise InvalidInputError(
                 "the method ignore needs the criterion to disregard: pass --ignore NAME, or its "
-                "texts with --text or --from-texts"
+                "texts with --text or --texts"
             )
-    if model is not None and vectors is None:
-        raise InvalidInputError("--model names the model of --vectors FILE: pass both or neither")
     if vectors is not None:
-        if prompt or hint or example or include or exclude:
-            raise InvalidInputError(
-                "--vectors needs no model: leave out --prompt and the options of the language model"
-            )
-        basis_options.pop("prompts")
-        from crl_sdk.cli._text_vectors import basis_from_file
-
-        basis = basis_from_file(vectors, criterion, given, model, basis_options)
-        if not dry_run:
-            save(basis, path)
-        print_basis(basis, path, as_json)
-        return
-    with open_embedder(bundle) as embedder:
-        warn_without_background(embedder.bundle, method or DEFAULT_METHOD)
-        if given:
-            basis = embedder.create_basis(
-                criterion, given, provenance={"texts": "given by the user"}, **basis_options
-            )
-        else:
-            options = generation.read_options(
-                hint=hint, example=example, include=include, exclude=exclude, count=count,
-                answers=answers, seed=seed, form=form,
-            )  # fmt: skip
-            if dry_run:
-                texts = generation.generate_texts(
+        basis = text_vectors.make_basis(vectors, criterion, given, fingerprint, basis_options)
+    else:
+        prompts = tuple(prompt or (DEFAULT_PROMPT,))
+        warn_without_background(opened, method or DEFAULT_METHOD)
+        with open_embedder(opened) as embedder:
+            source: list[str] | GeneratedTexts = given
+            if not given:
+                options = generation.read_options(
+                    hint=hint, example=example, include=include, exclude=exclude, count=count,
+                    answers=answers, seed=seed, form=form, accept_unsure=accept_unsure or dry_run,
+                )  # fmt: skip
+                source = generation.generate_texts(
                     embedder, criterion, llm, prompts=prompts, options=options
                 )
-                generation.print_texts(texts, as_json)
-                return
-            basis = generation.generate_basis(
-                embedder, criterion, llm, options=options, **basis_options
+                if dry_run or not as_json:
+                    generation.print_texts(source, bundle, bases, as_json=as_json)
+                if dry_run:
+                    return
+            provenance = {"texts": "given by the user"} if given else None
+            basis = embedder.create_basis(
+                criterion, source, prompts=prompts, provenance=provenance, **basis_options
             )
     if not dry_run:
         save(basis, path)
     print_basis(basis, path, as_json)
+
+
+def _check_sources(
+    given: Sequence[str],
+    vectors: Path | None,
+    model: str | None,
+    prompt: Sequence[str] | None,
+    *,
+    asks_model: bool,
+) -> None:
+    """Refuse options that contradict each other.
+
+    Args:
+        given: The user's own texts.
+        vectors: File of text embeddings, or None.
+        model: Name of the model of that file, or None.
+        prompt: Prompts, or None.
+        asks_model: Whether there are options of the language model.
+    """
+    if given and asks_model:
+        raise InvalidInputError(
+            "--hint, --example, --include and --exclude are for texts of the language model: leave "
+            "them out with --text and --texts"
+        )
+    if model is not None and vectors is None:
+        raise InvalidInputError("--model names the model of --vectors FILE: pass both or neither")
+    if vectors is not None and (prompt or asks_model):
+        raise InvalidInputError(
+            "--vectors needs no model: leave out --prompt and the options of the language model"
+        )
 
 
 @app.command("edit")
@@ -197,39 +222,85 @@ def edit(
     The basis is made again with the same prompts, method and other criteria, whose bases are read
     from --bases. What it learnt from images is lost: sharpen it again.
     """
-    path = basis_path(bases, criterion)
-    basis = load_basis(bases, criterion)
     if not add and not remove:
         raise InvalidInputError("expected --add TEXT or --remove TEXT")
+    opened = open_bundle(bundle)
+    basis = load_basis(bases, criterion, opened.fingerprint, bundle)
+    path = BasisDirectory(bases).path_of(criterion, opened.fingerprint)
     roles = {
-        role: [load_basis(bases, name) for name in basis.provenance.get(role, ())]
+        role: [
+            load_basis(bases, name, opened.fingerprint, bundle)
+            for name in basis.provenance.get(role, ())
+        ]
         for role in ("against", "ignore")
     }
-    with open_embedder(bundle) as embedder:
-        warn_without_background(embedder.bundle, basis.method)
+    with open_embedder(opened) as embedder:
+        warn_without_background(opened, basis.method)
         changed = edit_basis(
             basis, embedder.embed_text, fingerprint=embedder.bundle.fingerprint,
             add=add or (), remove=remove or (), background=embedder.bundle.background, **roles,
         )  # fmt: skip
     save(changed, path)
     if "sharpened" in basis.provenance:
-        warn(
-            "the basis had been sharpened with images, which it no longer is: run crl basis "
-            f"sharpen {criterion!r} --images DIR again"
+        again = command(
+            "basis", "sharpen", basis.criterion, "--images", "DIR", bundle=bundle, bases=bases
         )
+        warn(f"the basis had been sharpened with images, which it no longer is: run {again}")
     print_basis(changed, path, as_json)
 
 
 @app.command("show")
 def show(
-    file: Annotated[Path, typer.Argument(help="A basis file.")], as_json: JsonOption = False
+    name: Annotated[str, typer.Argument(help="Name of a basis, or a basis file.")],
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            "--bundle", "-b", envvar="CRL_BUNDLE", help="Model, if several have such a basis."
+        ),
+    ] = None,
+    bases: BasesOption = DEFAULT_BASES,
+    as_json: JsonOption = False,
 ) -> None:
-    """Verify a basis file and print its content."""
-    print_basis(Basis.load(file), file, as_json)
+    """Verify a basis and print its content."""
+    fingerprint = None if bundle is None else ModelBundle.open(bundle).fingerprint
+    basis = load_basis(bases, name, fingerprint, bundle)
+    is_file = name.endswith(SUFFIX)
+    path = Path(name) if is_file else BasisDirectory(bases).path_of(name, basis.fingerprint)
+    print_basis(basis, path, as_json)
 
 
-def _other_basis(name: str, bases: Path) -> Basis:
-    return Basis.load(Path(name)) if name.endswith(SUFFIX) else load_basis(bases, name)
+@app.command("list")
+def list_bases(bases: BasesOption = DEFAULT_BASES, as_json: JsonOption = False) -> None:
+    """List the bases of all models."""
+    found, broken = [], []
+    for path in BasisDirectory(bases).files():
+        try:
+            found.append((path, Basis.load(path)))
+        except CrlError as error:
+            broken.append({"path": str(path), "reason": str(error)})
+            warn(str(error))
+    if as_json:
+        listed = [
+            {"path": str(path), "criterion": basis.criterion, "fingerprint": basis.fingerprint,
+             "method": basis.method, "texts": len(basis.texts),
+             "columns": basis.projection.output_dim}
+            for path, basis in found
+        ]  # fmt: skip
+        print_json({"bases": listed, "broken": broken})
+    elif found:
+        table = Table("model", "criterion", "method", "texts", "columns")
+        for path, basis in found:
+            table.add_row(
+                path.parent.name, basis.criterion, basis.method, str(len(basis.texts)),
+                str(basis.projection.output_dim),
+            )  # fmt: skip
+        out.print(table)
+    else:
+        note(
+            f"no bases in {bases}. To make one: {command('basis', 'create', 'color', bases=bases)}"
+        )
+    if broken:
+        raise typer.Exit(1)
 
 
 def save(basis: Basis, path: Path) -> None:
@@ -286,11 +357,19 @@ def print_basis(basis: Basis, path: Path, as_json: bool) -> None:
             **_made_with(basis),
         },
     )
-    weights = basis.provenance.get("weights", [])
-    table = Table("text", "represents", *(["weight"] if weights else []), "texts merged into it")
-    for i, (text, count) in enumerate(zip(basis.texts, basis.counts, strict=True)):
-        merged = ", ".join(m.text for m in basis.merged if m.into == text)
-        table.add_row(text, str(count), *(f"{each:.2f}" for each in weights[i : i + 1]), merged)
+    columns: dict[str, list[str]] = {"text": list(basis.texts)}
+    if votes := basis.provenance.get("votes"):
+        columns["votes"] = [str(votes.get(text, "")) for text in basis.texts]
+    if weights := basis.provenance.get("weights"):
+        columns["weight"] = [f"{each:.2f}" for each in weights]
+    if basis.merged or max(basis.counts) > 1:
+        columns["represents"] = [str(count) for count in basis.counts]
+        columns["texts merged into it"] = [
+            ", ".join(m.text for m in basis.merged if m.into == text) for text in basis.texts
+        ]
+    table = Table(*columns)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*map(escape, row))
     out.print(table)
 
 

@@ -99,8 +99,9 @@ def fit(
     )
     with LazyEmbedder(bundle, engine, threads, decode) as model:
         basis = model.find_or_make_basis(
-            criterion, bases, file=basis_file, texts=texts, prompt=prompt, llm=llm
-        )
+            criterion, bases, model.embedder.bundle.fingerprint,
+            file=basis_file, texts=texts, prompt=prompt, llm=llm,
+        )  # fmt: skip
         images = model.embed_files(list(given))
     require_same_model(images, [basis])
     classifier = FewShotClassifier(basis, standardise=standardise, regularisation=regularisation)

@@ -105,8 +105,9 @@ def cluster(
     with LazyEmbedder(bundle, engine, threads, decode) as model:
         images = model.read([source])
         basis = model.find_or_make_basis(
-            criterion, bases, file=basis_file, texts=texts, prompt=prompt, llm=llm
-        )
+            criterion, bases, images.fingerprint,
+            file=basis_file, texts=texts, prompt=prompt, llm=llm,
+        )  # fmt: skip
     require_same_model(images, [basis])
     with spinner("grouping …"):
         universal = check_rows(images.universal)
@@ -179,7 +180,7 @@ def _write_report(
         reasons=reasons,
     )
     title = f"{len(images.names)} images, grouped by {basis.criterion}"
-    write_report(page, title, [section], images.files)
+    write_report(page, title, [section], images.files, model=images.model, warning=images.warning)
 
 
 def _document(
@@ -194,6 +195,8 @@ def _document(
         "criterion": basis.criterion,
         "texts": list(basis.texts),
         "fingerprint": basis.fingerprint,
+        "model": images.model or None,
+        "warning": images.warning,
         "basis_sha256": basis.sha256(),
         "sharpened": basis.provenance.get("sharpened"),
         "k": found.k,

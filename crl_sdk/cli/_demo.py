@@ -24,7 +24,7 @@ from crl_sdk.basis._build import DEFAULT_PROMPT
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._console import JsonOption, err, note, out, print_json, progress_bar, warn
 from crl_sdk.cli._local_server import local_server
-from crl_sdk.cli._options import BundleOption, bundle_or_demo
+from crl_sdk.cli._options import BundleOption, open_bundle
 from crl_sdk.cli._report import write_report
 from crl_sdk.cli._report_content import (
     ReportSection,
@@ -34,7 +34,7 @@ from crl_sdk.cli._report_content import (
 )
 from crl_sdk.client._client import Client
 from crl_sdk.errors import CrlError, GenerationError, InvalidInputError, MissingDependencyError
-from crl_sdk.model._bundle import demo_bundle
+from crl_sdk.model._bundle import ModelBundle, demo_bundle
 from crl_sdk.model._image_files import find_image_files
 from crl_sdk.storage._checksummed_safetensors import SUFFIX
 from crl_sdk.tasks._clustering import cluster
@@ -128,19 +128,23 @@ def demo(
         raise InvalidInputError("expected --images and --criteria together, or neither")
     with _needs_tasks():
         given = _scenes(directory, count) if images is None else _own(images, criteria, prompt)
-        path = demo_bundle() if images is None else bundle_or_demo(bundle)
+        model = ModelBundle.open(demo_bundle()) if images is None else open_bundle(bundle)
+        path = model.path
         step = _steps()
         bases = _make_bases(step, path, given, llm, directory, generate, fresh)
         step(f"embedding {len(given.files)} images over gRPC")
         seconds, result = _embed(path, directory, given.files, bases)
+        warning = _warning(model, result)
         step("grouping")
         sections, rows = _group(given, bases, result, groups)
         shown = [file for i, file in enumerate(given.files) if i not in result.errors]
         page = directory / "report.html"
         step("writing the report")
         title = f"{len(shown)} images, grouped by {', '.join(each.criterion for each in sections)}"
-        write_report(page, title, sections, shown)
+        write_report(page, title, sections, shown, model=model.manifest.name, warning=warning)
     summary = {
+        "model": model.manifest.name,
+        "warning": warning,
         "images": len(shown),
         "images_per_second": round(len(shown) / seconds, 1),
         "directory": str(given.files[0].parent),
@@ -153,6 +157,17 @@ def demo(
         print_json(summary)
     else:
         _print_table(summary)
+
+
+def _warning(model: ModelBundle, result: Embeddings) -> str | None:
+    """Print and return a warning if the model has never seen such images."""
+    if model.familiar_images is None:
+        return None
+    distances = model.familiar_images.distances(result.universal[result.ok])
+    warning = model.familiar_images.warning(distances, model.manifest.name)
+    if warning is not None:
+        warn(warning)
+    return warning
 
 
 def _steps() -> Callable[[str], None]:
@@ -238,7 +253,8 @@ def _generate_or_reuse(
             return _generate_or_reuse(name, llm, embedder, prompt, kept, fresh=True)
     else:
         try:
-            basis = generation.generate_basis(embedder, name, llm, prompts=[prompt])
+            texts = generation.generate_texts(embedder, name, llm, prompts=[prompt])
+            basis = embedder.create_basis(name, texts, prompts=[prompt])
         except GenerationError as error:
             warn(str(error))
             return None

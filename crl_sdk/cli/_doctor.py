@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from crl_sdk.cli._console import JsonOption, out, print_facts, print_json
-from crl_sdk.cli._options import BundleOption, bundle_or_demo
+from crl_sdk.cli._options import BundleOption, open_bundle
 from crl_sdk.engines._family import EngineCandidate
 from crl_sdk.engines._machine import Machine, inspect_machine
 from crl_sdk.engines._selection import choose_engine, list_candidates
@@ -17,7 +17,7 @@ from crl_sdk.model._bundle import ModelBundle
 
 def doctor(bundle: BundleOption = None, as_json: JsonOption = False) -> None:
     """Show what this machine has, which engine runs a bundle here, and why not the others."""
-    opened = ModelBundle.open(bundle_or_demo(bundle))
+    opened = open_bundle(bundle)
     machine = inspect_machine()
     engines = list_candidates(opened)
     if as_json:

@@ -22,6 +22,7 @@ from crl_sdk.cli._options import (
     EngineOption,
     ThreadsOption,
     load_basis,
+    open_bundle,
     open_embedder,
 )
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
@@ -57,11 +58,12 @@ def embed(
     _check_out(out_file)
     paths = find_image_files(images)
     names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
-    loaded = [load_basis(bases, name) for name in names]
+    opened = open_bundle(bundle)
+    loaded = [load_basis(bases, name, opened.fingerprint, bundle) for name in names]
     for basis in loaded:
         require_row_dtype(dtype, basis.projection.post)
     with (
-        open_embedder(bundle, engine, threads, baked, decode) as embedder,
+        open_embedder(opened, engine, threads, baked, decode) as embedder,
         progress_bar() as progress,
     ):
         task = progress.add_task("embedding", total=len(paths))

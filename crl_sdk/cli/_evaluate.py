@@ -31,7 +31,13 @@ from crl_sdk.cli._evaluation_texts import (
     require_texts,
 )
 from crl_sdk.cli._generation import LlmOption
-from crl_sdk.cli._options import BundleOption, EngineOption, ThreadsOption, open_embedder
+from crl_sdk.cli._options import (
+    BundleOption,
+    EngineOption,
+    ThreadsOption,
+    open_bundle,
+    open_embedder,
+)
 from crl_sdk.cli._sources import require_tasks
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.evaluation import _protocols as run
@@ -161,7 +167,10 @@ def evaluate(
     own_prompts = parse_pairs("--prompt", prompt, known)
     prompts = {**benchmark.prompts, **own_prompts}
     lists = {c: Path(path) for c, path in parse_pairs("--texts", texts, known).items()}
-    sources = TextSources(lists, parse_basis_files(basis, known), bases, generate, llm, own_words)
+    opened = open_bundle(bundle)
+    sources = TextSources(
+        lists, parse_basis_files(basis, known), bases, opened.fingerprint, generate, llm, own_words
+    )
     check_prompts(own_prompts, sources)
     _require_data(name, benchmark, data)
     require_texts(wanted, sources, prompts, bundle, name)
@@ -170,7 +179,7 @@ def evaluate(
     with _data(name, wanted, data, split, limit) as read:
         if isinstance(read, LabelledImages):
             _require_shots(read, wanted, numbers if "few-shot" in protocols else ())
-        with open_embedder(bundle, engine, threads) as embedder:
+        with open_embedder(opened, engine, threads) as embedder:
             used = {c: find_texts(c, sources, prompts[c], embedder) for c in wanted}
             run.check_texts(used, method, protocols)
             with progress_bar() as bar:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crl_sdk._embedder import Embedder
-from crl_sdk.basis._basis import Basis, basis_path
+from crl_sdk.basis._basis import Basis
+from crl_sdk.basis._directory import BasisDirectory
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._basis import read_texts
 from crl_sdk.cli._console import note
+from crl_sdk.cli._options import DEFAULT_BASES, command
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.evaluation._criterion_texts import CriterionTexts, texts_from_basis, texts_from_list
 
@@ -23,6 +25,7 @@ class TextSources:
         texts: Text file by criterion.
         bases: Basis file by criterion.
         directory: Directory of bases; None if none is given.
+        fingerprint: Fingerprint of the model.
         generate: Whether the language model writes missing texts.
         llm: Language model, see `crl_sdk.basis.LanguageModel.open`.
         own_words: Whether to use the words that the demo scenes are made from.
@@ -31,6 +34,7 @@ class TextSources:
     texts: Mapping[str, Path]
     bases: Mapping[str, Path]
     directory: Path | None
+    fingerprint: str
     generate: bool
     llm: str | None
     own_words: bool
@@ -41,8 +45,10 @@ class TextSources:
             return None
         if criterion in self.bases:
             return self.bases[criterion]
-        path = basis_path(self.directory, criterion) if self.directory is not None else None
-        return path if path is not None and path.is_file() else None
+        if self.directory is None:
+            return None
+        path = BasisDirectory(self.directory).path_of(criterion, self.fingerprint)
+        return path if path.is_file() else None
 
 
 def find_texts(
@@ -95,12 +101,11 @@ def require_texts(
     if not lacking:
         return
     first = lacking[0]
-    model = f" --bundle {bundle}" if bundle is not None else ""
-    where = sources.directory or Path("bases")
+    where = sources.directory or DEFAULT_BASES
+    make = command("basis", "create", first, "--prompt", prompts[first], bundle=bundle, bases=where)
     ways = [
         f"--texts {first}=FILE with one text per line",
-        f"bases made with: crl basis create {first}{model} --bases {where} --prompt "
-        f"'{prompts[first]}', and --bases {where}",
+        f"bases made with: {make}, and --bases {where}",
         "--generate, to let the local language model write the texts",
     ]
     if name == "demo":

@@ -32,11 +32,12 @@ def export(
     ],
     out_dir: Annotated[Path, typer.Option("--out", "-o", help="Directory of the new bundle.")],
     pretrained: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="open_clip tag, a .safetensors or .pt file, or `none` for random weights."
+            help="The weights: an open_clip tag, a .safetensors or .pt file, or `none` for random "
+            "ones. A directory has its own."
         ),
-    ] = "none",
+    ] = None,
     precision: Annotated[
         str, typer.Option(help=f"Precisions, separated by commas: {', '.join(PRECISIONS)}.")
     ] = "fp32",

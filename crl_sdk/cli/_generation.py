@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -13,9 +14,10 @@ from rich.table import Table
 from crl_sdk._embedder import Embedder
 from crl_sdk._progress import GenerationProgress
 from crl_sdk.basis._basis import Basis
-from crl_sdk.basis._generate import GeneratedTexts, ReportProgress, model_is_unsure
+from crl_sdk.basis._generate import GeneratedTexts, ReportProgress
 from crl_sdk.basis._generation_options import DEFAULT_OPTIONS, Form, GenerationOptions
 from crl_sdk.cli._console import note, out, print_json, spinner, warn
+from crl_sdk.cli._options import command
 from crl_sdk.errors import InvalidInputError
 
 LlmOption = Annotated[
@@ -44,9 +46,19 @@ AnswersOption = Annotated[
     int, typer.Option(min=1, max=1000, help="Largest number of answers of the language model.")
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Random seed; equal seeds give equal texts.")]
+AcceptUnsureOption = Annotated[
+    bool,
+    typer.Option(
+        "--accept-unsure",
+        help="Make the basis even if the language model hardly knows the criterion.",
+    ),
+]
 FormOption = Annotated[
     Form, typer.Option(help="Whether the language model continues a list or answers in a chat.")
 ]
+
+_SHOWN_DROPPED = 12
+"""Number of dropped texts that are printed."""
 
 
 def read_options(
@@ -59,6 +71,7 @@ def read_options(
     answers: int,
     seed: int,
     form: Form,
+    accept_unsure: bool,
 ) -> GenerationOptions:
     """Return the options of the command line as `GenerationOptions`.
 
@@ -68,7 +81,7 @@ def read_options(
     return GenerationOptions(
         hint=hint, examples=dict(map(_example, example or ())), include=tuple(include or ()),
         exclude=tuple(exclude or ()), count=count,
-        max_answers=answers, seed=seed, form=form,
+        max_answers=answers, seed=seed, form=form, accept_unsure=accept_unsure,
     )  # fmt: skip
 
 
@@ -88,7 +101,13 @@ def generate_texts(
         texts = embedder.generate_texts(
             criterion, llm=llm, options=options, prompts=prompts, progress=progress
         )
-    _print_summary(criterion, texts.provenance)
+    name = texts.provenance["model"]["name"]
+    note(
+        f"{name}: {texts.answers} answers, {len(texts.texts)} texts kept, {len(texts.dropped)} "
+        "dropped"
+    )
+    if texts.unsure:
+        warn(texts.doubts())
     return texts
 
 
@@ -98,33 +117,62 @@ def generate_basis(
     llm: str | None,
     *,
     prompts: Sequence[str],
-    options: GenerationOptions = DEFAULT_OPTIONS,
-    **basis_options: Any,
+    bundle: Path | None,
+    bases: Path,
 ) -> Basis:
-    """Make a basis with the language model, and show its progress and a summary on stderr.
+    """Make a basis with the language model. Show its progress, the texts and what to do next.
 
-    The arguments are those of `Embedder.generate_basis`, which also lists the errors.
+    Args:
+        embedder: The opened model.
+        criterion: Criterion in words.
+        llm: Language model, see `crl_sdk.basis.LanguageModel.open`.
+        prompts: Prompts for the texts.
+        bundle: Bundle on the command line, for the suggested commands.
+        bases: Directory of bases, for the suggested commands.
+
+    Raises:
+        GenerationError: If the language model does not know the criterion.
     """
-    with _shown_progress() as progress:
-        basis = embedder.generate_basis(
-            criterion, llm=llm, options=options, prompts=prompts, progress=progress,
-            **basis_options,
-        )  # fmt: skip
-    _print_summary(criterion, basis.provenance)
-    return basis
+    texts = generate_texts(embedder, criterion, llm, prompts=prompts)
+    kept = ", ".join(f"{each.text} {each.votes}" for each in texts.texts)
+    note(f"{criterion}, with votes: {kept}")
+    print_next_steps(criterion, bundle, bases)
+    return embedder.create_basis(criterion, texts, prompts=prompts)
 
 
-def print_texts(texts: GeneratedTexts, as_json: bool) -> None:
-    """Print the kept and the dropped texts."""
+def print_texts(texts: GeneratedTexts, bundle: Path | None, bases: Path, *, as_json: bool) -> None:
+    """Print the kept and the dropped texts, and how to change them.
+
+    Args:
+        texts: The texts.
+        bundle: Bundle on the command line, for the suggested commands.
+        bases: Directory of bases, for the suggested commands.
+        as_json: Whether to print JSON on stdout in place of a table.
+    """
     if as_json:
         print_json(asdict(texts))
         return
     table = Table("text", "votes", "decision", title=texts.criterion, title_justify="left")
     for kept in texts.texts:
         table.add_row(kept.text, str(kept.votes), "kept")
-    for dropped in texts.dropped:
+    for dropped in texts.dropped[:_SHOWN_DROPPED]:
         table.add_row(dropped.text, str(dropped.votes), dropped.reason, style="dim")
     out.print(table)
+    if len(texts.dropped) > _SHOWN_DROPPED:
+        note(f"and {len(texts.dropped) - _SHOWN_DROPPED} more dropped texts with fewer votes")
+    print_next_steps(texts.criterion, bundle, bases)
+
+
+def print_next_steps(criterion: str, bundle: Path | None, bases: Path) -> None:
+    """Say how to change the texts of a criterion."""
+    edit = command("basis", "edit", criterion, "--add", "TEXT", "--remove", "TEXT",
+                   bundle=bundle, bases=bases)  # fmt: skip
+    own = command("basis", "create", criterion, "--texts", "FILE", "--overwrite",
+                  bundle=bundle, bases=bases)  # fmt: skip
+    note(
+        f"is a text missing or wrong? {edit}\nyour own list: {own}\nanother language model: "
+        "--llm FILE.gguf; larger ones know more"
+    )
 
 
 @contextmanager
@@ -144,20 +192,6 @@ def _shown_progress() -> Iterator[ReportProgress]:
         yield report
     if last is not None:
         note(f"language model: {last.tokens} tokens in {last.seconds:.1f} s")
-
-
-def _print_summary(criterion: str, provenance: Mapping[str, Any]) -> None:
-    name = provenance["model"]["name"]
-    note(
-        f"{name}: {len(provenance['seeds'])} answers, {len(provenance['votes'])} texts kept, "
-        f"{len(provenance['dropped'])} dropped"
-    )
-    if model_is_unsure(provenance):
-        warn(
-            f"{name} hardly knows {criterion!r}: no text is in a quarter of its answers. Check "
-            "the texts with crl basis create --dry-run; a hint, an example or a larger model may "
-            "help"
-        )
 
 
 def _example(line: str) -> tuple[str, tuple[str, ...]]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embedder import Embedder
-from crl_sdk.basis._basis import Basis, basis_path
+from crl_sdk.basis._basis import Basis
+from crl_sdk.basis._directory import BasisDirectory
 from crl_sdk.cli._console import note
 from crl_sdk.errors import CriterionError
-from crl_sdk.model._bundle import demo_bundle
+from crl_sdk.model._bundle import ModelBundle, demo_bundle
 from crl_sdk.model._preprocess import Decode
 from crl_sdk.projection._row_dtypes import RowDtype
+from crl_sdk.storage._checksummed_safetensors import SUFFIX
 
 BundleOption = Annotated[
     Path | None,
@@ -61,38 +65,61 @@ DtypeOption = Annotated[
 DEFAULT_BASES = Path("bases")
 
 
-def bundle_or_demo(bundle: Path | None) -> Path:
-    """Return the path of the bundle, or that of the demo model after printing a note."""
+def open_bundle(bundle: Path | None) -> ModelBundle:
+    """Open the bundle given on the command line, or the demo model after printing a note."""
     if bundle is None:
         note("no --bundle: using the demo model, which knows only rendered coloured shapes")
-        return demo_bundle()
-    return bundle
+        return ModelBundle.open(demo_bundle())
+    return ModelBundle.open(bundle)
 
 
-def load_basis(directory: Path, criterion: str) -> Basis:
-    """Load the basis of a criterion from a directory of bases.
+def command(*words: str, bundle: Path | None = None, bases: Path = DEFAULT_BASES) -> str:
+    """Return a command of `crl` for a message, with the user's own --bundle and --bases.
+
+    Example:
+        >>> command("basis", "create", "animal habitat", bundle=Path("clip-b32"))
+        "crl basis create 'animal habitat' --bundle clip-b32"
+    """
+    line = ["crl", *words]
+    if bundle is not None:
+        line += ["--bundle", str(bundle)]
+    if bases != DEFAULT_BASES:
+        line += ["--bases", str(bases)]
+    return shlex.join(line)
+
+
+def load_basis(
+    directory: Path, criterion: str, fingerprint: str | None, bundle: Path | None = None
+) -> Basis:
+    """Load the basis of a criterion from a directory of bases, or from a file.
 
     Args:
-        directory: Directory of basis files.
-        criterion: Name of the criterion.
+        directory: Directory of bases.
+        criterion: Name of the criterion, or the path of a basis file.
+        fingerprint: Fingerprint of the model, or None.
+        bundle: Bundle on the command line, for the command in the error message.
 
     Raises:
         CriterionError: If the directory has no such basis. The message lists those it has.
         BasisError: If the file cannot be read.
+        BasisMismatchError: If the basis belongs to another model.
         IntegrityError: If the file is not a basis file.
     """
-    path = basis_path(directory, criterion)
-    if not path.exists():
-        known = sorted(p.stem.replace("+", " ") for p in directory.glob("*.safetensors"))
-        raise CriterionError(
-            f"no basis {criterion!r} in {directory}, which has {', '.join(known) or 'none'}: make "
-            f"it with crl basis create {criterion!r}"
-        )
-    return Basis.load(path)
+    if criterion.endswith(SUFFIX):
+        basis = Basis.load(Path(criterion))
+        if fingerprint is not None:
+            basis.require_fingerprint(fingerprint)
+        return basis
+    name = normalise_criterion(criterion)
+    try:
+        return BasisDirectory(directory).load(name, fingerprint)
+    except CriterionError as error:
+        make = command("basis", "create", name, bundle=bundle, bases=directory)
+        raise CriterionError(f"{error}. To make it: {make}") from error
 
 
 def open_embedder(
-    bundle: Path | None,
+    bundle: ModelBundle | Path | None,
     engine: str = "auto",
     threads: int | None = None,
     baked: Path | None = None,
@@ -100,7 +127,7 @@ def open_embedder(
 ) -> Embedder:
     """Open the bundle given on the command line, or the demo model."""
     return Embedder.open(
-        bundle_or_demo(bundle),
+        bundle if isinstance(bundle, ModelBundle) else open_bundle(bundle),
         engine=engine,
         threads=threads,
         baked=Basis.load(baked) if baked is not None else None,

@@ -49,9 +49,10 @@ def project(
     names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
     if not names:
         raise InvalidInputError("--criteria: expected at least one, such as 'color, shape'")
-    loaded = [load_basis(bases, name) for name in names]
     opened = StoredEmbeddings.open(stored)
     fingerprint = ModelBundle.open(bundle).fingerprint if bundle is not None else None
+    model = opened.fingerprint or fingerprint
+    loaded = [load_basis(bases, name, model, bundle) for name in names]
     if opened.fingerprint is None and fingerprint is None:
         warn(
             f"{stored} does not say which model made it; assuming the model of the bases, "

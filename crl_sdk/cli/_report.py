@@ -20,7 +20,13 @@ _TEMPLATE = "report.html.jinja"
 
 
 def write_report(
-    path: Path, title: str, sections: Sequence[ReportSection], files: Sequence[Path]
+    path: Path,
+    title: str,
+    sections: Sequence[ReportSection],
+    files: Sequence[Path],
+    *,
+    model: str,
+    warning: str | None = None,
 ) -> None:
     """Write a report.
 
@@ -31,6 +37,8 @@ def write_report(
         title: Title of the page.
         sections: Sections of the page, one per criterion.
         files: Image files. The groups of `sections` refer to them by position.
+        model: Name of the model.
+        warning: Warning about the whole report, or None.
 
     Raises:
         InvalidInputError: If the file cannot be written.
@@ -49,6 +57,8 @@ def write_report(
     )
     page = environment.get_template(_TEMPLATE).render(
         title=title,
+        model=model,
+        warning=warning,
         sections=sections,
         labelled=any(section.accuracies is not None for section in sections),
         with_edge=any(group.edge for group in groups),

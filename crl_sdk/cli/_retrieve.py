@@ -80,7 +80,10 @@ def retrieve(
     with LazyEmbedder(bundle, engine, threads, decode) as model:
         queries = model.embed_files([query])
         images = model.read([source])
-        loaded = [model.find_or_make_basis(name, bases, prompt=prompt, llm=llm) for name in weights]
+        loaded = [
+            model.find_or_make_basis(name, bases, queries.fingerprint, prompt=prompt, llm=llm)
+            for name in weights
+        ]
         require_same_model(queries, loaded)
         require_same_model(images, loaded)
         condition = None

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from crl_sdk.basis._basis import basis_path
+from crl_sdk.basis._directory import BasisDirectory
 from crl_sdk.cli._basis import print_basis, save
 from crl_sdk.cli._console import JsonOption, warn
 from crl_sdk.cli._options import (
@@ -62,10 +62,9 @@ def sharpen(
     basis create --overwrite` to undo this.
     """
     require_tasks("crl basis sharpen")
-    path = basis_path(bases, criterion)
-    basis = load_basis(bases, criterion)
     with LazyEmbedder(bundle, engine, threads, decode) as model:
         found = model.read([images])
+    basis = load_basis(bases, criterion, found.fingerprint, bundle)
     require_same_model(found, [basis])
     given = None
     if labels is not None:
@@ -77,6 +76,7 @@ def sharpen(
     result = sharpen_basis(basis, found.universal, given, source=str(images), seed=seed)
     for reason in result.reasons:
         warn(reason)
+    path = BasisDirectory(bases).path_of(criterion, basis.fingerprint)
     save(result.basis, path)
     print_basis(result.basis, path, as_json)
     if found.failed:

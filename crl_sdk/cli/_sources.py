@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embedder import Embedder
-from crl_sdk.basis._basis import Basis, basis_path, require_one_model
+from crl_sdk.basis._basis import Basis, require_one_model
 from crl_sdk.basis._build import DEFAULT_PROMPT
+from crl_sdk.basis._directory import BasisDirectory
 from crl_sdk.basis._methods import DEFAULT_METHOD
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._basis import read_texts, save, warn_without_background
 from crl_sdk.cli._console import note, progress_bar, warn
-from crl_sdk.cli._options import open_embedder
+from crl_sdk.cli._options import load_basis, open_embedder
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.model._fingerprint import short_fingerprint
 from crl_sdk.model._image_files import find_image_files
@@ -55,6 +56,8 @@ class ImageSource:
             dtype, unit rows. May be memory-mapped.
         failed: Path and reason for each image that could not be read.
         fingerprint: Fingerprint of the model. None if the file does not contain it.
+        model: Name of the model that embedded image files. Empty for stored embeddings.
+        warning: Warning that the model has never seen such images, or None.
     """
 
     names: list[str]
@@ -62,6 +65,8 @@ class ImageSource:
     universal: NDArray[Any]
     failed: list[dict[str, str]]
     fingerprint: str | None
+    model: str = ""
+    warning: str | None = None
 
 
 class LazyEmbedder:
@@ -77,6 +82,7 @@ class LazyEmbedder:
         """Store the arguments, which are those of `open_embedder`."""
         self._arguments = (bundle, engine, threads, decode)
         self._embedder: Embedder | None = None
+        self.bundle = bundle
 
     def __enter__(self) -> LazyEmbedder:
         """Return the object itself."""
@@ -158,13 +164,14 @@ class LazyEmbedder:
         ]
         return ImageSource(
             [str(file) for file in good], good, result.universal[result.ok], failed,
-            embedder.bundle.fingerprint,
+            embedder.bundle.fingerprint, embedder.bundle.manifest.name, embedder.unfamiliar,
         )  # fmt: skip
 
     def find_or_make_basis(
         self,
         criterion: str,
         bases: Path,
+        fingerprint: str | None,
         *,
         file: Path | None = None,
         texts: Path | None = None,
@@ -180,6 +187,7 @@ class LazyEmbedder:
         Args:
             criterion: Criterion in words. May be empty with `file`.
             bases: Directory of bases.
+            fingerprint: Fingerprint of the model; None if the embeddings do not name it.
             file: Basis file.
             texts: File of texts.
             prompt: Prompt for the texts.
@@ -205,14 +213,16 @@ class LazyEmbedder:
                 name, read_texts(texts), prompts=[prompt],
                 provenance={"texts": "given by the user"},
             )  # fmt: skip
-        path = basis_path(bases, name)
-        if path.exists():
-            note(f"{name}: basis {path}")
-            return Basis.load(path)
+        directory = BasisDirectory(bases)
+        if name in directory.criteria(fingerprint):
+            basis = load_basis(bases, name, fingerprint, self.bundle)
+            note(f"{name}: basis {directory.path_of(name, basis.fingerprint)}")
+            return basis
         warn_without_background(self.embedder.bundle, DEFAULT_METHOD)
-        basis = generation.generate_basis(self.embedder, name, llm, prompts=[prompt])
-        save(basis, path)
-        note(f"{name}: {', '.join(basis.texts)}")
+        basis = generation.generate_basis(
+            self.embedder, name, llm, prompts=[prompt], bundle=self.bundle, bases=bases
+        )
+        save(basis, directory.path_of(name, basis.fingerprint))
         return basis
 
 

@@ -14,25 +14,18 @@ from crl_sdk.evaluation._vectors import TEXT, VectorFile, read_background, read_
 from crl_sdk.model._fingerprint import fingerprint_of_name, require_same_model
 
 
-def basis_from_file(
-    path: Path, criterion: str, words: list[str], model: str | None, options: dict[str, Any]
-) -> Basis:
-    """Make a basis from a file of text embeddings.
+def fingerprint(path: Path, model: str | None) -> str:
+    """Return the fingerprint of the model that made a file of text embeddings.
 
     Args:
         path: The `.npz` or `.parquet` file.
-        criterion: Name of the criterion.
-        words: Words to take from a bank; empty for those that the file has for the criterion.
         model: Name of the model; None if the file has its fingerprint.
-        options: Options of `build_basis_from_vectors`.
 
     Raises:
-        InvalidInputError: If the file cannot be read, has no texts of the criterion, or its model
-            is not known.
+        InvalidInputError: If the file cannot be read, or its model is not known.
         BasisMismatchError: If the file has another fingerprint than `model`.
     """
-    file = VectorFile(path)
-    stored = file.fingerprint()
+    stored = VectorFile(path).fingerprint()
     if stored is None and model is None:
         raise InvalidInputError(
             f"{path}: the file does not say which model made the embeddings: name it with "
@@ -44,6 +37,25 @@ def basis_from_file(
             str(path), stored, named, used_with="--model",
             remedy="leave out --model, the file names its model itself",
         )  # fmt: skip
+    return named or str(stored)
+
+
+def make_basis(
+    path: Path, criterion: str, words: list[str], fingerprint: str, options: dict[str, Any]
+) -> Basis:
+    """Make a basis from a file of text embeddings.
+
+    Args:
+        path: The `.npz` or `.parquet` file.
+        criterion: Name of the criterion.
+        words: Words to take from a bank; empty for those that the file has for the criterion.
+        fingerprint: Fingerprint of the model, see `fingerprint`.
+        options: Options of `build_basis_from_vectors`.
+
+    Raises:
+        InvalidInputError: If the file cannot be read or has no texts of the criterion.
+    """
+    file = VectorFile(path)
     name = normalise_criterion(criterion)
     own = next((each for each in file.names if each in (TEXT + criterion, TEXT + name)), "text")
     dim = file.read(own, "text embeddings (k, d)").shape[-1]
@@ -54,9 +66,9 @@ def basis_from_file(
     if name not in known:
         raise InvalidInputError(
             f"{path}: no texts of {name!r}, the file has {', '.join(known) or 'none'}: name the "
-            "criterion as in the file, or choose words of a bank with --text or --from-texts"
+            "criterion as in the file, or choose words of a bank with --text or --texts"
         )
     return build_basis_from_vectors(
-        name, known[name].texts, known[name].embeddings, model=named or str(stored),
+        name, known[name].texts, known[name].embeddings, model=fingerprint,
         background=background, provenance={"source": str(path)}, **options,
     )  # fmt: skip

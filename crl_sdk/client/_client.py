@@ -321,6 +321,7 @@ class AsyncClient:
         seed: int = 0,
         against: Sequence[str] = (),
         ignore: Sequence[str] = (),
+        accept_unsure: bool = False,
         replace: bool = True,
         progress: Callable[[GenerationProgress], None] | None = None,
         timeout: float = 600.0,
@@ -339,6 +340,8 @@ class AsyncClient:
             seed: Seed of the language model. Equal seeds give equal texts.
             against: Other criteria whose texts should count less, see `create_basis`.
             ignore: Criteria to disregard, see `create_basis`.
+            accept_unsure: Whether to make the basis even if the language model hardly knows the
+                criterion.
             replace: Whether to replace the basis that the criterion has already.
             progress: Function that is called from time to time with the state of the generation.
             timeout: Seconds for the whole call.
@@ -348,7 +351,8 @@ class AsyncClient:
 
         Raises:
             NotOfferedError: If the server has no language model.
-            GenerationError: If the language model answers nothing usable.
+            GenerationError: If the language model answers nothing usable, or hardly knows the
+                criterion.
             BasisExistsError: If the criterion has a basis and `replace` is False.
             UnknownCriterionError: If the server has no basis of one of `against` or `ignore`.
         """
@@ -358,6 +362,7 @@ class AsyncClient:
         request = basis_pb2.GenerateBasisRequest(
             criterion=criterion, hint=hint, prompts=prompts, count=count or 0, include=include,
             exclude=exclude, seed=seed, no_replace=not replace, against=against, ignore=ignore,
+            accept_unsure=accept_unsure,
         )  # fmt: skip
         metadata = self._connection.metadata
         try:

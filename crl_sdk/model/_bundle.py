@@ -13,6 +13,11 @@ from numpy.typing import NDArray
 
 from crl_sdk.errors import BundleError, IntegrityError
 from crl_sdk.model._background import BACKGROUND_FILE, read_background
+from crl_sdk.model._familiar_images import (
+    FAMILIAR_IMAGES_FILE,
+    FamiliarImages,
+    read_familiar_images,
+)
 from crl_sdk.model._manifest import (
     MANIFEST,
     FileEntry,
@@ -114,6 +119,17 @@ class ModelBundle:
         if BACKGROUND_FILE not in self.manifest.files:
             return None
         return read_background(self.path / BACKGROUND_FILE, self.embedding_dim)
+
+    @cached_property
+    def familiar_images(self) -> FamiliarImages | None:
+        """What the model's own images look like, or None if it knows images of all kinds.
+
+        Raises:
+            IntegrityError: If the file is malformed.
+        """
+        if FAMILIAR_IMAGES_FILE not in self.manifest.files:
+            return None
+        return read_familiar_images(self.path / FAMILIAR_IMAGES_FILE, self.embedding_dim)
 
     def image_graph(self, precision: Precision) -> Path:
         """Return the path of the image graph of a precision.

@@ -37,9 +37,14 @@ def fingerprint_of_name(name: str) -> str:
     return _NAMED + tidy
 
 
+def is_name(fingerprint: str) -> bool:
+    """Return whether a fingerprint is the name of a model that has no bundle."""
+    return fingerprint.startswith(_NAMED)
+
+
 def short_fingerprint(fingerprint: str) -> str:
     """Return a fingerprint for messages: a name in full, or the first digits."""
-    return fingerprint if fingerprint.startswith(_NAMED) else f"{fingerprint[:12]}…"
+    return fingerprint if is_name(fingerprint) else f"{fingerprint[:12]}…"
 
 
 def require_same_model(

@@ -92,6 +92,10 @@ class TextGraph(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     parity: Parity
 
 
+RANDOM_WEIGHTS = "none (random weights"
+"""Beginning of `Source.pretrained` of a model with random weights."""
+
+
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The checkpoint that a bundle was made from.
 
@@ -108,6 +112,11 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     weights_sha256: str
     quick_gelu: bool
     license: str = "unknown"
+
+    @property
+    def random(self) -> bool:
+        """Whether the weights are random, so that the model knows nothing."""
+        return self.pretrained.startswith(RANDOM_WEIGHTS)
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -17,7 +17,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from crl_sdk._criterion import normalise_criterion
-from crl_sdk.basis._basis import Basis, basis_path
+from crl_sdk.basis._basis import Basis
+from crl_sdk.basis._directory import BasisDirectory, basis_file_name
 from crl_sdk.errors import (
     BasisError,
     BasisExistsError,
@@ -44,18 +45,18 @@ class StoredBasis:
 
 
 class BasisStore:
-    """Bases of one model in one directory. Any thread may change them; changes run one by one."""
+    """Bases of one model in a directory of bases. Any thread may change them, one by one."""
 
     def __init__(self, directory: Path, fingerprint: str) -> None:
-        """Store the directory and the model's fingerprint. `open` reads the bases."""
-        self.directory = directory
+        """Store the directory of bases and the model's fingerprint. `open` reads the bases."""
+        self.directory = BasisDirectory(directory).of_model(fingerprint)
         self.fingerprint = fingerprint
         self._bases: Mapping[str, StoredBasis] = MappingProxyType({})
         self._changing = threading.Lock()
         self._lock_file: int | None = None
 
     def open(self) -> None:
-        """Lock the directory and read its bases. Files of another model are skipped and kept.
+        """Lock the model's directory and read its bases. Other files are skipped and kept.
 
         Raises:
             BasisError: If another server owns the directory, or it cannot be created or read.
@@ -76,6 +77,12 @@ class BasisStore:
                 f"{self.directory}: another server owns it; stop that server, or choose another "
                 "directory with --bases"
             ) from error
+        if loose := sorted(self.directory.parent.glob(f"*{SUFFIX}")):
+            _log.warning(
+                "%d bases in %s are in no directory of a model and are not served, such as %s: "
+                "move those of this model to %s", len(loose), self.directory.parent, loose[0].name,
+                self.directory,
+            )  # fmt: skip
         for leftover in self.directory.glob(f".*{SUFFIX}.*.tmp"):  # left by a write that was killed
             leftover.unlink(missing_ok=True)
         bases = {}
@@ -83,7 +90,7 @@ class BasisStore:
             try:
                 basis = Basis.load(path)
                 basis.require_fingerprint(self.fingerprint)
-                if path.name != basis_path(self.directory, basis.criterion).name:
+                if path.name != basis_file_name(basis.criterion):
                     raise BasisError(f"{path}: holds the basis of {basis.criterion!r}; rename it")
             except CrlError as error:
                 _log.warning("basis skipped: %s", error)
@@ -155,7 +162,7 @@ class BasisStore:
             existed = basis.criterion in self._bases
             if not replace:
                 self.require_new(basis.criterion)
-            basis.save(basis_path(self.directory, basis.criterion))
+            basis.save(self.directory / basis_file_name(basis.criterion))
             self._bases = MappingProxyType({**self._bases, basis.criterion: stored})
         return stored, existed
 
@@ -169,7 +176,7 @@ class BasisStore:
         with self._changing:
             (stored,) = self.select([criterion])
             name = stored.basis.criterion
-            path = basis_path(self.directory, name)
+            path = self.directory / basis_file_name(name)
             try:
                 path.unlink()
             except OSError as error:

@@ -141,6 +141,7 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
             exclude=tuple(request.exclude),
             seed=request.seed,
             count=request.count or DEFAULT_OPTIONS.count,
+            accept_unsure=request.accept_unsure,
         )
         sent_at = 0.0
 

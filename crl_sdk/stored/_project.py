@@ -17,7 +17,8 @@ import msgspec
 import numpy as np
 
 from crl_sdk._version import __version__
-from crl_sdk.basis._basis import Basis, basis_path
+from crl_sdk.basis._basis import Basis
+from crl_sdk.basis._directory import basis_file_name
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._project_rows import check_rows, project_rows
 from crl_sdk.projection._row_dtypes import RowDtype, require_row_dtype
@@ -113,7 +114,7 @@ def project_stored(
     check_rows(stored.embeddings, [basis.projection for basis in bases])
     for basis in bases:
         require_row_dtype(dtype, basis.projection.post)
-    paths = [basis_path(directory, basis.criterion).with_suffix(".npy") for basis in bases]
+    paths = [(directory / basis_file_name(basis.criterion)).with_suffix(".npy") for basis in bases]
     if len(set(paths)) != len(paths):
         raise InvalidInputError(f"expected each criterion once, got {[p.stem for p in paths]}")
     there = [path.name for path in [*paths, directory / RECORD] if path.exists()]

@@ -13,7 +13,8 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from crl_sdk._criterion import normalise_criterion
-from crl_sdk.basis._basis import Basis, basis_path
+from crl_sdk.basis._basis import Basis
+from crl_sdk.basis._directory import BasisDirectory
 from crl_sdk.basis._methods import (
     Method,
     default_method,
@@ -209,7 +210,7 @@ class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[m
                 raise InvalidInputError(
                     f"{given} is a directory of bases: choose one with criterion="
                 )
-            return Basis.load(basis_path(Path(given), self.criterion))
+            return BasisDirectory(given).load(self.criterion)
         else:
             basis = Basis.load(given)
         if self.criterion is not None and normalise_criterion(self.criterion) != basis.criterion:

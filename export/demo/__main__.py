@@ -2,7 +2,8 @@
 
 `python -m crl_export.demo build DIR` writes DIR/crl-demo (open_clip's format), DIR/bundle (the
 content of crl_sdk/bundles/demo) and DIR/evaluation.json. `python -m crl_export.demo evaluate`
-prints the table of accuracies for a bundle.
+prints the table of accuracies for a bundle. `python -m crl_export.demo familiar BUNDLE` makes the
+statistics of the model's own scenes again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from crl_export.demo.captions import NEUTRAL_PROMPT, background_captions
 from crl_export.demo.dataset import TEST_SEED, labels_of, read_labels, write_dataset
 from crl_export.demo.evaluate import Row, as_table, evaluate
+from crl_export.demo.familiar import add_familiar_images
 from crl_sdk import Embedder, demo_bundle
 
 
@@ -39,6 +41,7 @@ def build(directory: Path) -> None:
         background=background_captions(),
         overwrite=True,
     )
+    add_familiar_images(directory / "bundle")
     rows = evaluate_bundle(directory / "bundle")
     record = {"prompt": NEUTRAL_PROMPT, "clustering": [asdict(row) for row in rows]}
     (directory / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -72,10 +75,14 @@ def main() -> None:
     measure = commands.add_parser("evaluate")
     measure.add_argument("bundle", type=Path, nargs="?", default=demo_bundle())
     measure.add_argument("-n", type=int, default=3000, help="held-out scenes")
+    familiar = commands.add_parser("familiar", help="store what the model's own scenes look like")
+    familiar.add_argument("bundle", type=Path)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if arguments.command == "build":
         build(arguments.directory)
+    elif arguments.command == "familiar":
+        add_familiar_images(arguments.bundle)
     else:
         print(as_table(evaluate_bundle(arguments.bundle, images=arguments.n)))
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from crl_sdk.basis import normalise_criterion
-from crl_sdk.basis._basis import Basis, basis_path, require_one_model
+from crl_sdk.basis._basis import Basis, require_one_model
 from crl_sdk.basis._build import build_basis, edit_basis
+from crl_sdk.basis._directory import BasisDirectory, basis_file_name
 from crl_sdk.basis._methods import make_projection
 from crl_sdk.errors import (
     BasisError,
@@ -236,20 +237,20 @@ def test_no_such_file(tmp_path):
 
 def test_criteria_have_one_written_form(tmp_path):
     assert normalise_criterion("  Animal   HABITAT ") == "animal habitat"
-    assert basis_path(tmp_path, "Animal habitat").name == "animal+habitat.safetensors"
+    assert basis_file_name("Animal habitat") == "animal+habitat.safetensors"
     bad = ["", " ", "../../x", "a/b", "a\\b", ".", "-x", "_x", "a" * 65, "naïve", "a\0b", "a+b", 7]
     for criterion in bad:
         with pytest.raises(CriterionError, match="expected a criterion"):
-            basis_path(tmp_path, criterion)
+            basis_file_name(criterion)
 
 
 @given(st.text(max_size=70))
 def test_no_criterion_leaves_its_directory(criterion):
     try:
-        path = basis_path(Path("bases"), criterion)
+        path = BasisDirectory("bases").path_of(criterion, FINGERPRINT)
     except CriterionError:
         return
-    assert path.parent == Path("bases") and path.name.endswith(".safetensors")
+    assert path.parent.parent == Path("bases") and path.name.endswith(".safetensors")
 
 
 def test_editing_keeps_how_it_was_made_and_tells_what_changed():

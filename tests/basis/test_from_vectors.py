@@ -116,7 +116,7 @@ def test_from_a_bank_to_groups(bank):
     assert json.loads(create("shape", *against).stdout)["provenance"]["against"] == ["color"]
     rows = np.random.default_rng(1).standard_normal((60, 16)).astype(np.float32)
     np.save("images.npy", rows / np.linalg.norm(rows, axis=1, keepdims=True))
-    found = run("cluster", "images.npy", "--basis", "bases/color.safetensors", "-k", 4)
+    found = run("cluster", "images.npy", "--criterion", "color", "-k", 4)
     assert f"the model of the basis, name:{MODEL}" in " ".join(found.output.split())
     run("project", "images.npy", "--criteria", "color", "--out", "rows.npz")
 

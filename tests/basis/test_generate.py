@@ -99,9 +99,31 @@ def test_a_flat_list_is_called_unsure():
     few = [f" {word}, {word} x, {word} y\n" for word in ("up", "low", "far")]
     assert not generate_texts("viewpoint", Scripted(*few), GenerationOptions(max_answers=12)).unsure
     flat = [f" a{i}, b{i}, c{i}\n" for i in range(6)]
-    assert generate_texts(
-        "viewpoint", Scripted(*flat), GenerationOptions(max_answers=12, patience=12)
-    ).unsure
+    options = {"max_answers": 12, "patience": 12}
+    with pytest.raises(GenerationError, match=r"'viewpoint': no text is in a quarter .* a0 \(2\)"):
+        generate_texts("viewpoint", Scripted(*flat), GenerationOptions(**options))
+    told = GenerationOptions(**options, accept_unsure=True)
+    assert generate_texts("viewpoint", Scripted(*flat), told).unsure
+
+
+def test_texts_that_the_model_itself_does_not_find_likely():
+    """ "Dog breed" gave cat, bird, wolf and sheep, with many votes for cat."""
+    every, few = " cat, bird, wolf, sheep, beagle\n", " bird, beagle\n"
+    strange = ("cat", "bird", "wolf", "sheep")
+    model = Scripted(*[every] * 9, few, irrelevant=strange)
+    with pytest.raises(GenerationError, match=r"own texts likely .*: cat \(8\)"):
+        generate_texts("dog breed", model, GenerationOptions(max_answers=10))
+    told = generate_texts("dog breed", model, GenerationOptions(max_answers=10, accept_unsure=True))
+    assert told.unsure and told.provenance["mean_relevance"] < 0
+    assert told.provenance["relevance"]["beagle"] == 5
+
+    rare = [" red, green, blue\n"] * 10 + [" red, green, blue, car\n"] * 2
+    found = generate_texts(
+        "color", Scripted(*rare, irrelevant=["car"]), GenerationOptions(max_answers=12, patience=12)
+    )
+    assert [each.text for each in found.texts] == ["red", "green", "blue"] and not found.unsure
+    (dropped,) = found.dropped
+    assert dropped.text == "car" and "less likely for this criterion" in dropped.reason
 
 
 def test_outliers_in_the_space_of_the_model_are_dropped():

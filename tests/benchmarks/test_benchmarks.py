@@ -13,6 +13,7 @@ from crl_benchmarks import (
 )
 from crl_benchmarks.embed_latency import CRITERIA, measure
 from crl_sdk import ModelBundle, demo_bundle
+from support import log_likelihoods
 
 
 def test_embed_latency():
@@ -35,6 +36,9 @@ class Fluent:
         return known.get(criterion, " ...\n")
 
     chat = complete
+
+    def log_likelihoods(self, prefix, texts):
+        return log_likelihoods(prefix, texts)
 
     def describe(self):
         return {"name": self.name}

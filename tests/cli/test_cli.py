@@ -15,6 +15,7 @@ import pytest
 
 from crl_sdk import Basis, demo_bundle
 from crl_sdk.projection import decode_rows
+from support import basis_file
 
 
 @pytest.fixture
@@ -61,10 +62,14 @@ def test_basis_then_embed(crl, image_files, tmp_path):
     texts.write_text("red\ngreen\n\nblue\nRED\n", encoding="utf-8")
     made = document(crl("basis", "create", "Main Color", "--texts", texts, "-t", "pink", "--json"))
     assert made["texts"] == ["pink", "red", "green", "blue"] and made["counts"] == [1, 2, 1, 1]
-    path = tmp_path / "bases" / "main+color.safetensors"
-    assert made["path"] == "bases/main+color.safetensors"
-    assert document(crl("basis", "show", path, "--json")) == {**made, "path": str(path)}
+    path = basis_file("bases", "main color")
+    assert made["path"] == str(path) and path.parent.name == made["fingerprint"][:16]
+    for name in ("main color", path):
+        assert document(crl("basis", "show", name, "--json")) == made
     assert "pink" in crl("basis", "show", path).stdout
+    listed = document(crl("basis", "list", "--json"))
+    assert [each["criterion"] for each in listed["bases"]] == ["main color"]
+    assert "main color" in crl("basis", "list").stdout
     assert "pass --overwrite" in crl("basis", "create", "main color", "-t", "x", status=1).stderr
     crl("basis", "create", "main color", "-t", "red", "-t", "blue", "--overwrite")
     assert Basis.load(path).texts == ("red", "blue")
@@ -128,7 +133,7 @@ def test_int8_of_a_basis_without_row_normalisation_is_refused_before_the_work(cr
 
 def test_the_environment_names_bundle_and_bases(crl, tmp_path):
     crl("basis", "create", "color", "-t", "red", "-t", "blue", CRL_BASES=str(tmp_path / "mine"))
-    assert (tmp_path / "mine" / "color.safetensors").exists()
+    assert basis_file(tmp_path / "mine", "color").exists()
     wrong = crl("basis", "create", "color", "-t", "x", status=1, CRL_BUNDLE="nowhere")
     assert "nowhere" in wrong.stderr
 
@@ -162,9 +167,9 @@ def test_a_basis_against_others(crl):
     ).stderr
     assert "the method 'exclusive-orthogonal' needs other criteria" in refused
     refused = crl("basis", "create", "size", *colors, *against, "mood", status=1).stderr
-    assert "no basis 'mood' in" in refused
+    assert "no basis 'mood' of this model in" in refused
     refused = crl("basis", "edit", "mood", "--add", "calm", status=1).stderr
-    assert "no basis 'mood' in" in refused
+    assert "no basis 'mood' of this model in" in refused
     refused = crl("basis", "create", "size", *colors, "--hint", "as a painter", status=1).stderr
     assert "--hint" in refused and "leave them out" in refused
 
@@ -178,7 +183,7 @@ def test_a_basis_against_others(crl):
         (["basis", "create", "../color", "-t", "red"], "expected a criterion"),
         (["basis", "create", "color", "-t", "red"], "at least 3 distinct texts"),
         (["basis", "create", "color", "-t", "red " * 999, "-t", "blue"], "tokens, the model reads"),
-        (["basis", "show", "empty.txt"], "not a valid basis file"),
+        (["basis", "show", "empty.safetensors"], "not a valid basis file"),
         (["embed", "x.jpg", "--out", "x.csv"], "expected a .npz or .parquet"),
         (["embed", "x.jpg", "--out", "no/such/x.npz"], "does not exist"),
         (["embed", ".", "--out", "x.npz"], "no image files"),
@@ -192,6 +197,7 @@ def test_a_basis_against_others(crl):
 def test_errors_say_what_to_do(crl, tmp_path, arguments, words):
     (tmp_path / "latin1.txt").write_bytes("grün\n".encode("latin-1"))
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "empty.safetensors").write_text("\n")
     done = crl(*arguments, status=1)
     assert words in done.stderr and "Traceback" not in done.stderr
 
@@ -225,8 +231,8 @@ def test_texts_come_from_a_local_model(crl, tmp_path):
     assert origin["model"]["sha256"] and origin["options"]["hint"] == "as painters say"
     assert origin["votes"].keys() >= set(made["texts"]) and origin["seeds"] == [0, 1, 2, 3]
 
-    path = tmp_path / "bases" / "color.safetensors"
     crl("basis", "create", "color", "--answers", 4, "--overwrite")
+    path = basis_file("bases", "color")
     first = path.read_bytes()
     crl("basis", "create", "color", "--answers", 4, "--overwrite")
     assert path.read_bytes() == first  # the same command, the same bytes

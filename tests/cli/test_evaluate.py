@@ -17,6 +17,7 @@ from crl_sdk.cli import app
 from crl_sdk.errors import BasisMismatchError, CrlError
 from crl_sdk.evaluation import _results as report
 from crl_sdk.evaluation._benchmarks import BENCHMARK_NAMES, BENCHMARKS
+from support import basis_file
 
 pytest.importorskip("sklearn")
 
@@ -179,12 +180,13 @@ def test_the_papers_scores_are_shown_unless_left_out(clevr4, words, tmp_path):
 def test_bases_and_methods(clevr4, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["--criteria", "color", "--protocol", "clustering", "--seeds", "1"]
-    with pytest.raises(CrlError, match=r"crl basis create color --bases bases --prompt 'objects"):
+    with pytest.raises(CrlError, match=r"crl basis create color --prompt 'objects"):
         crl_eval("clevr4", "--data", clevr4, *arguments)
     made = CliRunner().invoke(app, ["basis", "create", "color", "--texts", str(words)])
     assert made.exit_code == 0, made.output
+    color = basis_file("bases", "color")
     by_directory = crl_eval("clevr4", "--data", clevr4, "--bases", "bases", *arguments)
-    by_file = crl_eval("clevr4", "--data", clevr4, "--basis", "bases/color.safetensors", *arguments)
+    by_file = crl_eval("clevr4", "--data", clevr4, "--basis", color, *arguments)
     assert by_directory["rows"] == by_file["rows"]
     assert by_directory["texts"]["color"]["count"] == 3  # a basis has no repeated texts
     assert by_directory["texts"]["color"]["prompts"] == ["{}"]
@@ -192,7 +194,7 @@ def test_bases_and_methods(clevr4, words, tmp_path, monkeypatch):
         "clevr4", "--data", clevr4, "--bases", "bases", *arguments, "--method", "contrastive"
     )
     assert other["settings"]["method"] == "contrastive"
-    as_shape = ["--basis", "shape=bases/color.safetensors", "--criteria", "shape"]
+    as_shape = ["--basis", f"shape={color}", "--criteria", "shape"]
     assert crl_eval("clevr4", "--data", clevr4, *as_shape, "--shots", 1, "--splits", 1)["rows"]
     with pytest.raises(CrlError, match="which has its own prompts"):
         crl_eval("clevr4", "--data", clevr4, "--bases", "bases", *arguments, "--prompt", "color={}")

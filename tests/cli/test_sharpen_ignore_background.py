@@ -15,6 +15,7 @@ from crl_sdk.cli import app
 from crl_sdk.errors import CriterionError, InvalidInputError
 from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.tasks import sharpen
+from support import basis_file
 
 pytest.importorskip("sklearn")
 
@@ -51,7 +52,7 @@ def stored(tmp_path):
 
 
 def load(name):
-    return Basis.load(f"bases/{name}.safetensors")
+    return Basis.load(basis_file("bases", name))
 
 
 def test_a_basis_is_sharpened_with_images_and_records_it(crl, stored):
@@ -89,7 +90,7 @@ def test_cluster_sharpens_unless_told_or_done_before(crl, stored):
     assert record["images"] == 160 and not record["labelled"]
     assert "sharpened" not in load("color").provenance  # for this command only
     assert json.loads(crl(*ask, "--no-sharpen").stdout)["sharpened"] is None
-    sharpen(load("color"), stored[:60], source="before").basis.save("bases/color.safetensors")
+    sharpen(load("color"), stored[:60], source="before").basis.save(basis_file("bases", "color"))
     assert json.loads(crl(*ask).stdout)["sharpened"]["source"] == "before"
     np.save("few.npy", stored[:149])
     crl("basis", "create", "color", *COLOURS, "--overwrite")
@@ -102,7 +103,7 @@ def test_a_criterion_is_ignored_with_others_and_alone(crl):
     crl("basis", "create", "shape", *SHAPES, "--ignore", "color")
     removed = load("color").projection.weight
     assert np.abs(removed.T @ load("shape").projection.weight).max() < 1e-5
-    assert "ignore" in crl("basis", "show", "bases/shape.safetensors").output
+    assert "ignore" in crl("basis", "show", "shape").output
     crl("basis", "create", "rest", "--method", "ignore", "--ignore", "color")
     rest = load("rest")
     assert rest.projection.output_dim == 128 and rest.texts == load("color").texts
@@ -118,12 +119,12 @@ def test_editing_finds_the_other_criteria_and_tells_what_is_lost(crl, stored):
     crl("basis", "create", "shape", *SHAPES, "--against", "color")
     crl("basis", "sharpen", "shape", "--images", "x.npz")
     done = crl("basis", "edit", "shape", "--add", "cross")
-    assert "no longer is: run crl basis sharpen 'shape'" in " ".join(done.output.split())
+    assert "no longer is: run crl basis sharpen shape --images DIR" in " ".join(done.output.split())
     edited = load("shape")
     assert edited.provenance["against"] == ["color"] and "sharpened" not in edited.provenance
     crl("basis", "create", "shape", *SHAPES, "-t", "cross", "--against", "color", "--overwrite")
     np.testing.assert_array_equal(edited.projection.weight, load("shape").projection.weight)
-    shutil.move("bases/color.safetensors", "color.safetensors")
+    shutil.move(basis_file("bases", "color"), "color.safetensors")
     with pytest.raises(CriterionError, match="no basis 'color'"):
         crl("basis", "edit", "shape", "--add", "ring")
 

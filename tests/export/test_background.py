@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from crl_export import background
+from crl_export import bundle_files
 from crl_export.background import add_background, generic_texts
 from crl_export.demo.captions import background_captions
 from crl_sdk import Embedder, demo_bundle
@@ -59,7 +59,7 @@ def test_a_process_killed_in_between_leaves_a_valid_bundle(bundle, monkeypatch, 
     calls = []
 
     for name in ("write_atomically", "write_manifest"):
-        original = getattr(background, name)
+        original = getattr(bundle_files, name)
 
         def wrapped(*arguments, original=original):
             calls.append(arguments)
@@ -67,7 +67,7 @@ def test_a_process_killed_in_between_leaves_a_valid_bundle(bundle, monkeypatch, 
                 raise KeyboardInterrupt
             original(*arguments)
 
-        monkeypatch.setattr(background, name, wrapped)
+        monkeypatch.setattr(bundle_files, name, wrapped)
     with pytest.raises(KeyboardInterrupt):
         add_background(bundle, some_texts())
     found = ModelBundle.open(bundle).background
@@ -77,7 +77,7 @@ def test_a_process_killed_in_between_leaves_a_valid_bundle(bundle, monkeypatch, 
 def test_an_older_bundle_has_none_and_still_makes_bases(bundle):
     manifest = ModelBundle.open(bundle).manifest
     kept = {name: entry for name, entry in manifest.files.items() if name != BACKGROUND_FILE}
-    background.write_manifest(bundle, background.msgspec.structs.replace(manifest, files=kept))
+    bundle_files.write_manifest(bundle, bundle_files.msgspec.structs.replace(manifest, files=kept))
     with Embedder.open(bundle, engine="onnx/cpu/fp32") as embedder:
         assert embedder.bundle.background is None
         basis = embedder.create_basis("color", ["red", "green", "blue"])
@@ -126,7 +126,7 @@ def test_a_bundle_that_cannot_be_written(bundle, monkeypatch):
     def refuse(path, data, failure):
         raise failure(f"{path}: no space left")
 
-    monkeypatch.setattr(background, "write_atomically", refuse)
+    monkeypatch.setattr(bundle_files, "write_atomically", refuse)
     with pytest.raises(ExportError, match="no space left"):
         add_background(bundle, some_texts())
     assert ModelBundle.open(bundle).background is None

@@ -81,7 +81,8 @@ def test_a_plan_for_all_architectures_is_reused_until_something_changes(bundle, 
 
 def test_vit_b_32_compiles_in_fp16(tmp_path):
     bundle = export_model(
-        "ViT-B-32", out=tmp_path / "b32", precisions=("fp32", "fp16"), text=False
+        "ViT-B-32", pretrained="none", out=tmp_path / "b32", precisions=("fp32", "fp16"),
+        text=False,
     )  # fmt: skip
     compiled = compile_plan(bundle, precision="fp16", architectures=["sm86", "sm120"])
     assert 150e6 < compiled.plan.bytes < 300e6

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from crl_sdk import Basis, Client
-from crl_sdk.basis._basis import basis_path
 from crl_sdk.basis._build import build_basis
+from crl_sdk.basis._directory import BasisDirectory
 from crl_sdk.basis._methods import PROJECTION_METHODS
 from crl_sdk.errors import (
     BasisError,
@@ -28,6 +28,7 @@ from crl_sdk.errors import (
     UnknownCriterionError,
 )
 from crl_sdk.pb.crl.v1 import basis_pb2, basis_pb2_grpc
+from support import log_likelihoods
 
 
 def make(embedder, criterion="mood", texts=("happy", "sad", "calm"), fingerprint=None) -> Basis:
@@ -88,7 +89,7 @@ def test_put_list_get_delete(server, client, embedder, image_files, tmp_path):
         stub = basis_pb2_grpc.BasisServiceStub(channel)
         reply = stub.GetBasis(basis_pb2.GetBasisRequest(criterion="Mood"))
     assert reply.file == basis.to_bytes()
-    path = tmp_path / "bases" / "mood.safetensors"
+    path = BasisDirectory(tmp_path / "bases").path_of("mood", basis.fingerprint)
     assert path.read_bytes() == reply.file
     client.delete_basis("mood")
     assert not path.exists()
@@ -103,7 +104,8 @@ def test_bases_outlive_the_server_and_strangers_are_left_alone(serve, embedder, 
     with Client(first.address) as client:
         client.create_basis("mood", ["red", "blue"], prompts=["a {} picture"])
     first.stop()
-    directory = tmp_path / "bases"
+    directory = BasisDirectory(tmp_path / "bases").of_model(embedder.bundle.fingerprint)
+    make(embedder, "loose").save(tmp_path / "bases" / "loose.safetensors")
     make(embedder, "alien", fingerprint="0" * 64).save(directory / "alien.safetensors")
     (directory / "torn.safetensors").write_bytes(b"\x08")
     (directory / ".mood.safetensors.x.tmp").write_bytes(b"left by a write that was killed")
@@ -112,7 +114,7 @@ def test_bases_outlive_the_server_and_strangers_are_left_alone(serve, embedder, 
     with Client(second.address) as client:
         (info,) = client.bases()
     assert info.criterion == "mood" and list(info.prompts) == ["a {} picture"]
-    for words in ("0000", "torn", "rename it"):
+    for words in ("0000", "torn", "rename it", "such as loose.safetensors: move"):
         assert words in caplog.text
     assert (directory / "alien.safetensors").exists()
     assert not (directory / ".mood.safetensors.x.tmp").exists()
@@ -210,6 +212,7 @@ def test_replies_never_mix_two_versions(server, client, embedder, image_files):
 def test_a_kill_at_any_moment_leaves_whole_bases(embedder, tmp_path):
     """After SIGKILL during writes, repeatedly, the next start reads every file."""
     bases = tmp_path / "bases"
+    store = BasisDirectory(bases).of_model(embedder.bundle.fingerprint)
     files = [make(embedder, "mood", texts).to_bytes() for texts in (["a", "b"], ["x", "y", "z"])]
     writer = (
         "import sys, itertools\n"
@@ -236,7 +239,7 @@ def test_a_kill_at_any_moment_leaves_whole_bases(embedder, tmp_path):
         time.sleep(0.05 + rng.uniform(0, 0.03))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert basis_path(bases, "mood").read_bytes() in files
+        assert (store / "mood.safetensors").read_bytes() in files
 
 
 class Scripted:
@@ -252,6 +255,9 @@ class Scripted:
         return " red, blue, green, pink\n" if "mood" in prompt.splitlines()[-1] else " x\n"
 
     chat = complete
+
+    def log_likelihoods(self, prefix, texts):
+        return log_likelihoods(prefix, texts)
 
     def describe(self):
         return {"name": self.name}

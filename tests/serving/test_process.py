@@ -13,6 +13,7 @@ import threading
 import pytest
 
 from crl_sdk import Client
+from crl_sdk.basis import BasisDirectory
 from crl_sdk.cli._local_server import LocalServer, parse_ready_line
 
 
@@ -54,7 +55,7 @@ def test_it_serves_and_drains(crl_serve, tmp_path, image_files, address):
     with Client(listening) as client:
         client.create_basis("color", ["red", "green", "blue"])
         rows = client.embed(image_files, criteria=["color"])["color"]
-    assert rows.shape == (9, 2) and (tmp_path / "bases" / "color.safetensors").exists()
+    assert rows.shape == (9, 2) and len(BasisDirectory(tmp_path / "bases").files("color")) == 1
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=30)
     assert stdout == ""  # the ready line was the only one

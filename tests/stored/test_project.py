@@ -16,11 +16,11 @@ import pytest
 from typer.testing import CliRunner
 
 from crl_sdk import Basis
-from crl_sdk.basis._basis import basis_path
 from crl_sdk.cli import app
-from crl_sdk.errors import BasisMismatchError, CrlError, InvalidInputError
+from crl_sdk.errors import BasisMismatchError, CriterionError, CrlError, InvalidInputError
 from crl_sdk.projection._projection import Projection
 from crl_sdk.stored import _project as projected
+from support import save_basis
 
 DIM, MODEL = 96, "ab" * 32
 
@@ -42,10 +42,9 @@ def bases(tmp_path, monkeypatch) -> dict[str, Basis]:
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("CRL_")]:
         monkeypatch.delenv(name)
-    Path("bases").mkdir()
     made = [make_basis("main color", 7), make_basis("shape", 4, "standardise")]
     for basis in made:
-        basis.save(basis_path(Path("bases"), basis.criterion))
+        save_basis(basis, "bases")
     return {basis.criterion: basis for basis in made}
 
 
@@ -224,15 +223,24 @@ def test_damaged_archives(bases, rows):
 def test_models_must_agree(bases, rows, bundle_copy):
     np.save("x.npy", rows)
     np.savez("x.npz", universal=rows, fingerprint=np.array("cd" * 32))
-    make_basis("mood", 3, fingerprint="cd" * 32).save("bases/mood.safetensors")
+    save_basis(make_basis("mood", 3, fingerprint="cd" * 32), "bases")
     for arguments in [
         ("x.npz", *BOTH),  # the file's own
-        ("x.npy", "--criteria", "shape,mood", "--out", "out"),  # of two models
         ("x.npy", *BOTH, "--bundle", bundle_copy),  # the bundle's
+    ]:
+        with pytest.raises(
+            CriterionError, match=r"'main color' of this model .* another model has"
+        ):
+            project(*arguments)
+    for arguments in [
+        ("x.npy", "--criteria", "shape,mood", "--out", "out"),  # of two models
         ("x.npz", "--criteria", "mood", "--out", "out", "--bundle", bundle_copy),
     ]:
         with pytest.raises(BasisMismatchError):
             project(*arguments)
+    save_basis(make_basis("shape", 3, fingerprint="cd" * 32), "bases")
+    with pytest.raises(CriterionError, match="2 models have a basis 'shape'"):
+        project("x.npy", "--criteria", "shape", "--out", "out")
     assert not Path("out").exists()
     project("x.npz", "--criteria", "mood", "--out", "out")
 

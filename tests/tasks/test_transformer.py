@@ -24,6 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import check_estimator
 
 from crl_sdk.tasks import ConditionalTransformer, sharpen
+from support import save_basis
 
 DIM, FINGERPRINT = 16, "f" * 64
 
@@ -74,7 +75,7 @@ def test_rows_are_those_of_the_basis():
 
 def test_a_basis_of_a_directory_and_pickling(tmp_path):
     for name in ("color", "animal habitat"):
-        basis_of(name, ["a", "b", "c"]).save(tmp_path / f"{name.replace(' ', '+')}.safetensors")
+        save_basis(basis_of(name, ["a", "b", "c"]), tmp_path)
     x = unit(5)
     made = ConditionalTransformer(tmp_path, criterion="Animal Habitat").fit(x)
     expected = basis_of("animal habitat", ["a", "b", "c"]).projection.apply(x)
@@ -131,8 +132,8 @@ def test_criteria_methods_and_posts_are_searched_in_a_pipeline(tmp_path):
     noise = np.random.default_rng(4).normal(0, 0.3, (36, DIM)).astype(np.float32)
     x = normalise_rows(texts[labels] + noise, "l2")
     good = build_basis("good", list("abc"), lambda _: texts, fingerprint=FINGERPRINT)
-    good.save(tmp_path / "good.safetensors")
-    basis_of("bad", ["p", "q"]).save(tmp_path / "bad.safetensors")
+    save_basis(good, tmp_path)
+    save_basis(basis_of("bad", ["p", "q"]), tmp_path)
     steps = make_pipeline(ConditionalTransformer(tmp_path), LogisticRegression())
     grid = {
         "conditionaltransformer__criterion": ["bad", "good"],

@@ -309,6 +309,7 @@ class GenerateBasisRequest(_message.Message):
     NO_REPLACE_FIELD_NUMBER: _builtins.int
     AGAINST_FIELD_NUMBER: _builtins.int
     IGNORE_FIELD_NUMBER: _builtins.int
+    ACCEPT_UNSURE_FIELD_NUMBER: _builtins.int
     criterion: _builtins.str
     """Criterion in words, such as "animal habitat"."""
     hint: _builtins.str
@@ -319,6 +320,10 @@ class GenerateBasisRequest(_message.Message):
     """Seed of the language model. Equal seeds give equal texts."""
     no_replace: _builtins.bool
     """Whether to refuse the call with ALREADY_EXISTS if the criterion has a basis."""
+    accept_unsure: _builtins.bool
+    """Whether to make the basis even if the language model hardly knows the criterion. Otherwise the
+    call ends with FAILED_PRECONDITION, and its message has the texts.
+    """
     @_builtins.property
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Text templates with one `{}` each. Empty for the texts alone."""
@@ -352,10 +357,11 @@ class GenerateBasisRequest(_message.Message):
         no_replace: _builtins.bool = ...,
         against: _abc.Iterable[_builtins.str] | None = ...,
         ignore: _abc.Iterable[_builtins.str] | None = ...,
+        accept_unsure: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["against", b"against", "count", b"count", "criterion", b"criterion", "exclude", b"exclude", "hint", b"hint", "ignore", b"ignore", "include", b"include", "no_replace", b"no_replace", "prompts", b"prompts", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_unsure", b"accept_unsure", "against", b"against", "count", b"count", "criterion", b"criterion", "exclude", b"exclude", "hint", b"hint", "ignore", b"ignore", "include", b"include", "no_replace", b"no_replace", "prompts", b"prompts", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
