@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
     """Run the command line, or exit with the command that installs its packages."""
+    # The C core of gRPC would write lines of its own between ours. It reads this when imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         from crl_sdk.cli import run
     except ModuleNotFoundError as error:

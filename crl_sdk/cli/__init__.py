@@ -35,7 +35,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # Rich's tables of options are too narrow at 80 columns
-    add_completion=False,
 )
 evaluation = typer.Typer(
     help="Run the paper's benchmarks, or compare methods on your own vectors.",
@@ -63,7 +62,7 @@ app.command("cluster")(cluster.cluster)
 app.add_typer(classify.app, name="classify")
 app.command("retrieve")(retrieve.retrieve)
 app.command("verify")(verify.verify)
-app.command("serve")(serve.serve)
+app.command("serve", context_settings={"auto_envvar_prefix": "CRL_SERVE"})(serve.serve)
 app.command("bench", short_help="Measure latency, throughput and failures of a server.")(
     bench.bench
 )

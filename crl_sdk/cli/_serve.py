@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -26,7 +28,9 @@ from crl_sdk.cli._options import (
     ThreadsOption,
     open_embedder,
 )
-from crl_sdk.errors import InvalidInputError, MissingDependencyError
+from crl_sdk.cli._serve_config import read_config
+from crl_sdk.errors import CrlError, InvalidInputError, MissingDependencyError
+from crl_sdk.model._bundle import demo_bundle
 
 if TYPE_CHECKING:
     from crl_sdk.serving import RunningServer
@@ -35,6 +39,15 @@ _log = logging.getLogger(__name__)
 
 
 def serve(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            callback=read_config,
+            is_eager=True,
+            help="TOML file with options, such as `max-batch = 64`. The command line and the "
+            "environment come first.",
+        ),
+    ] = None,
     address: Annotated[
         str, typer.Option(help="Address to listen on: host:port (port 0: any free) or unix:PATH.")
     ] = "127.0.0.1:50051",
@@ -109,32 +122,51 @@ def serve(
         raise MissingDependencyError(error.name or "grpcio", "serve", "crl serve") from error
 
     logging.basicConfig(level=logging.INFO, handlers=[make_log_handler(log_format)], force=True)
-    if (tls_cert is None) != (tls_key is None) or (tls_client_ca and tls_cert is None):
-        raise InvalidInputError(
-            "expected --tls-cert and --tls-key together: give both, or neither and no "
-            "--tls-client-ca"
+    with _errors_as_log_lines(log_format):
+        if (tls_cert is None) != (tls_key is None) or (tls_client_ca and tls_cert is None):
+            raise InvalidInputError(
+                "expected --tls-cert and --tls-key together: give both, or neither and no "
+                "--tls-client-ca"
+            )
+        if generate and not str(llm).startswith(
+            "hf:"
+        ):  # the model itself is loaded when it is needed
+            check_gguf(find_model(llm))
+        settings = ServerSettings(
+            address=address,
+            tls=ServerTls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None,
+            metrics_address=metrics,
+            tokens=read_tokens(tokens) if tokens is not None else (),
+            bases=Path(bases),
+            limits=ServerLimits(
+                max_images=min(ServerLimits().max_images, max_queue),
+                max_batch=max_batch,
+                max_queue=max_queue,
+                cache_bytes=cache_mb << 20,
+            ),
+            shared_memory=shared_memory,
+            access_log=access_log,
+            otlp=otlp,
+            open_llm=partial(LanguageModel.open, llm) if generate else None,
         )
-    if generate and not str(llm).startswith("hf:"):  # the model itself is loaded when it is needed
-        check_gguf(find_model(llm))
-    settings = ServerSettings(
-        address=address,
-        tls=ServerTls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None,
-        metrics_address=metrics,
-        tokens=read_tokens(tokens) if tokens is not None else (),
-        bases=Path(bases),
-        limits=ServerLimits(
-            max_images=min(ServerLimits().max_images, max_queue),
-            max_batch=max_batch,
-            max_queue=max_queue,
-            cache_bytes=cache_mb << 20,
-        ),
-        shared_memory=shared_memory,
-        access_log=access_log,
-        otlp=otlp,
-        open_llm=partial(LanguageModel.open, llm) if generate else None,
-    )
-    with open_embedder(bundle, engine, threads, baked, decode) as embedder:
-        asyncio.run(run(embedder, settings, on_ready=_print_ready_line))
+        if bundle is None:
+            _log.info(
+                "no --bundle: serving the demo model, which knows only rendered coloured shapes"
+            )
+        with open_embedder(bundle or demo_bundle(), engine, threads, baked, decode) as embedder:
+            asyncio.run(run(embedder, settings, on_ready=_print_ready_line))
+
+
+@contextmanager
+def _errors_as_log_lines(log_format: str) -> Iterator[None]:
+    """End with a line of the log after an error, if every line must be JSON."""
+    try:
+        yield
+    except CrlError as error:
+        if log_format != "json":
+            raise
+        _log.error("%s", error)
+        raise typer.Exit(1) from error
 
 
 def _print_ready_line(server: RunningServer) -> None:

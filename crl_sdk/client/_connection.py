@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
+import ssl
 import time
 from pathlib import Path
 from typing import TypeVar
@@ -13,10 +15,16 @@ import grpc
 
 from crl_sdk.client._options import ClientOptions
 from crl_sdk.errors import CrlError, InvalidInputError, OverloadedError
+from crl_sdk.rpc._address import check_address, is_local
 from crl_sdk.rpc._status import error_from_status
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+
+SYSTEM_AUTHORITIES = "system"
+"""Value of `ClientSecurity.authority` for the authorities that this machine trusts."""
+
+_log = logging.getLogger(__name__)
 
 _UNAVAILABLE_PAUSE = 0.05
 _MAX_PAUSE = 5.0
@@ -35,12 +43,18 @@ class Connection:
         """Make a channel, which connects at the first call.
 
         Raises:
-            InvalidInputError: If a file of `options.security` cannot be read, or if there is a
-                certificate without an authority.
+            InvalidInputError: If the address has no port, a file of `options.security` cannot be
+                read, or there is a certificate without an authority.
         """
         self.options = options
+        check_address(address)
         self.channel = _open_channel(address, options)
         token = options.security.token
+        if token and options.security.authority is None and not is_local(address):
+            _log.warning(
+                "the token travels to %s in plain text, because ClientSecurity.authority is not "
+                "set: name the PEM file of the server's authority, or 'system'", address,
+            )  # fmt: skip
         self.metadata = (("authorization", f"Bearer {token}"),) if token else ()
 
     async def call(
@@ -99,10 +113,26 @@ def _open_channel(address: str, options: ClientOptions) -> grpc.aio.Channel:
                 "the authority that signed the server's certificate"
             )
         return grpc.aio.insecure_channel(address, options=sizes)
+    authority = (
+        _system_authorities()
+        if security.authority == SYSTEM_AUTHORITIES
+        else _read_pem(security.authority)
+    )
     credentials = grpc.ssl_channel_credentials(
-        _read_pem(security.authority), _read_pem(security.key), _read_pem(security.certificate)
+        authority, _read_pem(security.key), _read_pem(security.certificate)
     )
     return grpc.aio.secure_channel(address, credentials, options=sizes)
+
+
+def _system_authorities() -> bytes:
+    """Return the certificates of the authorities that this machine trusts, as PEM."""
+    trusted = ssl.create_default_context().get_ca_certs(binary_form=True)
+    if not trusted:
+        raise InvalidInputError(
+            "this machine trusts no authority that can be read: set ClientSecurity.authority to a "
+            "PEM file"
+        )
+    return "".join(map(ssl.DER_cert_to_PEM_cert, trusted)).encode()
 
 
 def _read_pem(path: str | os.PathLike[str] | None) -> bytes | None:

@@ -13,9 +13,10 @@ class ClientSecurity:
     """The token of a client and the TLS files of its connection.
 
     Attributes:
-        token: Token, sent as `authorization: Bearer TOKEN`. Without TLS it travels in plain text.
-        authority: PEM file of the authority that signed the server's certificate. None disables
-            TLS.
+        token: Token, sent as `authorization: Bearer TOKEN`. Without TLS it travels in plain text,
+            which is warned of unless the server is on this machine.
+        authority: PEM file of the authority that signed the server's certificate, or `system` for
+            the authorities that this machine trusts. None disables TLS.
         certificate: PEM file of the client's own certificate, for mutual TLS.
         key: PEM file of the private key of `certificate`.
     """

@@ -51,6 +51,22 @@ _FALLBACKS: dict[grpc.StatusCode, type[errors.CrlError]] = {
 }
 """Class of the error for a status without the trailer `ERROR_KEY`, such as one from a proxy."""
 
+_REMEDIES = (
+    ("WRONG_VERSION_NUMBER",
+     "the server speaks plain text, and this client TLS: leave ClientSecurity.authority out, or "
+     "start crl serve with --tls-cert and --tls-key"),
+    ("CERTIFICATE_VERIFY_FAILED",
+     "the server's certificate was not signed by ClientSecurity.authority: name the PEM file of "
+     "the authority that did"),
+    ("is not in peer certificate",
+     "the server's certificate is for another host name: use the name in the certificate"),
+    ("Socket closed",
+     "if `crl serve` runs there, it speaks TLS: set ClientSecurity.authority to the PEM file of "
+     "its authority, or to 'system', and certificate and key if it asks for them"),
+    ("", "check the address, that `crl serve` runs there, and that client and server agree on TLS"),
+)  # fmt: skip
+"""What to do about a failed connection, by words in gRPC's message; the first that fits."""
+
 _BY_NAME: dict[str, type[errors.CrlError]] = {
     name: kind
     for name, kind in vars(errors).items()
@@ -102,9 +118,6 @@ def error_from_status(
     if kind is errors.ServiceError or kind is errors.CrlError:
         remedy = ""
         if code is grpc.StatusCode.UNAVAILABLE and ERROR_KEY not in trailers:  # gRPC's own error
-            remedy = (
-                "; check the address, that `crl serve` runs there, and that client and server "
-                "agree on TLS"
-            )
+            remedy = f"; {next(advice for words, advice in _REMEDIES if words in message)}"
         return errors.ServiceError(f"{code.name}: {message}{remedy}")
     return kind(message)

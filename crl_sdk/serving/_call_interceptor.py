@@ -53,6 +53,7 @@ class FinishedCall:
         seconds: Duration of the call, in seconds.
         peer: Address of the client, as gRPC names it; empty if the method does not exist.
         request_id: Id of the call; empty if the method does not exist.
+        message: Message of the status; empty if the call succeeded.
     """
 
     method: str
@@ -60,6 +61,7 @@ class FinishedCall:
     seconds: float
     peer: str
     request_id: str
+    message: str = ""
 
 
 Observer = Callable[[FinishedCall], None]
@@ -117,7 +119,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         def finish(context: Any, started: float, error: BaseException | None) -> None:
             code = _status_code(context, error)
             seconds = time.monotonic() - started
-            self._notify(FinishedCall(method, code, seconds, caller.get(), request_id.get()))
+            message = context.details() or ""
+            self._notify(
+                FinishedCall(method, code, seconds, caller.get(), request_id.get(), str(message))
+            )
 
         async def unary(request: Any, context: Any) -> Any:
             started, error = _begin(context), None
@@ -149,7 +154,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 def access_log(call: FinishedCall) -> None:
     """Log a finished call; an observer."""
     _log.info(
-        "%s %s %.1f ms", call.method, call.code.name, call.seconds * 1e3,
+        "%s %s %.1f ms%s", call.method, call.code.name, call.seconds * 1e3,
+        f": {call.message}" if call.code in _SERVER_FAILURES else "",
         extra={"method": call.method, "code": call.code.name, "peer": call.peer,
                "seconds": round(call.seconds, 6)},
     )  # fmt: skip
@@ -159,7 +165,7 @@ def failure_log(call: FinishedCall) -> None:
     """Log a call that failed because of the server, not of the client; an observer."""
     if call.code in _SERVER_FAILURES:
         _log.warning(
-            "%s ended with %s", call.method, call.code.name,
+            "%s ended with %s: %s", call.method, call.code.name, call.message,
             extra={"method": call.method, "code": call.code.name, "peer": call.peer},
         )  # fmt: skip
 

@@ -21,6 +21,7 @@ from crl_sdk._embedder import Embedder
 from crl_sdk.errors import ServiceError
 from crl_sdk.pb.crl.v1 import basis_pb2, basis_pb2_grpc, embedding_pb2, embedding_pb2_grpc
 from crl_sdk.pb.inference import kserve_pb2, kserve_pb2_grpc
+from crl_sdk.rpc._address import is_local
 from crl_sdk.serving._admission import ServerLimits
 from crl_sdk.serving._bases import BasisStore
 from crl_sdk.serving._basis_service import BasisService, OpenLanguageModel
@@ -163,6 +164,8 @@ async def run_server(embedder: Embedder, settings: ServerSettings) -> AsyncItera
         cleanup.push_async_callback(server.stop, settings.drain_seconds)
         cleanup.push_async_callback(status.drain)  # first, so that load balancers look elsewhere
         address = _listen(server, settings)
+        if (warning := exposure(settings)) is not None:
+            _log.warning("%s", warning)
         metrics_address = _serve_metrics(metrics, settings.metrics_address, cleanup)
         await status.set_serving(False)
         await server.start()
@@ -225,6 +228,31 @@ def register_services(
     kserve_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, server)
     names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
+
+
+def exposure(settings: ServerSettings) -> str | None:
+    """Return a warning if other machines can reach the server without protection, or None."""
+    if is_local(settings.address):
+        return None
+    protected = bool(settings.tokens) or (
+        settings.tls is not None and settings.tls.client_authority is not None
+    )
+    if settings.tls is None and protected:
+        return (
+            f"{settings.address} has no TLS: tokens and images travel in plain text. Add "
+            "--tls-cert and --tls-key"
+        )
+    if settings.tls is None:
+        return (
+            f"{settings.address} has neither TLS nor tokens: everyone who reaches it can embed, "
+            "change the bases and read what others send. Add --tls-cert, --tls-key and --tokens"
+        )
+    if not protected:
+        return (
+            f"{settings.address} asks nobody for a token: everyone who reaches it can embed and "
+            "change the bases. Add --tokens or --tls-client-ca"
+        )
+    return None
 
 
 def _make_server(

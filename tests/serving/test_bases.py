@@ -152,15 +152,18 @@ def test_what_is_refused(server, client, embedder):
     assert [b.criterion for b in client.bases()] == ["color", "shape"]
 
 
-def test_a_full_disk_changes_nothing(server, client, embedder, image_files, monkeypatch):
+def test_a_full_disk_changes_nothing(server, embedder, image_files, monkeypatch, caplog):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    before = client.embed(image_files[:1], criteria=["color"])
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(BasisError, match="No space left"):
-        client.put_basis(make(embedder, "color", ["x", "y"]).to_bytes())
-    after = client.embed(image_files[:1], criteria=["color"])
+    with Client(server.address) as client:
+        before = client.embed(image_files[:1], criteria=["color"])
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(BasisError, match="No space left"):
+            client.put_basis(make(embedder, "color", ["x", "y"]).to_bytes())
+        after = client.embed(image_files[:1], criteria=["color"])
+    # the operator reads why, beside the id
+    assert "ended with INTERNAL" in caplog.text and "No space left on device" in caplog.text
     assert after.basis_sha256 == before.basis_sha256
     directory = server.pipeline.bases.directory
     assert sorted(p.name for p in directory.iterdir()) == [

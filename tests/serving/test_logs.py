@@ -83,6 +83,9 @@ def test_a_client_that_leaves_before_it_is_refused_is_no_failure_of_the_server(c
         def code(self):
             return grpc.StatusCode.RESOURCE_EXHAUSTED
 
+        def details(self):
+            return "no room"
+
         async def abort(self, *_):
             raise grpc.aio.InternalError("the call is over")
 

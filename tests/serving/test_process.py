@@ -11,10 +11,13 @@ import sys
 import threading
 
 import pytest
+import trustme
 
 from crl_sdk import Client
 from crl_sdk.basis import BasisDirectory
 from crl_sdk.cli._local_server import LocalServer, parse_ready_line
+from crl_sdk.client import ClientOptions
+from crl_sdk.errors import ServiceError
 
 
 @pytest.fixture
@@ -22,11 +25,12 @@ def crl_serve(tmp_path):
     """Start `crl serve` with arguments; return the process and its address."""
     processes = []
 
-    def start(*arguments: object) -> tuple[subprocess.Popen[str], str]:
+    def start(*arguments: object, **variables: str) -> tuple[subprocess.Popen[str], str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("CRL_")}
         process = subprocess.Popen(
             [sys.executable, "-m", "crl_sdk", "serve", *map(str, arguments)],
             cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={k: v for k, v in os.environ.items() if not k.startswith("CRL_")},
+            env={**kept, **variables},
         )  # fmt: skip
         processes.append(process)
         timer = threading.Timer(30, process.kill)  # ends the reading below
@@ -81,6 +85,65 @@ def test_it_ends_with_a_message_if_it_cannot_start(crl_serve, arguments, words):
     with pytest.raises(AssertionError, match=re.escape(words)) as caught:
         crl_serve("--address", "127.0.0.1:0", *arguments)
     assert "it ended with 1" in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_options_come_from_the_line_the_environment_and_a_file(crl_serve, tmp_path):
+    (tmp_path / "crl.toml").write_text(
+        'address = "127.0.0.1:1"\nbases = "from-file"\nmax-queue = 70\naccess-log = true\n'
+    )
+    process, address = crl_serve(
+        "--config", "crl.toml", "--address", "127.0.0.1:0", CRL_SERVE_MAX_QUEUE="90",
+        CRL_SERVE_ADDRESS="nonsense",
+    )  # fmt: skip
+    with Client(address) as client:
+        assert client.model().max_images == 90
+        client.create_basis("color", ["red", "blue"])
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=30)
+    assert "BasisService/PutBasis OK" in stderr
+    assert len(BasisDirectory(tmp_path / "from-file").files("color")) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("max-bach = 3", "no option 'max-bach'; do you mean 'max-batch'?"),
+        ("max_batch = 3", "do you mean 'max-batch'?"),
+        ("config = 'x'", "no option 'config'"),
+        ("max-batch = [3]", "max-batch: expected a string, a number, true or false, got [3]"),
+        ("max-batch = 'many'", "--max-batch"),
+        ("max-batch = 0", "--max-batch"),
+        ("log-format = 'xml'", "--log-format"),
+        ("max-batch 3", "not a TOML file"),
+        ("[serve]\nmax-batch = 3", "no option 'serve'"),
+    ],
+)
+def test_a_bad_configuration_names_the_key(crl_serve, tmp_path, text, words):
+    (tmp_path / "crl.toml").write_text(text)
+    with pytest.raises(AssertionError, match=re.escape(words)) as caught:
+        crl_serve("--address", "127.0.0.1:0", "--config", "crl.toml")
+    assert "Traceback" not in str(caught.value)
+
+
+def test_each_line_of_the_json_log_is_json(crl_serve, tmp_path):
+    """Also after TLS handshakes that fail, about which the C core of gRPC writes lines."""
+    issued = trustme.CA().issue_cert("localhost")
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "server.pem")
+    issued.private_key_pem.write_to_path(tmp_path / "server.key")
+    tls = ("--tls-cert", "server.pem", "--tls-key", "server.key")
+    process, address = crl_serve("--address", "127.0.0.1:0", "--log-format", "json", *tls)
+    with (
+        Client(address, ClientOptions(timeout=2, retries=0)) as client,
+        pytest.raises(ServiceError),
+    ):
+        client.model()
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=30)
+    assert [json.loads(line)["level"] for line in stderr.splitlines()].count("info") >= 3
+    with pytest.raises(AssertionError) as caught:
+        crl_serve("--address", "nonsense", "--log-format", "json")
+    last = str(caught.value).splitlines()[-1]
+    assert "expected host:port" in json.loads(last)["message"]
 
 
 def test_a_socket_belongs_to_one_server(crl_serve, tmp_path):

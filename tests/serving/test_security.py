@@ -17,7 +17,7 @@ from crl_sdk.pb.crl.v1 import basis_pb2_grpc, embedding_pb2_grpc
 from crl_sdk.pb.inference import kserve_pb2_grpc
 from crl_sdk.serving._rights import RIGHTS, RPC_ACCESS
 from crl_sdk.serving._security import ServerTls, Token, TokenInterceptor, read_tokens
-from crl_sdk.serving._server import register_services
+from crl_sdk.serving._server import ServerSettings, exposure, register_services
 
 EMBED, ADMIN = "embed-token-0123456789", "admin-token-0123456789"
 TOKENS = (
@@ -201,3 +201,64 @@ def test_an_rpc_without_a_declared_right_is_refused():
     status = grpc.StatusCode
     denied, unknown = status.PERMISSION_DENIED, status.UNIMPLEMENTED
     assert asyncio.run(work()) == [denied, denied, status.UNAUTHENTICATED, *[unknown] * 3]
+
+
+def test_certificate_and_key_that_do_not_belong_together(pki):
+    with pytest.raises(InvalidInputError, match="swap --tls-cert and --tls-key"):
+        ServerTls(pki["server_key"], pki["server"]).credentials()
+    with pytest.raises(InvalidInputError, match="not a certificate and its private key"):
+        ServerTls(pki["server"], pki["client_key"]).credentials()
+    assert ServerTls(pki["server"], pki["server_key"]).credentials() is not None
+
+
+def test_plain_text_and_tls_that_meet_say_so(serve, embedder, pki, tmp_path):
+    plain = serve(embedder)
+    secure = serve(embedder, bases=tmp_path / "b", tls=ServerTls(pki["server"], pki["server_key"]))
+    stranger = tmp_path / "stranger.pem"
+    trustme.CA().cert_pem.write_to_path(stranger)
+    for server, security, words in [
+        (plain, {"authority": pki["ca"]}, "the server speaks plain text, and this client TLS"),
+        (secure, {}, "it speaks TLS: set ClientSecurity.authority"),
+        (secure, {"authority": stranger}, "was not signed by ClientSecurity.authority"),
+    ]:
+        with connect(server, **security) as client, pytest.raises(ServiceError, match=words):
+            client.model()
+
+
+def test_the_authorities_of_the_machine(serve, embedder, pki, monkeypatch):
+    server = serve(embedder, tls=ServerTls(pki["server"], pki["server_key"]))
+    with connect(server, authority="system") as client, pytest.raises(ServiceError, match="signed"):
+        client.model()
+    monkeypatch.setenv("SSL_CERT_FILE", str(pki["ca"]))
+    with connect(server, authority="system") as client:
+        assert client.model().name == "crl-demo"
+    monkeypatch.setenv("SSL_CERT_FILE", str(pki["server_key"]))
+    monkeypatch.setenv("SSL_CERT_DIR", "/nowhere")
+    with pytest.raises(InvalidInputError, match="trusts no authority"):
+        connect(server, authority="system")
+
+
+@pytest.mark.parametrize(
+    ("address", "warns"), [("example.org:50051", True), ("127.0.0.1:50051", False)]
+)
+def test_a_token_in_plain_text_is_warned_of(address, warns, caplog):
+    Client(address, ClientOptions(security=ClientSecurity(token=EMBED))).close()
+    assert ("in plain text" in caplog.text) == warns and EMBED not in caplog.text
+    caplog.clear()
+    Client(address).close()
+    assert not caplog.records
+
+
+def test_servers_that_others_can_reach_unprotected_are_warned_of(pki):
+    tls = ServerTls(pki["server"], pki["server_key"])
+    mutual = ServerTls(pki["server"], pki["server_key"], pki["ca"])
+    for settings, words in [
+        ({}, "neither TLS nor tokens: everyone"),
+        ({"tokens": TOKENS}, "tokens and images travel in plain text"),
+        ({"tls": tls}, "Add --tokens or --tls-client-ca"),
+        ({"tls": tls, "tokens": TOKENS}, None),
+        ({"tls": mutual}, None),
+    ]:
+        warning = exposure(ServerSettings(address="0.0.0.0:50051", **settings))
+        assert warning is None if words is None else words in warning
+        assert exposure(ServerSettings(address="127.0.0.1:50051", **settings)) is None
