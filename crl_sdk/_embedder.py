@@ -229,8 +229,8 @@ class Embedder:
         method: Method | None = None,
         post: Post = "l2",
         merge_threshold: float = DEFAULT_MERGE_THRESHOLD,
-        against: Sequence[str | Basis] = (),
-        ignore: Sequence[str | Basis] = (),
+        against: str | Basis | Sequence[str | Basis] = (),
+        ignore: str | Basis | Sequence[str | Basis] = (),
         progress: ReportProgress | None = None,
         load: bool = True,
     ) -> Basis:
@@ -270,8 +270,8 @@ class Embedder:
             InvalidInputError: If another argument is malformed, see `crl_sdk.basis.build_basis`.
             MissingDependencyError: If llama-cpp-python is not installed.
         """
-        others = self._other_bases(against, "against")
-        ignored = self._other_bases(ignore, "ignore")
+        others = self._each_basis(against)
+        ignored = self._each_basis(ignore)
         check_options(
             criterion, fingerprint=self.bundle.fingerprint, prompts=prompts, method=method,
             post=post, merge_threshold=merge_threshold, against=others, ignore=ignored,
@@ -330,8 +330,8 @@ class Embedder:
         method: Method | None = None,
         post: Post = "l2",
         merge_threshold: float = DEFAULT_MERGE_THRESHOLD,
-        against: Sequence[str | Basis] = (),
-        ignore: Sequence[str | Basis] = (),
+        against: str | Basis | Sequence[str | Basis] = (),
+        ignore: str | Basis | Sequence[str | Basis] = (),
         provenance: Mapping[str, Any] | None = None,
         load: bool = True,
     ) -> Basis:
@@ -369,8 +369,8 @@ class Embedder:
         basis = build_basis(
             criterion, texts, self.embed_text, fingerprint=self.bundle.fingerprint,
             prompts=prompts, method=method, post=post, merge_threshold=merge_threshold,
-            against=self._other_bases(against, "against"),
-            ignore=self._other_bases(ignore, "ignore"),
+            against=self._each_basis(against),
+            ignore=self._each_basis(ignore),
             background=self.bundle.background, provenance=provenance,
         )  # fmt: skip
         return self.add_basis(basis) if load else basis
@@ -378,7 +378,7 @@ class Embedder:
     def embed(
         self,
         images: Iterable[ImageInput],
-        criteria: Sequence[str | Basis] = (),
+        criteria: str | Basis | Sequence[str | Basis] = (),
         *,
         batch_size: int = 32,
         on_error: Literal["raise", "collect"] = "raise",
@@ -391,7 +391,7 @@ class Embedder:
         Args:
             images: Paths, encoded bytes, PIL images or uint8 arrays, see
                 `crl_sdk.model.load_pixels`. Only two batches of them are in memory at a time.
-            criteria: Names of loaded bases, or bases.
+            criteria: Names of loaded bases, or bases; one or a list.
             batch_size: Number of images per engine run.
             on_error: What to do with unreadable images. `raise` embeds all others and then raises
                 an error; `collect` lists the failures in `Embeddings.errors`.
@@ -412,11 +412,7 @@ class Embedder:
             raise InvalidInputError(f"expected batch_size >= 1, got {batch_size}")
         if on_error not in ("raise", "collect"):
             raise InvalidInputError(f"expected on_error 'raise' or 'collect', got {on_error!r}")
-        if isinstance(criteria, str):
-            raise InvalidInputError(
-                f"expected a list of criteria, got one string: pass [{criteria!r}]"
-            )
-        bases = [self._basis(criterion) for criterion in criteria]
+        bases = self._each_basis(criteria)
         weight, bias, columns = self._pack(bases)
 
         universal: list[NDArray[np.float32]] = []
@@ -618,13 +614,11 @@ class Embedder:
             )
         return self._bases[name]
 
-    def _other_bases(self, others: Sequence[str | Basis], role: str) -> list[Basis]:
-        if isinstance(others, str | Basis):
-            name = others if isinstance(others, str) else others.criterion
-            raise InvalidInputError(
-                f"expected a list of other criteria in {role}, got one: pass [{name!r}]"
-            )
-        return [self._basis(other) for other in others]
+    def _each_basis(self, criteria: str | Basis | Sequence[str | Basis]) -> list[Basis]:
+        return [
+            self._basis(each)
+            for each in ([criteria] if isinstance(criteria, str | Basis) else criteria)
+        ]
 
     def _pack(
         self, bases: Sequence[Basis]

@@ -96,7 +96,7 @@ class AsyncClient:
     async def embed(
         self,
         images: Iterable[ClientImage],
-        criteria: Sequence[str] = (),
+        criteria: str | Sequence[str] = (),
         *,
         on_error: Literal["raise", "collect"] = "raise",
         dtype: RowDtype = "float32",
@@ -109,7 +109,7 @@ class AsyncClient:
         Args:
             images: Paths, encoded bytes, PIL images, uint8 pixels of shape (h, w) or (h, w, c), or
                 stored universal embeddings as float or int8 arrays of shape (d,).
-            criteria: Names of bases on the server.
+            criteria: Names of bases on the server, one or a list.
             on_error: What to do about images that cannot be read. `raise` embeds the others, then
                 raises. `collect` reports the failures in `Embeddings.errors`.
             dtype: Dtype of the embeddings, see `crl_sdk.projection.encode_rows`. float16 halves the
@@ -130,11 +130,11 @@ class AsyncClient:
             if not stale:
                 break
             for i in stale:
-                parts[i] = await self._reproject(parts[i], criteria, dtype)
+                parts[i] = await self._reproject(parts[i], _one_or_many(criteria), dtype)
         else:
             raise ServiceError(
-                f"the bases of {list(criteria)} were replaced {_MAX_REPROJECTIONS} times during "
-                "the call: call again"
+                f"the bases of {_one_or_many(criteria)} were replaced {_MAX_REPROJECTIONS} times "
+                "during the call: call again"
             )
         result = join_batches(parts)
         if result.errors and on_error == "raise":
@@ -144,7 +144,7 @@ class AsyncClient:
     async def embed_batches(
         self,
         images: Iterable[ClientImage],
-        criteria: Sequence[str] = (),
+        criteria: str | Sequence[str] = (),
         *,
         dtype: RowDtype = "float32",
     ) -> AsyncGenerator[Embeddings, None]:
@@ -152,7 +152,7 @@ class AsyncClient:
 
         Args:
             images: Images as in `embed`.
-            criteria: Names of bases on the server.
+            criteria: Names of bases on the server, one or a list.
             dtype: Dtype of the embeddings, see `embed`.
 
         Yields:
@@ -160,13 +160,13 @@ class AsyncClient:
             reported in `Embeddings.errors`.
         """
         _check_images(images)
-        _check_lists(criteria=criteria)
         require_row_dtype(dtype)
+        names = _one_or_many(criteria)
         batches = _batches(images, self.options.batch_size)
         in_progress: list[asyncio.Task[Embeddings]] = []
 
         def start(batch: list[ClientImage]) -> asyncio.Task[Embeddings]:
-            return asyncio.create_task(self._embed_batch(batch, criteria, dtype))
+            return asyncio.create_task(self._embed_batch(batch, names, dtype))
 
         try:
             for batch in islice(batches, self.options.max_in_flight):
@@ -174,9 +174,7 @@ class AsyncClient:
             while in_progress:
                 result = await in_progress.pop(0)
                 for batch in islice(batches, 1):
-                    in_progress.append(
-                        asyncio.create_task(self._embed_batch(batch, criteria, dtype))
-                    )
+                    in_progress.append(asyncio.create_task(self._embed_batch(batch, names, dtype)))
                 yield result
         finally:
             for task in in_progress:
@@ -262,8 +260,8 @@ class AsyncClient:
         prompts: Sequence[str] = (),
         method: str | None = None,
         post: str | None = None,
-        against: Sequence[str] = (),
-        ignore: Sequence[str] = (),
+        against: str | Sequence[str] = (),
+        ignore: str | Sequence[str] = (),
         replace: bool = True,
     ) -> BasisInfo:
         """Let the server make a basis from texts, with the text tower of its model.
@@ -290,10 +288,11 @@ class AsyncClient:
             UnknownCriterionError: If the server has no basis of one of `against` or `ignore`.
             BasisExistsError: If the criterion has a basis and `replace` is False.
         """
-        _check_lists(texts=texts, prompts=prompts, against=against, ignore=ignore)
+        _check_lists(texts=texts, prompts=prompts)
         given = basis_pb2.BasisTexts(
             criterion=criterion, texts=texts, prompts=prompts, method=method or "",
-            post=post or "", against=against, ignore=ignore,
+            post=post or "", against=_one_or_many(against),
+            ignore=_one_or_many(ignore),
         )  # fmt: skip
         return await self._put(basis_pb2.PutBasisRequest(texts=given, no_replace=not replace))
 
@@ -319,8 +318,8 @@ class AsyncClient:
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         seed: int = 0,
-        against: Sequence[str] = (),
-        ignore: Sequence[str] = (),
+        against: str | Sequence[str] = (),
+        ignore: str | Sequence[str] = (),
         accept_unsure: bool = False,
         replace: bool = True,
         progress: Callable[[GenerationProgress], None] | None = None,
@@ -356,12 +355,11 @@ class AsyncClient:
             BasisExistsError: If the criterion has a basis and `replace` is False.
             UnknownCriterionError: If the server has no basis of one of `against` or `ignore`.
         """
-        _check_lists(
-            prompts=prompts, include=include, exclude=exclude, against=against, ignore=ignore
-        )
+        _check_lists(prompts=prompts, include=include, exclude=exclude)
         request = basis_pb2.GenerateBasisRequest(
             criterion=criterion, hint=hint, prompts=prompts, count=count or 0, include=include,
-            exclude=exclude, seed=seed, no_replace=not replace, against=against, ignore=ignore,
+            exclude=exclude, seed=seed, no_replace=not replace, against=_one_or_many(against),
+            ignore=_one_or_many(ignore),
             accept_unsure=accept_unsure,
         )  # fmt: skip
         metadata = self._connection.metadata
@@ -492,7 +490,7 @@ class Client:
     def embed_batches(
         self,
         images: Iterable[ClientImage],
-        criteria: Sequence[str] = (),
+        criteria: str | Sequence[str] = (),
         *,
         dtype: RowDtype = "float32",
     ) -> Iterator[Embeddings]:
@@ -532,6 +530,11 @@ def _check_images(images: object) -> None:
         raise InvalidInputError(
             f"expected a list of images, got one {type(images).__name__}: pass [image]"
         )
+
+
+def _one_or_many(criteria: str | Sequence[str]) -> list[str]:
+    """Return criteria as a list. A single string is one criterion."""
+    return [criteria] if isinstance(criteria, str) else list(criteria)
 
 
 def _check_lists(**lists: object) -> None:

@@ -219,12 +219,9 @@ def test_generation_where_it_is_not_offered(client):
 @pytest.mark.parametrize(
     ("call", "word"),
     [
-        (lambda client: client.embed([b"x"], "color"), "criteria"),
-        (lambda client: list(client.embed_batches([b"x"], "color")), "criteria"),
         (lambda client: client.embed_text("color"), "texts"),
         (lambda client: client.create_basis("hue", "color"), "texts"),
         (lambda client: client.create_basis("hue", ["a", "b"], prompts="color"), "prompts"),
-        (lambda client: client.create_basis("hue", ["a", "b"], against="color"), "against"),
         (lambda client: client.generate_basis("hue", include="color"), "include"),
         (lambda client: client.generate_basis("hue", exclude="color"), "exclude"),
     ],
@@ -233,6 +230,19 @@ def test_a_string_is_no_list_of_strings(client, call, word):
     """Protobuf would take it for the list of its letters."""
     with pytest.raises(InvalidInputError, match=rf"list of {word}, got one string.*\['color'\]"):
         call(client)
+
+
+def test_one_criterion_may_be_a_string(client, image_files):
+    alone = client.embed(image_files, "color")
+    np.testing.assert_array_equal(alone["color"], client.embed(image_files, ["color"])["color"])
+    (part,) = client.embed_batches(image_files, "color")
+    assert list(part.conditional) == ["color"]
+    texts = ["one", "two", "three"]
+    assert client.create_basis("count", texts, against="shape").sha256 == (
+        client.create_basis("count", texts, against=["shape"]).sha256
+    )
+    with pytest.raises(UnknownCriterionError, match="no basis 'mood'"):
+        client.embed(image_files, "mood")
 
 
 @pytest.mark.parametrize(
