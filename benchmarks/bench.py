@@ -19,27 +19,29 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from itertools import count
 
-import grpc
 import msgspec
 import numpy as np
 
 from crl_benchmarks.load import Reply, Run, closed_loop, merge, open_loop
 from crl_benchmarks.machine import describe_machine
-from crl_benchmarks.quantiles import PERCENTILES, percentile
-from crl_benchmarks.targets import Target, connect
+from crl_benchmarks.quantiles import PERCENTILES, percentile, values_needed
+from crl_benchmarks.targets import Target, connect, open_target
 from crl_sdk._version import __version__
 from crl_sdk.engines._contract import ImageEngine
 from crl_sdk.errors import InvalidInputError, ServiceError
 from crl_sdk.model import _parity as parity
 from crl_sdk.model._bundle import ModelBundle
 
-SCHEMA = 1
+SCHEMA = 2
 
 _BUSY = 0.9
 """Share of a core above which a generator counts as the bottleneck."""
 
 _LATE = 0.1
-"""A generator is a bottleneck too if p90 of its lag exceeds this share of the median latency."""
+"""A generator is a bottleneck too if p90 of its lag exceeds this share of the median latency …"""
+
+_LATE_SECONDS = 0.002
+"""… and this many seconds, which a healthy event loop may be late."""
 
 _STEADY = 0.1
 """A run is steady if the calls served in each third differ from the mean by at most this share."""
@@ -81,6 +83,7 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
         steady: Whether all thirds of the run served about the same number of calls.
         generator_cpu: Largest share of a core that a generator used.
         generator_lag_ms: 90th percentile of the lateness of the generators' event loops.
+        cached: Share of the images that the server's cache answered; None if it does not say.
         quotable: Whether the generators were not the bottleneck.
         why: Reason why the run is not quotable, else empty.
     """
@@ -99,12 +102,17 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     steady: bool
     generator_cpu: float
     generator_lag_ms: float
+    cached: float | None
     quotable: bool
     why: str = ""
 
     def ms(self, percent: float) -> float:
         """Return a percentile of the latency in milliseconds, infinite if no call succeeded."""
         return next((each.ms for each in self.latency if each.percent == percent), math.inf)
+
+    def shows(self, percent: float) -> bool:
+        """Return whether there are enough calls to bound a percentile from above."""
+        return any(each.percent == percent and each.high is not None for each in self.latency)
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,10 +124,12 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         command: Command line.
         machine: Properties of the machine of the generators.
         versions: Versions of the packages that matter, by name.
-        settings: Warm-up, seconds, processes, images.
+        target: What was measured: model, engine, fingerprint, version; as far as it is known.
+        settings: Settings of the measurement, with units in their names.
         rows: Results of the runs.
         objective: Objective of the search, such as `p99<50ms`.
         best: Run at the highest rate that met the objective, or None.
+        verdict: Outcome of the search in words; empty without one.
     """
 
     schema: int
@@ -127,10 +137,12 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     command: str
     machine: dict[str, str]
     versions: dict[str, str]
-    settings: dict[str, str]
+    target: dict[str, str]
+    settings: dict[str, str | float]
     rows: tuple[LoadResult, ...]
     objective: str | None = None
     best: LoadResult | None = None
+    verdict: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +177,28 @@ class Objective:
         failed = row.offered - row.served
         allowed = row.offered * (1 - self.percent / 100)
         return row.quotable and failed <= allowed and row.ms(self.percent) < self.ms
+
+    def verdict(self, rows: Sequence[LoadResult], best: LoadResult | None) -> tuple[str, bool]:
+        """Return what a search has shown, in words, and whether it could judge.
+
+        Args:
+            rows: All runs of the search.
+            best: Run at the highest rate that met the objective, or None.
+        """
+        unjudged = [row.why for row in rows if row.mode == "open" and not row.quotable]
+        if best is None and unjudged:
+            return f"could not be judged: {unjudged[-1]}", False
+        if best is None:
+            return "met at no rate", True
+        met = f"met at {best.calls_per_second:.4g} calls/s ({best.images_per_second:.4g} images/s)"
+        if best.shows(self.percent):
+            return met, True
+        needed = values_needed(self.percent)
+        seconds = math.ceil(1.1 * needed / max(best.calls_per_second, 1e-9))
+        return (
+            f"{met} in {best.served} calls, which are too few to show it: p{self.percent:g} needs "
+            f"{needed}, so use --seconds {seconds}", True,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,31 +380,37 @@ def engine_rows(
     return rows
 
 
-def server_settings(target: Target, settings: BenchSettings) -> dict[str, str]:
+def server_settings(target: Target, settings: BenchSettings) -> dict[str, str | float]:
     """Return the settings of a server's measurement for the report."""
-    sizes = [len(data) for data in target.images]
     return {
         "address": target.address,
-        "contract": target.kind,
-        "asked": ", ".join(target.criteria) or target.model or "universal",
-        "images of a call": str(target.batch),
-        "different images": f"{len(sizes)} of {int(np.median(sizes)):,} bytes (median)",
-        "warm-up": f"{settings.warm_up:g} s",
-        "measured": f"{settings.seconds:g} s",
-        "generator processes": str(settings.processes),
+        "api": target.kind,
+        "criteria": ", ".join(target.criteria),
+        "images_per_call": target.batch,
+        "different_images": len(target.images),
+        "median_image_bytes": int(np.median([len(data) for data in target.images])),
+        "distinct_images": "yes" if target.distinct else "no",
+        "warm_up_seconds": settings.warm_up,
+        "measured_seconds": settings.seconds,
+        "generator_processes": settings.processes,
     }
 
 
 def report(
-    command: str, settings: dict[str, str], rows: Sequence[LoadResult], **more: object
+    command: str,
+    target: dict[str, str],
+    settings: dict[str, str | float],
+    rows: Sequence[LoadResult],
+    **more: object,
 ) -> Report:
     """Return a report of runs.
 
     Args:
         command: Command line.
+        target: What was measured.
         settings: Settings of the measurement.
         rows: Results of the runs.
-        **more: `objective` and `best` of a search.
+        **more: `objective`, `best` and `verdict` of a search.
     """
     return Report(
         schema=SCHEMA,
@@ -382,6 +422,7 @@ def report(
             "python": platform.python_version(),
             **{name: version(name) for name in ("grpcio", "protobuf", "numpy")},
         },
+        target=target,
         settings=settings,
         rows=tuple(rows),
         **more,  # type: ignore[arg-type]
@@ -400,10 +441,10 @@ def _generate(job: _Job) -> Run:
     time.sleep(max(job.starts - time.time(), 0))
 
     async def run() -> Run:
-        options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-        async with grpc.aio.insecure_channel(job.target.address, options=options) as channel:
+        async with open_target(job.target) as channel:
             send = connect(job.target, channel)
-            first = job.seed * 7919  # processes send different images at the same time
+            # processes send different images at the same time, and distinct ones in all runs
+            first = job.seed * (2**40 if job.target.distinct else 7919)
 
             async def shifted(number: int) -> Reply:
                 return await send(first + number)
@@ -425,7 +466,7 @@ def _row(mode: str, load: float, run: Run, batch: int) -> LoadResult:
     why = ""
     if run.cpu > _BUSY:
         why = f"a generator used {run.cpu:.0%} of its core; use more --processes"
-    elif served and lag > _LATE * served[len(served) // 2]:
+    elif served and lag > max(_LATE * served[len(served) // 2], _LATE_SECONDS):
         why = f"a generator woke {lag * 1e3:.1f} ms late; use more --processes or other cores"
     thirds = np.histogram(run.done, bins=3, range=(0.0, run.seconds))[0]
     mean = float(thirds.mean())
@@ -453,6 +494,7 @@ def _row(mode: str, load: float, run: Run, batch: int) -> LoadResult:
         steady=steady,
         generator_cpu=round(run.cpu, 3),
         generator_lag_ms=round(lag * 1e3, 3),
+        cached=round(float(np.mean(run.cached)), 4) if run.cached else None,
         quotable=not why,
         why=why,
     )

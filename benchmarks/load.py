@@ -30,11 +30,13 @@ class Reply:
         outcome: `ok`, `rejected` (the server is full) or `error`.
         why: Status of a failed call.
         stages: Seconds that the server reports, by stage.
+        cached: Share of the images that the server's cache answered; None if it does not say.
     """
 
     outcome: str
     why: str = ""
     stages: dict[str, float] = field(default_factory=dict)
+    cached: float | None = None
 
 
 @dataclass(slots=True)
@@ -50,6 +52,7 @@ class Run:
         lags: Lateness of the event loop in seconds.
         cpu: Share of one core that the generator used.
         offered: Number of calls that were due.
+        cached: Share of the images of each successful call that the server's cache answered.
     """
 
     seconds: float = 0.0
@@ -60,12 +63,15 @@ class Run:
     lags: list[float] = field(default_factory=list)
     cpu: float = 0.0
     offered: int = 0
+    cached: list[float] = field(default_factory=list)
 
     def add(self, reply: Reply, latency: float, done: float) -> None:
         """Add a call."""
         self.latencies.setdefault(reply.outcome, []).append(latency)
         if reply.outcome == "ok":
             self.done.append(done)
+            if reply.cached is not None:
+                self.cached.append(reply.cached)
             for stage, seconds in reply.stages.items():
                 self.stages.setdefault(stage, []).append(seconds)
         else:
@@ -79,6 +85,7 @@ def merge(runs: list[Run]) -> Run:
         whole.offered += run.offered
         whole.done += run.done
         whole.lags += run.lags
+        whole.cached += run.cached
         for outcome, latencies in run.latencies.items():
             whole.latencies.setdefault(outcome, []).extend(latencies)
         for stage, seconds in run.stages.items():

@@ -62,9 +62,15 @@ def _draw(report: Report, form: str) -> bytes:
 
 
 def _page(report: Report, svg: str) -> str:
-    facts = {**report.settings, **report.machine, **report.versions, "time": report.time}
+    facts = {
+        **report.target,
+        **report.settings,
+        **report.machine,
+        **report.versions,
+        "time": report.time,
+    }
     fact_rows = "".join(
-        f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>"
+        f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>"
         for key, value in facts.items()
     )
     heads = ("load", "calls/s", "images/s", "p50 ms", "p90", "p99", "p99.9", "failed", "")

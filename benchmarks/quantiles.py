@@ -43,9 +43,26 @@ def percentile(sorted_values: Sequence[float], percent: float) -> Percentile:
     n, p = len(sorted_values), percent / 100
     half = NormalDist().inv_cdf(0.975) * (n * p * (1 - p)) ** 0.5
     low, high = int(np.floor(n * p - half)), int(np.ceil(n * p + half))
+    value = float(np.percentile(sorted_values, percent))
     return Percentile(
         percent=percent,
-        value=float(np.percentile(sorted_values, percent)),
-        low=float(sorted_values[low]) if low >= 0 else None,
-        high=float(sorted_values[high]) if high < n else None,
+        value=value,
+        # with few values the estimate may lie outside of these ranks
+        low=min(float(sorted_values[low]), value) if low >= 0 else None,
+        high=max(float(sorted_values[high]), value) if high < n else None,
     )
+
+
+def values_needed(percent: float) -> int:
+    """Return the size of a sample from which the interval of a percentile has an upper end.
+
+    Example:
+        >>> values_needed(50), values_needed(99)
+        (8, 563)
+    """
+    n = 1
+    while percentile(range(n), percent).high is None:
+        n += 1 + n // 400
+    while n > 1 and percentile(range(n - 1), percent).high is not None:
+        n -= 1
+    return n

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 
 from crl_benchmarks.load import Reply, Send
+from crl_sdk.client._connection import open_channel, typed_error
+from crl_sdk.client._options import ClientOptions, ClientSecurity
+from crl_sdk.errors import ImageError, InvalidInputError
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.pb.inference import kserve_pb2, kserve_pb2_grpc
 
+_JPEG = b"\xff\xd8"
 _FULL = (grpc.StatusCode.RESOURCE_EXHAUSTED,)
 
 
@@ -27,7 +31,9 @@ class Target:
         criteria: Criteria of each call, for `crl`.
         model: Name of the model, for `kserve`.
         timeout: Time limit of a call in seconds.
-        token: Bearer token, if the server requires one.
+        security: Token and TLS files.
+        distinct: Whether all images that are sent differ, so that no cache can answer. They must be
+            JPEGs.
     """
 
     address: str
@@ -37,7 +43,26 @@ class Target:
     criteria: tuple[str, ...] = ()
     model: str = ""
     timeout: float = 10.0
-    token: str | None = None
+    security: ClientSecurity = field(default_factory=ClientSecurity)
+    distinct: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that the images can be made distinct.
+
+        Raises:
+            InvalidInputError: If they shall differ and one is not a JPEG.
+        """
+        if self.distinct and not all(data.startswith(_JPEG) for data in self.images):
+            raise InvalidInputError(
+                "--distinct writes a number into each image, which works with JPEGs: leave out the "
+                "other images"
+            )
+
+
+def open_target(target: Target) -> grpc.aio.Channel:
+    """Return a channel to the server."""
+    options = ClientOptions(security=target.security, max_message_bytes=2**31 - 1)
+    return open_channel(target.address, options)
 
 
 def connect(target: Target, channel: grpc.aio.Channel) -> Send:
@@ -45,16 +70,50 @@ def connect(target: Target, channel: grpc.aio.Channel) -> Send:
     return (_crl if target.kind == "crl" else _kserve)(target, channel)
 
 
-def _crl(target: Target, channel: grpc.aio.Channel) -> Send:
-    stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+async def probe(target: Target) -> dict[str, str]:
+    """Make one call, without waiting for the server to come up, and ask what it runs.
 
-    async def send(number: int) -> Reply:
-        request = embedding_pb2.EmbedRequest(
-            images=[embedding_pb2.Image(encoded=data) for data in _images(target, number)],
-            criteria=target.criteria,
-        )
+    Returns:
+        Name, fingerprint and engine of the model, and version of the server, as far as it says.
+
+    Raises:
+        CrlError: If the call fails, with the server's message.
+    """
+    async with open_target(target) as channel:
         try:
-            reply = await stub.Embed(request, timeout=target.timeout, metadata=_metadata(target))
+            if target.kind == "kserve":
+                await _infer(target, channel, 0)
+                return {"model": target.model}
+            reply = await _embed(target, channel, 0)
+            if bad := next((each for each in reply.images if each.code), None):
+                raise ImageError(bad.message, source="the first image")
+            stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+            model = await stub.GetModel(
+                embedding_pb2.GetModelRequest(), timeout=target.timeout, metadata=_metadata(target)
+            )
+        except grpc.aio.AioRpcError as error:
+            raise typed_error(error) from error
+    return {
+        "model": model.name, "fingerprint": model.fingerprint, "engine": model.engine,
+        "crl": model.server_version,
+    }  # fmt: skip
+
+
+async def _embed(
+    target: Target, channel: grpc.aio.Channel, number: int
+) -> embedding_pb2.EmbedResponse:
+    request = embedding_pb2.EmbedRequest(
+        images=[embedding_pb2.Image(encoded=data) for data in _images(target, number)],
+        criteria=target.criteria,
+    )
+    stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+    return await stub.Embed(request, timeout=target.timeout, metadata=_metadata(target))
+
+
+def _crl(target: Target, channel: grpc.aio.Channel) -> Send:
+    async def send(number: int) -> Reply:
+        try:
+            reply = await _embed(target, channel, number)
         except grpc.aio.AioRpcError as error:
             return failed(error)
         bad = next((each for each in reply.images if each.code), None)
@@ -70,29 +129,31 @@ def _crl(target: Target, channel: grpc.aio.Channel) -> Send:
                 "project": timings.project_us / 1e6,
                 "total": timings.total_us / 1e6,
             },
+            cached=sum(each.cached for each in reply.images) / len(reply.images),
         )
 
     return send
 
 
-def _kserve(target: Target, channel: grpc.aio.Channel) -> Send:
+async def _infer(target: Target, channel: grpc.aio.Channel, number: int) -> None:
+    images = _images(target, number)
+    request = kserve_pb2.ModelInferRequest(
+        model_name=target.model,
+        inputs=[
+            kserve_pb2.ModelInferRequest.InferInputTensor(
+                name="IMAGE", datatype="BYTES", shape=[len(images), 1]
+            )
+        ],
+        raw_input_contents=[b"".join(struct.pack("<I", len(image)) + image for image in images)],
+    )
     stub = kserve_pb2_grpc.GRPCInferenceServiceStub(channel)
+    await stub.ModelInfer(request, timeout=target.timeout, metadata=_metadata(target))
 
+
+def _kserve(target: Target, channel: grpc.aio.Channel) -> Send:
     async def send(number: int) -> Reply:
-        images = _images(target, number)
-        request = kserve_pb2.ModelInferRequest(
-            model_name=target.model,
-            inputs=[
-                kserve_pb2.ModelInferRequest.InferInputTensor(
-                    name="IMAGE", datatype="BYTES", shape=[len(images), 1]
-                )
-            ],
-            raw_input_contents=[
-                b"".join(struct.pack("<I", len(image)) + image for image in images)
-            ],
-        )
         try:
-            await stub.ModelInfer(request, timeout=target.timeout, metadata=_metadata(target))
+            await _infer(target, channel, number)
         except grpc.aio.AioRpcError as error:
             return failed(error)
         return Reply("ok")
@@ -102,11 +163,20 @@ def _kserve(target: Target, channel: grpc.aio.Channel) -> Send:
 
 def _images(target: Target, number: int) -> list[bytes]:
     first = number * target.batch
-    return [target.images[(first + i) % len(target.images)] for i in range(target.batch)]
+    chosen = [(first + i, target.images[(first + i) % len(target.images)])
+              for i in range(target.batch)]  # fmt: skip
+    return [numbered(data, n) if target.distinct else data for n, data in chosen]
+
+
+def numbered(jpeg: bytes, number: int) -> bytes:
+    """Return a JPEG with a comment that holds a number. Its pixels are the same."""
+    text = number.to_bytes(8, "big")
+    return b"".join((_JPEG, b"\xff\xfe", (2 + len(text)).to_bytes(2, "big"), text, jpeg[2:]))
 
 
 def _metadata(target: Target) -> tuple[tuple[str, str], ...]:
-    return (("authorization", f"Bearer {target.token}"),) if target.token else ()
+    token = target.security.token
+    return (("authorization", f"Bearer {token}"),) if token else ()
 
 
 def failed(error: grpc.aio.AioRpcError) -> Reply:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shlex
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import typer
+from rich import box
 from rich.table import Table
 
-from crl_sdk.cli._console import JsonOption, note, out, print_facts, print_json, spinner
+from crl_sdk.cli._console import JsonOption, note, out, print_facts, print_json, spinner, warn
 from crl_sdk.cli._options import EngineOption, ThreadsOption
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.storage._atomic_files import write_record
 
 if TYPE_CHECKING:
     from crl_benchmarks.bench import BenchSettings, LoadResult, Objective, Report
+    from crl_benchmarks.bench_compare import Ratio
     from crl_benchmarks.targets import Target
+
+_MOSTLY_CACHED = 0.05
+"""Share of images from the cache above which the output says so at the top."""
 
 
 def bench(
@@ -64,6 +71,30 @@ def bench(
     timeout: Annotated[
         float, typer.Option(min=0.001, help="Time limit of a call in seconds.")
     ] = 10.0,
+    distinct: Annotated[
+        bool,
+        typer.Option(
+            "--distinct",
+            help="Write a number into each JPEG that is sent, so that the server's cache never "
+            "answers.",
+        ),
+    ] = False,
+    authority: Annotated[
+        str | None,
+        typer.Option(
+            help="TLS: PEM file of the authority that signed the server's certificate, or `system`."
+        ),
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="Mutual TLS: PEM file of the client's certificate.")
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="Mutual TLS: PEM file of the client's private key.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Compare two reports of --out instead, as ratios with intervals."),
+    ] = None,
     out_file: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the report to this JSON file.")
     ] = None,
@@ -75,15 +106,18 @@ def bench(
     """Measure latency, throughput and failures of a server under load.
 
     The report also shows the times that the server reports. A bearer token is read from CRL_TOKEN.
-    The server answers repeated images from its cache: start it with --cache-mb 0 to measure its
-    engine.
+    The server answers repeated images from its cache: pass --distinct to measure its engine.
     """
+    if compare is not None:
+        _compare(*compare, as_json)
+        return
     if (address is None) == (bundle is None):
         raise InvalidInputError("expected either the address of a server or --bundle")
     try:
-        from crl_benchmarks.bench import BenchSettings, Objective, report
+        from crl_benchmarks.bench import BenchSettings, Objective, report, server_settings
         from crl_benchmarks.images import read_images, synthetic_jpegs
-        from crl_benchmarks.targets import Target
+        from crl_benchmarks.targets import Target, probe
+        from crl_sdk.client._options import ClientSecurity
     except ImportError as error:
         raise MissingDependencyError(error.name or "pillow", "cpu", "crl bench") from error
 
@@ -91,7 +125,7 @@ def bench(
     objective = Objective.parse(slo) if slo is not None else None
     best: LoadResult | None = None
     if bundle is not None:
-        described, rows = _engine(
+        about, described, rows = _engine(
             bundle, engine, threads, _numbers("--batches", batches, whole=True), settings
         )
     elif address is not None:
@@ -111,25 +145,30 @@ def bench(
             criteria=tuple(part.strip() for part in criteria.split(",") if part.strip()),
             model=kserve_model,
             timeout=timeout,
-            token=os.environ.get("CRL_TOKEN"),
+            security=ClientSecurity(os.environ.get("CRL_TOKEN", ""), authority, certificate, key),
+            distinct=distinct,
         )
-        described, rows, best = _server(target, settings, loads, objective)
+        about, described = asyncio.run(probe(target)), server_settings(target, settings)
+        rows, best = _server(target, settings, loads, objective)
+    verdict, judged = objective.verdict(rows, best) if objective is not None else ("", True)
     command = shlex.join(["crl", *sys.argv[1:]])
-    document = report(command, described, rows, objective=slo, best=best)
+    document = report(command, about, described, rows, objective=slo, best=best, verdict=verdict)
     if out_file is not None:
         write_record(out_file, document, InvalidInputError)
         note(f"wrote {out_file}")
-    if plot is not None:
-        _plot(document, plot)
     if as_json:
         print_json(msgspec.to_builtins(document))
     else:
         _print(document)
+    if plot is not None:  # last: if it fails, the table is there
+        _plot(document, plot)
+    if not judged:
+        raise typer.Exit(1)
 
 
 def _engine(
     path: Path, engine: str, threads: int | None, batches: list[float], settings: BenchSettings
-) -> tuple[dict[str, str], list[LoadResult]]:
+) -> tuple[dict[str, str], dict[str, str | float], list[LoadResult]]:
     from crl_benchmarks.bench import engine_rows
     from crl_sdk.engines._selection import open_engine
     from crl_sdk.model._bundle import ModelBundle
@@ -144,14 +183,16 @@ def _engine(
             )
         finally:
             opened.close()
-    described = {
-        "model": bundle.manifest.name,
+    about = {
+        "model": bundle.manifest.name, "fingerprint": bundle.fingerprint,
         "engine": str(opened.name),
-        "threads": str(threads or "one per core"),
-        "warm-up": f"{settings.warm_up:g} s",
-        "measured": f"{settings.seconds:g} s",
+    }  # fmt: skip
+    described: dict[str, str | float] = {
+        "threads": threads or "one per core",
+        "warm_up_seconds": settings.warm_up,
+        "measured_seconds": settings.seconds,
     }
-    return described, rows
+    return about, described, rows
 
 
 def _server(
@@ -159,8 +200,8 @@ def _server(
     settings: BenchSettings,
     loads: list[tuple[str, float]],
     objective: Objective | None,
-) -> tuple[dict[str, str], list[LoadResult], LoadResult | None]:
-    from crl_benchmarks.bench import Generators, search, server_settings
+) -> tuple[list[LoadResult], LoadResult | None]:
+    from crl_benchmarks.bench import Generators, search
 
     best = None
     with spinner("starting the generators") as status, Generators(target, settings) as generators:
@@ -173,7 +214,7 @@ def _server(
         rows = [measure(mode, load) for mode, load in loads]
         if objective is not None:
             best = search(objective, measure, rows.append)
-    return server_settings(target, settings), rows, best
+    return rows, best
 
 
 def _plot(document: Report, path: Path) -> None:
@@ -187,10 +228,57 @@ def _plot(document: Report, path: Path) -> None:
     note(f"wrote {path}")
 
 
+def _compare(first: Path, second: Path, as_json: bool) -> None:
+    """Print the ratios of two reports."""
+    from crl_benchmarks.bench_compare import (
+        SHOWN,
+        compare_latency,
+        compare_throughput,
+        differences,
+        pairs,
+        read_report,
+    )
+
+    one, other = read_report(first), read_report(second)
+    rows = {
+        _load(row): {
+            "images_per_second": compare_throughput(row, same),
+            **{f"p{percent:g}": compare_latency(row, same, percent) for percent in SHOWN},
+        }
+        for row, same in pairs(one, other)
+    }
+    apart = differences(one, other)
+    for each in apart:
+        warn(f"the reports differ in {each}")
+    if as_json:
+        ratios = {load: {name: asdict(r) for name, r in row.items()} for load, row in rows.items()}
+        print_json({"first": str(first), "second": str(second), "differ": apart, "ratios": ratios})
+        return
+    table = Table("load", "images/s", *(f"p{percent:g}" for percent in SHOWN),
+                  title=f"{second} / {first}", title_justify="left")  # fmt: skip
+    for load, row in rows.items():
+        table.add_row(load, *map(_ratio, row.values()))
+    out.print(table)
+    out.print("ratios with 95 % intervals; above 1, the second is larger")
+
+
+def _ratio(ratio: Ratio) -> str:
+    if ratio.low is None or ratio.high is None:
+        return f"{ratio.value:.2f}"
+    return f"{ratio.value:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
+
+
 def _print(document: Report) -> None:
-    print_facts(document.command, dict(document.settings))
+    cached = max((row.cached or 0.0 for row in document.rows), default=0.0)
+    if cached > _MOSTLY_CACHED:
+        warn(
+            f"the server's cache answered {cached:.0%} of the images, so this is not the speed of "
+            "its engine: pass --distinct"
+        )
+    settings = {name.replace("_", " "): value for name, value in document.settings.items()}
+    print_facts(document.command, {**document.target, **settings})
     headings = ("load", "calls/s", "images/s", "p50 ms", "p90", "p99", "p99.9", "95 %", "failed")
-    table = Table(*headings)
+    table = Table(*headings, box=box.SIMPLE, pad_edge=False)  # fits 80 columns
     for row in document.rows:
         table.add_row(*_cells(row))
     out.print(table)
@@ -202,14 +290,8 @@ def _print(document: Report) -> None:
         remarks += [f"not quotable: {row.why}"] if row.why else []
         if remarks:
             out.print(f"{_load(row)}: {'; '.join(remarks)}")
-    if document.objective is not None and document.best is not None:
-        best = document.best
-        out.print(
-            f"{document.objective}: met at {best.calls_per_second:.4g} calls/s "
-            f"({best.images_per_second:.4g} images/s)"
-        )
-    elif document.objective is not None:
-        out.print(f"{document.objective}: met at no rate")
+    if document.objective is not None:
+        out.print(f"{document.objective}: {document.verdict}")
 
 
 def _load(row: LoadResult) -> str:

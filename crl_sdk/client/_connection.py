@@ -47,8 +47,7 @@ class Connection:
                 read, or there is a certificate without an authority.
         """
         self.options = options
-        check_address(address)
-        self.channel = _open_channel(address, options)
+        self.channel = open_channel(address, options)
         token = options.security.token
         if token and options.security.authority is None and not is_local(address):
             _log.warning(
@@ -100,7 +99,14 @@ def typed_error(error: grpc.aio.AioRpcError) -> CrlError:
     return error_from_status(error.code(), error.details() or "", error.trailing_metadata())
 
 
-def _open_channel(address: str, options: ClientOptions) -> grpc.aio.Channel:
+def open_channel(address: str, options: ClientOptions) -> grpc.aio.Channel:
+    """Return a channel, which connects at the first call.
+
+    Raises:
+        InvalidInputError: If the address has no port, a file of `options.security` cannot be read,
+            or there is a certificate without an authority.
+    """
+    check_address(address)
     sizes = [
         ("grpc.max_receive_message_length", options.max_message_bytes),
         ("grpc.max_send_message_length", options.max_message_bytes),
