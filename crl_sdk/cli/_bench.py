@@ -17,7 +17,7 @@ from rich import box
 from rich.table import Table
 
 from crl_sdk.cli._console import JsonOption, note, out, print_facts, print_json, spinner, warn
-from crl_sdk.cli._options import EngineOption, ThreadsOption
+from crl_sdk.cli._options import EngineOption, OverwriteOption, ThreadsOption, require_new
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.storage._atomic_files import write_record
 
@@ -95,6 +95,7 @@ def bench(
         tuple[Path, Path] | None,
         typer.Option(help="Compare two reports of --out instead, as ratios with intervals."),
     ] = None,
+    overwrite: OverwriteOption = False,
     out_file: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the report to this JSON file.")
     ] = None,
@@ -111,6 +112,7 @@ def bench(
     if compare is not None:
         _compare(*compare, as_json)
         return
+    require_new(out_file, plot, overwrite=overwrite)
     if (address is None) == (bundle is None):
         raise InvalidInputError("expected either the address of a server or --bundle")
     try:

@@ -23,7 +23,9 @@ from crl_sdk.cli._options import (
     BundleOption,
     DecodeOption,
     EngineOption,
+    OverwriteOption,
     ThreadsOption,
+    require_new,
 )
 from crl_sdk.cli._sources import (
     BasisOption,
@@ -85,6 +87,7 @@ def fit(
     engine: EngineOption = "auto",
     threads: ThreadsOption = None,
     decode: DecodeOption = "exact",
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Learn classes from labelled images by one criterion. Five images per class often suffice.
@@ -94,6 +97,7 @@ def fit(
     require_tasks("crl classify fit")
     if out_file.suffix != SUFFIX:
         raise InvalidInputError(f"--out: expected a {SUFFIX} file, got {str(out_file)!r}")
+    require_new(out_file, overwrite=overwrite)
     given = (
         _from_folders(directory) if labels is None else read_label_table(directory, labels, column)
     )
@@ -152,6 +156,7 @@ def predict(
     engine: EngineOption = "auto",
     threads: ThreadsOption = None,
     decode: DecodeOption = "exact",
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Classify images.
@@ -159,6 +164,7 @@ def predict(
     The probabilities say which class is more likely. They are not calibrated. Images that cannot
     be read are listed and left out, and the exit status is then 1.
     """
+    require_new(table, overwrite=overwrite)
     classifier = FewShotClassifier.load(classifier_file)
     if classifier.basis is None:
         raise InvalidInputError(

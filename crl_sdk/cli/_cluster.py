@@ -21,7 +21,9 @@ from crl_sdk.cli._options import (
     BundleOption,
     DecodeOption,
     EngineOption,
+    OverwriteOption,
     ThreadsOption,
+    require_new,
 )
 from crl_sdk.cli._report import write_report
 from crl_sdk.cli._report_content import (
@@ -92,6 +94,7 @@ def cluster(
         ),
     ] = True,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal groups.")] = 0,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Group images by a criterion in words, and name the groups.
@@ -102,6 +105,7 @@ def cluster(
     cannot be read are listed and left out, and the exit status is then 1.
     """
     require_tasks("crl cluster")
+    require_new(directory / TABLE, directory / REPORT, overwrite=overwrite)
     with LazyEmbedder(bundle, engine, threads, decode) as model:
         images = model.read([source])
         basis = model.find_or_make_basis(

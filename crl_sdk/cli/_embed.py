@@ -20,10 +20,12 @@ from crl_sdk.cli._options import (
     DecodeOption,
     DtypeOption,
     EngineOption,
+    OverwriteOption,
     ThreadsOption,
     load_basis,
     open_bundle,
     open_embedder,
+    require_new,
 )
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.model._image_files import find_image_files
@@ -49,6 +51,7 @@ def embed(
     decode: DecodeOption = "exact",
     dtype: DtypeOption = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per engine run.")] = 32,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Embed images and write their embeddings to a file.
@@ -56,6 +59,7 @@ def embed(
     Images that cannot be read are listed and left out, and the exit status is then 1.
     """
     _check_out(out_file)
+    require_new(out_file, overwrite=overwrite)
     paths = find_image_files(images)
     names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
     opened = open_bundle(bundle)

@@ -34,9 +34,11 @@ from crl_sdk.cli._generation import LlmOption
 from crl_sdk.cli._options import (
     BundleOption,
     EngineOption,
+    OverwriteOption,
     ThreadsOption,
     open_bundle,
     open_embedder,
+    require_new,
 )
 from crl_sdk.cli._sources import require_tasks
 from crl_sdk.errors import InvalidInputError
@@ -136,6 +138,7 @@ def evaluate(
     out_file: Annotated[
         Path | None, typer.Option("--out", "-o", help="File to write the results to: .md or .json.")
     ] = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run a benchmark of the paper.
@@ -148,6 +151,7 @@ def evaluate(
     benchmark = BENCHMARKS[name]
     if out_file is not None:
         report.check_path(out_file)
+        require_new(out_file, overwrite=overwrite)
     paper = () if no_published or split != "test" else read_paper_rows(name)
     others = None if published is None else read_published(published)
     known = tuple(benchmark.prompts)

@@ -16,6 +16,7 @@ from crl_sdk.basis._methods import METHODS
 from crl_sdk.cli._basis import read_texts
 from crl_sdk.cli._console import JsonOption, note, out, print_json, spinner
 from crl_sdk.cli._evaluate import parse_names, parse_shots
+from crl_sdk.cli._options import OverwriteOption, require_new
 from crl_sdk.cli._sources import require_tasks
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.evaluation import _results as report
@@ -121,6 +122,7 @@ def evaluate_vectors(
     out_file: Annotated[
         Path | None, typer.Option("--out", "-o", help="File to write the results to: .md or .json.")
     ] = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare all projection methods on stored vectors.
@@ -132,6 +134,7 @@ def evaluate_vectors(
     started = time.perf_counter()
     if out_file is not None:
         report.check_path(out_file)
+        require_new(out_file, overwrite=overwrite)
     protocols = parse_names("--protocol", protocol, VECTOR_PROTOCOLS)
     methods = tuple(m for m in METHODS if m in parse_names("--method", method, METHODS))
     noises = parse_names("--noise", noise, NOISES)

@@ -13,7 +13,7 @@ from crl_sdk._embedder import Embedder
 from crl_sdk.basis._basis import Basis
 from crl_sdk.basis._directory import BasisDirectory
 from crl_sdk.cli._console import note
-from crl_sdk.errors import CriterionError
+from crl_sdk.errors import CriterionError, InvalidInputError
 from crl_sdk.model._bundle import ModelBundle, demo_bundle
 from crl_sdk.model._preprocess import Decode
 from crl_sdk.projection._row_dtypes import RowDtype
@@ -61,6 +61,9 @@ DtypeOption = Annotated[
         "the direction of each row, which is enough for cosines."
     ),
 ]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace files that exist already.")
+]
 
 DEFAULT_BASES = Path("bases")
 
@@ -86,6 +89,24 @@ def command(*words: str, bundle: Path | None = None, bases: Path = DEFAULT_BASES
     if bases != DEFAULT_BASES:
         line += ["--bases", str(bases)]
     return shlex.join(line)
+
+
+def require_new(*paths: Path | None, overwrite: bool) -> None:
+    """Check before any work that no file would be replaced.
+
+    Args:
+        *paths: Files that the command writes; None for those that it does not.
+        overwrite: Whether existing files may be replaced.
+
+    Raises:
+        InvalidInputError: If a file exists and may not be replaced.
+    """
+    there = [str(path) for path in paths if path is not None and path.exists()]
+    if there and not overwrite:
+        raise InvalidInputError(
+            f"{' and '.join(there)}: exists already; pass --overwrite to replace it, or choose "
+            "another name"
+        )
 
 
 def load_basis(

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from crl_sdk.basis._basis import Basis
 from crl_sdk.cli._console import JsonOption, note, out, print_facts, print_json, spinner
-from crl_sdk.cli._options import BakedOption
+from crl_sdk.cli._options import BakedOption, OverwriteOption, require_new
 from crl_sdk.engines._verify import KernelVerification, Verification, verify_kernel
 from crl_sdk.engines._verify import verify as run
 from crl_sdk.errors import InvalidInputError
@@ -34,9 +34,11 @@ def verify(
     kernel: Annotated[
         bool, typer.Option("--kernel", help="Verify the projection kernel against NumPy instead.")
     ] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare an engine with the bundle's fp32 graph, and time it. Status 1 if they disagree."""
+    require_new(out_file, overwrite=overwrite)
     if kernel:
         with spinner("running the projection kernel"):
             checked = verify_kernel(ModelBundle.open(bundle))

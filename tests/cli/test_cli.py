@@ -81,6 +81,8 @@ def test_basis_then_embed(crl, image_files, tmp_path):
         assert summary["images"] == 9 and summary["failed"] == []
         assert summary["conditional"] == {"main color": 2}
     arrays = np.load("x.npz")
+    again = ["embed", image_files[0], "--out", "x.npz"]
+    assert "x.npz: exists already; pass --overwrite" in crl(*again, status=1).stderr
     assert arrays["universal"].shape == (9, summary["universal"])
     assert arrays["main color"].shape == (9, 2)
     assert arrays["path"].tolist() == sorted(map(str, image_files))

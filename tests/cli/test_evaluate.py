@@ -173,7 +173,7 @@ def test_the_papers_scores_are_shown_unless_left_out(clevr4, words, tmp_path):
     shown = CliRunner().invoke(app, ["eval", *map(str, (*given, *short))])
     assert shown.exit_code == 0
     assert "published, CRL, MetaCLIP" in " ".join(shown.output.split())
-    crl_eval(*given, *short, "--out", out, "--no-published")
+    crl_eval(*given, *short, "--out", out, "--no-published", "--overwrite")
     assert "published" not in out.read_text()
 
 

@@ -85,7 +85,7 @@ def test_labels_of_some_of_the_images(crl, stored):
 
 def test_cluster_sharpens_unless_told_or_done_before(crl, stored):
     crl("basis", "create", "color", *COLOURS)
-    ask = ["cluster", "x.npz", "--criterion", "color", "-k", 4, "--json"]
+    ask = ["cluster", "x.npz", "--criterion", "color", "-k", 4, "--json", "--overwrite"]
     record = json.loads(crl(*ask).stdout)["sharpened"]
     assert record["images"] == 160 and not record["labelled"]
     assert "sharpened" not in load("color").provenance  # for this command only
@@ -94,7 +94,7 @@ def test_cluster_sharpens_unless_told_or_done_before(crl, stored):
     assert json.loads(crl(*ask).stdout)["sharpened"]["source"] == "before"
     np.save("few.npy", stored[:149])
     crl("basis", "create", "color", *COLOURS, "--overwrite")
-    few = ["cluster", "few.npy", "--criterion", "color", "-k", 4, "--json"]
+    few = ["cluster", "few.npy", "--criterion", "color", "-k", 4, "--json", "--overwrite"]
     assert json.loads(crl(*few).stdout)["sharpened"] is None
 
 

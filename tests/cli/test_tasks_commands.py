@@ -101,7 +101,7 @@ def test_reasons_are_printed(crl, colours):
     """Images that differ equally in all directions do not differ more in colour."""
     rows = np.random.default_rng(0).standard_normal((60, 128)).astype(np.float32)
     np.save("x.npy", rows / np.linalg.norm(rows, axis=1, keepdims=True))
-    ask = ["cluster", "x.npy", "--criterion", "color", "--texts", colours, "-k", 4]
+    ask = ["cluster", "x.npy", "--criterion", "color", "--texts", colours, "-k", 4, "--overwrite"]
     told = crl(*ask, "--json")
     assert told["quality"]["separation"] < 0.1 and "may not see" in told["quality"]["reasons"][0]
     output = CliRunner().invoke(app, [str(each) for each in ask]).output
@@ -136,7 +136,7 @@ def test_the_language_models_basis_is_made_once_and_kept(crl, folder, tmp_path, 
 
     monkeypatch.setattr(Embedder, "generate_texts", generate)
     for _ in range(2):
-        told = crl("cluster", folder, "--criterion", "main color", "--json")
+        told = crl("cluster", folder, "--criterion", "main color", "--json", "--overwrite")
         assert told["texts"] == list(COLOURS)
     assert asked == ["main color"]
     assert Basis.load(basis_file("bases", "main color")).texts == COLOURS
@@ -158,7 +158,7 @@ def test_copies_and_tiny_folders(crl, folder, colours, tmp_path):
     for path in list(folder.iterdir())[1:]:
         path.unlink()
     only = next(folder.iterdir())
-    options = ("--criterion", "color", "--texts", colours, "--json")
+    options = ("--criterion", "color", "--texts", colours, "--json", "--overwrite")
     told = crl("cluster", folder, *options)
     assert told["k"] == 1 and told["clusters"][0]["size"] == 1
     for i in range(3):
@@ -274,6 +274,11 @@ def test_classify(crl, folder, colours, tmp_path):
     labels = tmp_path / "labels.csv"
     labels.write_text("\ufefffile,label,mood\nred-0.jpg,red,x\nblue-0.jpg,blue,y\n", "utf-8")
     fit = ("classify", "fit", folder, "-o", "m.safetensors", *options, "--labels", labels)
+    with pytest.raises(CrlError, match=r"m\.safetensors: exists already; pass --overwrite"):
+        crl(*fit)
+    with pytest.raises(CrlError, match=r"p\.csv: exists already"):
+        crl("classify", "predict", "m.safetensors", folder, "--csv", "p.csv")
+    fit = (*fit, "--overwrite")
     told = crl(*fit, "--json")
     assert told["classes"] == {"blue": 1, "red": 1} and told["singletons"] == ["blue", "red"]
     assert told["cross_validated_accuracy"] is None
