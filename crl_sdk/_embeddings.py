@@ -13,7 +13,7 @@ from crl_sdk._criterion import normalise_criterion
 from crl_sdk.errors import CriterionError, ImageError
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Embeddings:
     """Embeddings of n images; `embeddings["color"]` is the array of one criterion.
 
@@ -37,6 +37,16 @@ class Embeddings:
     cached: NDArray[np.bool_] | None = None
     basis_sha256: Mapping[str, str] = field(default_factory=dict)
     timings: Mapping[str, int] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Return the number of images and the sizes of their embeddings."""
+        sizes = [f"{name} {rows.shape[1]}" for name, rows in self.conditional.items()]
+        failed = f", {len(self.errors)} failed" if self.errors else ""
+        return (
+            f"Embeddings({len(self.universal)} images{failed}; universal "
+            f"{self.universal.shape[1]}{''.join(f', {size}' for size in sizes)}; "
+            f"{self.universal.dtype})"
+        )
 
     def __getitem__(self, criterion: str) -> NDArray[Any]:
         """Return the conditional embeddings of one criterion, shape (n, m).

@@ -223,13 +223,14 @@ def _first_lines(message: str, count: int = 4) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence open_clip's log messages about weights. Failures are raised."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.CRITICAL)
+    """Silence log messages about weights and retried downloads. Failures are raised."""
+    levels = {name: logging.getLogger(name).level for name in (None, "huggingface_hub")}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        root.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -321,3 +321,13 @@ def test_from_words_to_named_clusters_with_the_default_language_model(tmp_path):
     found = cluster(result["color"], 5, basis=basis, universal=result.universal)
     assert {"red", "blue"} & set(basis.texts)
     assert any(group.name.text in basis.texts for group in found.clusters)
+
+
+def test_objects_print_what_they_are(embedder, bases, image_files):
+    assert repr(bases[0]) == (
+        "Basis('color', 4 texts: 'red', 'green', 'blue', …; contrastive, 128 → 3, "
+        f"model {embedder.bundle.fingerprint[:12]}…)"
+    )
+    assert repr(bases[0].projection) == "Projection(128 → 3, post 'l2')"
+    result = embedder.embed([*image_files, b"junk"], bases[0], on_error="collect")
+    assert repr(result) == "Embeddings(10 images, 1 failed; universal 128, color 3; float32)"

@@ -23,7 +23,7 @@ from crl_sdk.errors import (
     InvalidInputError,
     UnsupportedSchemaError,
 )
-from crl_sdk.model._fingerprint import require_same_model
+from crl_sdk.model._fingerprint import require_same_model, short_fingerprint
 from crl_sdk.projection._projection import Post, Projection
 from crl_sdk.storage._atomic_files import write_atomically
 from crl_sdk.storage._checksummed_safetensors import (
@@ -69,7 +69,7 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     sha256: str = ""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Basis:
     """The texts and the projection of one criterion, for one model.
 
@@ -102,6 +102,15 @@ class Basis:
     merge_threshold: float = 1.0
     merged: tuple[MergedText, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Return the criterion, the first texts, the method and the sizes."""
+        shown = ", ".join(map(repr, self.texts[:3])) + (", …" if len(self.texts) > 3 else "")
+        return (
+            f"Basis({self.criterion!r}, {len(self.texts)} texts: {shown}; {self.method}, "
+            f"{self.projection.input_dim} → {self.projection.output_dim}, "
+            f"model {short_fingerprint(self.fingerprint)})"
+        )
 
     def require_fingerprint(self, fingerprint: str, *, used_with: str = "this bundle") -> None:
         """Raise an error if the basis was made for another model.

@@ -25,7 +25,7 @@ EPSILON = 1e-12
 """Smallest divisor in a row normalisation, so that a zero row stays zero."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Projection:
     """The map `post(embedding @ weight + bias)` from universal to conditional embeddings.
 
@@ -63,6 +63,10 @@ class Projection:
             raise InvalidInputError(f"expected post in {POSTS}, got {self.post!r}")
         if not (np.isfinite(self.weight).all() and np.isfinite(self.bias).all()):
             raise InvalidInputError("a projection's weight and bias must be finite")
+
+    def __repr__(self) -> str:
+        """Return the sizes and the row normalisation."""
+        return f"Projection({self.input_dim} → {self.output_dim}, post {self.post!r})"
 
     @property
     def input_dim(self) -> int:
