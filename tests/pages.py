@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,3 +81,19 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
             else:
                 current.append(word)
     return found
+
+
+def write_first_screen(directory: Path) -> None:
+    """Write README's first commands and its first Python example to files, as they stand."""
+    page = ROOT / "README.md"
+    example = blocks(page, "python")[0]
+    lines = page.read_text(encoding="utf-8").splitlines()[: example.line]
+    shown = [block for block in blocks(page, "") if block.line < len(lines)]
+    (directory / "commands.sh").write_text(
+        "".join(block.text for block in shown if block.text.startswith("crl "))
+    )
+    (directory / "example.py").write_text(example.text)
+
+
+if __name__ == "__main__":
+    write_first_screen(Path(sys.argv[2]))

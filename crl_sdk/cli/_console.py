@@ -43,6 +43,8 @@ def print_json(document: dict[str, Any]) -> None:
 def print_facts(title: str, facts: dict[str, object]) -> None:
     """Print names and values on stdout, one pair per line."""
     table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")  # a fingerprint is shown whole, on two lines
     for name, value in facts.items():
         table.add_row(f"[bold]{escape(name)}", escape(str(value)))
     out.print(table)

@@ -57,6 +57,18 @@ def test_info(crl):
     assert error["type"] == "BundleError" and "nowhere" in error["message"]
 
 
+def test_nothing_is_cut_at_80_columns(crl):
+    """Neither the descriptions of commands, nor names of options, nor a fingerprint."""
+    for command in ((), ("basis",), ("classify",), ("eval",), ("serve",), ("bench",), ("cluster",)):
+        shown = crl(*command, "--help", COLUMNS="80").stdout
+        lines = [line for line in shown.splitlines() if not line.startswith("Usage:")]
+        assert not [line for line in lines if line.endswith("...") or len(line) > 80 or "…" in line]
+    shown = crl("info", demo_bundle(), COLUMNS="80").stdout
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
+    fingerprint = json.loads((demo_bundle() / "manifest.json").read_text())["fingerprint"]
+    assert fingerprint[:50] in shown
+
+
 def test_basis_then_embed(crl, image_files, tmp_path):
     texts = tmp_path / "colours.txt"
     texts.write_text("red\ngreen\n\nblue\nRED\n", encoding="utf-8")
