@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -145,6 +146,19 @@ def test_int8_of_a_basis_without_row_normalisation_is_refused_before_the_work(cr
     assert not Path("x.npz").exists() and not Path("o").exists()
 
 
+def test_the_command_that_an_error_suggests_works_as_printed(crl, image_files, bundle_copy):
+    """It carries the --bundle and --bases of the command that failed."""
+    ask = ["embed", image_files[0], "--criteria", "main color", "--bundle", bundle_copy]
+    ask += ["--bases", "my bases", "--out", "x.npz"]
+    told = crl(*ask, status=1).stderr
+    suggested = shlex.split(told.partition("To make it: ")[2])
+    assert suggested[:4] == ["crl", "basis", "create", "main color"]
+    crl(*suggested[1:], "-t", "red", "-t", "blue", "-t", "green")
+    assert crl(*ask, "--json").returncode == 0
+    edit = crl("basis", "list", "--bases", "none", status=0).stderr
+    assert "crl basis create color --bases none" in edit
+
+
 def test_the_environment_names_bundle_and_bases(crl, tmp_path):
     crl("basis", "create", "color", "-t", "red", "-t", "blue", CRL_BASES=str(tmp_path / "mine"))
     assert basis_file(tmp_path / "mine", "color").exists()
@@ -235,7 +249,10 @@ def test_demo(crl):
 
 
 def test_texts_come_from_a_local_model(crl, tmp_path):
-    table = crl("basis", "create", "color", "--answers", 4, "--dry-run").stdout
+    told = crl("basis", "create", "color", "--answers", 4, "--dry-run")
+    table = told.stdout
+    assert "crl basis edit color --add TEXT --remove TEXT" in told.stderr
+    assert "crl basis create color --texts FILE --overwrite" in told.stderr
     assert "votes" in table and "kept" in table and not (tmp_path / "bases").exists()
     create = ["basis", "create", "color", "--answers", 4, "--count", 9, "--include", "teal"]
     made = document(crl(*create, "--exclude", "blue", "--hint", "as painters say", "--json"))
