@@ -113,6 +113,9 @@ def test_the_record_is_written_and_the_exit_status_is_1_on_failure(
     }
     command(demo_bundle(), **options, as_json=True)
     assert json.loads(file.read_text()) == json.loads(capsys.readouterr().out)
+    with pytest.raises(InvalidInputError, match=r"record\.json: exists already; pass --overwrite"):
+        command(demo_bundle(), **options, as_json=False)
+    options["overwrite"] = True
     command(demo_bundle(), **options, as_json=False)
     assert "agrees with fp32" in capsys.readouterr().out
     monkeypatch.setattr(
