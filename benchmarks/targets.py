@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ class Target:
         security: Token and TLS files.
         distinct: Whether all images that are sent differ, so that no cache can answer. They must be
             JPEGs.
+        mark: Bytes in all distinct images of this target, which differ from those of any other.
     """
 
     address: str
@@ -45,6 +47,7 @@ class Target:
     timeout: float = 10.0
     security: ClientSecurity = field(default_factory=ClientSecurity)
     distinct: bool = False
+    mark: bytes = field(default_factory=lambda: secrets.token_bytes(8))
 
     def __post_init__(self) -> None:
         """Check that the images can be made distinct.
@@ -165,12 +168,12 @@ def _images(target: Target, number: int) -> list[bytes]:
     first = number * target.batch
     chosen = [(first + i, target.images[(first + i) % len(target.images)])
               for i in range(target.batch)]  # fmt: skip
-    return [numbered(data, n) if target.distinct else data for n, data in chosen]
+    return [marked(data, target.mark, n) if target.distinct else data for n, data in chosen]
 
 
-def numbered(jpeg: bytes, number: int) -> bytes:
-    """Return a JPEG with a comment that holds a number. Its pixels are the same."""
-    text = number.to_bytes(8, "big")
+def marked(jpeg: bytes, mark: bytes, number: int) -> bytes:
+    """Return a JPEG with a comment that holds a mark and a number. Its pixels are the same."""
+    text = mark + number.to_bytes(8, "big")
     return b"".join((_JPEG, b"\xff\xfe", (2 + len(text)).to_bytes(2, "big"), text, jpeg[2:]))
 
 

@@ -182,6 +182,8 @@ def test_distinct_images_have_the_same_pixels():
     target = Target("h:1", jpegs, batch=2, distinct=True)
     sent = [data for number in range(4) for data in targets._images(target, number)]
     assert len(set(sent)) == 8
+    again = targets._images(Target("h:1", jpegs, batch=2, distinct=True), 0)
+    assert not set(again) & set(sent)  # another run sends other images
     for i, data in enumerate(sent):
         pixels, original = (Image.open(io.BytesIO(each)) for each in (data, jpegs[i % 2]))
         np.testing.assert_array_equal(np.asarray(pixels), np.asarray(original))

@@ -177,8 +177,10 @@ def test_a_client_machine_that_disappeared_is_disconnected(serve, faked, engine,
     with grpc.insecure_channel(line.address) as channel:
         stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
         entered = sum(engine.entered)
-        calls = [stub.Embed.future(message().request) for _ in range(4)]
-        wait_until(lambda: sum(engine.entered) - entered + batcher.depth == 4)
+        calls = [stub.Embed.future(message().request)]
+        wait_until(lambda: sum(engine.entered) - entered == 1)  # alone, so that the others wait
+        calls += [stub.Embed.future(message().request) for _ in range(3)]
+        wait_until(lambda: batcher.depth == 3)
         waiting = batcher.depth
         line.cut.set()
         time.sleep(4)  # one second of silence and one without an answer to the ping
