@@ -91,6 +91,14 @@ def bench(
     key: Annotated[
         Path | None, typer.Option(help="Mutual TLS: PEM file of the client's private key.")
     ] = None,
+    plain_text_token: Annotated[
+        bool,
+        typer.Option(
+            "--plain-text-token",
+            help="Send CRL_TOKEN to another machine without TLS, where everyone on the way can "
+            "read it.",
+        ),
+    ] = False,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(help="Compare two reports of --out instead, as ratios with intervals."),
@@ -147,7 +155,9 @@ def bench(
             criteria=tuple(part.strip() for part in criteria.split(",") if part.strip()),
             model=kserve_model,
             timeout=timeout,
-            security=ClientSecurity(os.environ.get("CRL_TOKEN", ""), authority, certificate, key),
+            security=ClientSecurity(
+                os.environ.get("CRL_TOKEN", ""), authority, certificate, key, plain_text_token
+            ),
             distinct=distinct,
         )
         about, described = asyncio.run(probe(target)), server_settings(target, settings)

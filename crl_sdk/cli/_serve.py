@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -86,15 +86,13 @@ def serve(
         typer.Option(help="host:port of the Prometheus page over HTTP; none by default."),
     ] = None,
     generate: Annotated[
-        bool, typer.Option("--generate", help="Offer GenerateBasis with a local language model.")
+        bool, typer.Option(help="Offer GenerateBasis with a local language model.")
     ] = False,
     llm: generation.LlmOption = None,
     log_format: Annotated[
         Literal["text", "json"], typer.Option(help="json: one JSON object per line.")
     ] = "text",
-    access_log: Annotated[
-        bool, typer.Option("--access-log", help="Log every call, not only failed ones.")
-    ] = False,
+    access_log: Annotated[bool, typer.Option(help="Log every call, not only failed ones.")] = False,
     otlp: Annotated[
         str | None,
         typer.Option(help="http(s)://host:port of an OpenTelemetry collector (OTLP over gRPC)."),
@@ -102,7 +100,6 @@ def serve(
     shared_memory: Annotated[
         bool,
         typer.Option(
-            "--shared-memory",
             help="Let KServe clients read and write any shared memory object of this user.",
         ),
     ] = False,
@@ -114,7 +111,7 @@ def serve(
     """
     try:
         from crl_sdk.serving._admission import ServerLimits
-        from crl_sdk.serving._logs import make_log_handler
+        from crl_sdk.serving._logs import make_log_handler, stderr_in_the_log
         from crl_sdk.serving._security import ServerTls, read_tokens
         from crl_sdk.serving._server import ServerSettings
         from crl_sdk.serving._server import serve as run
@@ -122,7 +119,9 @@ def serve(
         raise MissingDependencyError(error.name or "grpcio", "serve", "crl serve") from error
 
     logging.basicConfig(level=logging.INFO, handlers=[make_log_handler(log_format)], force=True)
-    with _errors_as_log_lines(log_format):
+    # every line of the log is then an object, whoever writes it
+    whole_log = stderr_in_the_log() if log_format == "json" else nullcontext()
+    with whole_log, _errors_as_log_lines(log_format):
         if (tls_cert is None) != (tls_key is None) or (tls_client_ca and tls_cert is None):
             raise InvalidInputError(
                 "expected --tls-cert and --tls-key together: give both, or neither and no "
@@ -166,6 +165,11 @@ def _errors_as_log_lines(log_format: str) -> Iterator[None]:
         if log_format != "json":
             raise
         _log.error("%s", error)
+        raise typer.Exit(1) from error
+    except Exception as error:
+        if log_format != "json":
+            raise
+        _log.exception("crl serve failed")
         raise typer.Exit(1) from error
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import sys
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
+import msgspec
 import typer
 
 from crl_sdk.errors import InvalidInputError
@@ -26,6 +28,9 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         path: TOML file with the long names of options as keys, such as `max-batch = 64`. None for
             no file.
 
+    Returns:
+        The path.
+
     Raises:
         InvalidInputError: If the file cannot be read, or a key or the type of a value is wrong.
     """
@@ -38,21 +43,34 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InvalidInputError(f"{path}: not a TOML file ({error})") from error
     options = {
-        name.removeprefix("--"): str(parameter.name)
+        name.removeprefix("--"): parameter
         for parameter in context.command.params
         for name in parameter.opts
         if name.startswith("--") and name not in ("--config", "--help")
     }
+    types = get_type_hints(context.command.callback)
     defaults = {}
     for key, value in values.items():
         if key not in options:
             near = difflib.get_close_matches(key, options, n=1)
-            hint = f"; do you mean {near[0]!r}?" if near else ""
+            hint = f"; do you mean {near[0]!r}?" if near else ", see crl serve --help"
             raise InvalidInputError(f"{path}: crl serve has no option {key!r}{hint}")
-        if not isinstance(value, str | int | float):  # the option itself checks the rest
-            raise InvalidInputError(
-                f"{path}: {key}: expected a string, a number, true or false, got {value!r}"
-            )
-        defaults[options[key]] = value
+        option = options[key]
+        name = str(option.name)
+        try:
+            msgspec.convert(value, _toml_type(types[name]))
+            option.process_value(context, value)
+        except msgspec.ValidationError as error:
+            message = str(error).replace("Expected", "expected")
+            raise InvalidInputError(f"{path}: {key} is {value!r}: {message}") from error
+        except typer.BadParameter as error:
+            raise InvalidInputError(f"{path}: {key} is {value!r}: {error.message}") from error
+        defaults[name] = value
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
+
+
+def _toml_type(annotation: Any) -> Any:
+    """Return the type of an option's value in TOML, which has no paths and no None."""
+    kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not type(None)]
+    return kinds[0] if kinds[0] in (bool, int) else str

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 import random
-import ssl
 import time
-from pathlib import Path
 from typing import TypeVar
 
 import grpc
@@ -17,14 +13,13 @@ from crl_sdk.client._options import ClientOptions
 from crl_sdk.errors import CrlError, InvalidInputError, OverloadedError
 from crl_sdk.rpc._address import check_address, is_local
 from crl_sdk.rpc._status import error_from_status
+from crl_sdk.rpc._tls_files import read_authority, read_pair, read_system_authorities
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 
 SYSTEM_AUTHORITIES = "system"
 """Value of `ClientSecurity.authority` for the authorities that this machine trusts."""
-
-_log = logging.getLogger(__name__)
 
 _UNAVAILABLE_PAUSE = 0.05
 _MAX_PAUSE = 5.0
@@ -44,16 +39,11 @@ class Connection:
 
         Raises:
             InvalidInputError: If the address has no port, a file of `options.security` cannot be
-                read, or there is a certificate without an authority.
+                used, or the token would travel in plain text.
         """
         self.options = options
         self.channel = open_channel(address, options)
         token = options.security.token
-        if token and options.security.authority is None and not is_local(address):
-            _log.warning(
-                "the token travels to %s in plain text, because ClientSecurity.authority is not "
-                "set: name the PEM file of the server's authority, or 'system'", address,
-            )  # fmt: skip
         self.metadata = (("authorization", f"Bearer {token}"),) if token else ()
 
     async def call(
@@ -103,8 +93,8 @@ def open_channel(address: str, options: ClientOptions) -> grpc.aio.Channel:
     """Return a channel, which connects at the first call.
 
     Raises:
-        InvalidInputError: If the address has no port, a file of `options.security` cannot be read,
-            or there is a certificate without an authority.
+        InvalidInputError: If the address has no port, a file of `options.security` cannot be used,
+            or the token would travel in plain text.
     """
     check_address(address)
     sizes = [
@@ -113,43 +103,23 @@ def open_channel(address: str, options: ClientOptions) -> grpc.aio.Channel:
     ]
     security = options.security
     if security.authority is None:
-        if security.certificate is not None:
+        if security.token and not security.plain_text_token and not is_local(address):
             raise InvalidInputError(
-                "a client certificate needs TLS: set ClientSecurity.authority to the PEM file of "
-                "the authority that signed the server's certificate"
+                f"the token would travel to {address} in plain text: set ClientSecurity.authority "
+                "(crl bench --authority) to the PEM file of the server's authority or to 'system', "
+                "or plain_text_token=True (--plain-text-token) if everyone on the way may read it"
             )
         return grpc.aio.insecure_channel(address, options=sizes)
-    authority = (
-        _system_authorities()
-        if security.authority == SYSTEM_AUTHORITIES
-        else _read_pem(security.authority)
-    )
-    credentials = grpc.ssl_channel_credentials(
-        authority, _read_pem(security.key), _read_pem(security.certificate)
-    )
+    if security.authority == SYSTEM_AUTHORITIES:
+        authority = read_system_authorities("ClientSecurity.authority")
+    else:
+        authority = read_authority(security.authority, "ClientSecurity.authority")
+    chain, key = None, None
+    if security.certificate is not None and security.key is not None:
+        names = ("ClientSecurity.certificate", "ClientSecurity.key")
+        chain, key = read_pair(security.certificate, security.key, names)
+    credentials = grpc.ssl_channel_credentials(authority, key, chain)
     return grpc.aio.secure_channel(address, credentials, options=sizes)
-
-
-def _system_authorities() -> bytes:
-    """Return the certificates of the authorities that this machine trusts, as PEM."""
-    trusted = ssl.create_default_context().get_ca_certs(binary_form=True)
-    if not trusted:
-        raise InvalidInputError(
-            "this machine trusts no authority that can be read: set ClientSecurity.authority to a "
-            "PEM file"
-        )
-    return "".join(map(ssl.DER_cert_to_PEM_cert, trusted)).encode()
-
-
-def _read_pem(path: str | os.PathLike[str] | None) -> bytes | None:
-    if path is None:
-        return None
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InvalidInputError(
-            f"{path}: cannot be read ({error.strerror}); check the paths of ClientSecurity"
-        ) from error
 
 
 def _retry_pause(code: grpc.StatusCode, error: CrlError, attempt: int) -> float | None:

@@ -13,29 +13,43 @@ class ClientSecurity:
     """The token of a client and the TLS files of its connection.
 
     Attributes:
-        token: Token, sent as `authorization: Bearer TOKEN`. Without TLS it travels in plain text,
-            which is warned of unless the server is on this machine.
+        token: Token, sent as `authorization: Bearer TOKEN`. Without TLS it is sent to this machine
+            only, unless `plain_text_token` is true.
         authority: PEM file of the authority that signed the server's certificate, or `system` for
             the authorities that this machine trusts. None disables TLS.
         certificate: PEM file of the client's own certificate, for mutual TLS.
         key: PEM file of the private key of `certificate`.
+        plain_text_token: Whether the token may travel to another machine without TLS, where
+            everyone on the way can read it.
     """
 
     token: str = field(default="", repr=False)  # a secret, which logs must not show
     authority: str | os.PathLike[str] | None = None
     certificate: str | os.PathLike[str] | None = None
     key: str | os.PathLike[str] | None = None
+    plain_text_token: bool = False
 
     def __post_init__(self) -> None:
-        """Check that gRPC can send the token.
+        """Check that gRPC can send the token, and that certificate and key are complete.
 
         Raises:
-            InvalidInputError: If it has characters that are not printable ASCII.
+            InvalidInputError: If the token has characters that are not printable ASCII, one of
+                `certificate` and `key` is missing, or both are given without an authority.
         """
         if not (self.token.isascii() and self.token.isprintable()):
             raise InvalidInputError(
                 "expected a token of printable ASCII characters: remove the others, such as a line "
                 "end after it"
+            )
+        if (self.certificate is None) != (self.key is None):
+            raise InvalidInputError(
+                "expected ClientSecurity.certificate and ClientSecurity.key together: give both, "
+                "or neither"
+            )
+        if self.certificate is not None and self.authority is None:
+            raise InvalidInputError(
+                "a client certificate needs TLS: set ClientSecurity.authority to the PEM file of "
+                "the authority that signed the server's certificate, or to 'system'"
             )
 
 

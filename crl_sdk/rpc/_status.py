@@ -55,17 +55,24 @@ _REMEDIES = (
     ("WRONG_VERSION_NUMBER",
      "the server speaks plain text, and this client TLS: leave ClientSecurity.authority out, or "
      "start crl serve with --tls-cert and --tls-key"),
+    ("certificate has expired",
+     "the server's certificate has expired: its operator must renew it"),
     ("CERTIFICATE_VERIFY_FAILED",
      "the server's certificate was not signed by ClientSecurity.authority: name the PEM file of "
      "the authority that did"),
-    ("is not in peer certificate",
+    ("Hostname Verification",
      "the server's certificate is for another host name: use the name in the certificate"),
-    ("Socket closed",
-     "if `crl serve` runs there, it speaks TLS: set ClientSecurity.authority to the PEM file of "
-     "its authority, or to 'system', and certificate and key if it asks for them"),
-    ("", "check the address, that `crl serve` runs there, and that client and server agree on TLS"),
+    ("failed to connect.*Socket closed",
+     "if `crl serve` runs there, it speaks TLS and this client plain text: set "
+     "ClientSecurity.authority (crl bench --authority) to the PEM file of its authority or to "
+     "'system'. Or it asks for a client certificate that its --tls-client-ca signed: set "
+     "ClientSecurity.certificate and key"),
+    ("Socket closed|reset by peer",
+     "the connection ended during the call: check that `crl serve` still runs there"),
+    ("", "check the address, that `crl serve` runs there, and whether it speaks TLS: only then set "
+     "ClientSecurity.authority"),
 )  # fmt: skip
-"""What to do about a failed connection, by words in gRPC's message; the first that fits."""
+"""What to do about a failed connection, by a pattern in gRPC's message; the first that fits."""
 
 _BY_NAME: dict[str, type[errors.CrlError]] = {
     name: kind
@@ -118,6 +125,6 @@ def error_from_status(
     if kind is errors.ServiceError or kind is errors.CrlError:
         remedy = ""
         if code is grpc.StatusCode.UNAVAILABLE and ERROR_KEY not in trailers:  # gRPC's own error
-            remedy = f"; {next(advice for words, advice in _REMEDIES if words in message)}"
+            remedy = f"; {next(advice for words, advice in _REMEDIES if re.search(words, message))}"
         return errors.ServiceError(f"{code.name}: {message}{remedy}")
     return kind(message)

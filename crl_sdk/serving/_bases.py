@@ -162,7 +162,11 @@ class BasisStore:
             existed = basis.criterion in self._bases
             if not replace:
                 self.require_new(basis.criterion)
-            basis.save(self.directory / basis_file_name(basis.criterion))
+            try:
+                basis.save(self.directory / basis_file_name(basis.criterion))
+            except BasisError as error:
+                what = f"store {basis.criterion!r}"
+                raise _disk_error(what, str(error), error.__cause__) from error
             self._bases = MappingProxyType({**self._bases, basis.criterion: stored})
         return stored, existed
 
@@ -180,5 +184,22 @@ class BasisStore:
             try:
                 path.unlink()
             except OSError as error:
-                raise BasisError(f"{path}: cannot be deleted ({error.strerror})") from error
+                message = f"{path}: cannot be deleted ({error.strerror})"
+                raise _disk_error(f"delete {name!r}", message, error) from error
             self._bases = MappingProxyType({k: v for k, v in self._bases.items() if k != name})
+
+
+def _disk_error(what: str, message: str, error: BaseException | None) -> BasisError:
+    """Log what failed, with its path, and return the error for the client, who gets no paths.
+
+    Args:
+        what: What the server could not do.
+        message: What the operator needs to know.
+        error: Error of the system, which has the reason.
+    """
+    _log.error("%s", message)
+    reason = getattr(error, "strerror", None) or "unknown reason"
+    return BasisError(
+        f"the server cannot {what} ({reason}): its operator must mend the disk of --bases; the "
+        "server's log names the file"
+    )

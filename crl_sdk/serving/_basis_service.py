@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -12,7 +13,13 @@ from crl_sdk.basis._build import DEFAULT_PROMPT
 from crl_sdk.basis._generation_options import DEFAULT_OPTIONS, GenerationOptions
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.basis._methods import METHODS
-from crl_sdk.errors import CrlError, InvalidInputError, NotOfferedError, ServiceError
+from crl_sdk.errors import (
+    CrlError,
+    GenerationError,
+    InvalidInputError,
+    NotOfferedError,
+    ServiceError,
+)
 from crl_sdk.pb.crl.v1 import basis_pb2, basis_pb2_grpc
 from crl_sdk.projection._projection import POSTS
 from crl_sdk.serving._bases import StoredBasis
@@ -20,6 +27,8 @@ from crl_sdk.serving._pipeline import Pipeline
 from crl_sdk.serving._responses import Context, abort, respond
 
 OpenLanguageModel = Callable[[], LanguageModel]
+
+_log = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 0.2
 """Shortest time between two progress messages of one call."""
@@ -134,7 +143,6 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
         client_gone: threading.Event,
     ) -> basis_pb2.PutBasisResponse:
         """Generate, make and store a basis; runs in a thread."""
-        assert self._open_llm is not None
         options = GenerationOptions(
             hint=request.hint,
             include=tuple(request.include),
@@ -163,7 +171,7 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
         against, ignore = self._select(request.against), self._select(request.ignore)
         if request.no_replace:  # `put` checks it again, but the language model takes a minute
             self._pipeline.bases.require_new(request.criterion)
-        with self._open_llm() as llm:
+        with self._open_language_model() as llm:
             basis = self._pipeline.embedder.generate_basis(
                 request.criterion, llm=llm, options=options,
                 prompts=tuple(request.prompts) or (DEFAULT_PROMPT,), against=against,
@@ -171,6 +179,18 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
             )  # fmt: skip
         stored, replaced = self._pipeline.bases.put(basis, replace=not request.no_replace)
         return basis_pb2.PutBasisResponse(info=_to_info(stored), replaced=replaced)
+
+    def _open_language_model(self) -> LanguageModel:
+        """Load the language model. Why it fails is logged, because the client gets no paths."""
+        assert self._open_llm is not None
+        try:
+            return self._open_llm()
+        except CrlError as error:
+            _log.error("the language model cannot be loaded: %s", error)
+            raise GenerationError(
+                "the server cannot load its language model: its operator finds the reason in the "
+                "server's log"
+            ) from error
 
     def _build(self, request: basis_pb2.BasisTexts) -> Basis:
         """Make a basis from the texts of a client."""

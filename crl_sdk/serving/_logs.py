@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, TextIO, TypeAlias
 
 from crl_sdk.serving._call_interceptor import request_id
 
 LogFormat = Literal["text", "json"]
+_stderr_log = logging.getLogger("stderr")
 _CALL_FIELDS = ("method", "code", "peer", "seconds")
 
 
@@ -58,6 +63,9 @@ class _StderrHandler(_StreamHandler):
     def __init__(self) -> None:
         super().__init__(os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace"))
 
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drop a record that cannot be written: a message about it would end here as well."""
+
     def close(self) -> None:
         self.stream.close()
         super().close()
@@ -72,3 +80,33 @@ def make_log_handler(log_format: LogFormat) -> logging.Handler:
         else _TextFormatter("%(asctime)s %(levelname)s %(message)s")
     )
     return handler
+
+
+@contextmanager
+def stderr_in_the_log() -> Iterator[None]:
+    """Log each line that anything but the log writes to stderr, such as a C library.
+
+    While the context is open, the process's stderr is a pipe. Handlers of `make_log_handler` that
+    were made before write to the real one. Lines that come faster than they can be read are lost.
+    """
+    real = os.dup(2)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)  # a library that holds Python's lock would wait forever
+    os.dup2(writing, 2)
+    os.close(writing)
+
+    def read() -> None:
+        with os.fdopen(reading, encoding="utf-8", errors="backslashreplace") as lines:
+            for line in lines:
+                if line.strip():
+                    _stderr_log.warning("%s", line.rstrip())
+
+    reader = threading.Thread(target=read, name="crl-stderr", daemon=True)
+    reader.start()
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(real, 2)  # closes the pipe, so that the reader ends
+        os.close(real)
+        reader.join(1.0)  # a child process may still hold the pipe

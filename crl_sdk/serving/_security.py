@@ -6,7 +6,6 @@ Tokens are checked before the server reads a message.
 from __future__ import annotations
 
 import hmac
-import ssl
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ else:
 
 from crl_sdk.errors import AccessError, InvalidInputError
 from crl_sdk.rpc._status import error_trailers
+from crl_sdk.rpc._tls_files import read_authority, read_pair
 from crl_sdk.serving._call_interceptor import REQUEST_ID_KEY, request_id
 from crl_sdk.serving._method_handlers import replace_behavior
 from crl_sdk.serving._rights import RIGHTS, RPC_ACCESS, Right
@@ -50,12 +50,13 @@ class ServerTls:
         """Read the files.
 
         Raises:
-            InvalidInputError: If a file cannot be read or is not PEM, or the key does not belong to
-                the certificate.
+            InvalidInputError: If a file cannot be read or is not what it should be, or the key does
+                not belong to the certificate.
         """
-        key, certificate = _read_pem(self.key), _read_pem(self.certificate)
-        _check_pair(self.certificate, certificate, self.key, key)
-        authority = None if self.client_authority is None else _read_pem(self.client_authority)
+        certificate, key = read_pair(self.certificate, self.key, ("--tls-cert", "--tls-key"))
+        authority = None
+        if self.client_authority is not None:
+            authority = read_authority(self.client_authority, "--tls-client-ca")
         return grpc.ssl_server_credentials(
             [(key, certificate)], authority, require_client_auth=authority is not None
         )
@@ -178,29 +179,3 @@ def _refusing_handler(handler: Handler, code: grpc.StatusCode, message: str) -> 
         yield None  # makes this function a generator; it is never reached
 
     return replace_behavior(handler, refuse, refuse_stream)
-
-
-def _check_pair(certificate: Path, chain: bytes, key: Path, secret: bytes) -> None:
-    """Check that a certificate and a key belong together. gRPC would only fail to listen."""
-    if b"PRIVATE KEY-----" in chain and b"BEGIN CERTIFICATE-----" in secret:
-        raise InvalidInputError(
-            f"{certificate} holds the key and {key} the certificate: swap --tls-cert and --tls-key"
-        )
-    try:
-        # a password, so that OpenSSL does not ask for one in the terminal
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
-    except (ssl.SSLError, ValueError) as error:
-        raise InvalidInputError(
-            f"{certificate} and {key}: not a certificate and its private key, without a password "
-            f"({getattr(error, 'reason', None) or error})"
-        ) from error
-
-
-def _read_pem(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InvalidInputError(f"{path}: cannot be read ({error.strerror})") from error
-    if b"-----BEGIN " not in data:
-        raise InvalidInputError(f"{path}: expected a PEM file")
-    return data

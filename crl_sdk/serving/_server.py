@@ -21,7 +21,7 @@ from crl_sdk._embedder import Embedder
 from crl_sdk.errors import ServiceError
 from crl_sdk.pb.crl.v1 import basis_pb2, basis_pb2_grpc, embedding_pb2, embedding_pb2_grpc
 from crl_sdk.pb.inference import kserve_pb2, kserve_pb2_grpc
-from crl_sdk.rpc._address import is_local
+from crl_sdk.rpc._address import check_listening_address, is_local, split_address
 from crl_sdk.serving._admission import ServerLimits
 from crl_sdk.serving._bases import BasisStore
 from crl_sdk.serving._basis_service import BasisService, OpenLanguageModel
@@ -86,6 +86,16 @@ class ServerSettings:
     access_log: bool = False
     otlp: str | None = None
     open_llm: OpenLanguageModel | None = None
+
+    def __post_init__(self) -> None:
+        """Check the addresses before a model is loaded.
+
+        Raises:
+            InvalidInputError: If one has no port.
+        """
+        check_listening_address(self.address)
+        if self.metrics_address is not None:
+            check_listening_address(self.metrics_address, sockets=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,15 +252,18 @@ def exposure(settings: ServerSettings) -> str | None:
             f"{settings.address} has no TLS: tokens and images travel in plain text. Add "
             "--tls-cert and --tls-key"
         )
+    can = "embed, change the bases"
+    if settings.shared_memory:
+        can += ", read and write the shared memory of this user"
     if settings.tls is None:
         return (
-            f"{settings.address} has neither TLS nor tokens: everyone who reaches it can embed, "
-            "change the bases and read what others send. Add --tls-cert, --tls-key and --tokens"
+            f"{settings.address} has neither TLS nor tokens: everyone who reaches it can {can} and "
+            "read what others send. Add --tls-cert, --tls-key and --tokens"
         )
     if not protected:
         return (
-            f"{settings.address} asks nobody for a token: everyone who reaches it can embed and "
-            "change the bases. Add --tokens or --tls-client-ca"
+            f"{settings.address} asks nobody for a token: everyone who reaches it can {can}. Add "
+            "--tokens or --tls-client-ca"
         )
     return None
 
@@ -284,33 +297,49 @@ def _make_server(
 def _listen(server: grpc.aio.Server, settings: ServerSettings) -> str:
     """Bind the address and return it with the actual port."""
     address = settings.address
-    host = ""
-    if address.startswith("unix:"):
-        _check_unused(Path(address.removeprefix("unix:").removeprefix("//")))
-    else:
-        host, _ = _split_address(address, "cannot listen there")
+    path = _socket_path(address)
+    if path is not None:
+        _check_unused(path)
+    credentials = None if settings.tls is None else settings.tls.credentials()
     try:
-        if settings.tls is None:
+        if credentials is None:
             port = server.add_insecure_port(address)
         else:
-            port = server.add_secure_port(address, settings.tls.credentials())
+            port = server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise ServiceError(
-            f"{address}: cannot listen there ({error}); check that no other process uses it, or "
-            "choose another address"
+            f"{address}: cannot listen there ({_why_not_bound(address)}); choose another address "
+            "with --address"
         ) from error
-    return f"{host}:{port}" if host else address
+    return address if path is not None else f"{address.rpartition(':')[0]}:{port}"
 
 
-def _split_address(address: str, failure: str) -> tuple[str, int]:
-    """Return the host and the port of an address, or raise a ServiceError with that failure.
+def _socket_path(address: str) -> Path | None:
+    """Return the path of `unix:PATH`, or None for another address."""
+    if not address.startswith("unix:"):
+        return None
+    return Path(address.removeprefix("unix:").removeprefix("//"))
 
-    gRPC itself would listen on port 443 if there is none, and on the remainder of one over 65535.
-    """
-    host, _, port = address.rpartition(":")
-    if not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise ServiceError(f"{address}: {failure}; expected host:port with a port from 0 to 65535")
-    return host, int(port)
+
+def _why_not_bound(address: str) -> str:
+    """Return why the system refuses an address. gRPC says only that it does."""
+    path = _socket_path(address)
+    try:
+        if path is not None:
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(str(path))
+            path.unlink()
+        elif (parts := split_address(address)) is not None:
+            host, port = parts
+            for family, kind, protocol, _, name in socket.getaddrinfo(
+                host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            ):
+                with socket.socket(family, kind, protocol) as listener:
+                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    listener.bind(name)
+    except OSError as error:
+        return error.strerror or str(error)
+    return "gRPC does not say why"
 
 
 def _check_unused(path: Path) -> None:
@@ -329,13 +358,13 @@ def _serve_metrics(metrics: Metrics, address: str | None, cleanup: AsyncExitStac
     """Serve the Prometheus page in a thread until `cleanup` runs; return its actual address."""
     if address is None:
         return None
-    host, port = _split_address(address, "cannot serve metrics there")
-    host = host or "127.0.0.1"
+    host, _, port = address.rpartition(":")
     try:
-        http, thread = start_http_server(port, host.strip("[]"), metrics.registry)
+        http, thread = start_http_server(int(port), host.strip("[]"), metrics.registry)
     except OSError as error:
         raise ServiceError(
-            f"{address}: cannot serve metrics there ({error}); choose another address"
+            f"{address}: cannot serve metrics there ({error.strerror or error}); choose another "
+            "address with --metrics"
         ) from error
     cleanup.callback(thread.join)
     cleanup.callback(http.server_close)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -16,12 +17,14 @@ import pytest
 from crl_sdk import Basis, Client
 from crl_sdk.basis._build import build_basis
 from crl_sdk.basis._directory import BasisDirectory
+from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.basis._methods import PROJECTION_METHODS
 from crl_sdk.errors import (
     BasisError,
     BasisExistsError,
     BasisMismatchError,
     CriterionError,
+    GenerationError,
     IntegrityError,
     InvalidInputError,
     ServiceError,
@@ -159,16 +162,46 @@ def test_a_full_disk_changes_nothing(server, embedder, image_files, monkeypatch,
     with Client(server.address) as client:
         before = client.embed(image_files[:1], criteria=["color"])
         monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(BasisError, match="No space left"):
+        with pytest.raises(BasisError, match=r"cannot store 'color'.*No space left") as caught:
             client.put_basis(make(embedder, "color", ["x", "y"]).to_bytes())
         after = client.embed(image_files[:1], criteria=["color"])
-    # the operator reads why, beside the id
-    assert "ended with INTERNAL" in caplog.text and "No space left on device" in caplog.text
-    assert after.basis_sha256 == before.basis_sha256
+    # the operator reads why and where, beside the id; the client learns no paths
     directory = server.pipeline.bases.directory
+    written = f"{directory / 'color.safetensors'}: cannot be written (No space left on device)"
+    assert "ended with INTERNAL" in caplog.text and written in caplog.text
+    assert str(directory) not in str(caught.value)
+    assert after.basis_sha256 == before.basis_sha256
     assert sorted(p.name for p in directory.iterdir()) == [
         ".lock", "color.safetensors", "shape.safetensors",
     ]  # fmt: skip
+
+
+def test_a_basis_that_cannot_be_deleted_stays(server, monkeypatch, caplog):
+    directory = server.pipeline.bases.directory
+    with Client(server.address) as client:
+        before = client.bases()
+        with monkeypatch.context() as patched:
+
+            def refuse(path, missing_ok=False):
+                raise OSError(30, "Read-only file system")
+
+            patched.setattr(Path, "unlink", refuse)
+            with pytest.raises(BasisError, match=r"cannot delete 'color'.*Read-only") as caught:
+                client.delete_basis("color")
+        assert client.bases() == before
+    assert str(directory) not in str(caught.value)
+    assert f"{directory / 'color.safetensors'}: cannot be deleted (Read-only" in caplog.text
+
+
+def test_a_language_model_that_is_gone_is_named_in_the_log_only(serve, embedder, tmp_path, caplog):
+    path = tmp_path / "gone.gguf"
+    server = serve(embedder, open_llm=lambda: LanguageModel.open(path))
+    with (
+        Client(server.address) as client,
+        pytest.raises(GenerationError, match="cannot load its language model") as caught,
+    ):
+        client.generate_basis("mood")
+    assert str(tmp_path) not in str(caught.value) and f"{path}: " in caplog.text
 
 
 def test_two_servers_on_one_directory_or_port(serve, server, embedder, tmp_path):

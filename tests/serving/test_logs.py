@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import json
 import logging
+import os
 from types import SimpleNamespace
 
 import grpc
@@ -12,7 +15,7 @@ import pytest
 
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.serving._call_interceptor import REQUEST_ID_KEY, CallInterceptor, request_id
-from crl_sdk.serving._logs import make_log_handler
+from crl_sdk.serving._logs import make_log_handler, stderr_in_the_log
 from crl_sdk.serving._security import Token
 
 
@@ -196,3 +199,49 @@ def test_log_lines_are_not_lost_while_a_language_model_loads(handler, capfd):
     with suppress_stdout_stderr():  # as llama_cpp.Llama does while it loads
         log.warning("the engine fails")
     assert "the engine fails" in capfd.readouterr().err
+
+
+def test_what_others_write_to_stderr_becomes_lines_of_the_log(handler, capfd):
+    log = logging.getLogger()
+    chosen = handler("json")
+    log.addHandler(chosen)
+    try:
+        with stderr_in_the_log():
+            os.write(2, b'a C library says "hello"\r50 %\rdone\n\n\xff not UTF-8\n')
+            os.write(2, b"without an end")
+        os.write(2, b"afterwards\n")
+    finally:
+        log.removeHandler(chosen)
+    *lines, last = capfd.readouterr().err.splitlines()
+    messages = [json.loads(line)["message"] for line in lines]
+    assert last == "afterwards"
+    assert {
+        'a C library says "hello"', "50 %", "done", "\\xff not UTF-8", "without an end"
+    } <= set(messages)  # fmt: skip
+    assert {json.loads(line)["logger"] for line in lines} == {"stderr"}
+
+
+def test_more_than_the_pipe_holds_blocks_nobody(handler, capfd):
+    """A C library that holds Python's lock would wait for the reader, which waits for the lock."""
+    log = logging.getLogger()
+    chosen = handler("json")
+    log.addHandler(chosen)
+    try:
+        with stderr_in_the_log():
+            written = ctypes.PyDLL(None).write(2, b"x" * 2**20, 2**20)  # holds the lock
+    finally:
+        log.removeHandler(chosen)
+    assert 0 < written < 2**20
+    assert all(json.loads(line) for line in capfd.readouterr().err.splitlines())
+
+
+def test_a_log_on_a_full_disk_is_given_up_quietly(handler, monkeypatch):
+    chosen = handler("json")
+    chosen.stream.close()
+    chosen.stream = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - `handler` closes it
+    log = logging.Logger("crl")
+    log.addHandler(chosen)
+    with stderr_in_the_log():
+        log.warning("nobody can read this")  # no traceback, which would be logged, and so on
+    with contextlib.suppress(OSError):
+        chosen.stream.close()

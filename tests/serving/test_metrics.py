@@ -70,7 +70,6 @@ def test_refused_calls_count(serve, embedder):
     assert scrape(server)[key] == 3
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:nonsense", "256.0.0.1:0"])
-def test_an_address_it_cannot_use(serve, embedder, address):
-    with pytest.raises(ServiceError, match="cannot serve metrics there"):
-        serve(embedder, metrics_address=address)
+def test_an_address_it_cannot_use(serve, embedder):
+    with pytest.raises(ServiceError, match=r"cannot serve metrics there.*with --metrics"):
+        serve(embedder, metrics_address="256.0.0.1:0")

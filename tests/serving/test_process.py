@@ -12,9 +12,12 @@ import threading
 
 import pytest
 import trustme
+import typer
+from pages import ROOT
 
 from crl_sdk import Client
 from crl_sdk.basis import BasisDirectory
+from crl_sdk.cli import app
 from crl_sdk.cli._local_server import LocalServer, parse_ready_line
 from crl_sdk.client import ClientOptions
 from crl_sdk.errors import ServiceError
@@ -70,11 +73,13 @@ def test_it_serves_and_drains(crl_serve, tmp_path, image_files, address):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--address", "nonsense:port"], "nonsense:port: cannot listen there; expected host:port"),
-        (["--address", "localhost"], "expected host:port"),  # gRPC takes port 443
-        (["--address", "127.0.0.1:99999"], "a port from 0 to 65535"),  # gRPC takes the rest
-        (["--address", "203.0.113.7:0"], "203.0.113.7:0: cannot listen there"),
-        (["--metrics", "127.0.0.1:99999"], "a port from 0 to 65535"),
+        (["--address", "localhost"], "do you mean localhost:50051?"),  # gRPC takes port 443
+        (["--address", "::1"], "do you mean [::1]:50051?"),
+        (["--address", "127.0.0.1:99999"], "got '127.0.0.1:99999'"),  # gRPC takes the rest
+        (["--address", "203.0.113.7:0"], "cannot listen there (Cannot assign requested address)"),
+        (["--address", "unix:nowhere/crl.sock"], "cannot listen there (No such file or directory)"),
+        (["--address", "unix:" + 200 * "x"], "cannot listen there (AF_UNIX path too long)"),
+        (["--metrics", "127.0.0.1:99999"], "got '127.0.0.1:99999'"),
         (["--metrics", "203.0.113.7:0"], "203.0.113.7:0: cannot serve metrics there"),
         (["--tls-cert", "cert.pem"], "--tls-key together"),
         (["--tokens", "none.toml"], "not a TOML file of tokens"),
@@ -96,12 +101,39 @@ def test_options_come_from_the_line_the_environment_and_a_file(crl_serve, tmp_pa
         CRL_SERVE_ADDRESS="nonsense",
     )  # fmt: skip
     with Client(address) as client:
-        assert client.model().max_images == 90
+        assert client.model().max_images == 90  # the environment, not the file
         client.create_basis("color", ["red", "blue"])
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=30)
     assert "BasisService/PutBasis OK" in stderr
     assert len(BasisDirectory(tmp_path / "from-file").files("color")) == 1
+
+
+def test_the_command_line_and_the_environment_turn_off_what_the_file_turns_on(crl_serve, tmp_path):
+    (tmp_path / "crl.toml").write_text("access-log = true\nshared-memory = true\ngenerate = true\n")
+    process, address = crl_serve(
+        "--address", "127.0.0.1:0", "--no-access-log", "--no-generate",
+        CRL_SERVE_CONFIG="crl.toml", CRL_SERVE_SHARED_MEMORY="false",
+    )  # fmt: skip
+    with Client(address) as client:
+        client.model()
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=30)
+    assert "GetModel" not in stderr
+
+
+def test_the_table_of_options_is_complete():
+    """Each option, with its environment variable, as `crl serve` reads them."""
+    command = typer.main.get_command(app).commands["serve"]
+    rows = {
+        f"| `{name}` | `{option.envvar or 'CRL_SERVE_' + option.name.upper()}` |"
+        for option in command.params
+        for name in option.opts
+        if name.startswith("--") and name != "--help"
+    }
+    page = (ROOT / "docs/SERVICE.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `--.*?\|.*?\|", page, re.MULTILINE)
+    assert len(table) == len(rows) and set(table) == rows
 
 
 @pytest.mark.parametrize(
@@ -110,10 +142,20 @@ def test_options_come_from_the_line_the_environment_and_a_file(crl_serve, tmp_pa
         ("max-bach = 3", "no option 'max-bach'; do you mean 'max-batch'?"),
         ("max_batch = 3", "do you mean 'max-batch'?"),
         ("config = 'x'", "no option 'config'"),
-        ("max-batch = [3]", "max-batch: expected a string, a number, true or false, got [3]"),
-        ("max-batch = 'many'", "--max-batch"),
-        ("max-batch = 0", "--max-batch"),
-        ("log-format = 'xml'", "--log-format"),
+        ("max-batch = [3]", "max-batch is [3]: expected `int`, got `array`"),
+        ("max-batch = 'many'", "max-batch is 'many': expected `int`, got `str`"),
+        ("max-batch = '64'", "max-batch is '64': expected `int`"),
+        ("max-batch = true", "max-batch is True: expected `int`, got `bool`"),
+        ("max-batch = 2.0", "max-batch is 2.0: expected `int`, got `float`"),
+        ("max-batch = 1979-05-27", "expected `int`, got `date`"),
+        ("threads = '2'", "threads is '2': expected `int`"),
+        ("access-log = 1", "access-log is 1: expected `bool`, got `int`"),
+        ("address = 50051", "address is 50051: expected `str`, got `int`"),
+        ("tls-cert = 3", "tls-cert is 3: expected `str`"),
+        ("metrics = false", "metrics is False: expected `str`"),
+        ("max-batch = 0", "crl.toml: max-batch is 0: "),
+        ("log-format = 'xml'", "crl.toml: log-format is 'xml': "),
+        ("no-access-log = true", "do you mean 'access-log'?"),
         ("max-batch 3", "not a TOML file"),
         ("[serve]\nmax-batch = 3", "no option 'serve'"),
     ],
@@ -126,24 +168,29 @@ def test_a_bad_configuration_names_the_key(crl_serve, tmp_path, text, words):
 
 
 def test_each_line_of_the_json_log_is_json(crl_serve, tmp_path):
-    """Also after TLS handshakes that fail, about which the C core of gRPC writes lines."""
+    """Also what the C core of gRPC writes about a TLS handshake that fails, if it is asked to."""
     issued = trustme.CA().issue_cert("localhost")
     issued.cert_chain_pems[0].write_to_path(tmp_path / "server.pem")
     issued.private_key_pem.write_to_path(tmp_path / "server.key")
     tls = ("--tls-cert", "server.pem", "--tls-key", "server.key")
-    process, address = crl_serve("--address", "127.0.0.1:0", "--log-format", "json", *tls)
-    with (
-        Client(address, ClientOptions(timeout=2, retries=0)) as client,
-        pytest.raises(ServiceError),
-    ):
-        client.model()
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=30)
-    assert [json.loads(line)["level"] for line in stderr.splitlines()].count("info") >= 3
+    for verbosity in ({}, {"GRPC_VERBOSITY": "INFO"}):
+        process, address = crl_serve(
+            "--address", "127.0.0.1:0", "--log-format", "json", *tls, **verbosity
+        )
+        with (
+            Client(address, ClientOptions(timeout=2, retries=0)) as client,
+            pytest.raises(ServiceError),
+        ):
+            client.model()
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=30)
+        lines = [json.loads(line) for line in stderr.splitlines()]
+        assert [line["level"] for line in lines].count("info") >= 3
+        assert any("Handshake failed" in line["message"] for line in lines) == bool(verbosity)
     with pytest.raises(AssertionError) as caught:
         crl_serve("--address", "nonsense", "--log-format", "json")
-    last = str(caught.value).splitlines()[-1]
-    assert "expected host:port" in json.loads(last)["message"]
+    last = str(caught.value).removeprefix("it ended with 1: ")
+    assert "do you mean nonsense:50051?" in json.loads(last)["message"]
 
 
 def test_a_socket_belongs_to_one_server(crl_serve, tmp_path):

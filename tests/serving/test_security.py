@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import datetime
 
 import grpc
 import pytest
 import trustme
+from cryptography.hazmat.primitives import serialization
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
@@ -26,9 +28,9 @@ TOKENS = (
 )
 
 
-def connect(server, retries=0, **security) -> Client:
+def connect(server, retries=0, host="localhost", **security) -> Client:
     return Client(
-        server.address.replace("127.0.0.1", "localhost"),
+        server.address.replace("127.0.0.1", host),
         ClientOptions(timeout=5, retries=retries, security=ClientSecurity(**security)),
     )
 
@@ -37,8 +39,9 @@ def connect(server, retries=0, **security) -> Client:
 def pki(tmp_path):
     """An authority, the server's files and a client's."""
     authority = trustme.CA()
-    paths = {"ca": tmp_path / "ca.pem"}
+    paths = {"ca": tmp_path / "ca.pem", "ca_key": tmp_path / "ca.key"}
     authority.cert_pem.write_to_path(paths["ca"])
+    authority.private_key_pem.write_to_path(paths["ca_key"])
     for name, identity in (("server", "localhost"), ("client", "camera.example")):
         issued = authority.issue_cert(identity)
         paths[name] = tmp_path / f"{name}.pem"
@@ -107,12 +110,47 @@ def test_files_that_are_no_certificates(serve, embedder, pki, tmp_path):
     ]:
         with pytest.raises(InvalidInputError, match=words):
             serve(embedder, tls=tls)
-    with pytest.raises(InvalidInputError, match="needs TLS"):
-        Client(options=ClientOptions(security=ClientSecurity(certificate=pki["client"]))).close()
-    with pytest.raises(InvalidInputError, match="cannot be read"):
-        Client(
-            options=ClientOptions(security=ClientSecurity(authority=tmp_path / "no.pem"))
-        ).close()
+
+
+@pytest.mark.parametrize(
+    ("security", "words"),
+    [
+        ({"certificate": "client"}, "certificate and ClientSecurity.key together"),
+        ({"authority": "ca", "certificate": "client"}, "together"),  # gRPC ends the process
+        ({"authority": "ca", "key": "client_key"}, "together"),
+        ({"certificate": "client", "key": "client_key"}, "needs TLS"),
+        ({"authority": "missing"}, r"missing: cannot be read.*check ClientSecurity.authority"),
+        ({"authority": "junk"}, "expected a PEM file; check ClientSecurity.authority"),
+        ({"authority": "client_key"}, "expected the certificate of an authority"),
+        ({"authority": "torn"}, "expected the certificate of an authority"),
+        (
+            {"authority": "ca", "certificate": "client_key", "key": "client"},
+            "swap ClientSecurity.certificate and ClientSecurity.key",
+        ),
+        (
+            {"authority": "ca", "certificate": "client", "key": "server_key"},
+            "not a certificate and its private key.*check ClientSecurity.certificate",
+        ),
+        (
+            {"authority": "ca", "certificate": "client", "key": "locked"},
+            "not a certificate and its private key, without a password",
+        ),
+    ],
+)
+def test_files_that_a_client_cannot_use(pki, tmp_path, security, words):
+    files = {**pki, "missing": tmp_path / "missing"}
+    key = serialization.load_pem_private_key(pki["client_key"].read_bytes(), None)
+    locked = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(b"password"),
+    )  # fmt: skip
+    torn = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+    for name, data in {"junk": b"hello", "torn": torn, "locked": locked}.items():
+        files[name] = tmp_path / name
+        files[name].write_bytes(data)
+    chosen = {name: files[file] for name, file in security.items()}
+    with pytest.raises(InvalidInputError, match=words):
+        Client(options=ClientOptions(security=ClientSecurity(**chosen))).close()
 
 
 def test_token_files(tmp_path):
@@ -203,49 +241,84 @@ def test_an_rpc_without_a_declared_right_is_refused():
     assert asyncio.run(work()) == [denied, denied, status.UNAUTHENTICATED, *[unknown] * 3]
 
 
-def test_certificate_and_key_that_do_not_belong_together(pki):
+def test_files_of_a_server_that_do_not_belong_together(pki):
     with pytest.raises(InvalidInputError, match="swap --tls-cert and --tls-key"):
         ServerTls(pki["server_key"], pki["server"]).credentials()
     with pytest.raises(InvalidInputError, match="not a certificate and its private key"):
         ServerTls(pki["server"], pki["client_key"]).credentials()
+    with pytest.raises(InvalidInputError, match=r"of an authority.*check --tls-client-ca"):
+        ServerTls(pki["server"], pki["server_key"], pki["client_key"]).credentials()
     assert ServerTls(pki["server"], pki["server_key"]).credentials() is not None
 
 
-def test_plain_text_and_tls_that_meet_say_so(serve, embedder, pki, tmp_path):
-    plain = serve(embedder)
-    secure = serve(embedder, bases=tmp_path / "b", tls=ServerTls(pki["server"], pki["server_key"]))
-    stranger = tmp_path / "stranger.pem"
-    trustme.CA().cert_pem.write_to_path(stranger)
-    for server, security, words in [
-        (plain, {"authority": pki["ca"]}, "the server speaks plain text, and this client TLS"),
-        (secure, {}, "it speaks TLS: set ClientSecurity.authority"),
-        (secure, {"authority": stranger}, "was not signed by ClientSecurity.authority"),
+def test_sides_that_do_not_agree_on_tls_say_so(serve, embedder, pki, tmp_path):
+    authority = trustme.CA.from_pem(pki["ca"].read_bytes(), pki["ca_key"].read_bytes())
+    old = authority.issue_cert(
+        "localhost", not_before=datetime(2020, 1, 1), not_after=datetime(2021, 1, 1)
+    )
+    old.cert_chain_pems[0].write_to_path(tmp_path / "old.pem")
+    old.private_key_pem.write_to_path(tmp_path / "old.key")
+    tls = ServerTls(pki["server"], pki["server_key"])
+    servers = {
+        name: serve(embedder, bases=tmp_path / name, tls=each)
+        for name, each in [
+            ("plain", None), ("secure", tls),
+            ("mutual", ServerTls(pki["server"], pki["server_key"], pki["ca"])),
+            ("old", ServerTls(tmp_path / "old.pem", tmp_path / "old.key")),
+        ]
+    }  # fmt: skip
+    stranger = trustme.CA()
+    stranger.cert_pem.write_to_path(tmp_path / "stranger.pem")
+    issued = stranger.issue_cert("camera.example")
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "other.pem")
+    issued.private_key_pem.write_to_path(tmp_path / "other.key")
+    known = {"authority": pki["ca"]}
+    other = {"certificate": tmp_path / "other.pem", "key": tmp_path / "other.key"}
+    number = {"host": "127.0.0.1"}  # one address; of several, gRPC names the error of the last
+    for name, options, words in [
+        ("plain", known, "the server speaks plain text, and this client TLS"),
+        ("secure", number, "it speaks TLS and this client plain text: set ClientSecurity.auth"),
+        ("secure", {"authority": tmp_path / "stranger.pem"}, "not signed by ClientSecurity.auth"),
+        ("secure", {**number, **known}, "certificate is for another host name"),
+        ("old", known, "certificate has expired"),
+        ("mutual", known, "asks for a client certificate that its --tls-client-ca signed"),
+        ("mutual", {**known, **other}, "asks for a client certificate that its --tls-client-ca"),
     ]:
-        with connect(server, **security) as client, pytest.raises(ServiceError, match=words):
+        with (
+            connect(servers[name], **options) as client,
+            pytest.raises(ServiceError, match=words),
+        ):
             client.model()
 
 
-def test_the_authorities_of_the_machine(serve, embedder, pki, monkeypatch):
+def test_the_authorities_of_the_machine(serve, embedder, pki, tmp_path, monkeypatch):
     server = serve(embedder, tls=ServerTls(pki["server"], pki["server_key"]))
     with connect(server, authority="system") as client, pytest.raises(ServiceError, match="signed"):
         client.model()
-    monkeypatch.setenv("SSL_CERT_FILE", str(pki["ca"]))
-    with connect(server, authority="system") as client:
-        assert client.model().name == "crl-demo"
-    monkeypatch.setenv("SSL_CERT_FILE", str(pki["server_key"]))
+    folder = tmp_path / "certs"
+    folder.mkdir()
+    for file, directory in [(pki["ca"], "/nowhere"), ("/nowhere", folder)]:
+        monkeypatch.setenv("SSL_CERT_FILE", str(file))
+        monkeypatch.setenv("SSL_CERT_DIR", str(directory))
+        (folder / "README").write_text("not a certificate")
+        (folder / "ours.pem").write_bytes(pki["ca"].read_bytes())
+        with connect(server, authority="system") as client:
+            assert client.model().name == "crl-demo"
     monkeypatch.setenv("SSL_CERT_DIR", "/nowhere")
     with pytest.raises(InvalidInputError, match="trusts no authority"):
         connect(server, authority="system")
 
 
-@pytest.mark.parametrize(
-    ("address", "warns"), [("example.org:50051", True), ("127.0.0.1:50051", False)]
-)
-def test_a_token_in_plain_text_is_warned_of(address, warns, caplog):
-    Client(address, ClientOptions(security=ClientSecurity(token=EMBED))).close()
-    assert ("in plain text" in caplog.text) == warns and EMBED not in caplog.text
-    caplog.clear()
-    Client(address).close()
+def test_a_token_does_not_leave_this_machine_in_plain_text(caplog):
+    for address in ("127.0.0.1:50051", "localhost:50051", "unix:crl.sock"):
+        Client(address, ClientOptions(security=ClientSecurity(token=EMBED))).close()
+    for address in ("example.org:50051", "10.0.0.1:50051", "unix.example.org:50051"):
+        with pytest.raises(InvalidInputError, match=r"plain text: set.*plain_text_token") as caught:
+            Client(address, ClientOptions(security=ClientSecurity(token=EMBED)))
+        assert EMBED not in str(caught.value)
+        allowed = ClientSecurity(token=EMBED, plain_text_token=True)
+        Client(address, ClientOptions(security=allowed)).close()
+        Client(address).close()
     assert not caplog.records
 
 
@@ -262,3 +335,8 @@ def test_servers_that_others_can_reach_unprotected_are_warned_of(pki):
         warning = exposure(ServerSettings(address="0.0.0.0:50051", **settings))
         assert warning is None if words is None else words in warning
         assert exposure(ServerSettings(address="127.0.0.1:50051", **settings)) is None
+    for address in ("[::]:0", "10.0.0.1:0", "unix.example.org:0"):
+        assert "neither TLS" in exposure(ServerSettings(address=address))
+    assert "read and write the shared memory" in exposure(
+        ServerSettings(address="0.0.0.0:0", shared_memory=True)
+    )
