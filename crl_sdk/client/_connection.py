@@ -97,10 +97,12 @@ def open_channel(address: str, options: ClientOptions) -> grpc.aio.Channel:
             or the token would travel in plain text.
     """
     check_address(address)
-    sizes = [
+    settings = [
         ("grpc.max_receive_message_length", options.max_message_bytes),
         ("grpc.max_send_message_length", options.max_message_bytes),
     ]
+    if is_local(address):  # gRPC would send the calls to the proxy of $http_proxy
+        settings.append(("grpc.enable_http_proxy", 0))
     security = options.security
     if security.authority is None:
         if security.token and not security.plain_text_token and not is_local(address):
@@ -109,7 +111,7 @@ def open_channel(address: str, options: ClientOptions) -> grpc.aio.Channel:
                 "(crl bench --authority) to the PEM file of the server's authority or to 'system', "
                 "or plain_text_token=True (--plain-text-token) if everyone on the way may read it"
             )
-        return grpc.aio.insecure_channel(address, options=sizes)
+        return grpc.aio.insecure_channel(address, options=settings)
     if security.authority == SYSTEM_AUTHORITIES:
         authority = read_system_authorities("ClientSecurity.authority")
     else:
@@ -119,7 +121,7 @@ def open_channel(address: str, options: ClientOptions) -> grpc.aio.Channel:
         names = ("ClientSecurity.certificate", "ClientSecurity.key")
         chain, key = read_pair(security.certificate, security.key, names)
     credentials = grpc.ssl_channel_credentials(authority, key, chain)
-    return grpc.aio.secure_channel(address, credentials, options=sizes)
+    return grpc.aio.secure_channel(address, credentials, options=settings)
 
 
 def _retry_pause(code: grpc.StatusCode, error: CrlError, attempt: int) -> float | None:

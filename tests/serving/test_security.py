@@ -322,6 +322,17 @@ def test_a_token_does_not_leave_this_machine_in_plain_text(caplog):
     assert not caplog.records
 
 
+def test_calls_to_this_machine_use_no_proxy(serve, embedder, monkeypatch):
+    """A proxy on another machine would read the token."""
+    server = serve(embedder, tokens=TOKENS)
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("grpc_proxy", "https_proxy", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with connect(server, token=EMBED) as client:
+        assert client.model().name == "crl-demo"
+
+
 def test_servers_that_others_can_reach_unprotected_are_warned_of(pki):
     tls = ServerTls(pki["server"], pki["server_key"])
     mutual = ServerTls(pki["server"], pki["server_key"], pki["ca"])
