@@ -7,6 +7,7 @@ import, all their files, and nothing else.
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 import tarfile
@@ -15,10 +16,22 @@ from pathlib import Path
 
 NOT_IN_SDIST = {".gitignore"}
 PACKAGES = {"crl_sdk": "crl_sdk", "crl_export": "export"}
-BENCH_MODULES = {
-    "__init__", "bench", "images", "load", "machine", "plot", "quantiles", "targets",
-}  # fmt: skip
 SUFFIXES = {".csv", ".gz", ".jinja", ".json", ".onnx", ".py", ".pyi", ".txt", ".typed"}
+
+
+def bench_modules(source: Path) -> set[str]:
+    """Return the modules of `benchmarks/` that `crl bench` imports, directly or through others."""
+    found, files = {"__init__"}, [source / "crl_sdk" / "cli" / "_bench.py"]
+    while files:
+        for node in ast.walk(ast.parse(files.pop().read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                "crl_benchmarks."
+            ):
+                name = (node.module or "").removeprefix("crl_benchmarks.")
+                if name not in found:
+                    found.add(name)
+                    files.append(source / "benchmarks" / f"{name}.py")
+    return found
 
 
 def main(source: Path, sdist: Path, wheel: Path) -> list[str]:
@@ -39,7 +52,7 @@ def main(source: Path, sdist: Path, wheel: Path) -> list[str]:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     faults += [f"sdist: {name} is missing" for name in sorted(tree - inside - NOT_IN_SDIST)]
 
-    wanted = {f"crl_benchmarks/{name}.py" for name in BENCH_MODULES}
+    wanted = {f"crl_benchmarks/{name}.py" for name in bench_modules(source)}
     for package, folder in PACKAGES.items():
         inner = (n.removeprefix(f"{folder}/") for n in tree if n.startswith(f"{folder}/"))
         wanted |= {f"{package}/{name}" for name in inner}

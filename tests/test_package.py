@@ -20,6 +20,8 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
+from check_dist import bench_modules
+
 import crl_sdk
 from crl_sdk.errors import CrlError, MissingDependencyError
 
@@ -194,6 +196,12 @@ def test_missing_command_line_packages_name_their_extra():
 def test_changelog_names_the_version():
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest is not None and newest[1] == crl_sdk.__version__
+
+
+def test_the_wheel_has_what_crl_bench_imports():
+    code = ast.parse((ROOT / "tools" / "wheel_contents.py").read_text())
+    (shipped,) = (node.value for node in code.body if isinstance(node, ast.Assign))
+    assert ast.literal_eval(shipped) == bench_modules(ROOT)
 
 
 def test_packages_are_all_mapped():
