@@ -29,12 +29,14 @@ class Reply:
     Attributes:
         outcome: `ok`, `rejected` (the server is full) or `error`.
         why: Status of a failed call.
+        message: What the server says about a failed call.
         stages: Seconds that the server reports, by stage.
         cached: Share of the images that the server's cache answered; None if it does not say.
     """
 
     outcome: str
     why: str = ""
+    message: str = ""
     stages: dict[str, float] = field(default_factory=dict)
     cached: float | None = None
 
@@ -49,6 +51,7 @@ class Run:
         done: End of each successful call, in seconds since the end of the warm-up.
         stages: Seconds that the server reports for successful calls, by stage.
         failures: Number of failed calls, by status.
+        messages: First message of each status of failed calls.
         lags: Lateness of the event loop in seconds.
         cpu: Share of one core that the generator used.
         offered: Number of calls that were due.
@@ -60,6 +63,7 @@ class Run:
     done: list[float] = field(default_factory=list)
     stages: dict[str, list[float]] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
+    messages: dict[str, str] = field(default_factory=dict)
     lags: list[float] = field(default_factory=list)
     cpu: float = 0.0
     offered: int = 0
@@ -76,6 +80,7 @@ class Run:
                 self.stages.setdefault(stage, []).append(seconds)
         else:
             self.failures[reply.why] = self.failures.get(reply.why, 0) + 1
+            self.messages.setdefault(reply.why, reply.message)
 
 
 def merge(runs: list[Run]) -> Run:
@@ -92,6 +97,7 @@ def merge(runs: list[Run]) -> Run:
             whole.stages.setdefault(stage, []).extend(seconds)
         for why, count in run.failures.items():
             whole.failures[why] = whole.failures.get(why, 0) + count
+            whole.messages.setdefault(why, run.messages.get(why, ""))
     return whole
 
 

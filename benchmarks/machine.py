@@ -7,19 +7,50 @@ import platform
 import subprocess
 from pathlib import Path
 
+import msgspec
 import psutil
 
 from crl_sdk.engines._processor import find_features, find_processor_name
 
 
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """Properties of a machine that decide how fast a model runs, but not its name.
+
+    Attributes:
+        processor: Name of the processor.
+        cores: Number of physical cores that this process may use.
+        features: Instruction sets that matter.
+        memory_gib: Memory in GiB.
+        system: Operating system and architecture.
+    """
+
+    processor: str
+    cores: int
+    features: list[str]
+    memory_gib: float
+    system: str
+
+
+def find_machine() -> Machine:
+    """Return the properties of this machine."""
+    return Machine(
+        processor=find_processor_name(),
+        cores=count_physical_cores(),
+        features=list(find_features()),
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        system=f"{platform.system()} {platform.machine()}",
+    )
+
+
 def describe_machine() -> dict[str, str]:
-    """Return properties of this machine that decide how fast a model runs, but not its name."""
+    """Return the properties of this machine as text."""
+    machine = find_machine()
     return {
-        "processor": find_processor_name(),
-        "cores": str(count_physical_cores()),
-        "features": " ".join(find_features()),
-        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
-        "system": f"{platform.system()} {platform.machine()}",
+        "processor": machine.processor,
+        "cores": str(machine.cores),
+        "features": " ".join(machine.features),
+        "memory": f"{machine.memory_gib:.0f} GiB",
+        "system": machine.system,
     }
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import secrets
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 
+from crl_benchmarks.bench_report import Subject
 from crl_benchmarks.load import Reply, Send
 from crl_sdk.client._connection import open_channel, typed_error
 from crl_sdk.client._options import ClientOptions, ClientSecurity
@@ -17,6 +20,10 @@ from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.pb.inference import kserve_pb2, kserve_pb2_grpc
 
 _JPEG = b"\xff\xd8"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_HEADER = len(_PNG) + 25
+"""Bytes of a PNG up to the end of its header: signature, and a chunk with 13 bytes of data."""
+
 _FULL = (grpc.StatusCode.RESOURCE_EXHAUSTED,)
 
 
@@ -34,7 +41,7 @@ class Target:
         timeout: Time limit of a call in seconds.
         security: Token and TLS files.
         distinct: Whether all images that are sent differ, so that no cache can answer. They must be
-            JPEGs.
+            JPEGs or PNGs.
         mark: Bytes in all distinct images of this target, which differ from those of any other.
     """
 
@@ -50,15 +57,25 @@ class Target:
     mark: bytes = field(default_factory=lambda: secrets.token_bytes(8))
 
     def __post_init__(self) -> None:
-        """Check that the images can be made distinct.
+        """Check the fields against each other.
 
         Raises:
-            InvalidInputError: If they shall differ and one is not a JPEG.
+            InvalidInputError: If `model` and `kind` do not fit, or if the images shall differ and
+                one is neither a JPEG nor a PNG.
         """
-        if self.distinct and not all(data.startswith(_JPEG) for data in self.images):
+        if (self.kind == "kserve") != bool(self.model):
             raise InvalidInputError(
-                "--distinct writes a number into each image, which works with JPEGs: leave out the "
-                "other images"
+                "--kserve-model: required with --api kserve, and not allowed without it"
+            )
+        if self.kind == "kserve" and self.criteria:
+            raise InvalidInputError(
+                "--criteria: not allowed with --api kserve; name a model such as crl.color instead"
+            )
+        others = sum(not data.startswith((_JPEG, _PNG)) for data in self.images)
+        if self.distinct and others:
+            raise InvalidInputError(
+                "--distinct writes a number into each image, which works with JPEGs and PNGs; "
+                f"{others} of {len(self.images)} images are neither: leave them out"
             )
 
 
@@ -73,11 +90,8 @@ def connect(target: Target, channel: grpc.aio.Channel) -> Send:
     return (_crl if target.kind == "crl" else _kserve)(target, channel)
 
 
-async def probe(target: Target) -> dict[str, str]:
+async def probe(target: Target) -> Subject:
     """Make one call, without waiting for the server to come up, and ask what it runs.
-
-    Returns:
-        Name, fingerprint and engine of the model, and version of the server, as far as it says.
 
     Raises:
         CrlError: If the call fails, with the server's message.
@@ -86,20 +100,33 @@ async def probe(target: Target) -> dict[str, str]:
         try:
             if target.kind == "kserve":
                 await _infer(target, channel, 0)
-                return {"model": target.model}
+                return await _ask_kserve(target, channel)
             reply = await _embed(target, channel, 0)
             if bad := next((each for each in reply.images if each.code), None):
                 raise ImageError(bad.message, source="the first image")
             stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
-            model = await stub.GetModel(
-                embedding_pb2.GetModelRequest(), timeout=target.timeout, metadata=_metadata(target)
-            )
+            model = await stub.GetModel(embedding_pb2.GetModelRequest(), **_options(target))
         except grpc.aio.AioRpcError as error:
             raise typed_error(error) from error
-    return {
-        "model": model.name, "fingerprint": model.fingerprint, "engine": model.engine,
-        "crl": model.server_version,
-    }  # fmt: skip
+    return Subject(
+        model=model.name,
+        fingerprint=model.fingerprint,
+        engine=model.engine,
+        server=f"crl {model.server_version}",
+    )
+
+
+async def _ask_kserve(target: Target, channel: grpc.aio.Channel) -> Subject:
+    """Return what a server of KServe says about itself. Some say nothing."""
+    stub = kserve_pb2_grpc.GRPCInferenceServiceStub(channel)
+    request = kserve_pb2.ModelMetadataRequest(name=target.model)
+    try:
+        model = await stub.ModelMetadata(request, **_options(target))
+        server = await stub.ServerMetadata(kserve_pb2.ServerMetadataRequest(), **_options(target))
+    except grpc.aio.AioRpcError:
+        return Subject(model=target.model)
+    named = f"{server.name} {server.version}".strip()
+    return Subject(model=target.model, engine=model.platform or None, server=named or None)
 
 
 async def _embed(
@@ -110,7 +137,7 @@ async def _embed(
         criteria=target.criteria,
     )
     stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
-    return await stub.Embed(request, timeout=target.timeout, metadata=_metadata(target))
+    return await stub.Embed(request, **_options(target))
 
 
 def _crl(target: Target, channel: grpc.aio.Channel) -> Send:
@@ -121,7 +148,7 @@ def _crl(target: Target, channel: grpc.aio.Channel) -> Send:
             return failed(error)
         bad = next((each for each in reply.images if each.code), None)
         if bad is not None:
-            return Reply("error", f"image: {bad.message}")
+            return Reply("error", "BAD_IMAGE", bad.message)
         timings = reply.timings
         return Reply(
             "ok",
@@ -150,7 +177,7 @@ async def _infer(target: Target, channel: grpc.aio.Channel, number: int) -> None
         raw_input_contents=[b"".join(struct.pack("<I", len(image)) + image for image in images)],
     )
     stub = kserve_pb2_grpc.GRPCInferenceServiceStub(channel)
-    await stub.ModelInfer(request, timeout=target.timeout, metadata=_metadata(target))
+    await stub.ModelInfer(request, **_options(target))
 
 
 def _kserve(target: Target, channel: grpc.aio.Channel) -> Send:
@@ -171,19 +198,26 @@ def _images(target: Target, number: int) -> list[bytes]:
     return [marked(data, target.mark, n) if target.distinct else data for n, data in chosen]
 
 
-def marked(jpeg: bytes, mark: bytes, number: int) -> bytes:
-    """Return a JPEG with a comment that holds a mark and a number. Its pixels are the same."""
+def marked(image: bytes, mark: bytes, number: int) -> bytes:
+    """Return a JPEG or PNG with the same pixels and a comment that holds a mark and a number."""
     text = mark + number.to_bytes(8, "big")
-    return b"".join((_JPEG, b"\xff\xfe", (2 + len(text)).to_bytes(2, "big"), text, jpeg[2:]))
+    if image.startswith(_JPEG):
+        length = (2 + len(text)).to_bytes(2, "big")
+        return b"".join((_JPEG, b"\xff\xfe", length, text, image[len(_JPEG) :]))
+    chunk = b"tEXtComment\0" + text.hex().encode()
+    length, checksum = (len(chunk) - 4).to_bytes(4, "big"), zlib.crc32(chunk).to_bytes(4, "big")
+    return b"".join((image[:_PNG_HEADER], length, chunk, checksum, image[_PNG_HEADER:]))
 
 
-def _metadata(target: Target) -> tuple[tuple[str, str], ...]:
+def _options(target: Target) -> dict[str, Any]:
+    """Return the time limit and the metadata of each call."""
     token = target.security.token
-    return (("authorization", f"Bearer {token}"),) if token else ()
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    return {"timeout": target.timeout, "metadata": metadata}
 
 
 def failed(error: grpc.aio.AioRpcError) -> Reply:
     """Return the outcome of a call that ended with an error."""
     code = error.code()
     name = code.name if code is not None else "UNKNOWN"
-    return Reply("rejected" if code in _FULL else "error", name)
+    return Reply("rejected" if code in _FULL else "error", name, error.details() or "")

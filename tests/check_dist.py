@@ -21,7 +21,7 @@ SUFFIXES = {".csv", ".gz", ".jinja", ".json", ".onnx", ".py", ".pyi", ".txt", ".
 
 def bench_modules(source: Path) -> set[str]:
     """Return the modules of `benchmarks/` that `crl bench` imports, directly or through others."""
-    found, files = {"__init__"}, [source / "crl_sdk" / "cli" / "_bench.py"]
+    found, files = {"__init__"}, [*(source / "crl_sdk" / "cli").glob("_bench*.py")]
     while files:
         for node in ast.walk(ast.parse(files.pop().read_text("utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(

@@ -6,28 +6,26 @@ import asyncio
 import os
 import shlex
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import typer
-from rich import box
-from rich.table import Table
 
-from crl_sdk.cli._console import JsonOption, note, out, print_facts, print_json, spinner, warn
+from crl_sdk.cli._bench_tables import print_comparison, print_report, warn_of_cache
+from crl_sdk.cli._console import JsonOption, note, print_error, print_json, spinner
 from crl_sdk.cli._options import EngineOption, OverwriteOption, ThreadsOption, require_new
-from crl_sdk.errors import InvalidInputError, MissingDependencyError
+from crl_sdk.errors import CrlError, InvalidInputError, MissingDependencyError, ServiceError
 from crl_sdk.storage._atomic_files import write_record
 
 if TYPE_CHECKING:
-    from crl_benchmarks.bench import BenchSettings, LoadResult, Objective, Report
-    from crl_benchmarks.bench_compare import Ratio
+    from crl_benchmarks.bench import BenchSettings
+    from crl_benchmarks.bench_objective import Objective
+    from crl_benchmarks.bench_report import LoadResult, Report, Setting, Subject
     from crl_benchmarks.targets import Target
 
-_MOSTLY_CACHED = 0.05
-"""Share of images from the cache above which the output says so at the top."""
+_DEFAULT_BATCHES = "1,8,16,32"
 
 
 def bench(
@@ -41,7 +39,7 @@ def bench(
     threads: ThreadsOption = None,
     batches: Annotated[
         str, typer.Option(help="With --bundle: batch sizes, comma-separated.")
-    ] = "1,8,16,32",
+    ] = _DEFAULT_BATCHES,
     api: Annotated[
         Literal["crl", "kserve"],
         typer.Option(help="API of the server; kserve is KServe v2, as in Triton."),
@@ -75,8 +73,8 @@ def bench(
         bool,
         typer.Option(
             "--distinct",
-            help="Write a number into each JPEG that is sent, so that the server's cache never "
-            "answers.",
+            help="Write a number into each JPEG or PNG that is sent, so that the server's cache "
+            "never answers.",
         ),
     ] = False,
     authority: Annotated[
@@ -115,39 +113,44 @@ def bench(
     """Measure latency, throughput and failures of a server under load.
 
     The report also shows the times that the server reports. A bearer token is read from CRL_TOKEN.
-    The server answers repeated images from its cache: pass --distinct to measure its engine.
+    The server answers repeated images from its cache: pass --distinct to measure its engine. The
+    exit status is 1 if an objective could not be judged or no call of a run succeeded.
     """
     if compare is not None:
-        _compare(*compare, as_json)
+        if address is not None or bundle is not None:
+            raise InvalidInputError("expected --compare alone, without a server or --bundle")
+        print_comparison(*compare, as_json=as_json)
         return
+    of_servers = {
+        "--slo": slo, "--concurrency": concurrency, "--rate": rate, "--images": images,
+        "--criteria": criteria, "--kserve-model": kserve_model, "--distinct": distinct,
+        "--authority": authority, "--certificate": certificate, "--key": key,
+    }  # fmt: skip
+    of_engines = {
+        "--engine": engine != "auto", "--threads": threads, "--batches": batches != _DEFAULT_BATCHES
+    }  # fmt: skip
+    _check_options(address, bundle, of_servers, of_engines)
     require_new(out_file, plot, overwrite=overwrite)
-    if (address is None) == (bundle is None):
-        raise InvalidInputError("expected either the address of a server or --bundle")
     try:
-        from crl_benchmarks.bench import BenchSettings, Objective, report, server_settings
+        from crl_benchmarks.bench import BenchSettings, report, server_settings
+        from crl_benchmarks.bench_objective import Objective
         from crl_benchmarks.images import read_images, synthetic_jpegs
         from crl_benchmarks.targets import Target, probe
         from crl_sdk.client._options import ClientSecurity
     except ImportError as error:
         raise MissingDependencyError(error.name or "pillow", "cpu", "crl bench") from error
+    _check_plot(plot)
 
     settings = BenchSettings(warm_up=warm_up, seconds=seconds, processes=processes)
     objective = Objective.parse(slo) if slo is not None else None
-    best: LoadResult | None = None
+    ended_early = ""
     if bundle is not None:
-        about, described, rows = _engine(
+        target, described, rows = _engine(
             bundle, engine, threads, _numbers("--batches", batches, whole=True), settings
         )
     elif address is not None:
-        if (api == "kserve") != bool(kserve_model):
-            raise InvalidInputError(
-                "--kserve-model: required with --api kserve, and not allowed without it"
-            )
-        loads = [("closed", each) for each in _numbers("--concurrency", concurrency, whole=True)]
-        loads += [("open", each) for each in _numbers("--rate", rate, whole=False)]
-        if not loads and objective is None:
-            loads = [("closed", each) for each in (1, 2, 4, 8, 16)]
-        target = Target(
+        loads = _loads(concurrency, rate, searched=objective is not None)
+        calls = Target(
             address=address,
             images=read_images(images) if images else synthetic_jpegs(count, _size(size)),
             kind=api,
@@ -160,31 +163,93 @@ def bench(
             ),
             distinct=distinct,
         )
-        about, described = asyncio.run(probe(target)), server_settings(target, settings)
-        rows, best = _server(target, settings, loads, objective)
-    verdict, judged = objective.verdict(rows, best) if objective is not None else ("", True)
+        target, described = asyncio.run(probe(calls)), server_settings(calls, settings)
+        rows, ended_early = _server(calls, settings, loads, objective)
+    result = objective.conclude(rows) if objective is not None else None
     command = shlex.join(["crl", *sys.argv[1:]])
-    document = report(command, about, described, rows, objective=slo, best=best, verdict=verdict)
-    if out_file is not None:
-        write_record(out_file, document, InvalidInputError)
-        note(f"wrote {out_file}")
+    document = report(command, target, described, rows, objective=result, ended_early=ended_early)
+    _show(document, out_file, plot, as_json=as_json)
+    if result is not None and result.outcome == "not_judged":
+        raise typer.Exit(1)
+
+
+def _check_options(
+    address: str | None,
+    bundle: Path | None,
+    of_servers: Mapping[str, object],
+    of_engines: Mapping[str, object],
+) -> None:
+    """Refuse options that would have no effect.
+
+    Args:
+        address: Address of a server.
+        bundle: Bundle of an engine.
+        of_servers: Options of servers by name; one that was not given is false.
+        of_engines: The same of engines.
+    """
+    if (address is None) == (bundle is None):
+        raise InvalidInputError("expected either the address of a server or --bundle")
+    needed = "--bundle" if bundle is None else "the address of a server"
+    for name, value in (of_engines if bundle is None else of_servers).items():
+        if value:
+            raise InvalidInputError(f"{name} needs {needed}: leave {name} out")
+
+
+def _check_plot(path: Path | None) -> None:
+    """Check before any work that a plot can be drawn."""
+    if path is None:
+        return
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError("matplotlib", "bench", "--plot") from error
+    from crl_benchmarks.plot import check_plot
+
+    check_plot(path)
+
+
+def _loads(concurrency: str, rate: str, *, searched: bool) -> list[tuple[str, float]]:
+    """Return mode and load of each run."""
+    loads = [("closed", each) for each in _numbers("--concurrency", concurrency, whole=True)]
+    loads += [("open", each) for each in _numbers("--rate", rate, whole=False)]
+    if not loads and not searched:
+        loads = [("closed", each) for each in (1, 2, 4, 8, 16)]
+    return loads
+
+
+def _show(document: Report, out_file: Path | None, plot: Path | None, *, as_json: bool) -> None:
+    """Print the report first, then write the files: if that fails, the tables are there."""
     if as_json:
+        warn_of_cache(document)
         print_json(msgspec.to_builtins(document))
     else:
-        _print(document)
-    if plot is not None:  # last: if it fails, the table is there
-        _plot(document, plot)
-    if not judged:
-        raise typer.Exit(1)
+        print_report(document)
+    try:
+        if out_file is not None:
+            write_record(out_file, document, InvalidInputError)
+            note(f"wrote {out_file}")
+        if plot is not None:
+            from crl_benchmarks.plot import write_plot
+
+            write_plot(document, plot)
+            note(f"wrote {plot}")
+        if document.ended_early:
+            raise ServiceError(document.ended_early)
+    except CrlError as error:
+        print_error(error, as_json=False)  # stdout has its one document
+        raise typer.Exit(1) from error
 
 
 def _engine(
     path: Path, engine: str, threads: int | None, batches: list[float], settings: BenchSettings
-) -> tuple[dict[str, str], dict[str, str | float], list[LoadResult]]:
+) -> tuple[Subject, dict[str, Setting], list[LoadResult]]:
     from crl_benchmarks.bench import engine_rows
+    from crl_benchmarks.bench_report import Subject
     from crl_sdk.engines._selection import open_engine
     from crl_sdk.model._bundle import ModelBundle
 
+    if not batches:
+        raise InvalidInputError("--batches: expected batch sizes, such as 1,8; got none")
     bundle = ModelBundle.open(path)
     with spinner("opening") as status:
         opened = open_engine(bundle, engine, threads=threads)
@@ -195,16 +260,15 @@ def _engine(
             )
         finally:
             opened.close()
-    about = {
-        "model": bundle.manifest.name, "fingerprint": bundle.fingerprint,
-        "engine": str(opened.name),
-    }  # fmt: skip
-    described: dict[str, str | float] = {
+    subject = Subject(
+        model=bundle.manifest.name, fingerprint=bundle.fingerprint, engine=str(opened.name)
+    )
+    described: dict[str, Setting] = {
         "threads": threads or "one per core",
         "warm_up_seconds": settings.warm_up,
         "measured_seconds": settings.seconds,
     }
-    return about, described, rows
+    return subject, described, rows
 
 
 def _server(
@@ -212,116 +276,31 @@ def _server(
     settings: BenchSettings,
     loads: list[tuple[str, float]],
     objective: Objective | None,
-) -> tuple[list[LoadResult], LoadResult | None]:
-    from crl_benchmarks.bench import Generators, search
+) -> tuple[list[LoadResult], str]:
+    """Return the runs, and why they ended early. What was measured until then is kept."""
+    from crl_benchmarks.bench import Generators
+    from crl_benchmarks.bench_objective import search
 
-    best = None
+    rows: list[LoadResult] = []
     with spinner("starting the generators") as status, Generators(target, settings) as generators:
 
         def measure(mode: str, load: float) -> LoadResult:
             unit = "callers" if mode == "closed" else "calls/s"
             status.update(f"{load:.4g} {unit}")
-            return generators.measure(mode, load)
+            row = generators.measure(mode, load)
+            rows.append(row)
+            if row.failed_calls and not row.served_calls:
+                raise ServiceError(f"{target.address}: {row.name}: {row.why}")
+            return row
 
-        rows = [measure(mode, load) for mode, load in loads]
-        if objective is not None:
-            best = search(objective, measure, rows.append)
-    return rows, best
-
-
-def _plot(document: Report, path: Path) -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError("matplotlib", "bench", "--plot") from error
-    from crl_benchmarks.plot import write_plot
-
-    write_plot(document, path)
-    note(f"wrote {path}")
-
-
-def _compare(first: Path, second: Path, as_json: bool) -> None:
-    """Print the ratios of two reports."""
-    from crl_benchmarks.bench_compare import (
-        SHOWN,
-        compare_latency,
-        compare_throughput,
-        differences,
-        pairs,
-        read_report,
-    )
-
-    one, other = read_report(first), read_report(second)
-    rows = {
-        _load(row): {
-            "images_per_second": compare_throughput(row, same),
-            **{f"p{percent:g}": compare_latency(row, same, percent) for percent in SHOWN},
-        }
-        for row, same in pairs(one, other)
-    }
-    apart = differences(one, other)
-    for each in apart:
-        warn(f"the reports differ in {each}")
-    if as_json:
-        ratios = {load: {name: asdict(r) for name, r in row.items()} for load, row in rows.items()}
-        print_json({"first": str(first), "second": str(second), "differ": apart, "ratios": ratios})
-        return
-    table = Table("load", "images/s", *(f"p{percent:g}" for percent in SHOWN),
-                  title=f"{second} / {first}", title_justify="left")  # fmt: skip
-    for load, row in rows.items():
-        table.add_row(load, *map(_ratio, row.values()))
-    out.print(table)
-    out.print("ratios with 95 % intervals; above 1, the second is larger")
-
-
-def _ratio(ratio: Ratio) -> str:
-    if ratio.low is None or ratio.high is None:
-        return f"{ratio.value:.2f}"
-    return f"{ratio.value:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
-
-
-def _print(document: Report) -> None:
-    cached = max((row.cached or 0.0 for row in document.rows), default=0.0)
-    if cached > _MOSTLY_CACHED:
-        warn(
-            f"the server's cache answered {cached:.0%} of the images, so this is not the speed of "
-            "its engine: pass --distinct"
-        )
-    settings = {name.replace("_", " "): value for name, value in document.settings.items()}
-    print_facts(document.command, {**document.target, **settings})
-    headings = ("load", "calls/s", "images/s", "p50 ms", "p90", "p99", "p99.9", "95 %", "failed")
-    table = Table(*headings, box=box.SIMPLE, pad_edge=False)  # fits 80 columns
-    for row in document.rows:
-        table.add_row(*_cells(row))
-    out.print(table)
-    out.print("95 %: interval of p99; - if there are too few calls. --json has all intervals")
-    for row in document.rows:
-        stages = ", ".join(f"{name} {ms:.1f}" for name, ms in row.stages_ms.items())
-        remarks = [f"reported by the server, p50 ms: {stages}"] if stages else []
-        remarks += [] if row.steady else ["not steady"]
-        remarks += [f"not quotable: {row.why}"] if row.why else []
-        if remarks:
-            out.print(f"{_load(row)}: {'; '.join(remarks)}")
-    if document.objective is not None:
-        out.print(f"{document.objective}: {document.verdict}")
-
-
-def _load(row: LoadResult) -> str:
-    unit = {"closed": "callers", "open": "calls/s", "engine": "images"}[row.mode]
-    return f"{row.load:.4g} {unit}"
-
-
-def _cells(row: LoadResult) -> Iterable[str]:
-    figures = ["-"] * 7
-    if row.quotable and row.served:
-        figures = [f"{row.calls_per_second:.1f}", f"{row.images_per_second:.1f}"]
-        figures += [f"{each.ms:.1f}" for each in row.latency]
-        tail = next(each for each in row.latency if each.percent == 99)
-        known = tail.low is not None and tail.high is not None
-        figures.append(f"{tail.low:.0f}–{tail.high:.0f}" if known else "-")
-    failed = {"rejected": row.rejected, **row.errors}
-    failures = ", ".join(f"{name} {count}" for name, count in failed.items() if count)
-    return (_load(row), *figures, failures or "0")
+        try:
+            for mode, load in loads:
+                measure(mode, load)
+            if objective is not None:
+                search(objective, measure)
+        except ServiceError as error:
+            return rows, str(error)
+    return rows, ""
 
 
 def _numbers(option: str, text: str, *, whole: bool) -> list[float]:

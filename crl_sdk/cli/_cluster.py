@@ -105,7 +105,8 @@ def cluster(
     cannot be read are listed and left out, and the exit status is then 1.
     """
     require_tasks("crl cluster")
-    require_new(directory / TABLE, directory / REPORT, overwrite=overwrite)
+    if directory.is_dir():
+        require_new(directory / TABLE, directory / REPORT, overwrite=overwrite)
     with LazyEmbedder(bundle, engine, threads, decode) as model:
         images = model.read([source])
         basis = model.find_or_make_basis(

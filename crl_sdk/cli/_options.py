@@ -92,15 +92,20 @@ def command(*words: str, bundle: Path | None = None, bases: Path = DEFAULT_BASES
 
 
 def require_new(*paths: Path | None, overwrite: bool) -> None:
-    """Check before any work that no file would be replaced.
+    """Check before any work that no file would be replaced, and that there is a place for each.
 
     Args:
         *paths: Files that the command writes; None for those that it does not.
         overwrite: Whether existing files may be replaced.
 
     Raises:
-        InvalidInputError: If a file exists and may not be replaced.
+        InvalidInputError: If a file exists and may not be replaced, or its directory does not.
     """
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise InvalidInputError(
+                f"{path}: expected an existing directory, found none; run mkdir -p {path.parent}"
+            )
     there = [str(path) for path in paths if path is not None and path.exists()]
     if there and not overwrite:
         raise InvalidInputError(

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import trustme
+import typer
 
+from crl_benchmarks.bench import Generators, _row
+from crl_benchmarks.load import Run
 from crl_sdk import demo_bundle
 from crl_sdk.cli._bench import bench
 from crl_sdk.errors import AccessError, InvalidInputError, ServiceError, UnknownCriterionError
@@ -16,8 +21,9 @@ DEFAULTS = {
     "api": "crl", "criteria": "", "kserve_model": "", "images": None, "size": "64x48", "count": 8,
     "batch": 1, "concurrency": "", "rate": "", "slo": None, "warm_up": 0.1, "seconds": 0.6,
     "processes": 1, "timeout": 5.0, "out_file": None, "plot": None, "as_json": True,
-    "bundle": None, "engine": "auto", "threads": None, "batches": "1,3", "distinct": False,
+    "bundle": None, "engine": "auto", "threads": None, "batches": "1,8,16,32", "distinct": False,
     "authority": None, "certificate": None, "key": None, "compare": None,
+    "plain_text_token": False, "overwrite": False,
 }  # fmt: skip
 
 
@@ -31,13 +37,14 @@ def test_both_contracts_and_both_loops(server, capsys, tmp_path):
         ("closed", 1.0), ("closed", 2.0), ("open", 20.0),
     ]  # fmt: skip
     for row in told["rows"]:
-        assert row["served"] > 0 and not row["errors"]
+        assert row["served_calls"] > 0 and not row["failed_calls"] and not row["messages"]
         assert row["images_per_second"] == pytest.approx(2 * row["calls_per_second"], rel=0.01)
-        assert row["stages_ms"].keys() >= {"preprocess", "queue", "infer", "total"}
+        assert row["server_p50_ms"].keys() >= {"preprocess", "queue", "infer", "total"}
     kserve = {"api": "kserve", "kserve_model": "crl.color", "concurrency": "2", "as_json": False}
     bench(server.address, **{**DEFAULTS, **kserve})
     told = capsys.readouterr().out
-    assert "kserve" in told and "2 callers" in told
+    assert "kserve" in told and "2 callers" in told and "crl_onnx" in told
+    assert "does not say whether its cache answered" in " ".join(told.split())
 
 
 def test_what_cannot_be_measured_says_why(server):
@@ -56,6 +63,12 @@ def test_what_cannot_be_measured_says_why(server):
         ({"rate": "x"}, "--rate"),
         ({"size": "640"}, "--size"),
         ({"slo": "fast"}, "p99<50ms"),
+        ({"api": "kserve", "kserve_model": "crl.color", "criteria": "color"}, "--criteria"),
+        ({"batches": "1"}, "--batches needs --bundle"),
+        ({"compare": ("a", "b")}, "--compare alone"),
+        ({"out_file": Path("nowhere/report.json")}, "run mkdir -p nowhere"),
+        ({"plot": Path("plot.gif")}, r"png or \.html"),
+        ({"plot": Path("nowhere/plot.png")}, "run mkdir -p nowhere"),
     ]:
         with pytest.raises(InvalidInputError, match=words):
             bench(server.address, **{**DEFAULTS, **wrong})
@@ -64,12 +77,13 @@ def test_what_cannot_be_measured_says_why(server):
 def test_an_engine_in_process(capsys, tmp_path):
     plot = tmp_path / "plot.html"
     options = {**DEFAULTS, "bundle": demo_bundle(), "seconds": 0.2, "warm_up": 0.0}
+    options["batches"] = "1,3"
     bench(None, **{**options, "plot": plot})
     told = json.loads(capsys.readouterr().out)
     assert told["target"]["engine"] == "onnx/cpu/fp32" and "<svg" in plot.read_text()
     assert [(row["mode"], row["load"]) for row in told["rows"]] == [("engine", 1), ("engine", 3)]
     for row in told["rows"]:
-        assert row["quotable"] and row["served"] >= 3
+        assert row["quotable"] and row["served_calls"] >= 3
         assert row["images_per_second"] == pytest.approx(
             row["load"] * row["calls_per_second"], rel=0.01
         )
@@ -77,30 +91,112 @@ def test_an_engine_in_process(capsys, tmp_path):
         bundle = None if address is None else demo_bundle()
         with pytest.raises(InvalidInputError, match="expected either"):
             bench(address, **{**DEFAULTS, "bundle": bundle})
+    for wrong in ({"slo": "p99<50ms"}, {"rate": "5"}, {"distinct": True}, {"criteria": "color"}):
+        with pytest.raises(InvalidInputError, match="needs the address of a server"):
+            bench(None, **{**options, **wrong})
+    with pytest.raises(InvalidInputError, match="expected batch sizes"):
+        bench(None, **{**options, "batches": ","})
 
 
 def test_the_cache_is_told_and_distinct_images_avoid_it(server, capsys, tmp_path):
     options = {**DEFAULTS, "concurrency": "1", "seconds": 0.3, "count": 2}
     bench(server.address, **{**options, "as_json": False})
-    assert "cache answered 100% of the images" in capsys.readouterr().err
+    first_lines = " ".join(capsys.readouterr().out.split()[:30])
+    assert "cache answered 100% of the images" in first_lines and "--distinct" in first_lines
+    bench(server.address, **options)
+    assert "cache answered 100%" in capsys.readouterr().err
     for name in ("a.json", "b.json"):
         bench(server.address, **{**options, "distinct": True, "out_file": tmp_path / name})
         told = json.loads(capsys.readouterr().out)
-        assert told["rows"][0]["cached"] == 0 and told["settings"]["distinct_images"] == "yes"
+        assert told["cached_share"] == 0 and told["settings"]["distinct"] is True
         assert told["target"]["model"] == "crl-demo" and len(told["target"]["fingerprint"]) == 64
+        assert told["target"]["engine"] == "onnx/cpu/fp32" and told["machine"]["processor"]
     compared = {**options, "compare": (tmp_path / "a.json", tmp_path / "b.json")}
     bench(None, **compared)
     ratios = json.loads(capsys.readouterr().out)
-    assert ratios["differ"] == [] and ratios["ratios"]["1 callers"]["p50"]["value"] > 0
+    assert ratios["differences"] == [] and ratios["ratios"]["1 callers"]["p50"]["value"] > 0
     bench(None, **{**compared, "as_json": False})
     assert "1 callers" in capsys.readouterr().out
 
 
-def test_a_plot_that_fails_does_not_lose_the_table(server, capsys, tmp_path):
-    options = {**DEFAULTS, "concurrency": "1", "seconds": 0.3, "as_json": False}
-    with pytest.raises(InvalidInputError, match=r"png or \.html"):
-        bench(server.address, **{**options, "plot": tmp_path / "plot.gif"})
+def fake_runs(monkeypatch, *rows):
+    """Have the load generators return these runs, whatever they are asked for."""
+    left = list(rows)
+    monkeypatch.setattr(Generators, "measure", lambda self, mode, load: left.pop(0))
+
+
+@pytest.mark.parametrize("late", [0.001, 0.004])
+def test_an_objective_on_a_cache_that_answers(server, capsys, monkeypatch, late):
+    """The cache answers in half a millisecond, which is no reason to call an objective missed."""
+
+    def measure(self, mode, load):
+        rate = load if mode == "open" else 1000
+        run = Run(seconds=1, offered=int(rate), lags=[late] * 10, cached=[1.0])
+        run.latencies = {"ok": [0.0005 if rate <= 1000 else 0.09] * int(rate)}
+        run.done = [i / rate for i in range(int(rate))]
+        return _row(mode, load, run, 1)
+
+    monkeypatch.setattr(Generators, "measure", measure)
+    options = {**DEFAULTS, "slo": "p99<50ms", "as_json": False}
+    with pytest.raises(typer.Exit) if late > 0.002 else nullcontext() as exit:
+        bench(server.address, **options)
+    told = capsys.readouterr().out
+    assert "cache answered 100%" in told[:200]
+    if exit is None:
+        assert "p99<50ms: met at" in told and "The cache answered" in told.splitlines()[-1]
+    else:
+        assert exit.value.exit_code == 1
+        assert "p99<50ms: could not be judged: a generator woke 4.0 ms late" in told
+
+
+def test_what_was_measured_before_the_server_went_away_is_kept(
+    server, capsys, monkeypatch, tmp_path
+):
+    gone = Run(seconds=1, offered=7, latencies={"error": [0.1] * 7}, failures={"UNAVAILABLE": 7})
+    gone.messages = {"UNAVAILABLE": "connection refused"}
+    good = Run(seconds=1, offered=9, latencies={"ok": [0.1] * 9}, lags=[0.0])
+    rows = _row("closed", 1, good, 1), _row("closed", 2, gone, 1)
+    options = {**DEFAULTS, "concurrency": "1,2,4", "out_file": tmp_path / "report.json"}
+    fake_runs(monkeypatch, *rows)
+    with pytest.raises(typer.Exit) as exit:
+        bench(server.address, **options)
+    captured = capsys.readouterr()
+    told = json.loads(captured.out)  # one document
+    assert exit.value.exit_code == 1 and told == json.loads((tmp_path / "report.json").read_text())
+    assert [row["served_calls"] for row in told["rows"]] == [9, 0]
+    assert "2 callers: no call succeeded" in told["ended_early"]
+    assert "7 of 7 ended with UNAVAILABLE (connection refused)" in captured.err
+    fake_runs(monkeypatch, *rows)
+    with pytest.raises(typer.Exit):
+        bench(server.address, **{**options, "as_json": False, "out_file": None})
     assert "1 callers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_plot_that_fails_does_not_lose_the_table(server, capsys, monkeypatch, tmp_path, as_json):
+    busy = Run(seconds=1, offered=9, latencies={"ok": [0.1] * 9}, lags=[0.0], cpu=1.0)
+    fake_runs(monkeypatch, _row("closed", 1, busy, 1))
+    options = {**DEFAULTS, "concurrency": "1", "as_json": as_json, "plot": tmp_path / "plot.png"}
+    with pytest.raises(typer.Exit) as exit:
+        bench(server.address, **options)
+    captured = capsys.readouterr()
+    assert exit.value.exit_code == 1 and "expected a quotable run to draw" in captured.err
+    if as_json:
+        assert json.loads(captured.out)["rows"][0]["served_calls"] == 9
+    else:
+        assert "1 callers" in captured.out and "100% of its core" in captured.out
+
+
+@pytest.mark.parametrize("seconds", [2.345, 98765.4])
+def test_numbers_are_not_cut(server, capsys, monkeypatch, seconds):
+    slow = Run(seconds=1, latencies={"ok": [seconds] * 9000, "error": [1.0] * 9999}, lags=[0.0])
+    slow.offered, slow.failures = 18999, {"DEADLINE_EXCEEDED": 9999}
+    fake_runs(monkeypatch, _row("open", 1234.5, slow, 1))
+    bench(server.address, **{**DEFAULTS, "rate": "5", "as_json": False})
+    told = capsys.readouterr().out
+    assert "…" not in told and "9,999 calls ended with DEADLINE_EXCEEDED" in told
+    if seconds < 10:
+        assert "1234 calls/s" in told and "2345–2345" in told and " 9,999 \n" in told
 
 
 def test_a_secured_server(serve, embedder, tmp_path, capsys, monkeypatch):
@@ -118,4 +214,4 @@ def test_a_secured_server(serve, embedder, tmp_path, capsys, monkeypatch):
         bench(address, **options)
     monkeypatch.setenv("CRL_TOKEN", token.secret)
     bench(address, **options)
-    assert json.loads(capsys.readouterr().out)["rows"][0]["served"] > 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["served_calls"] > 0

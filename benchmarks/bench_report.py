@@ -1,0 +1,225 @@
+"""The report of `crl bench`: its runs, and what is needed to repeat and to compare them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from crl_benchmarks.machine import Machine
+from crl_sdk.errors import InvalidInputError
+from crl_sdk.storage._atomic_files import read_record
+
+SCHEMA = 3
+
+LOAD_UNITS = {"closed": "callers", "open": "calls/s", "engine": "images"}
+"""Unit of `LoadResult.load`, by mode."""
+
+MOSTLY_CACHED = 0.05
+"""Share of images from the cache above which a claim says so."""
+
+Setting = str | int | float | bool | list[str] | None
+
+
+class Figure(msgspec.Struct, frozen=True, kw_only=True):
+    """A percentile of the latency.
+
+    Attributes:
+        percent: Such as 99.
+        latency_ms: Value in milliseconds; None if it falls on a failed call, which never ended.
+        low_ms: Lower end of the 95 % interval in milliseconds; None if it has none.
+        high_ms: Upper end of the 95 % interval in milliseconds; None if there are too few calls for
+            one, or if it falls on a failed call.
+    """
+
+    percent: float
+    latency_ms: float | None
+    low_ms: float | None
+    high_ms: float | None
+
+
+class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Result of one run.
+
+    Attributes:
+        mode: `closed` or `open`, or `engine` for runs in this process.
+        load: Number of callers (closed), calls per second (open), or images per run (engine).
+        load_unit: Unit of `load`.
+        measured_seconds: Measured seconds.
+        offered_calls: Number of calls that were due.
+        served_calls: Number of successful calls.
+        rejected_calls: Number of calls that the server refused because it was full.
+        failed_calls: Number of other failures, by status.
+        messages: First message of each status of failed and refused calls.
+        calls_per_second: Successful calls per second.
+        images_per_second: Images of successful calls per second.
+        latency: Percentiles of the latency of successful calls; empty if there are none.
+        latency_of_all_calls: The same of all calls. A failed or refused call never ended.
+        server_p50_ms: Median milliseconds that the server reports, by stage.
+        steady: Whether all thirds of the run served about the same number of calls.
+        generator_cpu_share: Largest share of a core that a generator used.
+        generator_late_ms: 90th percentile of the lateness of the generators' event loops.
+        cached_share: Share of the images that the server's cache answered; None if it does not say.
+        quotable: Whether the figures are the server's: the generators were not the bottleneck.
+        why: Reason why the run is not quotable, else empty.
+    """
+
+    mode: str
+    load: float
+    load_unit: str
+    measured_seconds: float
+    offered_calls: int
+    served_calls: int
+    rejected_calls: int
+    failed_calls: dict[str, int]
+    messages: dict[str, str]
+    calls_per_second: float
+    images_per_second: float
+    latency: tuple[Figure, ...]
+    latency_of_all_calls: tuple[Figure, ...]
+    server_p50_ms: dict[str, float]
+    steady: bool
+    generator_cpu_share: float
+    generator_late_ms: float
+    cached_share: float | None
+    quotable: bool
+    why: str = ""
+
+    @property
+    def shown(self) -> bool:
+        """Whether the run has figures to quote."""
+        return self.quotable and self.served_calls > 0
+
+    @property
+    def name(self) -> str:
+        """The load with its unit, such as `8 callers`."""
+        return f"{show_rate(self.load)} {self.load_unit}"
+
+
+class Subject(msgspec.Struct, frozen=True, kw_only=True):
+    """What was measured. A field is None if the server does not say it.
+
+    Attributes:
+        model: Name of the model.
+        fingerprint: Fingerprint of the model.
+        engine: Runtime, device and precision, such as `onnx/cpu/int8`; with KServe, the platform.
+        server: Name and version of the server.
+    """
+
+    model: str | None = None
+    fingerprint: str | None = None
+    engine: str | None = None
+    server: str | None = None
+
+
+class ObjectiveResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What the search for an objective has shown.
+
+    Attributes:
+        objective: The objective, such as `p99<50ms`.
+        percent: Its percentile, such as 99.
+        bound_ms: Its bound in milliseconds.
+        outcome: `met`, `met_in_too_few_calls`, `met_at_no_rate` or `not_judged`.
+        text: The outcome in words.
+        needed_calls: Number of calls from which the percentile can be bounded.
+        higher_rates_judged: Whether the next higher rate missed the objective; if not, `best` is
+            only a lower bound.
+        best: Run at the highest rate that met the objective, or None.
+    """
+
+    objective: str
+    percent: float
+    bound_ms: float
+    outcome: str
+    text: str
+    needed_calls: int
+    higher_rates_judged: bool
+    best: LoadResult | None
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """All runs of a command, with what is needed to repeat it.
+
+    Attributes:
+        schema: Version of this document's format.
+        time: Time of writing in UTC, ISO 8601.
+        command: Command line.
+        machine: Machine of the load generators, or of the engine in this process.
+        versions: Versions of the packages that matter, by name.
+        target: What was measured.
+        settings: Settings of the measurement, with units in their names.
+        cached_share: Largest share of the images of a run that the server's cache answered; None if
+            the server does not say.
+        rows: Results of the runs.
+        objective: Result of the search, or None.
+        ended_early: Why not all runs were made, else empty.
+    """
+
+    schema: int
+    time: str
+    command: str
+    machine: Machine
+    versions: dict[str, str]
+    target: Subject
+    settings: dict[str, Setting]
+    cached_share: float | None
+    rows: tuple[LoadResult, ...]
+    objective: ObjectiveResult | None = None
+    ended_early: str = ""
+
+
+def find_figure(figures: Sequence[Figure], percent: float) -> Figure:
+    """Return a percentile among figures, without a value if it is not there."""
+    none = Figure(percent=percent, latency_ms=None, low_ms=None, high_ms=None)
+    return next((each for each in figures if each.percent == percent), none)
+
+
+def show_rate(value: float) -> str:
+    """Return a rate with at least four digits.
+
+    Example:
+        >>> show_rate(9.3333), show_rate(12345.6)
+        ('9.333', '12346')
+    """
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def show_ms(value: float) -> str:
+    """Return milliseconds with about three digits.
+
+    Example:
+        >>> show_ms(0.1234), show_ms(12.345), show_ms(2345.6)
+        ('0.12', '12.3', '2346')
+    """
+    digits = 2 - math.floor(math.log10(max(value, 1e-3)))
+    return f"{value:.{max(0, min(2, digits))}f}"
+
+
+def show_latency(figure: Figure) -> str:
+    """Return a percentile in milliseconds, with a question mark if the calls are too few."""
+    if figure.latency_ms is None:
+        return "-"
+    return f"{show_ms(figure.latency_ms)}{'' if figure.high_ms is not None else '?'}"
+
+
+def show_setting(value: object) -> str:
+    """Return a setting or another fact of a report as text."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "not known" if value is None else str(value)
+
+
+def read_report(path: Path) -> Report:
+    """Read a report that `crl bench --out` wrote.
+
+    Raises:
+        InvalidInputError: If the file cannot be read or has another schema.
+    """
+    remedy = "measure again with crl bench --out"
+    return read_record(path, Report, SCHEMA, InvalidInputError, remedy)

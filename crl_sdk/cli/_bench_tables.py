@@ -1,0 +1,146 @@
+"""What `crl bench` prints: a report, and the comparison of two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+from rich.markup import escape
+from rich.table import Table
+
+from crl_sdk.cli._console import out, print_facts, print_json, warn
+
+if TYPE_CHECKING:
+    from crl_benchmarks.bench_compare import Ratio
+    from crl_benchmarks.bench_report import LoadResult, Report
+
+
+def print_report(report: Report) -> None:
+    """Print what was measured, the runs and what to know about them."""
+    from crl_benchmarks.bench_report import show_setting
+
+    if cached := _cached(report):
+        out.print(f"[bold yellow]{escape(cached)}[/]")
+    facts = {**msgspec.to_builtins(report.target), **report.settings}
+    print_facts(
+        report.command, {key.replace("_", " "): show_setting(value) for key, value in facts.items()}
+    )
+    _print_runs(report.rows)
+    _print_stages(report.rows)
+    for row in report.rows:
+        failures = {"RESOURCE_EXHAUSTED": row.rejected_calls, **row.failed_calls}
+        remarks = [
+            f"{count:,} calls ended with {name} ({row.messages.get(name) or 'no message'})"
+            for name, count in failures.items()
+            if count and row.shown
+        ]
+        remarks += [] if row.steady or not row.served_calls else ["not steady"]
+        remarks += [f"not quotable: {row.why}"] if row.why else []
+        if remarks:
+            out.print(escape(f"{row.name}: {'; '.join(remarks)}"), soft_wrap=True)
+    if report.objective is not None:
+        out.print(escape(f"{report.objective.objective}: {report.objective.text}"), soft_wrap=True)
+
+
+def warn_of_cache(report: Report) -> None:
+    """Print a warning on stderr if the cache answered."""
+    if cached := _cached(report):
+        warn(cached)
+
+
+def print_comparison(first: Path, second: Path, *, as_json: bool) -> None:
+    """Print the ratios of two reports."""
+    from crl_benchmarks.bench_compare import SHOWN, compare, find_differences
+    from crl_benchmarks.bench_report import read_report
+
+    one, other = read_report(first), read_report(second)
+    ratios, differences = compare(one, other), find_differences(one, other)
+    for each in differences:
+        warn(f"the reports differ in {each}")
+    if as_json:
+        rows = {load: {name: asdict(each) for name, each in row.items()}
+                for load, row in ratios.items()}  # fmt: skip
+        print_json(
+            {"first": str(first), "second": str(second), "differences": differences, "ratios": rows}
+        )
+        return
+    columns = ("images_per_second", *(f"p{percent:g}" for percent in SHOWN))
+    out.print(escape(f"{second} / {first}"), soft_wrap=True)
+    table = _table("load", "images/s", *columns[1:])
+    for load, row in ratios.items():
+        table.add_row(load, *(_ratio(row.get(name)) for name in columns))
+    out.print(table)
+    out.print("ratios with 95 % intervals (?: too few calls); above 1, the second is larger")
+
+
+def _cached(report: Report) -> str:
+    """Return what to say at the top about the cache of the server, or an empty text."""
+    from crl_benchmarks.bench_report import MOSTLY_CACHED
+
+    share = report.cached_share
+    if share is not None and share > MOSTLY_CACHED:
+        return (
+            f"the server's cache answered {share:.0%} of the images, so this is not the speed of "
+            "its engine: pass --distinct"
+        )
+    if report.settings.get("api") == "kserve" and not report.settings["distinct"]:
+        return (
+            "the server does not say whether its cache answered, so this may not be the speed of "
+            "its engine: pass --distinct"
+        )
+    return ""
+
+
+def _print_runs(rows: Iterable[LoadResult]) -> None:
+    from crl_benchmarks.bench_report import find_figure, show_latency, show_ms, show_rate
+    from crl_benchmarks.quantiles import PERCENTILES, values_needed
+
+    names = [f"p{percent:g}" for percent in PERCENTILES]
+    table = _table("load", "images/s", f"{names[0]} ms", *names[1:], "p99 95 %", "failed")
+    open_ended = set()
+    for row in rows:
+        cells = ["-"] * 6
+        if row.shown:
+            tail = find_figure(row.latency, 99.0)
+            cells = [show_rate(row.images_per_second), *map(show_latency, row.latency)]
+            ends = [show_ms(end) for end in (tail.low_ms, tail.high_ms) if end is not None]
+            cells.append("–".join(ends) if len(ends) == 2 else "-")
+            open_ended |= {each.percent for each in row.latency if each.high_ms is None}
+        failed = row.offered_calls - row.served_calls
+        table.add_row(row.name, *cells, f"{failed:,}")
+    out.print(table)
+    if open_ended:
+        needed = ", ".join(f"p{each:g} {values_needed(each):,}" for each in sorted(open_ended))
+        out.print(f"?: too few calls for an upper bound, which needs: {needed}")
+
+
+def _print_stages(rows: Iterable[LoadResult]) -> None:
+    """Print the times that the server reports, if it does."""
+    told = [row for row in rows if row.server_p50_ms]
+    if not told:
+        return
+    stages = list(told[0].server_p50_ms)
+    table = _table("load", *stages)
+    for row in told:
+        table.add_row(row.name, *(f"{row.server_p50_ms.get(each, 0.0):.1f}" for each in stages))
+    out.print("\nreported by the server, p50 ms:")
+    out.print(table)
+
+
+def _table(*headings: str) -> Table:
+    """Return a table that does not cut numbers at 80 columns."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def _ratio(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return "-"
+    if ratio.low is None or ratio.high is None:
+        return f"{ratio.value:.2f}?"
+    return f"{ratio.value:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
