@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -35,6 +36,7 @@ from crl_benchmarks.quantiles import PERCENTILES, percentile
 from crl_benchmarks.targets import Target, connect, open_target
 from crl_sdk._version import __version__
 from crl_sdk.engines._contract import ImageEngine
+from crl_sdk.errors import ServiceError
 from crl_sdk.model import _parity as parity
 from crl_sdk.model._bundle import ModelBundle
 
@@ -97,7 +99,7 @@ class Generators:
     def __init__(self, target: Target, settings: BenchSettings) -> None:
         """Prepare the processes; they start at the first run."""
         self._target, self._settings = target, settings
-        self._seeds = count()
+        self._seeds = count(1)  # the first call, which `probe` makes, has 0
         context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
         self._pool = ProcessPoolExecutor(settings.processes, mp_context=context)
 
@@ -118,6 +120,9 @@ class Generators:
 
         Returns:
             The result of the last attempt.
+
+        Raises:
+            ServiceError: If a generator process ended.
         """
         for _ in range(_ATTEMPTS):
             row = self._measure(mode, load)
@@ -137,7 +142,13 @@ class Generators:
             )
             for share in shares
         ]  # fmt: skip
-        run = merge(list(self._pool.map(_generate, jobs)))
+        try:
+            run = merge(list(self._pool.map(_generate, jobs)))
+        except BrokenProcessPool as error:
+            raise ServiceError(
+                "a generator process ended; check that there is enough memory, or use fewer images "
+                "with --count, or fewer --processes"
+            ) from error
         return _row(mode, load, run, self._target.batch)
 
 

@@ -15,7 +15,7 @@ from crl_benchmarks.bench_report import Subject
 from crl_benchmarks.load import Reply, Send
 from crl_sdk.client._connection import open_channel, typed_error
 from crl_sdk.client._options import ClientOptions, ClientSecurity
-from crl_sdk.errors import ImageError, InvalidInputError
+from crl_sdk.errors import DeadlineError, ImageError, InvalidInputError
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.pb.inference import kserve_pb2, kserve_pb2_grpc
 
@@ -102,11 +102,17 @@ async def probe(target: Target) -> Subject:
                 await _infer(target, channel, 0)
                 return await _ask_kserve(target, channel)
             reply = await _embed(target, channel, 0)
-            if bad := next((each for each in reply.images if each.code), None):
-                raise ImageError(bad.message, source="the first image")
+            for number, image in enumerate(reply.images, start=1):
+                if image.code:
+                    raise ImageError(image.message, source=f"image {number} of the first call")
             stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
             model = await stub.GetModel(embedding_pb2.GetModelRequest(), **_options(target))
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise DeadlineError(
+                    f"{target.address}: no answer to the first call within {target.timeout:g} s: "
+                    "use a longer --timeout, or check that a server runs there"
+                ) from error
             raise typed_error(error) from error
     return Subject(
         model=model.name,

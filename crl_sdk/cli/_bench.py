@@ -300,6 +300,10 @@ def _server(
                 search(objective, measure)
         except ServiceError as error:
             return rows, str(error)
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            return rows, "interrupted"
     return rows, ""
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,11 +12,18 @@ import pytest
 import trustme
 import typer
 
-from crl_benchmarks.bench import Generators, _row
+from crl_benchmarks.bench import BenchSettings, Generators, _row
 from crl_benchmarks.load import Run
+from crl_benchmarks.targets import Target
 from crl_sdk import demo_bundle
 from crl_sdk.cli._bench import bench
-from crl_sdk.errors import AccessError, InvalidInputError, ServiceError, UnknownCriterionError
+from crl_sdk.errors import (
+    AccessError,
+    CrlError,
+    InvalidInputError,
+    ServiceError,
+    UnknownCriterionError,
+)
 from crl_sdk.serving._security import ServerTls, Token
 
 DEFAULTS = {
@@ -172,6 +181,52 @@ def test_what_was_measured_before_the_server_went_away_is_kept(
     assert "1 callers" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("end", "words"), [(KeyboardInterrupt, "interrupted"), (ServiceError("ended"), "ended")]
+)
+def test_what_was_measured_before_an_interruption_is_kept(server, capsys, monkeypatch, end, words):
+    good = Run(seconds=1, offered=9, latencies={"ok": [0.1] * 9}, lags=[0.0])
+    left = iter([_row("closed", 1, good, 1)])
+
+    def measure(self, mode, load):
+        for row in left:
+            return row
+        raise end
+
+    monkeypatch.setattr(Generators, "measure", measure)
+    with pytest.raises(typer.Exit):
+        bench(server.address, **{**DEFAULTS, "concurrency": "1,2"})
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["rows"]) == 1 and told["ended_early"] == words
+
+
+def test_a_generator_that_ends_is_told(monkeypatch):
+    with Generators(Target("h:1", [b"xx"]), BenchSettings()) as generators:
+        monkeypatch.setattr(generators._pool, "map", lambda *_: iter_broken())
+        with pytest.raises(ServiceError, match="enough memory"):
+            generators.measure("closed", 1)
+
+
+def iter_broken():
+    """An iterator over the results of processes that ended."""
+    raise BrokenProcessPool
+    yield
+
+
+def test_a_server_that_never_answers():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(CrlError, match=r"within 0\.3 s: use a longer --timeout|UNAVAILABLE"):
+            bench(address, **{**DEFAULTS, "timeout": 0.3})
+
+
+def test_the_first_call_sends_other_images_than_the_runs(server, capsys):
+    options = {"distinct": True, "warm_up": 0.0, "batch": 64, "concurrency": "1", "seconds": 0.1}
+    bench(server.address, **{**DEFAULTS, **options})
+    told = json.loads(capsys.readouterr().out)
+    assert not told["cached_share"] and server.pipeline.cache.hits == 0
+
+
 @pytest.mark.parametrize("as_json", [True, False])
 def test_a_plot_that_fails_does_not_lose_the_table(server, capsys, monkeypatch, tmp_path, as_json):
     busy = Run(seconds=1, offered=9, latencies={"ok": [0.1] * 9}, lags=[0.0], cpu=1.0)
@@ -214,4 +269,28 @@ def test_a_secured_server(serve, embedder, tmp_path, capsys, monkeypatch):
         bench(address, **options)
     monkeypatch.setenv("CRL_TOKEN", token.secret)
     bench(address, **options)
+    assert json.loads(capsys.readouterr().out)["rows"][0]["served_calls"] > 0
+
+
+def test_a_server_that_asks_for_a_certificate(serve, embedder, tmp_path, capsys):
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    for name in ("server", "client"):
+        issued = authority.issue_cert("localhost")
+        issued.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.pem")
+        issued.private_key_pem.write_to_path(tmp_path / f"{name}.key")
+    tls = ServerTls(tmp_path / "server.pem", tmp_path / "server.key", tmp_path / "ca.pem")
+    address = serve(embedder, tls=tls).address.replace("127.0.0.1", "localhost")
+    options = {**DEFAULTS, "concurrency": "1", "seconds": 0.3}
+    pair = {"certificate": tmp_path / "client.pem", "key": tmp_path / "client.key"}
+    for wrong, error, words in [
+        ({}, ServiceError, "--authority"),
+        ({"authority": tmp_path / "ca.pem"}, ServiceError, "UNAVAILABLE"),
+        ({"authority": tmp_path / "none.pem", **pair}, InvalidInputError, "cannot be read"),
+        (pair, InvalidInputError, "needs TLS"),
+        ({"key": tmp_path / "client.key"}, InvalidInputError, "together"),
+    ]:
+        with pytest.raises(error, match=words):
+            bench(address, **{**options, **wrong})
+    bench(address, **{**options, "authority": tmp_path / "ca.pem", **pair})
     assert json.loads(capsys.readouterr().out)["rows"][0]["served_calls"] > 0
