@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 DATA ?= ../shared/data/real-vectors
 
-.PHONY: demo test test-slow test-gpu check types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-project bench-peers load clean
+.PHONY: demo test test-slow test-gpu docs-test check types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-project bench-peers load clean
 
 demo: $(VENV)/.demo ## from criteria in words to named groups of images, with a report
 	$(BIN)/crl demo
@@ -20,6 +20,9 @@ test-slow: $(VENV)/.dev ## tests that take minutes, such as exporting every arch
 
 test-gpu: $(VENV)/.dev ## tests that need a GPU; skipped without one
 	$(BIN)/pytest -m gpu
+
+docs-test: $(VENV)/.dev ## the shell and Python blocks of the pages, as they stand: minutes
+	$(BIN)/python tests/docs_test.py
 
 check: $(VENV)/.dev ## lint, format, types, import directions, the contract and its stubs
 	$(BIN)/ruff check .

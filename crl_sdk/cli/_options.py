@@ -137,9 +137,12 @@ def load_basis(
             basis.require_fingerprint(fingerprint)
         return basis
     name = normalise_criterion(criterion)
+    there = BasisDirectory(directory)
     try:
-        return BasisDirectory(directory).load(name, fingerprint)
+        return there.load(name, fingerprint)
     except CriterionError as error:
+        if fingerprint is None and there.files(name):  # of several models: none is to be made
+            raise
         make = command("basis", "create", name, bundle=bundle, bases=directory)
         raise CriterionError(f"{error}. To make it: {make}") from error
 

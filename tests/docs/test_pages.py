@@ -118,6 +118,11 @@ def test_there_are_pages_with_code():
     assert len(CRL_COMMANDS) >= 60
 
 
+def test_the_first_example_of_the_readme_is_short():
+    example = blocks(ROOT / "README.md", "python")[0].text
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
+
+
 @pytest.mark.parametrize("block", PYTHON_BLOCKS, ids=str)
 def test_python_blocks_compile_and_import_public_names(block):
     tree = ast.parse(block.text, f"{block}")

@@ -239,8 +239,9 @@ def test_models_must_agree(bases, rows, bundle_copy):
         with pytest.raises(BasisMismatchError):
             project(*arguments)
     save_basis(make_basis("shape", 3, fingerprint="cd" * 32), "bases")
-    with pytest.raises(CriterionError, match="2 models have a basis 'shape'"):
+    with pytest.raises(CriterionError, match="2 models have a basis 'shape'") as refused:
         project("x.npy", "--criteria", "shape", "--out", "out")
+    assert "To make it" not in str(refused.value)
     assert not Path("out").exists()
     project("x.npz", "--criteria", "mood", "--out", "out")
 
