@@ -9,10 +9,10 @@ model are those of the demo.
   starts another server.
 - A block `python` continues the Python blocks before it. If a line is an expression with a literal
   in a comment behind it, such as `found.choice.k  # 10`, the two must be equal.
-- Other blocks (`text`, `toml`, …) are not run. A comment in the line above a block, `<!-- not run:
-  REASON -->`, keeps it from being run.
-- A comment in the line above a block, `<!-- first: COMMANDS -->`, is run before it. It is for what
-  a reader of the prose has: a running server, a file of their own.
+- Other blocks (`text`, `toml`, …) are not run.
+- The line above a block may be a comment. `<!-- not run: REASON -->` leaves the block out.
+  `<!-- first: COMMANDS -->` runs commands before it, for what a reader of the prose has: a running
+  server, or files of their own.
 
 The servers use the port that the pages name, 50051.
 """
@@ -146,9 +146,10 @@ class Page:
 def run_page(path: Path) -> int:
     """Run a page in the working directory. Return the number of blocks that failed."""
     page, failed = Page(), 0
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     try:
         for block in blocks(path, "", "python"):
-            where = f"{path.relative_to(ROOT)}:{block.line}"
+            where = f"{shown}:{block.line}"
             comment = comments(block)
             if "not run" in comment:
                 print(f"=== {where}: not run: {comment['not run']}", flush=True)
@@ -174,6 +175,9 @@ def main(names: list[str]) -> int:
         return run_page(Path(names[1]))
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     os.environ["COLUMNS"] = "80"
+    if unknown := set(names) - {page.name for page in PAGES}:
+        print(f"expected names of pages such as README.md, got {', '.join(sorted(unknown))}")
+        return 2
     pages = [page for page in PAGES if not names or page.name in names]
     failed = []
     with tempfile.TemporaryDirectory() as root:
