@@ -18,12 +18,7 @@ from PIL import Image
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embeddings import Embeddings
 from crl_sdk.basis._basis import Basis
-from crl_sdk.basis._build import (
-    DEFAULT_MERGE_THRESHOLD,
-    DEFAULT_PROMPT,
-    build_basis,
-    check_options,
-)
+from crl_sdk.basis._build import DEFAULT_MERGE_THRESHOLD, build_basis, check_options
 from crl_sdk.basis._generate import GeneratedTexts, ReportProgress, generate_texts
 from crl_sdk.basis._generation_options import DEFAULT_OPTIONS, GenerationOptions
 from crl_sdk.basis._language_model import LanguageModel
@@ -225,7 +220,7 @@ class Embedder:
         *,
         llm: LanguageModel | str | os.PathLike[str] | None = None,
         options: GenerationOptions = DEFAULT_OPTIONS,
-        prompts: Sequence[str] = (DEFAULT_PROMPT,),
+        prompts: Sequence[str] | None = None,
         method: Method | None = None,
         post: Post = "l2",
         merge_threshold: float = DEFAULT_MERGE_THRESHOLD,
@@ -245,7 +240,7 @@ class Embedder:
                 default model.
             options: How often and how the language model is asked.
             prompts: Templates with one `{}` for the text. Embeddings are averaged over all of
-                them.
+                them. None for the prompt that the bundle recommends.
             method: Projection method, one of `crl_sdk.basis.METHODS`. None for `contrastive`, or
                 for `cosine` with two texts.
             post: Row normalisation of the conditional embedding.
@@ -272,6 +267,7 @@ class Embedder:
         """
         others = self._each_basis(against)
         ignored = self._each_basis(ignore)
+        prompts = self._prompts(prompts)
         check_options(
             criterion, fingerprint=self.bundle.fingerprint, prompts=prompts, method=method,
             post=post, merge_threshold=merge_threshold, against=others, ignore=ignored,
@@ -290,7 +286,7 @@ class Embedder:
         *,
         llm: LanguageModel | str | os.PathLike[str] | None = None,
         options: GenerationOptions = DEFAULT_OPTIONS,
-        prompts: Sequence[str] = (DEFAULT_PROMPT,),
+        prompts: Sequence[str] | None = None,
         progress: ReportProgress | None = None,
     ) -> GeneratedTexts:
         """Let a local language model write the texts of a criterion, without making a basis.
@@ -301,7 +297,8 @@ class Embedder:
                 default model.
             options: How often and how the language model is asked.
             prompts: Prompts that the texts will be embedded with. Texts far from the others in
-                this model's embedding space are dropped.
+                this model's embedding space are dropped. None for the prompt that the bundle
+                recommends.
             progress: Called after each token of the language model.
 
         Returns:
@@ -318,7 +315,7 @@ class Embedder:
         self.bundle.text_graph()  # without one, fail before the language model is loaded
         return generate_texts(
             criterion, llm, options, embed_text=self.embed_text,
-            background=self.bundle.background, prompts=prompts, progress=progress,
+            background=self.bundle.background, prompts=self._prompts(prompts), progress=progress,
         )  # fmt: skip
 
     def create_basis(
@@ -326,7 +323,7 @@ class Embedder:
         criterion: str,
         texts: Sequence[str] | GeneratedTexts,
         *,
-        prompts: Sequence[str] = (DEFAULT_PROMPT,),
+        prompts: Sequence[str] | None = None,
         method: Method | None = None,
         post: Post = "l2",
         merge_threshold: float = DEFAULT_MERGE_THRESHOLD,
@@ -341,7 +338,7 @@ class Embedder:
             criterion: What the texts describe, such as `color`.
             texts: Short descriptive texts, such as `red` and `green`; or generated texts.
             prompts: Templates with one `{}` for the text. Embeddings are averaged over all of
-                them.
+                them. None for the prompt that the bundle recommends.
             method: Projection method, one of `crl_sdk.basis.METHODS`. None for `contrastive`, or
                 for `cosine` with two texts.
             post: Row normalisation of the conditional embedding.
@@ -368,8 +365,8 @@ class Embedder:
             texts = [each.text for each in texts.texts]
         basis = build_basis(
             criterion, texts, self.embed_text, fingerprint=self.bundle.fingerprint,
-            prompts=prompts, method=method, post=post, merge_threshold=merge_threshold,
-            against=self._each_basis(against),
+            prompts=self._prompts(prompts), method=method, post=post,
+            merge_threshold=merge_threshold, against=self._each_basis(against),
             ignore=self._each_basis(ignore),
             background=self.bundle.background, provenance=provenance,
         )  # fmt: skip
@@ -613,6 +610,9 @@ class Embedder:
                 "add_basis(path)"
             )
         return self._bases[name]
+
+    def _prompts(self, prompts: Sequence[str] | None) -> Sequence[str]:
+        return (self.bundle.prompt,) if prompts is None else prompts
 
     def _each_basis(self, criteria: str | Basis | Sequence[str | Basis]) -> list[Basis]:
         return [

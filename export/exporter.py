@@ -24,6 +24,7 @@ from crl_export.graphs import ImageGraph, TextGraph, export_image_graph, export_
 from crl_export.precision import half_graph, quantise
 from crl_export.tokenizers import write_tokenizer
 from crl_sdk._version import __version__
+from crl_sdk.basis._build import check_prompts
 from crl_sdk.engines._onnx_sessions import open_session
 from crl_sdk.errors import ExportError, InvalidInputError, ParityError
 from crl_sdk.model import _parity as parity
@@ -31,6 +32,7 @@ from crl_sdk.model._bundle import ModelBundle, sha256_file
 from crl_sdk.model._manifest import (
     MANIFEST,
     PRECISIONS,
+    RECOMMENDED_PROMPT,
     SCHEMA,
     FileEntry,
     Manifest,
@@ -62,6 +64,7 @@ def export_model(
     overwrite: bool = False,
     strict_int8: bool = False,
     background: Sequence[str] | None = None,
+    prompt: str = RECOMMENDED_PROMPT,
     progress: Progress | None = None,
 ) -> ModelBundle:
     """Export an open_clip model to a bundle.
@@ -84,6 +87,7 @@ def export_model(
         strict_int8: Whether to fail if int8 exceeds its tolerance, instead of warning.
         background: Generic texts, see `crl_export.background.add_background`. None for the list
             that ships.
+        prompt: Prompt that the bundle recommends for the texts of a basis, with one `{}`.
         progress: Function that is called with the current step in words, the number of finished
             steps, and the number of all steps.
 
@@ -93,8 +97,10 @@ def export_model(
     Raises:
         ExportError: If the model cannot be loaded or exported, or `out` is not empty.
         ParityError: If a graph differs from torch by more than its tolerance.
-        InvalidInputError: If a precision is unknown, or a background text is malformed.
+        InvalidInputError: If a precision is unknown, or the prompt or a background text is
+            malformed.
     """
+    check_prompts([prompt])
     if background is not None and not text:
         raise InvalidInputError("background texts need the text tower: leave one of the two out")
     unknown = set(precisions) - set(PRECISIONS)
@@ -110,7 +116,7 @@ def export_model(
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
     try:
         dim, images = _export_images(checkpoint, work, precisions, strict_int8, steps)
-        entry = _export_text(checkpoint, work, steps) if text else None
+        entry = _export_text(checkpoint, work, prompt, steps) if text else None
         steps.begin("writing the manifest")
         _write_manifest(
             work, checkpoint, name=name, license=license, dim=dim, images=images, text=entry
@@ -206,7 +212,7 @@ def _check_images(
     return measured
 
 
-def _export_text(checkpoint: Checkpoint, work: Path, steps: _Steps) -> TextEntry:
+def _export_text(checkpoint: Checkpoint, work: Path, prompt: str, steps: _Steps) -> TextEntry:
     """Write and check the tokenizer and the text graph."""
     steps.begin("exporting the text tower")
     try:
@@ -243,6 +249,7 @@ def _export_text(checkpoint: Checkpoint, work: Path, steps: _Steps) -> TextEntry
         pad_id=pad_id,
         clean=clean,
         parity=measured,
+        prompt=prompt,
     )
 
 

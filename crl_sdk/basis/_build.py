@@ -22,7 +22,7 @@ from crl_sdk.errors import BasisError, InvalidInputError
 from crl_sdk.projection._projection import EPSILON, POSTS, Post
 
 DEFAULT_PROMPT = "{}"
-"""Prompt that leaves a text as it is."""
+"""Prompt that leaves a text as it is. `Embedder` uses the prompt that its bundle recommends."""
 
 DEFAULT_MERGE_THRESHOLD = 0.995
 

@@ -13,7 +13,6 @@ from rich.table import Table
 from crl_sdk.basis._basis import Basis
 from crl_sdk.basis._build import (
     DEFAULT_MERGE_THRESHOLD,
-    DEFAULT_PROMPT,
     edit_basis,
 )
 from crl_sdk.basis._directory import BasisDirectory
@@ -71,7 +70,8 @@ def create(
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            help="Template with one {} for the text; may be repeated to average over several."
+            help="Template with one {} for the text; may be repeated to average over several. "
+            "Default: what the bundle recommends."
         ),
     ] = None,
     method: Annotated[
@@ -151,7 +151,6 @@ def create(
     if vectors is not None:
         basis = text_vectors.make_basis(vectors, criterion, given, fingerprint, basis_options)
     else:
-        prompts = tuple(prompt or (DEFAULT_PROMPT,))
         warn_without_background(opened, method or DEFAULT_METHOD)
         with open_embedder(opened) as embedder:
             source: list[str] | GeneratedTexts = given
@@ -161,7 +160,7 @@ def create(
                     answers=answers, seed=seed, form=form, accept_unsure=accept_unsure or dry_run,
                 )  # fmt: skip
                 source = generation.generate_texts(
-                    embedder, criterion, llm, prompts=prompts, options=options
+                    embedder, criterion, llm, prompts=prompt or None, options=options
                 )
                 if dry_run or not as_json:
                     generation.print_texts(source, bundle, bases, as_json=as_json)
@@ -169,7 +168,7 @@ def create(
                     return
             provenance = {"texts": "given by the user"} if given else None
             basis = embedder.create_basis(
-                criterion, source, prompts=prompts, provenance=provenance, **basis_options
+                criterion, source, prompts=prompt or None, provenance=provenance, **basis_options
             )
     if not dry_run:
         save(basis, path)

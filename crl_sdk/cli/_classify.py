@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table
 
-from crl_sdk.basis._build import DEFAULT_PROMPT
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._console import JsonOption, out, print_facts, print_json, warn
 from crl_sdk.cli._options import (
@@ -80,7 +79,7 @@ def fit(
     ] = 1.0,
     basis_file: BasisOption = None,
     texts: TextsOption = None,
-    prompt: PromptOption = DEFAULT_PROMPT,
+    prompt: PromptOption = None,
     llm: generation.LlmOption = None,
     bundle: BundleOption = None,
     bases: BasesOption = DEFAULT_BASES,

@@ -12,7 +12,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from crl_sdk.basis._basis import Basis
-from crl_sdk.basis._build import DEFAULT_PROMPT
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._console import JsonOption, note, out, print_json, spinner, warn
 from crl_sdk.cli._options import (
@@ -78,7 +77,7 @@ def cluster(
     ] = Path("clusters"),
     basis_file: BasisOption = None,
     texts: TextsOption = None,
-    prompt: PromptOption = DEFAULT_PROMPT,
+    prompt: PromptOption = None,
     llm: generation.LlmOption = None,
     bundle: BundleOption = None,
     bases: BasesOption = DEFAULT_BASES,

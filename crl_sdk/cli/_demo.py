@@ -20,7 +20,6 @@ from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embedder import Embedder
 from crl_sdk._embeddings import Embeddings
 from crl_sdk.basis._basis import Basis
-from crl_sdk.basis._build import DEFAULT_PROMPT
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._console import JsonOption, err, note, out, print_json, progress_bar, warn
 from crl_sdk.cli._local_server import local_server
@@ -94,8 +93,12 @@ def demo(
         ),
     ] = 0,
     prompt: Annotated[
-        str, typer.Option(help="With --images: prompt for the texts, with one {}.")
-    ] = DEFAULT_PROMPT,
+        str | None,
+        typer.Option(
+            help="With --images: prompt for the texts, with one {}. Default: what the bundle "
+            "recommends."
+        ),
+    ] = None,
     bundle: BundleOption = None,
     count: Annotated[
         int, typer.Option("-n", min=100, max=20_000, help="Number of demo scenes.")
@@ -127,8 +130,11 @@ def demo(
     if (images is None) != (not criteria):
         raise InvalidInputError("expected --images and --criteria together, or neither")
     with _needs_tasks():
-        given = _scenes(directory, count) if images is None else _own(images, criteria, prompt)
-        model = ModelBundle.open(demo_bundle()) if images is None else open_bundle(bundle)
+        if images is None:
+            model, given = ModelBundle.open(demo_bundle()), _scenes(directory, count)
+        else:
+            model = open_bundle(bundle)
+            given = _own(images, criteria, prompt or model.prompt)
         path = model.path
         step = _steps()
         bases = _make_bases(step, path, given, llm, directory, generate, fresh)

@@ -13,7 +13,7 @@ from crl_sdk.cli._console import JsonOption, note, out, print_facts, print_json,
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.model._background import BACKGROUND_FILE
 from crl_sdk.model._bundle import ModelBundle
-from crl_sdk.model._manifest import PRECISIONS, Manifest, Parity, Precision
+from crl_sdk.model._manifest import PRECISIONS, RECOMMENDED_PROMPT, Manifest, Parity, Precision
 
 BackgroundOption = Annotated[
     Path | None,
@@ -47,6 +47,13 @@ def export(
     ] = "unknown",
     text: Annotated[bool, typer.Option(help="Export the text tower too.")] = True,
     background: BackgroundOption = None,
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="Prompt that the bundle recommends for the texts of its bases, with one {} for "
+            "the text. `{}` leaves them as they are."
+        ),
+    ] = RECOMMENDED_PROMPT,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -71,6 +78,7 @@ def export(
             license=license_name,
             text=text,
             background=_background_texts(background),
+            prompt=prompt,
             overwrite=overwrite,
             progress=lambda stage, done, total: progress.update(
                 task, description=stage, completed=done, total=total
@@ -161,6 +169,7 @@ def _facts(manifest: Manifest) -> dict[str, object]:
     }
     if manifest.text is not None:
         facts["texts"] = f"up to {manifest.text.context_length} tokens"
+        facts["prompt"] = manifest.text.prompt
     else:
         facts["texts"] = "none: image-only bundle"
     return facts

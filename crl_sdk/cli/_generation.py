@@ -90,7 +90,7 @@ def generate_texts(
     criterion: str,
     llm: str | None,
     *,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | None,
     options: GenerationOptions = DEFAULT_OPTIONS,
 ) -> GeneratedTexts:
     """Let the language model write texts, and show its progress and a summary on stderr.
@@ -116,7 +116,7 @@ def generate_basis(
     criterion: str,
     llm: str | None,
     *,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | None,
     bundle: Path | None,
     bases: Path,
 ) -> Basis:
@@ -126,7 +126,7 @@ def generate_basis(
         embedder: The opened model.
         criterion: Criterion in words.
         llm: Language model, see `crl_sdk.basis.LanguageModel.open`.
-        prompts: Prompts for the texts.
+        prompts: Prompts for the texts; None for the one that the bundle recommends.
         bundle: Bundle on the command line, for the suggested commands.
         bases: Directory of bases, for the suggested commands.
 

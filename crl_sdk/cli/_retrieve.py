@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from crl_sdk._criterion import normalise_criterion
-from crl_sdk.basis._build import DEFAULT_PROMPT
 from crl_sdk.basis._methods import PAPER_METHOD
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._console import JsonOption, out, print_json
@@ -57,8 +56,12 @@ def retrieve(
     ] = None,
     count: Annotated[int, typer.Option("-n", min=1, help="Largest number of results.")] = 10,
     prompt: Annotated[
-        str, typer.Option(help="Prompt for the language model's texts, with one {}.")
-    ] = DEFAULT_PROMPT,
+        str | None,
+        typer.Option(
+            help="Prompt for the language model's texts, with one {}. Default: what the bundle "
+            "recommends."
+        ),
+    ] = None,
     llm: generation.LlmOption = None,
     bundle: BundleOption = None,
     bases: BasesOption = DEFAULT_BASES,

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embedder import Embedder
 from crl_sdk.basis._basis import Basis, require_one_model
-from crl_sdk.basis._build import DEFAULT_PROMPT
 from crl_sdk.basis._directory import BasisDirectory
 from crl_sdk.basis._methods import DEFAULT_METHOD
 from crl_sdk.cli import _generation as generation
@@ -41,7 +40,11 @@ TextsOption = Annotated[
     Path | None, typer.Option(help="File with your own texts for the criterion: UTF-8, one a line.")
 ]
 PromptOption = Annotated[
-    str, typer.Option(help="Prompt for texts from --texts or the language model, with one {}.")
+    str | None,
+    typer.Option(
+        help="Prompt for texts from --texts or the language model, with one {}. Default: what the "
+        "bundle recommends."
+    ),
 ]
 
 
@@ -175,7 +178,7 @@ class LazyEmbedder:
         *,
         file: Path | None = None,
         texts: Path | None = None,
-        prompt: str = DEFAULT_PROMPT,
+        prompt: str | None = None,
         llm: str | None = None,
     ) -> Basis:
         """Return the basis of a criterion.
@@ -190,7 +193,7 @@ class LazyEmbedder:
             fingerprint: Fingerprint of the model; None if the embeddings do not name it.
             file: Basis file.
             texts: File of texts.
-            prompt: Prompt for the texts.
+            prompt: Prompt for the texts; None for the one that the bundle recommends.
             llm: Language model, see `crl_sdk.basis.LanguageModel.open`.
 
         Raises:
@@ -207,10 +210,11 @@ class LazyEmbedder:
                 "expected --criterion in words, such as 'color', or --basis FILE; got neither"
             )
         name = normalise_criterion(criterion)
+        prompts = None if prompt is None else [prompt]
         if texts is not None:
             warn_without_background(self.embedder.bundle, DEFAULT_METHOD)
             return self.embedder.create_basis(
-                name, read_texts(texts), prompts=[prompt],
+                name, read_texts(texts), prompts=prompts,
                 provenance={"texts": "given by the user"},
             )  # fmt: skip
         directory = BasisDirectory(bases)
@@ -220,7 +224,7 @@ class LazyEmbedder:
             return basis
         warn_without_background(self.embedder.bundle, DEFAULT_METHOD)
         basis = generation.generate_basis(
-            self.embedder, name, llm, prompts=[prompt], bundle=self.bundle, bases=bases
+            self.embedder, name, llm, prompts=prompts, bundle=self.bundle, bases=bases
         )
         save(basis, directory.path_of(name, basis.fingerprint))
         return basis

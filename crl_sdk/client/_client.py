@@ -269,7 +269,8 @@ class AsyncClient:
         Args:
             criterion: Name of the criterion that the texts describe.
             texts: Short descriptive texts.
-            prompts: Text templates with one `{}` each. Empty for the texts alone.
+            prompts: Text templates with one `{}` each. Empty for the prompt that the server's
+                bundle recommends.
             method: Projection method, see docs/PROJECTIONS.md. None for the default.
             post: Row normalisation after the projection: `l2`, `standardise` or `none`. None for
                 `l2`.
@@ -332,7 +333,8 @@ class AsyncClient:
         Args:
             criterion: Criterion in words, such as `animal habitat`.
             hint: Addition to the criterion, such as "as a zoologist would say".
-            prompts: Text templates with one `{}` each. Empty for the texts alone.
+            prompts: Text templates with one `{}` each. Empty for the prompt that the server's
+                bundle recommends.
             count: Maximum number of texts. None for the server's default.
             include: Texts to use in any case.
             exclude: Texts to leave out.

@@ -45,6 +45,7 @@ class ServedModel:
         context_length: Maximum number of tokens of a text. 0 if the model has no text tower.
         max_images: Maximum number of images in one call.
         server_version: Version of the server.
+        prompt: Prompt that the model recommends for the texts of a basis, with one `{}`.
     """
 
     name: str
@@ -55,6 +56,7 @@ class ServedModel:
     context_length: int
     max_images: int
     server_version: str
+    prompt: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,7 @@ def read_model(message: embedding_pb2.GetModelResponse) -> ServedModel:
         context_length=message.context_length,
         max_images=message.max_images,
         server_version=message.server_version,
+        prompt=message.prompt,
     )
 
 

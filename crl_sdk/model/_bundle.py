@@ -146,6 +146,11 @@ class ModelBundle:
             f"{','.join((*self.precisions, precision))}"
         )
 
+    @property
+    def prompt(self) -> str:
+        """Prompt recommended for the texts of a basis, with one `{}`; without a text tower `{}`."""
+        return "{}" if self.manifest.text is None else self.manifest.text.prompt
+
     def text_graph(self) -> Path:
         """Return the path of the text graph.
 

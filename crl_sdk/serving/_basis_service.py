@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from crl_sdk._progress import GenerationProgress
 from crl_sdk.basis._basis import Basis
-from crl_sdk.basis._build import DEFAULT_PROMPT
 from crl_sdk.basis._generation_options import DEFAULT_OPTIONS, GenerationOptions
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.basis._methods import METHODS
@@ -174,7 +173,7 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
         with self._open_language_model() as llm:
             basis = self._pipeline.embedder.generate_basis(
                 request.criterion, llm=llm, options=options,
-                prompts=tuple(request.prompts) or (DEFAULT_PROMPT,), against=against,
+                prompts=tuple(request.prompts) or None, against=against,
                 ignore=ignore, progress=report, load=False,
             )  # fmt: skip
         stored, replaced = self._pipeline.bases.put(basis, replace=not request.no_replace)
@@ -202,7 +201,7 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
         return self._pipeline.embedder.create_basis(
             request.criterion,
             list(request.texts),
-            prompts=tuple(request.prompts) or (DEFAULT_PROMPT,),
+            prompts=tuple(request.prompts) or None,
             method=method,
             post=post,
             against=self._select(request.against),

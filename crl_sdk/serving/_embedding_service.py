@@ -136,6 +136,7 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
             context_length=manifest.text.context_length if manifest.text else 0,
             max_images=self._pipeline.limits.max_images,
             server_version=__version__,
+            prompt=embedder.bundle.prompt,
         )  # fmt: skip
 
     async def _embed(

@@ -39,6 +39,7 @@ def build(directory: Path) -> None:
         name="crl-demo",
         license="Apache-2.0",
         background=background_captions(),
+        prompt="{}",  # it was trained on bare words too
         overwrite=True,
     )
     add_familiar_images(directory / "bundle")

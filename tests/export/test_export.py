@@ -245,6 +245,18 @@ def test_what_is_there_is_not_overwritten_by_accident(vit, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["b"]
     with pytest.raises(InvalidInputError, match="precisions"):
         export_model(str(source), out=tmp_path / "c", precisions=("fp8",))
+    with pytest.raises(InvalidInputError, match="exactly one"):
+        export_model(str(source), out=tmp_path / "c", prompt="a photo")
+
+
+def test_bases_use_the_prompt_that_the_bundle_recommends(vit):
+    _, bundle = vit
+    assert bundle.prompt == bundle.manifest.text.prompt == "a photo of {}"
+    with Embedder.open(bundle.path) as embedder:
+        basis = embedder.create_basis("color", ["red", "green", "blue"])
+        bare = embedder.create_basis("bare", ["red", "green", "blue"], prompts="{}")
+    assert basis.prompts == ("a photo of {}",) and bare.prompts == ("{}",)
+    assert not np.allclose(basis.projection.weight, bare.projection.weight)
 
 
 def good(**changes) -> Parity:

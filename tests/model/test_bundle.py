@@ -105,6 +105,13 @@ def test_manifests_that_contradict_themselves(bundle_copy, changes, error, words
         ModelBundle.open(bundle_copy)
 
 
+def test_a_recommended_prompt_without_a_place(bundle_copy):
+    text = json.loads((bundle_copy / "manifest.json").read_text())["text"]
+    edit(bundle_copy, text={**text, "prompt": "a photo"})
+    with pytest.raises(IntegrityError, match=r"exactly one \{\} for the text, got 'a photo'"):
+        ModelBundle.open(bundle_copy)
+
+
 def test_the_fingerprint_binds_preprocessing_and_weights(bundle_copy):
     manifest = json.loads(MANIFEST_BYTES)
     manifest["preprocess"]["mean"] = [0.1, 0.2, 0.3]

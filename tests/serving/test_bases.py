@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import grpc
 import numpy as np
 import pytest
 
-from crl_sdk import Basis, Client
+from crl_sdk import Basis, Client, Embedder
 from crl_sdk.basis._build import build_basis
 from crl_sdk.basis._directory import BasisDirectory
 from crl_sdk.basis._language_model import LanguageModel
@@ -100,6 +101,16 @@ def test_put_list_get_delete(server, client, embedder, image_files, tmp_path):
         client.embed(image_files[:1], criteria=["mood"])
     with pytest.raises(UnknownCriterionError):
         client.delete_basis("mood")
+
+
+def test_the_servers_prompt(serve, bundle_copy):
+    manifest = json.loads((bundle_copy / "manifest.json").read_text())
+    manifest["text"]["prompt"] = "a photo of {}"
+    (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
+    with Embedder.open(bundle_copy) as embedder, Client(serve(embedder).address) as client:
+        assert client.model().prompt == "a photo of {}"
+        assert client.create_basis("mood", ["red", "blue"]).prompts == ("a photo of {}",)
+        assert client.create_basis("bare", ["red", "blue"], prompts=["{}"]).prompts == ("{}",)
 
 
 def test_bases_outlive_the_server_and_strangers_are_left_alone(serve, embedder, tmp_path, caplog):

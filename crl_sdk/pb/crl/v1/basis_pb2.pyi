@@ -206,7 +206,7 @@ class BasisTexts(_message.Message):
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Text templates with one `{}` each. Empty for the texts alone."""
+        """Text templates with one `{}` each. Empty for the prompt that the model recommends."""
 
     @_builtins.property
     def against(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -326,7 +326,7 @@ class GenerateBasisRequest(_message.Message):
     """
     @_builtins.property
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Text templates with one `{}` each. Empty for the texts alone."""
+        """Text templates with one `{}` each. Empty for the prompt that the model recommends."""
 
     @_builtins.property
     def include(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

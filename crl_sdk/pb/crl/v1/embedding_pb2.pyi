@@ -469,6 +469,7 @@ class GetModelResponse(_message.Message):
     CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
     MAX_IMAGES_FIELD_NUMBER: _builtins.int
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the bundle."""
     fingerprint: _builtins.str
@@ -481,6 +482,8 @@ class GetModelResponse(_message.Message):
     max_images: _builtins.int
     """Maximum number of images in one call."""
     server_version: _builtins.str
+    prompt: _builtins.str
+    """Prompt that the model recommends for the texts of a basis, with one `{}` for the text."""
     @_builtins.property
     def preprocessing(self) -> Global___Preprocessing:
         """How the server turns images into the pixels of the model."""
@@ -496,10 +499,11 @@ class GetModelResponse(_message.Message):
         context_length: _builtins.int = ...,
         max_images: _builtins.int = ...,
         server_version: _builtins.str = ...,
+        prompt: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["preprocessing", b"preprocessing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "embedding_dim", b"embedding_dim", "engine", b"engine", "fingerprint", b"fingerprint", "max_images", b"max_images", "name", b"name", "preprocessing", b"preprocessing", "server_version", b"server_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "embedding_dim", b"embedding_dim", "engine", b"engine", "fingerprint", b"fingerprint", "max_images", b"max_images", "name", b"name", "preprocessing", b"preprocessing", "prompt", b"prompt", "server_version", b"server_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
