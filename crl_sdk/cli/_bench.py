@@ -280,13 +280,13 @@ def _server(
     """Return the runs, and why they ended early. What was measured until then is kept."""
     from crl_benchmarks.bench import Generators
     from crl_benchmarks.bench_objective import search
+    from crl_benchmarks.bench_report import name_load
 
     rows: list[LoadResult] = []
     with spinner("starting the generators") as status, Generators(target, settings) as generators:
 
         def measure(mode: str, load: float) -> LoadResult:
-            unit = "callers" if mode == "closed" else "calls/s"
-            status.update(f"{load:.4g} {unit}")
+            status.update(name_load(mode, load))
             row = generators.measure(mode, load)
             rows.append(row)
             if row.failed_calls and not row.served_calls:

