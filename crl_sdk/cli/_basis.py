@@ -377,7 +377,7 @@ def warn_without_background(bundle: ModelBundle, method: str) -> None:
     if find_method(method).takes_background and bundle.background is None:
         warn(
             f"the bundle has no background texts, so that the method {method} works less well: add "
-            f"them with crl background {bundle.path}"
+            f"them with {command('background', str(bundle.path))}"
         )
 
 

@@ -119,10 +119,6 @@ def embed(
 def _check_out(path: Path) -> None:
     if path.suffix not in (".npz", ".parquet"):
         raise InvalidInputError(f"--out: expected a .npz or .parquet file, got {str(path)!r}")
-    if not path.parent.is_dir():
-        raise InvalidInputError(
-            f"--out: the directory {path.parent} does not exist; create it first"
-        )
     if path.suffix == ".parquet":
         _pyarrow()
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from crl_sdk.cli._basis import read_texts
 from crl_sdk.cli._console import JsonOption, note, out, print_facts, print_json, progress_bar
+from crl_sdk.cli._options import command
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.model._background import BACKGROUND_FILE
 from crl_sdk.model._bundle import ModelBundle
@@ -142,7 +143,7 @@ def _print_bundle(bundle: ModelBundle, as_json: bool) -> None:
     if manifest.text is not None:
         known = bundle.background
         facts["background"] = (
-            f"none: add one with crl background {bundle.path}"
+            f"none: add one with {command('background', str(bundle.path))}"
             if known is None
             else f"{len(known)} generic texts"
         )

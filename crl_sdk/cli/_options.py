@@ -104,7 +104,8 @@ def require_new(*paths: Path | None, overwrite: bool) -> None:
     for path in paths:
         if path is not None and not path.parent.is_dir():
             raise InvalidInputError(
-                f"{path}: expected an existing directory, found none; run mkdir -p {path.parent}"
+                f"{path}: expected an existing directory, found none; run "
+                + shlex.join(["mkdir", "-p", str(path.parent)])
             )
     there = [str(path) for path in paths if path is not None and path.exists()]
     if there and not overwrite:

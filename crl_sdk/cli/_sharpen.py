@@ -17,6 +17,7 @@ from crl_sdk.cli._options import (
     DecodeOption,
     EngineOption,
     ThreadsOption,
+    command,
     load_basis,
 )
 from crl_sdk.cli._sources import (
@@ -25,6 +26,8 @@ from crl_sdk.cli._sources import (
     require_same_model,
     require_tasks,
 )
+from crl_sdk.errors import InvalidInputError
+from crl_sdk.tasks._sharpen import SHARPENED_METHOD
 from crl_sdk.tasks._sharpen import sharpen as sharpen_basis
 
 
@@ -73,6 +76,16 @@ def sharpen(
         given = [table.get(Path(name), "") for name in found.names]
         if missing := len(table) - sum(label != "" for label in given):
             warn(f"{labels}: {missing} of {len(table)} files are not among the images")
+    if basis.method != SHARPENED_METHOD:
+        texts = [word for text in basis.texts for word in ("--text", text)]
+        again = command(
+            "basis", "create", basis.criterion, *texts, "--method", SHARPENED_METHOD, "--overwrite",
+            bundle=bundle, bases=bases,
+        )  # fmt: skip
+        raise InvalidInputError(
+            f"basis {basis.criterion!r} has the method {basis.method!r}; only {SHARPENED_METHOD!r} "
+            f"can be sharpened: make it again with {again}"
+        )
     result = sharpen_basis(basis, found.universal, given, source=str(images), seed=seed)
     for reason in result.reasons:
         warn(reason)

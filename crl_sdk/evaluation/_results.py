@@ -225,20 +225,16 @@ def format_settings(found: Mapping[str, Any]) -> str:
 
 
 def check_path(path: Path) -> None:
-    """Check that a results file can be written. Call it before the benchmark runs.
+    """Check the suffix of a results file. Call it before the benchmark runs.
 
     Args:
         path: Path of the file.
 
     Raises:
-        InvalidInputError: If the suffix is wrong or the directory does not exist.
+        InvalidInputError: If the suffix is wrong.
     """
     if path.suffix not in SUFFIXES:
         raise InvalidInputError(f"--out: expected a .md or .json file, got {str(path)!r}")
-    if not path.parent.is_dir():
-        raise InvalidInputError(
-            f"--out: the directory {path.parent} does not exist; create it first"
-        )
 
 
 def write_document(path: Path, found: Mapping[str, Any]) -> None:

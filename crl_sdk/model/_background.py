@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,17 +54,20 @@ def read_background(path: Path, dim: int) -> NDArray[np.float32]:
     except (OSError, KeyError, SafetensorError) as error:
         raise IntegrityError(
             f"{path}: not a file of background embeddings ({error}); make it again with "
-            f"crl background {path.parent}"
+            f"{_make_again(path)}"
         ) from error
     if embeddings.ndim != 2 or embeddings.shape[1] != dim or len(embeddings) == 0:
         raise IntegrityError(
             f"{path}: expected embeddings (n, {dim}), got {embeddings.shape}; make it again with "
-            f"crl background {path.parent}"
+            f"{_make_again(path)}"
         )
     if not np.isfinite(embeddings).all():
         raise IntegrityError(
-            f"{path}: the embeddings hold NaN or infinity; make it again with crl background "
-            f"{path.parent}"
+            f"{path}: the embeddings hold NaN or infinity; make it again with {_make_again(path)}"
         )
     embeddings.setflags(write=False)
     return np.asarray(embeddings)
+
+
+def _make_again(path: Path) -> str:
+    return shlex.join(["crl", "background", str(path.parent)])

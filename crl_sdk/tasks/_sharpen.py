@@ -16,6 +16,9 @@ from crl_sdk.projection._projection import Projection, normalise_rows
 from crl_sdk.tasks._cluster_quality import MIN_SEPARATION, separation_gain
 from crl_sdk.tasks._kmeans import check_rows, kmeans
 
+SHARPENED_METHOD = "contrastive"
+"""The projection method whose bases can be sharpened."""
+
 MIN_IMAGES = 50
 """Number of unlabelled images below which a basis is not sharpened. On real vectors 50 images
 changed mAP by -0.3 to +0.8 points in the mean of a set. Fewer were not tried."""
@@ -91,11 +94,10 @@ def sharpen(
         >>> result.basis.provenance["sharpened"]["images"], len(result.reasons)
         (100, 2)
     """
-    if basis.method != "contrastive":
+    if basis.method != SHARPENED_METHOD:
         raise InvalidInputError(
-            f"basis {basis.criterion!r} has the method {basis.method!r}; only 'contrastive' can be "
-            f"sharpened: make it again with crl basis create {basis.criterion!r} --method "
-            "contrastive --overwrite"
+            f"basis {basis.criterion!r} has the method {basis.method!r}; only {SHARPENED_METHOD!r} "
+            "can be sharpened: make it again with this method"
         )
     projection, record, reasons = sharpen_projection(
         basis.projection, len(basis.texts), universal, labels,
