@@ -213,7 +213,7 @@ def test_a_basis_against_others(crl):
         (["basis", "create", "color", "-t", "red " * 999, "-t", "blue"], "tokens, the model reads"),
         (["basis", "show", "empty.safetensors"], "not a valid basis file"),
         (["embed", "x.jpg", "--out", "x.csv"], "expected a .npz or .parquet"),
-        (["embed", "x.jpg", "--out", "no/such/x.npz"], "does not exist"),
+        (["embed", "x.jpg", "--out", "no/such/x.npz"], "run mkdir -p no/such"),
         (["embed", ".", "--out", "x.npz"], "no image files"),
         (["embed", "x.jpg", "--out", "x.npz", "--criteria", "mood"], "which has none"),
         (["embed", "x.jpg", "--out", "x.npz", "--engine", "onnx/cuda"], "CUDAExecutionProvider"),
@@ -281,8 +281,9 @@ def test_an_interrupted_generation_writes_nothing(tmp_path):
         [sys.executable, "-m", "crl_sdk", "basis", "create", "mood", "--answers", "1000"],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"},
     )  # fmt: skip
+    assert "demo model" in process.stderr.readline()  # it runs
     time.sleep(3)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=200)
     assert process.returncode == 130 and "Traceback" not in stderr
     assert not list(tmp_path.rglob("*.safetensors*"))

@@ -296,7 +296,7 @@ def test_cards_photos_say_that_the_model_never_saw_a_card(tmp_path, words):
         (["demo", "--prompt", "shape=no place", "--own-words"], "exactly one {}"),
         (["demo", "--split", "train"], "test or valid"),
         (["demo", "--out", "a.txt"], r"expected a \.md or \.json"),
-        (["demo", "--out", "nowhere/a.md"], "does not exist"),
+        (["demo", "--out", "nowhere/a.md"], "run mkdir -p nowhere"),
         (["demo", "--basis", "nothing.safetensors"], "cannot be read"),
         (["demo", "--criteria", "shape", "--texts", "shape=nothing.txt", "--limit", "30",
           "--protocol", "clustering"], "there is no file nothing"),
