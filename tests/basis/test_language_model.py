@@ -93,8 +93,14 @@ def test_memory_too_small_for_the_context_is_said_before_it_is_taken(monkeypatch
 
 def test_a_system_that_does_not_limit_a_process_to_some_cores(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")  # macOS has none
+    monkeypatch.setattr(_language_model, "SMALL_BYTES", 0)
     with LanguageModel.open(context=256) as opened:
         assert opened.describe()["threads"] == os.cpu_count()
+
+
+def test_a_small_model_runs_in_one_thread():
+    with LanguageModel.open(context=256) as opened:
+        assert opened.describe()["threads"] == 1
 
 
 def test_weights_are_not_repacked_while_a_model_is_loaded(monkeypatch):
