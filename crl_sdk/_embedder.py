@@ -263,7 +263,7 @@ class Embedder:
             GenerationError: If the language model cannot be loaded, fails, or does not know the
                 criterion.
             InvalidInputError: If another argument is malformed, see `crl_sdk.basis.build_basis`.
-            MissingDependencyError: If llama-cpp-python is not installed.
+            MissingDependencyError: If neither llama-cpp-python nor xllamacpp is installed.
         """
         others = self._each_basis(against)
         ignored = self._each_basis(ignore)
@@ -310,7 +310,7 @@ class Embedder:
             BundleError: If the bundle has no text tower.
             GenerationError: If the language model cannot be loaded, fails, or does not know the
                 criterion.
-            MissingDependencyError: If llama-cpp-python is not installed.
+            MissingDependencyError: If neither llama-cpp-python nor xllamacpp is installed.
         """
         self.bundle.text_graph()  # without one, fail before the language model is loaded
         return generate_texts(

