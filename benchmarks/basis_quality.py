@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
     arguments = parser.parse_args()
     opened = [LanguageModel.open(), *map(LanguageModel.open, arguments.llm)]
-    models = {model.path.stem: model for model in opened}
+    models = {Path(model.source).stem: model for model in opened}
     started = time.perf_counter()
     results = evaluate(models, images=arguments.images, seeds=range(arguments.seeds))
     record = {

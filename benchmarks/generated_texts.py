@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from crl_sdk.basis._generate import generate_texts
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.errors import GenerationError
@@ -21,10 +23,11 @@ def main() -> None:
     with LanguageModel.open() as llm:
         print(
             "# Generated texts\n\n"
-            f"What {llm.path.name} lists for criteria in words, as `crl basis create NAME` takes "
-            "it, good or bad, with votes of at most 24 answers. Nothing is edited, and the filter "
-            "in the space of a vision-language model is off, since the demo model knows none of "
-            f"these words. The generator was tuned while looking at {', '.join(TUNED_ON)}.\n\n"
+            f"What {Path(llm.source).name} lists for criteria in words, as `crl basis create NAME` "
+            "takes it, good or bad, with votes of at most 24 answers. Nothing is edited, and the "
+            "filter in the space of a vision-language model is off, since the demo model knows "
+            "none of these words. The generator was tuned while looking at "
+            f"{', '.join(TUNED_ON)}.\n\n"
             "Made by `python -m crl_benchmarks.generated_texts`."
         )
         for criterion in CRITERIA:

@@ -1,17 +1,17 @@
-"""A local language model: a GGUF file, run by llama.cpp."""
+"""A local language model: a GGUF file, run by a backend."""
 
 from __future__ import annotations
 
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from crl_sdk.basis._gguf import read_metadata
-from crl_sdk.basis._llm_backend import LlmBackend, Sampling, find_backend
+from crl_sdk.basis._llm_backend import LlmBackend, OpenBackend, Sampling, find_backend
 from crl_sdk.basis._llm_files import find_model
 from crl_sdk.errors import CrlError, GenerationError
 from crl_sdk.model._bundle import sha256_file
@@ -37,8 +37,9 @@ class LanguageModel:
     """A language model in memory. `LanguageModel.open` loads one and `close` frees it.
 
     Attributes:
-        path: Path of the GGUF file.
-        sha256: SHA-256 of the file, 64 hex digits.
+        source: What `open` loaded: the absolute path of a GGUF file.
+        name: Name of the model.
+        follows_instructions: Whether it has a chat template and is large enough to follow it.
         tokens: Number of tokens generated so far.
         seconds: Seconds spent on them.
     """
@@ -46,28 +47,26 @@ class LanguageModel:
     def __init__(
         self,
         backend: LlmBackend,
-        path: Path,
+        source: str,
         *,
-        metadata: dict[str, Any],
-        sha256: str,
-        context: int,
-        threads: int,
+        name: str,
+        follows_instructions: bool,
+        details: Mapping[str, Any],
     ) -> None:
         """Store a loaded model.
 
         Args:
             backend: What runs the model.
-            path: Path of its file.
-            metadata: Metadata of its file.
-            sha256: SHA-256 of its file.
-            context: Number of tokens of prompt and answer together.
-            threads: Number of threads.
+            source: What `open` loaded.
+            name: Name of the model.
+            follows_instructions: Whether the model answers better through its chat template.
+            details: What else a basis records about the model, as JSON values.
         """
         self._backend = backend
-        self._metadata = metadata
-        self._context, self._threads = context, threads
-        self.path = path
-        self.sha256 = sha256
+        self._details = details
+        self.source = source
+        self.name = name
+        self.follows_instructions = follows_instructions
         self.tokens, self.seconds = 0, 0.0
 
     @classmethod
@@ -93,7 +92,13 @@ class LanguageModel:
             MissingDependencyError: If neither llama-cpp-python nor xllamacpp is installed.
         """
         open_backend = find_backend()
-        path = find_model(llm)
+        return cls._open_file(find_model(llm), open_backend, context, threads)
+
+    @classmethod
+    def _open_file(
+        cls, path: Path, open_backend: OpenBackend, context: int, threads: int | None
+    ) -> LanguageModel:
+        """Load a GGUF file. A model that is not a file would have a method like this one."""
         threads = threads or _default_threads(path)
         metadata = read_metadata(path)
         _require_memory(path, metadata, context)
@@ -102,32 +107,24 @@ class LanguageModel:
         except Exception as error:  # backends raise ValueError, AssertionError and others
             raise _unreadable(path, metadata, str(error)) from error
         return cls(
-            backend, path, metadata=metadata, sha256=sha256_file(path), context=context,
-            threads=threads,
+            backend,
+            os.fspath(path.absolute()),
+            name=str(metadata.get("general.name") or path.stem),
+            follows_instructions="tokenizer.chat_template" in metadata
+            and _parameters(metadata) >= CHAT_PARAMETERS,
+            details={
+                "file": path.name, "sha256": sha256_file(path), "context": context,
+                "threads": threads,
+            },
         )  # fmt: skip
-
-    @property
-    def name(self) -> str:
-        """Name in the model's metadata, or else the name of its file."""
-        return str(self._metadata.get("general.name") or self.path.stem)
-
-    @property
-    def follows_instructions(self) -> bool:
-        """Whether the model has a chat template and is large enough to follow it."""
-        return "tokenizer.chat_template" in self._metadata and (
-            _parameters(self._metadata) >= CHAT_PARAMETERS
-        )
 
     def describe(self) -> dict[str, Any]:
         """Return what a basis records about its language model, as JSON values."""
         return {
             "name": self.name,
-            "file": self.path.name,
-            "sha256": self.sha256,
             "backend": self._backend.name,
             "backend_version": self._backend.version,
-            "context": self._context,
-            "threads": self._threads,
+            **self._details,
         }
 
     def complete(

@@ -1,7 +1,8 @@
 """The contract of a backend, which runs a language model, and the choice of one.
 
 `LanguageModel` knows prompts, progress and errors. A backend only continues a prompt and says how
-likely texts are. Each backend is a module of its own with a function that opens it.
+likely texts are. Each backend is a module of its own with a function that opens it. `find_backend`
+chooses among those that run GGUF files.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
-from crl_sdk.errors import MissingDependencyError
+from crl_sdk.errors import GenerationError, MissingDependencyError
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,24 +74,37 @@ class LlmBackend(Protocol):
 OpenBackend = Callable[[Path, int, int], LlmBackend]
 """Opens a GGUF file with a context in tokens and a number of threads."""
 
+_BACKENDS = (("llama-cpp-python", "llama_cpp"), ("xllamacpp", "xllamacpp"))
+"""Packages that run GGUF files and their modules, the preferred one first.
+
+llama-cpp-python is preferred, because it is compiled for the processor it runs on.
+"""
+
 
 def find_backend() -> OpenBackend:
-    """Return the function that opens a model with the first installed backend.
-
-    llama-cpp-python is preferred, because it is compiled for the processor it runs on.
+    """Return the function that opens a GGUF file with the first backend that can be imported.
 
     Raises:
+        GenerationError: If a backend is installed, but none can be imported.
         MissingDependencyError: If no backend is installed.
     """
-    reason = None
-    for package, module in (("llama_cpp", "_llama_cpp_python"), ("xllamacpp", "_xllamacpp")):
+    broken = []
+    for package, module in _BACKENDS:
         try:
-            import_module(package)
-        except ImportError as error:
-            reason = reason or error
+            import_module(module)
+        except (ImportError, OSError, RuntimeError) as error:  # as for a library that is missing
+            if not (isinstance(error, ModuleNotFoundError) and error.name == module):
+                broken.append(f"{package} is installed, but cannot be imported ({error})")
             continue
-        found: OpenBackend = import_module(f"crl_sdk.basis.{module}").open_backend
+        backend = import_module(f"crl_sdk.basis._{package.replace('-', '_')}")
+        found: OpenBackend = backend.open_backend
         return found
+    if broken:
+        raise GenerationError(
+            f"generating texts: {'; '.join(broken)}. Install what is missing, such as libgomp.so.1 "
+            "from the system's package libgomp1 or libgomp, or give the texts yourself with "
+            "--texts FILE"
+        )
     raise MissingDependencyError(
         "llama-cpp-python",
         "generate",
@@ -98,4 +112,4 @@ def find_backend() -> OpenBackend:
         otherwise="which compiles llama.cpp. Without a C++ compiler: "
         "pip install 'crl-embeddings[generate-wheels]', or give the texts yourself with --texts "
         "FILE",
-    ) from reason
+    )

@@ -159,6 +159,7 @@ def open_backend(path: Path, context: int, threads: int) -> XLlamaCpp:
     params.no_extra_bufts = True  # weights as they are in the file, see _llama_cpp_python
     # The log likelihoods then equal those of llama-cpp-python.
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.swa_full = True  # as llama-cpp-python; without it, prompts are never continued
     params.fit_params = False  # the context as it was asked for
     params.cache_ram_mib = 0  # no copies of earlier prompts
     params.warmup = False

@@ -17,6 +17,7 @@ import typer
 
 from crl_sdk.basis._gguf import read_metadata
 from crl_sdk.basis._language_model import LanguageModel
+from crl_sdk.basis._llm_backend import find_backend
 from crl_sdk.basis._llm_files import find_model
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._options import (
@@ -128,10 +129,10 @@ def serve(
                 "expected --tls-cert and --tls-key together: give both, or neither and no "
                 "--tls-client-ca"
             )
-        if generate and not str(llm).startswith(
-            "hf:"
-        ):  # the model itself is loaded when it is needed
-            read_metadata(find_model(llm))
+        if generate:  # the model itself is loaded when it is needed
+            find_backend()
+            if not str(llm).startswith("hf:"):
+                read_metadata(find_model(llm))
         settings = ServerSettings(
             address=address,
             tls=ServerTls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None,

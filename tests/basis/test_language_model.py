@@ -76,6 +76,40 @@ def test_where_packages_are_missing_the_error_names_what_to_install(monkeypatch)
     assert "--texts FILE" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("package", "code", "reason"),
+    [
+        (
+            "xllamacpp",
+            "raise ImportError('libgomp.so.1: cannot open')",
+            "libgomp.so.1: cannot open",
+        ),
+        ("xllamacpp", "import nowhere_else", "No module named 'nowhere_else'"),
+        (
+            "llama_cpp",
+            "raise RuntimeError('Failed to load shared library')",
+            "Failed to load shared",
+        ),
+        ("llama_cpp", "raise FileNotFoundError('Shared library not found')", "Shared library not"),
+    ],
+)
+def test_a_package_that_is_installed_but_broken_says_why(
+    monkeypatch, tmp_path, package, code, reason
+):
+    (tmp_path / f"{package}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("llama_cpp", "xllamacpp"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, package)
+    shown = package.replace("llama_cpp", "llama-cpp-python")
+    with pytest.raises(GenerationError, match=f"{shown} is installed, but cannot .*{reason}"):
+        LanguageModel.open()
+    if package == "llama_cpp":  # then the other one runs the model
+        monkeypatch.delitem(sys.modules, "xllamacpp")
+        with LanguageModel.open(context=256, threads=1) as opened:
+            assert opened.describe()["backend"] == "xllamacpp"
+
+
 def gguf_header(tensors, values):
     return b"GGUF" + struct.pack("<IQQ", 3, tensors, values)
 
@@ -257,7 +291,9 @@ def test_a_gguf_file_anywhere_on_the_disk(tmp_path, backend):
     path = tmp_path / "mine.gguf"
     shutil.copy(find_model(None), path)
     with LanguageModel.open(path, threads=1) as opened:
-        assert opened.describe()["file"] == "mine.gguf" and len(opened.sha256) == 64
+        described = opened.describe()
+        assert described["file"] == "mine.gguf" and len(described["sha256"]) == 64
+        assert opened.source == str(path)
         assert not opened.follows_instructions  # it has a template, but is too small
 
 

@@ -230,6 +230,19 @@ def test_errors_say_what_to_do(crl, tmp_path, arguments, words):
     assert words in done.stderr and "Traceback" not in done.stderr
 
 
+def test_without_a_package_that_runs_a_language_model(crl, tmp_path):
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    for name in ("llama_cpp", "xllamacpp"):
+        (hidden / f"{name}.py").write_text(f"raise ModuleNotFoundError('none', name={name!r})")
+    path = os.pathsep.join([str(hidden), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    for arguments in (["basis", "create", "color"], ["serve", "--generate"]):
+        message = " ".join(crl(*arguments, status=1, PYTHONPATH=path).stderr.split())
+        assert "pip install 'crl-embeddings[generate]', which compiles llama.cpp. " in message
+        assert "compiler: pip install 'crl-embeddings[generate-wheels]', or give" in message
+        assert "--texts FILE" in message and "Traceback" not in message
+
+
 def test_demo_data(crl, tmp_path):
     crl("demo-data", "scenes", "-n", 12, "--seed", 5)
     lines = (tmp_path / "scenes" / "labels.csv").read_text().splitlines()
