@@ -6,7 +6,6 @@ import copy
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import open_clip
 import pytest
 import torch
@@ -16,6 +15,7 @@ from crl_export.demo.scenes import render_scene, sample_scene
 from crl_export.graphs import ImageGraph, export_image_graph
 from crl_export.precision import half_graph, quantise
 from crl_export.vit import lean_tower
+from crl_sdk.engines._onnx_sessions import open_session
 from crl_sdk.model import _parity as parity
 from crl_sdk.model._bundle import ModelBundle, demo_bundle
 from crl_sdk.model._preprocess import PreprocessSpec
@@ -118,7 +118,7 @@ def test_bytes_of_pixels_are_multiplied_as_they_are(tmp_path):
         pytest.fail(f"{before.op_type} stands between the pixels and their product")
     pixels = parity.images(SPEC)
     rows = [
-        ort.InferenceSession(tmp_path / name).run(
+        open_session(tmp_path / name).run(
             ["embedding"],
             {"image": pixels, "weight": np.zeros((24, 1), "f4"), "bias": np.zeros(1, "f4")},
         )[0]
@@ -132,7 +132,7 @@ def test_an_int8_embedding_depends_little_on_its_batch(tmp_path):
     """Activations are scaled per run. Tolerance: 200 scenes in batches of 32 gave 0.9998."""
     bundle = ModelBundle.open(demo_bundle())
     quantise(bundle.image_graph("fp32"), tmp_path / "int8.onnx", bundle.preprocess)
-    session = ort.InferenceSession(tmp_path / "int8.onnx")
+    session = open_session(tmp_path / "int8.onnx")
     weight, bias = np.zeros((bundle.embedding_dim, 1), np.float32), np.zeros(1, np.float32)
 
     def embed(pixels):
