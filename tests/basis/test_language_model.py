@@ -351,14 +351,15 @@ WORDS = (
 
 
 def test_log_likelihoods_of_the_backends_agree(models):
-    """llama-cpp-python is the reference: xllamacpp agrees within 0.3 nats.
+    """llama-cpp-python is the reference: xllamacpp agrees within 0.8 nats, in the mean within 0.3.
 
-    Both round activations to 8 bits, and their kernels do not round alike on all processors: texts
-    of several tokens differed by 0.001 nats with AVX2, and by up to 0.17 with AVX-512.
+    Both round activations to 8 bits, and their kernels do not round alike on all processors: the
+    largest difference was 0.001 nats with AVX2 on one machine, and 0.31 with AVX-512 on another.
     """
     for prefix in ("Examples of color:", "Examples of things:"):
         reference, ours = (models[name].log_likelihoods(prefix, WORDS) for name in BACKENDS)
-        np.testing.assert_allclose(ours, reference, rtol=0, atol=0.3)
+        np.testing.assert_allclose(ours, reference, rtol=0, atol=0.8)
+        assert np.abs(np.subtract(ours, reference)).mean() <= 0.3
     for name in BACKENDS:
         assert models[name].log_likelihoods("Examples of color:", []) == []
 
