@@ -117,11 +117,16 @@ def never_late(monkeypatch):
 
 def test_the_cache_is_told_and_distinct_images_avoid_it(server, capsys, tmp_path, never_late):
     options = {**DEFAULTS, "concurrency": "1", "seconds": 0.3, "count": 2}
-    bench(server.address, **{**options, "as_json": False})
-    first_lines = " ".join(capsys.readouterr().out.split()[:30])
-    assert "cache answered 100% of the images" in first_lines and "--distinct" in first_lines
-    bench(server.address, **options)
-    assert "cache answered 100%" in capsys.readouterr().err
+    for seconds in (0.3, 1.0, 3.0, 9.0):  # a busy machine makes few calls, or none
+        bench(server.address, **{**options, "as_json": False, "seconds": seconds})
+        first_lines = " ".join(capsys.readouterr().out.split()[:30])
+        bench(server.address, **{**options, "seconds": seconds})
+        warnings = capsys.readouterr().err
+        if "cache answered 100%" in first_lines and "cache answered 100%" in warnings:
+            break
+    else:
+        pytest.fail(f"{first_lines}\n{warnings}")
+    assert "of the images" in first_lines and "--distinct" in first_lines
     for name in ("a.json", "b.json"):
         bench(server.address, **{**options, "distinct": True, "out_file": tmp_path / name})
         told = json.loads(capsys.readouterr().out)
