@@ -1,0 +1,23 @@
+"""Switch off the telemetry of libraries before they are imported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping
+
+SWITCHES = {
+    "ORT_DISABLE_TELEMETRY": "1",  # ONNX Runtime 1.32: a device id, a database, and a host look-up
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # huggingface_hub: facts about this machine in its requests
+    "DO_NOT_TRACK": "1",  # read by several libraries
+}
+"""Environment variables that switch telemetry off, with their values."""
+
+
+def switch_off_telemetry(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set the variables that switch the telemetry of libraries off, unless they are set already.
+
+    ONNX Runtime reads its variable when it is imported. A program that imports ONNX Runtime before
+    `crl_sdk` sets `ORT_DISABLE_TELEMETRY=1` itself.
+    """
+    for name, value in SWITCHES.items():
+        environment.setdefault(name, value)
