@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from crl_sdk import _telemetry
 from crl_sdk._lazy import lazy_names
-from crl_sdk._telemetry import switch_off_telemetry
 from crl_sdk._version import __version__
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ __all__ = [
     "demo_bundle",
 ]
 
-switch_off_telemetry()  # before any library is imported
+_telemetry.switch_off_telemetry()  # before any library is imported
 
 __getattr__, __dir__ = lazy_names(
     __name__,

@@ -17,6 +17,7 @@ from PIL import Image
 
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embeddings import Embeddings
+from crl_sdk._lifetime import Lifetime
 from crl_sdk.basis._basis import Basis
 from crl_sdk.basis._build import DEFAULT_MERGE_THRESHOLD, build_basis, check_options
 from crl_sdk.basis._generate import GeneratedTexts, ReportProgress, generate_texts
@@ -50,6 +51,8 @@ _log = logging.getLogger(__name__)
 
 class Embedder:
     """A model bundle with its engines and bases. Several threads may use it at once.
+
+    Forked processes cannot use it, see docs/PROCESSES.md.
 
     Attributes:
         bundle: Model bundle.
@@ -89,6 +92,7 @@ class Embedder:
         """
         if decode not in get_args(Decode):
             raise InvalidInputError(f"expected decode of {get_args(Decode)}, got {decode!r}")
+        self._lifetime = Lifetime("embedder")
         self.bundle = bundle
         self.limits = limits
         self.decode: Decode = decode
@@ -172,6 +176,7 @@ class Embedder:
 
     def close(self) -> None:
         """Stop the decoding threads and free the engine's device memory. May be called twice."""
+        self._lifetime.closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._image_engine.close()
 
@@ -403,7 +408,10 @@ class Embedder:
             InvalidInputError: If another argument is malformed, or a criterion is given twice.
             ImageBatchError: If some images failed. It carries the result of the others.
             EngineError: If an engine run fails.
+            ClosedError: If this embedder is closed.
+            ForkError: If this process was forked after the embedder had been made.
         """
+        self._lifetime.require()
         _check_images(images)
         if batch_size < 1:
             raise InvalidInputError(f"expected batch_size >= 1, got {batch_size}")
@@ -478,7 +486,10 @@ class Embedder:
 
         Raises:
             EngineError: If the engine run fails.
+            ClosedError: If this embedder is closed.
+            ForkError: If this process was forked after the embedder had been made.
         """
+        self._lifetime.require()
         rows = self._image_engine.run(pixels, *self._pack([])[:2])[0]
         self._note_unfamiliar(rows, least=_RECENT)
         return rows
@@ -498,7 +509,10 @@ class Embedder:
             BundleError: If the bundle has no text tower.
             InvalidInputError: If the list is empty, or a text is blank or too long.
             EngineError: If an engine run fails.
+            ClosedError: If this embedder is closed.
+            ForkError: If this process was forked after the embedder had been made.
         """
+        self._lifetime.require()
         tokenizer = self._tokenizer or self.bundle.tokenizer()
         tokens = tokenizer.encode(texts, truncate=truncate)
         if self._text_engine is None:

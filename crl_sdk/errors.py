@@ -16,6 +16,14 @@ class InvalidInputError(CrlError, ValueError):
     """An argument has the wrong type, shape, dtype or value."""
 
 
+class ClosedError(CrlError, RuntimeError):
+    """An object was used after it had been closed."""
+
+
+class ForkError(CrlError, RuntimeError):
+    """An object was used in a process that was forked after the object had been made."""
+
+
 class CriterionError(InvalidInputError):
     """The name of a criterion is malformed, or the criterion is not part of a result."""
 

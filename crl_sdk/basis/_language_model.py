@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from crl_sdk._lifetime import Lifetime
 from crl_sdk.basis._gguf import read_metadata
 from crl_sdk.basis._llm_backend import LlmBackend, OpenBackend, Sampling, find_backend
 from crl_sdk.basis._llm_files import find_model
@@ -62,6 +63,7 @@ class LanguageModel:
             follows_instructions: Whether the model answers better through its chat template.
             details: What else a basis records about the model, as JSON values.
         """
+        self._lifetime = Lifetime("language model")
         self._backend = backend
         self._details = details
         self.source = source
@@ -143,6 +145,8 @@ class LanguageModel:
 
         Raises:
             GenerationError: If prompt and answer do not fit the context, or llama.cpp fails.
+            ClosedError: If the model is closed.
+            ForkError: If this process was forked after the model had been loaded.
         """
         return self._generate(prompt, grammar, sampling, on_token, chat=False)
 
@@ -203,6 +207,7 @@ class LanguageModel:
     @contextmanager
     def _running(self) -> Iterator[None]:
         """Count the seconds of a call of the backend, and name the model in its errors."""
+        self._lifetime.require()
         started = time.perf_counter()
         try:
             yield
@@ -214,8 +219,10 @@ class LanguageModel:
             self.seconds += time.perf_counter() - started
 
     def close(self) -> None:
-        """Free the memory of the model."""
-        self._backend.close()
+        """Free the memory of the model. Further calls do nothing."""
+        if not self._lifetime.closed:
+            self._lifetime.closed = True
+            self._backend.close()
 
     def __enter__(self) -> LanguageModel:
         """Return the model; leaving the context closes it."""

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk._embeddings import Embeddings
+from crl_sdk._lifetime import Lifetime
 from crl_sdk._progress import GenerationProgress
 from crl_sdk.client._connection import Connection, typed_error
 from crl_sdk.client._messages import (
@@ -37,7 +38,14 @@ from crl_sdk.client._results import (
     read_model,
     read_progress,
 )
-from crl_sdk.errors import BasisError, ImageBatchError, InvalidInputError, ServiceError
+from crl_sdk.errors import (
+    BasisError,
+    ClosedError,
+    CrlError,
+    ImageBatchError,
+    InvalidInputError,
+    ServiceError,
+)
 from crl_sdk.pb.crl.v1 import basis_pb2, basis_pb2_grpc, embedding_pb2, embedding_pb2_grpc
 from crl_sdk.projection._row_dtypes import RowDtype, require_row_dtype
 from crl_sdk.rpc._tensors import decode_tensor
@@ -55,7 +63,10 @@ _MAX_REPROJECTIONS = 3
 
 
 class AsyncClient:
-    """A client for asyncio. Use it as a context manager, or call `close`."""
+    """A client for asyncio. Use it as a context manager, or call `close`.
+
+    It belongs to the event loop in which it is first used.
+    """
 
     def __init__(
         self, address: str = DEFAULT_ADDRESS, options: ClientOptions = DEFAULT_OPTIONS
@@ -72,9 +83,23 @@ class AsyncClient:
         """
         self.address, self.options = address, options
         self._connection = Connection(address, options)
-        self._embedding = embedding_pb2_grpc.EmbeddingServiceStub(self._connection.channel)
-        self._bases = basis_pb2_grpc.BasisServiceStub(self._connection.channel)
+        self._embedding_stub: embedding_pb2_grpc.EmbeddingServiceAsyncStub | None = None
+        self._basis_stub: basis_pb2_grpc.BasisServiceAsyncStub | None = None
         self._model: ServedModel | None = None  # known once images have been resized here
+
+    @property
+    def _embedding(self) -> embedding_pb2_grpc.EmbeddingServiceAsyncStub:
+        channel = self._connection.channel
+        if self._embedding_stub is None:
+            self._embedding_stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+        return self._embedding_stub
+
+    @property
+    def _bases(self) -> basis_pb2_grpc.BasisServiceAsyncStub:
+        channel = self._connection.channel
+        if self._basis_stub is None:
+            self._basis_stub = basis_pb2_grpc.BasisServiceStub(channel)
+        return self._basis_stub
 
     async def __aenter__(self) -> AsyncClient:
         """Return the client itself."""
@@ -435,6 +460,7 @@ class Client:
         self, address: str = DEFAULT_ADDRESS, options: ClientOptions = DEFAULT_OPTIONS
     ) -> None:
         """Store where the service is. The arguments are those of `AsyncClient`."""
+        self._lifetime = Lifetime("client")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="crl-client", daemon=True
@@ -474,9 +500,10 @@ class Client:
 
     def close(self) -> None:
         """Close the connection and end the thread. Further calls of `close` do nothing."""
-        if not self._thread.is_alive():
+        if self._lifetime.closed or self._lifetime.forked:  # a child has neither thread nor calls
             return
         self._wait(self._close())
+        self._lifetime.closed = True
         self._stop()
 
     embed = _blocking(AsyncClient.embed)
@@ -505,7 +532,7 @@ class Client:
                 except StopAsyncIteration:
                     return
         finally:
-            if not self._loop.is_closed():
+            if not (self._lifetime.closed or self._lifetime.forked):
                 self._wait(batches.aclose())
 
     def _stop(self) -> None:
@@ -514,14 +541,16 @@ class Client:
         self._loop.close()
 
     def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
-        if self._loop.is_closed():
+        try:
+            self._lifetime.require()
+        except CrlError:
             work.close()
-            raise ServiceError("the client is closed: make a new one")
+            raise
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         except CancelledError:
-            raise ServiceError("the client was closed during the call: make a new one") from None
+            raise ClosedError("the client was closed during the call: make a new one") from None
         except KeyboardInterrupt:
             future.cancel()
             raise

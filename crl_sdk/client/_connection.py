@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import grpc
 
+from crl_sdk._lifetime import ForkGuard, Lifetime
 from crl_sdk.client._options import ClientOptions
 from crl_sdk.errors import CrlError, InvalidInputError, OverloadedError
 from crl_sdk.rpc._address import check_address, is_local
@@ -25,24 +28,30 @@ _UNAVAILABLE_PAUSE = 0.05
 _MAX_PAUSE = 5.0
 
 
+_grpc = ForkGuard("gRPC")
+
+
 class Connection:
     """A channel that makes calls with the token, timeout and retries of its options.
 
     Attributes:
         options: Options of the client.
-        channel: Channel for the stubs of the services.
         metadata: Metadata of each call, with the token if there is one.
     """
 
     def __init__(self, address: str, options: ClientOptions) -> None:
-        """Make a channel, which connects at the first call.
+        """Check the options. The channel is made at the first call.
 
         Raises:
             InvalidInputError: If the address has no port, a file of `options.security` cannot be
                 used, or the token would travel in plain text.
+            ForkError: If this process was forked after its parent had made a client.
         """
         self.options = options
-        self.channel = open_channel(address, options)
+        self._lifetime = Lifetime("client")
+        self._make_channel = _channel_maker(address, options)
+        self._channel: grpc.aio.Channel | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         token = options.security.token
         self.metadata = (("authorization", f"Bearer {token}"),) if token else ()
 
@@ -79,9 +88,32 @@ class Connection:
             await asyncio.sleep(pause)
             attempt += 1
 
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """Channel for the stubs of the services. It belongs to the event loop of the first call.
+
+        Raises:
+            ClosedError: If the client is closed.
+            ForkError: If this process was forked after the client had been made.
+            InvalidInputError: If the client was used in another event loop before.
+        """
+        self._lifetime.require()
+        loop = asyncio.get_running_loop()
+        if self._channel is None:
+            self._channel, self._loop = self._make_channel(), loop
+        elif self._loop is not loop:
+            raise InvalidInputError(
+                "this AsyncClient was used in another event loop, to which its connection belongs: "
+                "make one AsyncClient for each event loop, or use Client, which any thread may use"
+            )
+        return self._channel
+
     async def close(self) -> None:
-        """Close the channel."""
-        await self.channel.close()
+        """Close the channel. Further calls do nothing."""
+        if not (self._lifetime.closed or self._lifetime.forked):
+            self._lifetime.closed = True
+            if self._channel is not None:
+                await self._channel.close()
 
 
 def typed_error(error: grpc.aio.AioRpcError) -> CrlError:
@@ -90,13 +122,20 @@ def typed_error(error: grpc.aio.AioRpcError) -> CrlError:
 
 
 def open_channel(address: str, options: ClientOptions) -> grpc.aio.Channel:
-    """Return a channel, which connects at the first call.
+    """Return a channel for the running event loop, which connects at the first call.
 
     Raises:
         InvalidInputError: If the address has no port, a file of `options.security` cannot be used,
             or the token would travel in plain text.
+        ForkError: If this process was forked after its parent had made a client.
     """
+    return _channel_maker(address, options)()
+
+
+def _channel_maker(address: str, options: ClientOptions) -> Callable[[], grpc.aio.Channel]:
+    """Check where and how to connect, and return a function that makes the channel."""
     check_address(address)
+    _grpc.use()
     settings = [
         ("grpc.max_receive_message_length", options.max_message_bytes),
         ("grpc.max_send_message_length", options.max_message_bytes),
@@ -111,7 +150,7 @@ def open_channel(address: str, options: ClientOptions) -> grpc.aio.Channel:
                 "(crl bench --authority) to the PEM file of the server's authority or to 'system', "
                 "or plain_text_token=True (--plain-text-token) if everyone on the way may read it"
             )
-        return grpc.aio.insecure_channel(address, options=settings)
+        return partial(grpc.aio.insecure_channel, address, options=settings)
     if security.authority == SYSTEM_AUTHORITIES:
         authority = read_system_authorities("ClientSecurity.authority")
     else:
@@ -121,7 +160,7 @@ def open_channel(address: str, options: ClientOptions) -> grpc.aio.Channel:
         names = ("ClientSecurity.certificate", "ClientSecurity.key")
         chain, key = read_pair(security.certificate, security.key, names)
     credentials = grpc.ssl_channel_credentials(authority, key, chain)
-    return grpc.aio.secure_channel(address, credentials, options=settings)
+    return partial(grpc.aio.secure_channel, address, credentials, options=settings)
 
 
 def _retry_pause(code: grpc.StatusCode, error: CrlError, attempt: int) -> float | None:

@@ -19,6 +19,7 @@ from crl_sdk.client._messages import stale_parts
 from crl_sdk.errors import (
     BasisError,
     BasisExistsError,
+    ClosedError,
     ImageBatchError,
     InvalidInputError,
     MissingDependencyError,
@@ -267,9 +268,9 @@ def test_a_closed_client_says_so(server):
     batches = client.embed_batches([np.full((9, 9, 3), i, np.uint8) for i in range(99)])
     next(batches)
     client.close()
-    with pytest.raises(ServiceError, match="the client is closed"):
+    with pytest.raises(ClosedError, match="the client is closed"):
         client.model()
-    with pytest.raises(ServiceError, match="the client is closed"):
+    with pytest.raises(ClosedError, match="the client is closed"):
         next(batches)
 
 
@@ -283,7 +284,7 @@ def test_closing_a_client_ends_the_calls_of_other_threads(serve, faked, engine, 
         call = callers.submit(client.embed, [unseen_image()])
         time.sleep(0.5)
         client.close()
-        with pytest.raises(ServiceError, match="closed during the call"):
+        with pytest.raises(ClosedError, match="closed during the call"):
             call.result(timeout=10)
     engine.gate.set()
 

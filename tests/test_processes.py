@@ -1,0 +1,216 @@
+"""Processes that are forked or spawned: each object works in them, or says at once why not."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from crl_sdk import AsyncClient, Client, Embedder, demo_bundle
+from crl_sdk._lifetime import ForkGuard, Lifetime
+from crl_sdk.basis import LanguageModel
+from crl_sdk.errors import ClosedError, CrlError, ForkError, InvalidInputError
+
+IMAGE = np.full((96, 96, 3), 120, np.uint8)
+SECONDS = 120
+
+_shared: dict[str, object] = {}
+
+
+def in_child(method, work, *arguments):
+    """Return what a function returns in a child process, or the text of its `CrlError`."""
+    context = multiprocessing.get_context(method)
+    receiving, sending = context.Pipe(duplex=False)
+    child = context.Process(target=answer, args=(sending, work, arguments))
+    child.start()
+    try:
+        assert receiving.poll(SECONDS), f"no answer from a child of the method {method}"
+        return receiving.recv()
+    finally:
+        child.kill()
+        child.join()
+
+
+def answer(pipe, work, arguments):
+    try:
+        pipe.send(work(*arguments))
+    except CrlError as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+
+
+def embed_here():
+    with Embedder.open(demo_bundle()) as embedder:
+        return embedder.embed([IMAGE]).universal.shape
+
+
+def embed_with_the_parents():
+    return _shared["embedder"].embed([IMAGE]).universal.shape
+
+
+def ask_with_the_parents():
+    return _shared["client"].model().name
+
+
+def ask_with_a_new_client(address):
+    with Client(address) as client:
+        return client.model().name
+
+
+@pytest.fixture
+def address(server):
+    return server.address
+
+
+@pytest.fixture
+def used_embedder():
+    with Embedder.open(demo_bundle()) as embedder:
+        embedder.embed([IMAGE])
+        embedder.embed_text(["red"])
+        _shared["embedder"] = embedder
+        yield embedder
+    _shared.clear()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_an_embedder_made_in_a_child_works(used_embedder, method):
+    assert in_child(method, embed_here) == (1, 128)
+
+
+def test_an_embedder_of_the_parent_says_at_once_that_it_does_not_work(used_embedder):
+    said = in_child("fork", embed_with_the_parents)
+    assert said.startswith("ForkError: the embedder was made before this process was forked")
+    assert "spawn" in said and "forkserver" in said
+    assert used_embedder.embed([IMAGE]).universal.shape == (1, 128)  # the parent's still works
+
+
+class Embedded(torch.utils.data.Dataset):
+    """A data set that embeds its items: with the parent's embedder, or with one of its own."""
+
+    def __init__(self, embedder=None):
+        self.embedder = embedder
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if self.embedder is None:
+            self.embedder = Embedder.open(demo_bundle())
+        return torch.from_numpy(self.embedder.embed([IMAGE]).universal[0])
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_data_loader_whose_workers_make_their_embedder(used_embedder, method):
+    loader = torch.utils.data.DataLoader(
+        Embedded(), batch_size=2, num_workers=1, multiprocessing_context=method, timeout=SECONDS
+    )
+    assert [tuple(batch.shape) for batch in loader] == [(2, 128), (2, 128)]
+
+
+def test_a_data_loader_with_the_embedder_of_the_parent(used_embedder):
+    loader = torch.utils.data.DataLoader(
+        Embedded(used_embedder), num_workers=1, multiprocessing_context="fork", timeout=SECONDS
+    )
+    with pytest.raises(ForkError, match="multiprocessing_context='forkserver'"):
+        next(iter(loader))
+
+
+def test_clients_in_children(address):
+    with Client(address) as client:
+        name = client.model().name
+        _shared["client"] = client
+        try:
+            said = in_child("fork", ask_with_the_parents)
+        finally:
+            _shared.clear()
+        assert said.startswith("ForkError: the client was made before this process was forked")
+        said = in_child("fork", ask_with_a_new_client, address)
+        assert said.startswith("ForkError: gRPC was used before this process was forked")
+        for method in ("spawn", "forkserver"):
+            assert in_child(method, ask_with_a_new_client, address) == name
+        assert client.model().name == name
+
+
+def test_a_language_model_of_the_parent():
+    with LanguageModel.open() as llm:
+        _shared["llm"] = llm
+        said = in_child("fork", lambda: _shared["llm"].log_likelihoods("A:", ["b"]))
+        _shared.clear()
+    assert said.startswith("ForkError: the language model was made before")
+    with pytest.raises(ClosedError, match="the language model is closed: make a new one"):
+        llm.log_likelihoods("A:", ["b"])
+    llm.close()  # again
+
+
+def test_use_after_close():
+    embedder = Embedder.open(demo_bundle())
+    embedder.close()
+    embedder.close()
+    for use in (
+        lambda: embedder.embed([IMAGE]),
+        lambda: embedder.embed([]),
+        lambda: embedder.embed_text(["red"]),
+        lambda: embedder.embed_pixels(np.zeros((1, 96, 96, 3), np.uint8)),
+        lambda: embedder.create_basis("color", ["red", "green"]),
+    ):
+        with pytest.raises(ClosedError, match="the embedder is closed: make a new one"):
+            use()
+    assert issubclass(ClosedError, RuntimeError)
+
+
+def test_clients_after_close(address):
+    client = Client(address)
+    client.close()
+    client.close()
+    with pytest.raises(ClosedError, match="the client is closed"):
+        client.model()
+    with pytest.raises(ClosedError, match="the client is closed"):
+        next(client.embed_batches([IMAGE]))
+
+    async def use():
+        client = AsyncClient(address)
+        await client.close()
+        await client.close()
+        await client.model()
+
+    with pytest.raises(ClosedError, match="the client is closed"):
+        asyncio.run(use())
+
+
+def test_an_async_client_belongs_to_the_loop_of_its_first_call(address):
+    client = AsyncClient(address)  # outside a loop
+
+    async def ask():
+        return (await client.model()).name
+
+    async def close():
+        await client.close()
+
+    first = asyncio.new_event_loop()
+    try:
+        name = first.run_until_complete(ask())
+        with pytest.raises(InvalidInputError, match="make one AsyncClient for each event loop"):
+            asyncio.run(ask())
+        assert first.run_until_complete(ask()) == name
+        first.run_until_complete(close())
+    finally:
+        first.close()
+
+
+def test_a_lifetime_ends_with_close_and_does_not_cross_a_fork(monkeypatch):
+    life, guard = Lifetime("thing"), ForkGuard("library")
+    life.require()
+    guard.use()
+    guard.use()
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert life.forked
+    with pytest.raises(ForkError, match="make the thing in this process"):
+        life.require()
+    with pytest.raises(ForkError, match="library was used before"):
+        guard.use()
+    life.closed = True
+    with pytest.raises(ClosedError):
+        life.require()
