@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -45,6 +42,7 @@ from crl_sdk.model._manifest import ImageGraph as ImageEntry
 from crl_sdk.model._manifest import TextGraph as TextEntry
 from crl_sdk.model._preprocess import PreprocessSpec
 from crl_sdk.model._tokenizer import Tokenizer
+from crl_sdk.storage._atomic_files import make_directory, new_directory
 
 Progress = Callable[[str, int, int], None]
 
@@ -112,9 +110,8 @@ def export_model(
 
     steps.begin("loading the model")
     checkpoint = load_checkpoint(architecture, pretrained, seed=seed)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-    try:
+    make_directory(out.parent, ExportError)
+    with new_directory(out, ExportError) as work:
         dim, images = _export_images(checkpoint, work, precisions, strict_int8, steps)
         entry = _export_text(checkpoint, work, prompt, steps) if text else None
         steps.begin("writing the manifest")
@@ -125,11 +122,6 @@ def export_model(
             steps.begin("embedding the background texts")
             add_background(work, background)
         ModelBundle.open(work)
-        _replace(work, out)
-    except OSError as error:
-        raise ExportError(f"{out}: cannot be written ({error}); check free space") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     steps.begin("done")
     return ModelBundle.open(out)
 
@@ -309,20 +301,3 @@ def _check_out(out: Path, overwrite: bool) -> None:
                 f"{out}: holds files but no {MANIFEST}, so it is not a bundle and is not "
                 "overwritten; choose another directory"
             )
-
-
-def _replace(work: Path, out: Path) -> None:
-    """Put the finished directory in place, and then remove the old one."""
-    work.chmod(0o755)
-    if not out.exists():
-        work.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-    out.rename(old / "bundle")
-    try:
-        os.rename(work, out)
-    except OSError:
-        (old / "bundle").rename(out)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)

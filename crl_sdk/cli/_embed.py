@@ -30,6 +30,7 @@ from crl_sdk.cli._options import (
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.model._image_files import find_image_files
 from crl_sdk.projection._row_dtypes import RowDtype, encode_rows, require_row_dtype
+from crl_sdk.storage._atomic_files import new_file
 from crl_sdk.stored._reader import UNIVERSAL
 
 
@@ -132,11 +133,9 @@ def _write(
     arrays: dict[str, Any] = {
         name: encode_rows(rows[result.ok], dtype) for name, rows in given.items()
     }
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with new_file(path, InvalidInputError) as file:
         if path.suffix == ".npz":
-            with temporary.open("wb") as file:
-                np.savez(file, path=np.array(names), fingerprint=np.array(fingerprint), **arrays)
+            np.savez(file, path=np.array(names), fingerprint=np.array(fingerprint), **arrays)
         else:
             pa, parquet = _pyarrow()
             columns = {"path": pa.array(names)}
@@ -145,12 +144,7 @@ def _write(
                     pa.array(rows.ravel()), rows.shape[1]
                 )
             table = pa.table(columns).replace_schema_metadata({"crl_fingerprint": fingerprint})
-            parquet.write_table(table, temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise InvalidInputError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+            parquet.write_table(table, file)
 
 
 def _pyarrow() -> tuple[Any, Any]:

@@ -1,15 +1,31 @@
-"""Files that are replaced completely or not at all, and JSON records stored in them."""
+"""Files and directories that are replaced completely or not at all, and JSON records in files."""
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
 import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 import msgspec
 
 from crl_sdk.errors import CrlError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_SUFFIX = ".tmp"
+
+_GRACE = 60.0
+"""Age in seconds from which a temporary file without a lock is taken for left behind. A younger one
+may belong to a process that is about to lock it."""
 
 Record = TypeVar("Record", bound=msgspec.Struct)
 
@@ -32,6 +48,189 @@ def make_directory(path: Path, failure: type[CrlError]) -> None:
         ) from error
 
 
+@contextmanager
+def new_file(path: Path, failure: type[CrlError]) -> Iterator[BinaryIO]:
+    """Yield a file that takes the place of `path` when the block ends without an error.
+
+    Readers see the old or the new content, even after a crash: the file and its directory are
+    synchronised with the disk. If the block raises, nothing is left of the file. What a killed
+    process left of an earlier file of this name is removed.
+
+    Args:
+        path: Path of the file; its directory must exist.
+        failure: Type of the error to raise.
+
+    Yields:
+        The file, open for reading and writing. Its name is that of a temporary file.
+
+    Raises:
+        CrlError: If the file cannot be written. Its type is `failure`.
+    """
+    with new_files([path], failure) as files:
+        yield files[0]
+
+
+@contextmanager
+def new_files(
+    paths: Sequence[Path], failure: type[CrlError], *, replaces: Path | None = None
+) -> Iterator[list[BinaryIO]]:
+    """Yield files that take their places when all of them are complete; see `new_file`.
+
+    Args:
+        paths: Paths of the files, in one directory, which must exist.
+        failure: Type of the error to raise.
+        replaces: A file that describes the old files. It is removed before the first of them is
+            replaced.
+
+    Yields:
+        The files, open for reading and writing.
+
+    Raises:
+        CrlError: If a file cannot be written. Its type is `failure`.
+    """
+    path = paths[0]
+    try:
+        with ExitStack() as stack:
+            files = []
+            for path in paths:
+                _remove_leftovers(path)
+                files.append(stack.enter_context(_temporary_file(path)))
+            yield files
+            for path, file in zip(paths, files, strict=True):  # noqa: B007 - the error names it
+                file.flush()
+                os.fchmod(file.fileno(), 0o644)  # temporary files are readable by their owner only
+                os.fsync(file.fileno())
+            if replaces is not None:
+                replaces.unlink(missing_ok=True)
+            for path, file in zip(paths, files, strict=True):
+                Path(file.name).replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise failure(
+            f"{path}: cannot be written ({error.strerror or error}); check the directory and free "
+            "space"
+        ) from error
+
+
+@contextmanager
+def new_directory(path: Path, failure: type[CrlError]) -> Iterator[Path]:
+    """Yield a directory that takes the place of `path` when the block ends without an error.
+
+    Otherwise nothing is left of it, and `path` stays as it was. A directory at `path` is removed
+    when the new one is in its place.
+
+    Args:
+        path: Path of the directory; its parent must exist.
+        failure: Type of the error to raise.
+
+    Yields:
+        Path of the temporary directory, beside `path`.
+
+    Raises:
+        CrlError: If a directory or file cannot be written. Its type is `failure`.
+    """
+    try:
+        _remove_leftovers(path)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_SUFFIX, dir=path.parent))
+        lock = _lock(os.open(work, os.O_RDONLY))
+        try:
+            yield work
+            for folder, _, files in os.walk(work):
+                for name in files:
+                    _sync(Path(folder, name))
+                _sync(Path(folder))
+            work.chmod(0o755)
+            _swap(work, path)
+        finally:
+            os.close(lock)
+            shutil.rmtree(work, ignore_errors=True)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise failure(
+            f"{path}: cannot be written ({error.strerror or error}); check the directory and free "
+            "space"
+        ) from error
+
+
+def _swap(work: Path, path: Path) -> None:
+    """Put a finished directory in place, and then remove the old one."""
+    if not path.exists():
+        work.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_SUFFIX, dir=path.parent))
+    path.rename(old / path.name)
+    try:
+        work.rename(path)
+    except OSError:
+        (old / path.name).rename(path)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Write the entries of a directory to the disk, so that a rename survives a power failure."""
+    if os.name == "posix":  # Windows cannot open directories
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+@contextmanager
+def _temporary_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file beside `path`, locked while it is open. It is deleted unless it was renamed."""
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX, delete=False
+    ) as file:
+        try:
+            _lock(file.fileno())
+            yield cast(BinaryIO, file)
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+
+
+def _lock(opened: int) -> int:
+    """Lock an open file for its process. The lock ends with the process, however it ends."""
+    if fcntl is not None:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return opened
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of earlier temporary files or directories for `path`."""
+    pattern = f".{glob.escape(path.name)}.*{_SUFFIX}"
+    for leftover in path.parent.glob(pattern):
+        with suppress(OSError):  # another process has removed it, or it belongs to somebody else
+            if time.time() - leftover.lstat().st_mtime >= _GRACE and not _is_locked(leftover):
+                old = leftover / path.name
+                if old.is_dir() and not path.exists():  # killed in `_swap`, between its renames
+                    old.rename(path)
+                if leftover.is_dir() and not leftover.is_symlink():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink()
+
+
+def _is_locked(path: Path) -> bool:
+    if fcntl is None:
+        return True
+    opened = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(opened)
+    return False
+
+
 def write_atomically(path: Path, data: bytes, failure: type[CrlError]) -> None:
     """Write a file so that readers see the old or the new content, even after a crash.
 
@@ -43,23 +242,8 @@ def write_atomically(path: Path, data: bytes, failure: type[CrlError]) -> None:
     Raises:
         CrlError: If the file cannot be written. Its type is `failure`.
     """
-    temporary: str | None = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-        ) as file:
-            temporary = file.name
-            file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)  # temporary files are readable by their owner only
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise failure(
-            f"{path}: cannot be written ({error.strerror}); check the directory and free space"
-        ) from error
+    with new_file(path, failure) as file:
+        file.write(data)
 
 
 def write_record(path: Path, record: msgspec.Struct, failure: type[CrlError]) -> None:

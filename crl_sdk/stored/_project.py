@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-import uuid
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +20,7 @@ from crl_sdk.basis._directory import basis_file_name
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._project_rows import check_rows, project_rows
 from crl_sdk.projection._row_dtypes import RowDtype, require_row_dtype
-from crl_sdk.storage._atomic_files import write_record
+from crl_sdk.storage._atomic_files import new_files, write_record
 from crl_sdk.stored._reader import StoredEmbeddings
 
 SCHEMA = 1
@@ -167,12 +165,8 @@ def _write_arrays(
 ) -> list[int]:
     """Write all arrays or none. Returns the sizes of the files in bytes."""
     rows = len(stored.embeddings)
-    with ExitStack() as stack:
-        files = []
-        for path in paths:
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-            stack.callback(temporary.unlink, missing_ok=True)  # before an interrupt can leave it
-            files.append(stack.enter_context(temporary.open("xb+")))
+    record = paths[0].parent / RECORD
+    with new_files(paths, InvalidInputError, replaces=record) as files:
         arrays = [
             _make_array(file, (rows, basis.projection.output_dim), dtype)
             for file, basis in zip(files, bases, strict=True)
@@ -183,14 +177,8 @@ def _write_arrays(
             arrays,
             **options,
         )
-        for file, array in zip(files, arrays, strict=True):
+        for array in arrays:
             array.flush()
-            os.fchmod(file.fileno(), 0o644)  # whatever the umask, as `write_atomically` does
-            os.fsync(file.fileno())
-        old_record = paths[0].parent / RECORD  # of the files that are replaced now
-        old_record.unlink(missing_ok=True)
-        for file, path in zip(files, paths, strict=True):
-            Path(file.name).replace(path)
     return [path.stat().st_size for path in paths]
 
 
