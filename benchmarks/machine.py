@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from crl_sdk._processors import count_cores
 from crl_sdk.engines._processor import find_features, find_processor_name
 
 
@@ -35,7 +35,7 @@ def find_machine() -> Machine:
     """Return the properties of this machine."""
     return Machine(
         processor=find_processor_name(),
-        cores=count_physical_cores(),
+        cores=count_cores(),
         features=list(find_features()),
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
         system=f"{platform.system()} {platform.machine()}",
@@ -52,15 +52,6 @@ def describe_machine() -> dict[str, str]:
         "memory": f"{machine.memory_gib:.0f} GiB",
         "system": machine.system,
     }
-
-
-def count_physical_cores() -> int:
-    """Return the number of physical cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # psutil ignores the limits of a container
-        allowed = len(os.sched_getaffinity(0))
-    else:
-        allowed = psutil.cpu_count() or 1
-    return min(psutil.cpu_count(logical=False) or allowed, allowed)
 
 
 def describe_commit() -> str:

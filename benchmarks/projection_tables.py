@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -38,6 +37,7 @@ from crl_benchmarks.projections import (
 from crl_export.demo.captions import NEUTRAL_PROMPT
 from crl_export.demo.world import CRITERIA
 from crl_sdk import __version__
+from crl_sdk._processors import count_processors
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.storage._atomic_files import write_atomically
@@ -310,7 +310,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=900)
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=count_processors())
     parser.add_argument(
         "--out", type=Path, help="base name of the files to write: OUT.json and OUT.md"
     )

@@ -37,6 +37,7 @@ from threadpoolctl import threadpool_info
 
 from crl_benchmarks.machine import describe_machine
 from crl_sdk import Projection, __version__
+from crl_sdk._processors import count_processors
 from crl_sdk.projection._project_rows import project_rows
 
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3}
@@ -267,7 +268,7 @@ def cold(bench: Bench, case: Case) -> float:
 
 def run(rows: int, dim: int, cases: Sequence[Case], rounds: int, directory: Path) -> dict[str, Any]:
     """Run all cases on embeddings in a file in `directory`, and return the report."""
-    bench = Bench(rows, dim, directory, os.cpu_count() or 1)
+    bench = Bench(rows, dim, directory, count_processors())
     records = [measure(bench, case, rounds) for case in cases]
     last = cases[-1]
     blas = [info for info in threadpool_info() if info["user_api"] == "blas"]

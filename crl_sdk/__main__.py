@@ -10,6 +10,9 @@ def main() -> None:
     """Run the command line, or exit with the command that installs its packages."""
     # The C core of gRPC would write lines of its own between ours. It reads this when imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # Threads of OpenMP (llama.cpp, scikit-learn) wait for each other asleep. Spinning, they would
+    # take the processors from whatever else runs. OpenMP reads this when its library is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from crl_sdk.cli import run
     except ModuleNotFoundError as error:

@@ -18,6 +18,7 @@ from PIL import Image
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embeddings import Embeddings
 from crl_sdk._lifetime import Lifetime
+from crl_sdk._processors import count_processors
 from crl_sdk.basis._basis import Basis
 from crl_sdk.basis._build import DEFAULT_MERGE_THRESHOLD, build_basis, check_options
 from crl_sdk.basis._generate import GeneratedTexts, ReportProgress, generate_texts
@@ -103,7 +104,7 @@ class Embedder:
         self._bases: dict[str, Basis] = {}
         self._distances: deque[float] = deque(maxlen=_RECENT)  # of the recent images
         self._unfamiliar: str | None = None
-        self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="crl-decode")
+        self._pool = ThreadPoolExecutor(count_processors(), thread_name_prefix="crl-decode")
 
     @classmethod
     def open(
@@ -192,7 +193,7 @@ class Embedder:
 
     @property
     def decode_pool(self) -> Executor:
-        """Threads that decode images, one per logical CPU. They end when the embedder is closed."""
+        """Threads that decode images, one per processor. They end when the embedder is closed."""
         return self._pool
 
     @property

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_benchmarks.images import synthetic_jpegs
-from crl_benchmarks.machine import count_physical_cores, describe_commit, describe_machine
+from crl_benchmarks.machine import describe_commit, describe_machine
 from crl_benchmarks.peers import engines, services
 from crl_benchmarks.peers.catalogue import ENGINES, EnginePeer, Inputs, Setup
 from crl_benchmarks.peers.environments import (
@@ -41,6 +41,7 @@ from crl_benchmarks.peers.tables import markdown, update_readme
 from crl_benchmarks.peers.target_results import check_targets
 from crl_benchmarks.peers.weights import Weights, make_weights
 from crl_sdk import Embedder
+from crl_sdk._processors import count_cores
 from crl_sdk.errors import CrlError, InvalidInputError
 
 SIZE = (640, 480)
@@ -181,7 +182,7 @@ def _inputs(build: Path) -> tuple[Inputs, NDArray[np.float32]]:
         weights=weights,
         images=tuple(paths[:IMAGES]),
         calibration=tuple(paths[IMAGES:]),
-        threads=count_physical_cores(),
+        threads=count_cores(),
     )
     return given, _reference(weights, paths[:CHECKED])
 

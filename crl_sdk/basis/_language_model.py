@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from crl_sdk._lifetime import Lifetime
+from crl_sdk._processors import count_processors
 from crl_sdk.basis._gguf import read_metadata
 from crl_sdk.basis._llm_backend import LlmBackend, OpenBackend, Sampling, find_backend
 from crl_sdk.basis._llm_files import find_model
@@ -234,13 +235,7 @@ class LanguageModel:
 
 
 def _default_threads(path: Path) -> int:
-    return 1 if path.stat().st_size < SMALL_BYTES else _count_cores()
-
-
-def _count_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS
+    return 1 if path.stat().st_size < SMALL_BYTES else count_processors()
 
 
 def _unreadable(path: Path, metadata: dict[str, Any], log: str) -> GenerationError:

@@ -111,6 +111,7 @@ def create(
     answers: generation.AnswersOption = DEFAULT_OPTIONS.max_answers,
     seed: generation.SeedOption = 0,
     form: generation.FormOption = "auto",
+    threads: generation.ThreadsOption = None,
     accept_unsure: generation.AcceptUnsureOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the texts; write nothing.")
@@ -160,7 +161,12 @@ def create(
                     answers=answers, seed=seed, form=form, accept_unsure=accept_unsure or dry_run,
                 )  # fmt: skip
                 source = generation.generate_texts(
-                    embedder, criterion, llm, prompts=prompt or None, options=options
+                    embedder,
+                    criterion,
+                    llm,
+                    prompts=prompt or None,
+                    options=options,
+                    threads=threads,
                 )
                 if dry_run or not as_json:
                     generation.print_texts(source, bundle, bases, as_json=as_json)

@@ -38,7 +38,7 @@ def _facts(machine: Machine) -> dict[str, object]:
     gpus = [f"{gpu.name}, {gpu.architecture}, {gpu.memory >> 20} MiB" for gpu in machine.gpus]
     return {
         "system": machine.system,
-        "processor": f"{machine.processor}, {machine.cores} cores",
+        "processor": f"{machine.processor}, {_processors(machine)}",
         "instructions": ", ".join(machine.features) or "none that matter to inference",
         "memory": f"{machine.memory >> 20} MiB",
         "GPUs": "; ".join(gpus) or "none",
@@ -48,6 +48,16 @@ def _facts(machine: Machine) -> dict[str, object]:
         "packages": ", ".join(f"{name} {found}" for name, found in machine.packages.items()),
         "CRL SDK": f"{machine.crl_sdk}, Python {machine.python}",
     }
+
+
+def _processors(machine: Machine) -> str:
+    """Say how many processors this process may use, and of how many."""
+    if machine.cores == machine.processors:
+        return f"{machine.cores} processors"
+    return (
+        f"{machine.cores} of {machine.processors} processors, by an affinity mask or by a "
+        "container's quota"
+    )
 
 
 def _record(candidate: EngineCandidate) -> dict[str, object]:

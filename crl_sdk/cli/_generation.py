@@ -16,6 +16,7 @@ from crl_sdk._progress import GenerationProgress
 from crl_sdk.basis._basis import Basis
 from crl_sdk.basis._generate import GeneratedTexts, ReportProgress
 from crl_sdk.basis._generation_options import DEFAULT_OPTIONS, Form, GenerationOptions
+from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.cli._console import note, out, print_json, spinner, warn
 from crl_sdk.cli._options import command
 from crl_sdk.errors import InvalidInputError
@@ -46,6 +47,15 @@ AnswersOption = Annotated[
     int, typer.Option(min=1, max=1000, help="Largest number of answers of the language model.")
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Random seed; equal seeds give equal texts.")]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        help="Threads of the language model. Default: one for a small model, otherwise one per "
+        "processor.",
+    ),
+]
 AcceptUnsureOption = Annotated[
     bool,
     typer.Option(
@@ -92,14 +102,16 @@ def generate_texts(
     *,
     prompts: Sequence[str] | None,
     options: GenerationOptions = DEFAULT_OPTIONS,
+    threads: int | None = None,
 ) -> GeneratedTexts:
     """Let the language model write texts, and show its progress and a summary on stderr.
 
-    The arguments are those of `Embedder.generate_texts`, which also lists the errors.
+    The arguments are those of `Embedder.generate_texts`, which also lists the errors, and the
+    threads of `LanguageModel.open`.
     """
-    with _shown_progress() as progress:
+    with _shown_progress() as progress, LanguageModel.open(llm, threads=threads) as opened:
         texts = embedder.generate_texts(
-            criterion, llm=llm, options=options, prompts=prompts, progress=progress
+            criterion, llm=opened, options=options, prompts=prompts, progress=progress
         )
     name = texts.provenance["model"]["name"]
     note(

@@ -10,6 +10,7 @@ from typing import get_args
 import msgspec
 import psutil
 
+from crl_sdk._processors import count_processors
 from crl_sdk._version import __version__
 from crl_sdk.engines import _registry as registry
 from crl_sdk.engines._hardware import Gpu, inspect_hardware
@@ -30,7 +31,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
         python: Version of Python.
         system: Operating system, its release, and the processor architecture.
         processor: Name of the processor.
-        cores: Number of logical cores that this process may use.
+        cores: Number of logical processors that this process may use.
+        processors: Number of logical processors of the machine.
         features: Instruction sets of the processor that matter to inference.
         memory: Size of the main memory in bytes.
         gpus: GPUs that the CUDA driver finds; empty without a driver.
@@ -45,6 +47,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     system: str
     processor: str
     cores: int
+    processors: int
     features: tuple[str, ...]
     memory: int
     gpus: tuple[Gpu, ...]
@@ -63,7 +66,8 @@ def inspect_machine() -> Machine:
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         processor=find_processor_name(),
-        cores=_count_cores(),
+        cores=count_processors(),
+        processors=os.cpu_count() or 0,
         features=hardware.features,
         memory=psutil.virtual_memory().total,
         gpus=hardware.gpus,
@@ -76,12 +80,6 @@ def inspect_machine() -> Machine:
             if (found := _find_version(name))
         },
     )
-
-
-def _count_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # psutil's cpu_count ignores the limits of a container
-        return len(os.sched_getaffinity(0))
-    return psutil.cpu_count() or 0
 
 
 def _describe_runtime(runtime: PlanRuntime) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from crl_sdk._processors import count_cores, is_limited
 from crl_sdk.engines._onnx_providers import (
     PROVIDERS,
     Device,
@@ -43,7 +44,8 @@ def open_session(
     Args:
         graph: Path of an ONNX file.
         device: Where to run the graph.
-        threads: Number of threads of a run on a CPU; None for one per physical core.
+        threads: Number of threads of a run on a CPU; None for one per physical core that this
+            process may use.
         precision: Precision of the graph.
         options: Options of the provider; None for options that suit every graph.
 
@@ -62,7 +64,7 @@ def open_session(
         raise InvalidInputError(f"expected threads >= 1, got {threads}")
     session_options = ort.SessionOptions()
     session_options.log_severity_level = 3
-    session_options.intra_op_num_threads = threads or 0
+    session_options.intra_op_num_threads = threads or default_threads()
     session_options.inter_op_num_threads = 1
     session_options.enable_mem_pattern = False  # it would keep memory for each batch size
     session_options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN)
@@ -105,6 +107,15 @@ def open_session(
             "or choose another device"
         )
     return session
+
+
+def default_threads() -> int:
+    """Return the number of threads of a run: 0, for the runtime's own choice, on a whole machine.
+
+    ONNX Runtime and OpenVINO then run one thread per physical core. They do not know the quotas of
+    containers, so that the number is given where a quota or an affinity mask limits this process.
+    """
+    return count_cores() if is_limited() else 0
 
 
 def _default_options(device: Device, precision: Precision) -> dict[str, str]:

@@ -15,6 +15,7 @@ from crl_sdk.engines._contract import ImageEngine
 from crl_sdk.engines._engine_name import EngineName
 from crl_sdk.engines._family import EngineCandidate, EngineFamily
 from crl_sdk.engines._hardware import Hardware
+from crl_sdk.engines._onnx_sessions import default_threads
 from crl_sdk.engines._processor import find_features
 from crl_sdk.errors import EngineError, InvalidInputError, MissingDependencyError
 from crl_sdk.model._bundle import ModelBundle
@@ -94,7 +95,7 @@ class OpenVinoImageEngine:
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": hint,
-            "INFERENCE_NUM_THREADS": threads or 0,  # 0: one per physical core
+            "INFERENCE_NUM_THREADS": threads or default_threads(),
             "NUM_STREAMS": 1,
             "ENABLE_HYPER_THREADING": False,
             "ENABLE_CPU_PINNING": False,  # not faster, and image decoding needs the cores too

@@ -16,7 +16,6 @@ The specification is `Projection.apply`, and tests compare this code with it. It
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -28,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from crl_sdk._processors import count_processors
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._projection import EPSILON, Post, Projection
 from crl_sdk.projection._row_dtypes import (
@@ -67,7 +67,8 @@ def project_rows(
         projections: Projections of input dimension d, at least one.
         out: Writable array for each projection, such as a memory map, shape (n, m), float32,
             float16 or int8. None creates float32 arrays. After an error they hold some of the rows.
-        threads: Number of threads. None chooses one per core, or one for few rows.
+        threads: Number of threads. None chooses one per processor that this
+            process may use, or one for few rows.
         progress: Called in the calling thread from time to time with the number of finished rows.
 
     Returns:
@@ -85,7 +86,7 @@ def project_rows(
     if threads is not None and threads < 1:
         raise InvalidInputError(f"expected threads >= 1, got {threads}")
     job = _Job(rows, projections, outputs)
-    wanted = threads or (1 if len(rows) <= _FEW_BLOCKS * job.block_rows else os.cpu_count() or 1)
+    wanted = threads or (1 if len(rows) <= _FEW_BLOCKS * job.block_rows else count_processors())
     _run(job, min(wanted, max(job.parts, 1)), progress or (lambda done: None))
     return outputs
 

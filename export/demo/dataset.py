@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 
 from crl_export.demo.scenes import encode_scene, sample_scene
 from crl_export.demo.world import CRITERIA, FACTORS
+from crl_sdk._processors import count_processors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +71,7 @@ def write_dataset(
     (directory / "images").mkdir(parents=True, exist_ok=True)
     partial_table = table.with_suffix(".csv.part")
     with (
-        ProcessPoolExecutor(workers or os.cpu_count()) as pool,
+        ProcessPoolExecutor(workers or count_processors()) as pool,
         partial_table.open("w", newline="") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
@@ -129,7 +129,7 @@ def render_arrays(
     """
     pixels = np.empty((n, side, side, 3), np.uint8)
     codes = np.empty((n, len(FACTORS)), np.int64)
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+    with ProcessPoolExecutor(workers or count_processors()) as pool:
         rendered = pool.map(partial(_render_resized, seed, side), range(n), chunksize=_CHUNK)
         for index, (image, code) in enumerate(rendered):
             pixels[index], codes[index] = image, code
