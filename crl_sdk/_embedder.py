@@ -33,6 +33,7 @@ from crl_sdk.errors import (
     UnknownCriterionError,
 )
 from crl_sdk.model._bundle import ModelBundle
+from crl_sdk.model._decode_budget import DecodeBudget
 from crl_sdk.model._familiar_images import FEW
 from crl_sdk.model._preprocess import DEFAULT_LIMITS, Decode, ImageLimits, load_pixels
 from crl_sdk.projection._project_rows import project_rows
@@ -104,6 +105,7 @@ class Embedder:
         self._bases: dict[str, Basis] = {}
         self._distances: deque[float] = deque(maxlen=_RECENT)  # of the recent images
         self._unfamiliar: str | None = None
+        self._budget = DecodeBudget(limits.max_decode_bytes)
         self._pool = ThreadPoolExecutor(count_processors(), thread_name_prefix="crl-decode")
 
     @classmethod
@@ -473,8 +475,9 @@ class Embedder:
             ImageError: If the image cannot be read, see `crl_sdk.model.load_pixels`.
         """
         return load_pixels(
-            image, self.bundle.preprocess, limits=self.limits, source=source, decode=self.decode
-        )
+            image, self.bundle.preprocess, limits=self.limits, source=source, decode=self.decode,
+            budget=self._budget,
+        )  # fmt: skip
 
     def embed_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Embed decoded images in one engine run.

@@ -3,61 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 
 import numpy as np
 import pytest
 import torch
+from child_processes import (
+    IMAGE,
+    SECONDS,
+    Embedded,
+    ask_with_a_new_client,
+    ask_with_the_parents,
+    embed_here,
+    embed_with_the_parents,
+    in_child,
+    log_likelihoods_of_the_parents,
+    shared,
+)
 
 from crl_sdk import AsyncClient, Client, Embedder, demo_bundle
 from crl_sdk._lifetime import ForkGuard, Lifetime
 from crl_sdk.basis import LanguageModel
-from crl_sdk.errors import ClosedError, CrlError, ForkError, InvalidInputError
-
-IMAGE = np.full((96, 96, 3), 120, np.uint8)
-SECONDS = 120
-
-_shared: dict[str, object] = {}
-
-
-def in_child(method, work, *arguments):
-    """Return what a function returns in a child process, or the text of its `CrlError`."""
-    context = multiprocessing.get_context(method)
-    receiving, sending = context.Pipe(duplex=False)
-    child = context.Process(target=answer, args=(sending, work, arguments))
-    child.start()
-    try:
-        assert receiving.poll(SECONDS), f"no answer from a child of the method {method}"
-        return receiving.recv()
-    finally:
-        child.kill()
-        child.join()
-
-
-def answer(pipe, work, arguments):
-    try:
-        pipe.send(work(*arguments))
-    except CrlError as error:
-        pipe.send(f"{type(error).__name__}: {error}")
-
-
-def embed_here():
-    with Embedder.open(demo_bundle()) as embedder:
-        return embedder.embed([IMAGE]).universal.shape
-
-
-def embed_with_the_parents():
-    return _shared["embedder"].embed([IMAGE]).universal.shape
-
-
-def ask_with_the_parents():
-    return _shared["client"].model().name
-
-
-def ask_with_a_new_client(address):
-    with Client(address) as client:
-        return client.model().name
+from crl_sdk.errors import ClosedError, ForkError, InvalidInputError
 
 
 @pytest.fixture
@@ -70,9 +37,9 @@ def used_embedder():
     with Embedder.open(demo_bundle()) as embedder:
         embedder.embed([IMAGE])
         embedder.embed_text(["red"])
-        _shared["embedder"] = embedder
+        shared["embedder"] = embedder
         yield embedder
-    _shared.clear()
+    shared.clear()
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
@@ -85,21 +52,6 @@ def test_an_embedder_of_the_parent_says_at_once_that_it_does_not_work(used_embed
     assert said.startswith("ForkError: the embedder was made before this process was forked")
     assert "spawn" in said and "forkserver" in said
     assert used_embedder.embed([IMAGE]).universal.shape == (1, 128)  # the parent's still works
-
-
-class Embedded(torch.utils.data.Dataset):
-    """A data set that embeds its items: with the parent's embedder, or with one of its own."""
-
-    def __init__(self, embedder=None):
-        self.embedder = embedder
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        if self.embedder is None:
-            self.embedder = Embedder.open(demo_bundle())
-        return torch.from_numpy(self.embedder.embed([IMAGE]).universal[0])
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
@@ -121,11 +73,11 @@ def test_a_data_loader_with_the_embedder_of_the_parent(used_embedder):
 def test_clients_in_children(address):
     with Client(address) as client:
         name = client.model().name
-        _shared["client"] = client
+        shared["client"] = client
         try:
             said = in_child("fork", ask_with_the_parents)
         finally:
-            _shared.clear()
+            shared.clear()
         assert said.startswith("ForkError: the client was made before this process was forked")
         said = in_child("fork", ask_with_a_new_client, address)
         assert said.startswith("ForkError: gRPC was used before this process was forked")
@@ -136,9 +88,9 @@ def test_clients_in_children(address):
 
 def test_a_language_model_of_the_parent():
     with LanguageModel.open() as llm:
-        _shared["llm"] = llm
-        said = in_child("fork", lambda: _shared["llm"].log_likelihoods("A:", ["b"]))
-        _shared.clear()
+        shared["llm"] = llm
+        said = in_child("fork", log_likelihoods_of_the_parents)
+        shared.clear()
     assert said.startswith("ForkError: the language model was made before")
     with pytest.raises(ClosedError, match="the language model is closed: make a new one"):
         llm.log_likelihoods("A:", ["b"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from typing import Annotated
@@ -103,6 +104,9 @@ def _options(
 
 def run() -> None:
     """Run `crl` with the arguments of the process. Errors give one message and exit status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # characters that the terminal has not: `\xff`
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except CrlError as error:

@@ -15,13 +15,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from crl_sdk.cli import _generation as generation
-from crl_sdk.cli._console import JsonOption, out, print_facts, print_json, warn
+from crl_sdk.cli._console import JsonOption, leave_out, out, print_facts, print_json, warn
 from crl_sdk.cli._options import (
     DEFAULT_BASES,
     BasesOption,
     BundleOption,
     DecodeOption,
     EngineOption,
+    FormatsOption,
     OverwriteOption,
     ThreadsOption,
     require_new,
@@ -86,6 +87,7 @@ def fit(
     engine: EngineOption = "auto",
     threads: ThreadsOption = None,
     decode: DecodeOption = "exact",
+    formats: FormatsOption = "",
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -100,7 +102,7 @@ def fit(
     given = (
         _from_folders(directory) if labels is None else read_label_table(directory, labels, column)
     )
-    with LazyEmbedder(bundle, engine, threads, decode) as model:
+    with LazyEmbedder(bundle, engine, threads, decode, formats) as model:
         basis = model.find_or_make_basis(
             criterion, bases, model.embedder.bundle.fingerprint,
             file=basis_file, texts=texts, prompt=prompt, llm=llm,
@@ -155,6 +157,7 @@ def predict(
     engine: EngineOption = "auto",
     threads: ThreadsOption = None,
     decode: DecodeOption = "exact",
+    formats: FormatsOption = "",
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -170,7 +173,7 @@ def predict(
             f"{classifier_file}: holds no basis and can only classify conditional embeddings: fit "
             "it again with crl classify fit, or use FewShotClassifier.predict"
         )
-    with LazyEmbedder(bundle, engine, threads, decode) as model:
+    with LazyEmbedder(bundle, engine, threads, decode, formats) as model:
         if not all(path.suffix in STORED_SUFFIXES for path in images):
             classifier.require_fingerprint(model.embedder.bundle.fingerprint)
         source = model.read(images)
@@ -240,7 +243,9 @@ def _from_folders(directory: Path) -> dict[Path, str]:
     given: dict[Path, str] = {}
     for folder in folders:
         try:
-            given.update(dict.fromkeys(find_image_files([folder]), folder.name))
+            given.update(
+                dict.fromkeys(find_image_files([folder], leave_out=leave_out), folder.name)
+            )
         except ImageError as error:
             raise InvalidInputError(
                 f"class {folder.name!r} has no image: {error}; add one or remove the directory"

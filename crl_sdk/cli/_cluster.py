@@ -20,6 +20,7 @@ from crl_sdk.cli._options import (
     BundleOption,
     DecodeOption,
     EngineOption,
+    FormatsOption,
     OverwriteOption,
     ThreadsOption,
     require_new,
@@ -84,6 +85,7 @@ def cluster(
     engine: EngineOption = "auto",
     threads: ThreadsOption = None,
     decode: DecodeOption = "exact",
+    formats: FormatsOption = "",
     sharpen: Annotated[
         bool,
         typer.Option(
@@ -106,7 +108,7 @@ def cluster(
     require_tasks("crl cluster")
     if directory.is_dir():
         require_new(directory / TABLE, directory / REPORT, overwrite=overwrite)
-    with LazyEmbedder(bundle, engine, threads, decode) as model:
+    with LazyEmbedder(bundle, engine, threads, decode, formats) as model:
         images = model.read([source])
         basis = model.find_or_make_basis(
             criterion, bases, images.fingerprint,

@@ -55,6 +55,11 @@ def note(message: str) -> None:
     err.print(escape(message), style="dim", soft_wrap=True)
 
 
+def leave_out(what: str) -> None:
+    """Warn on stderr that something is left out, and why."""
+    warn(f"left out: {what}")
+
+
 def warn(message: str) -> None:
     """Print a warning on stderr."""
     err.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)

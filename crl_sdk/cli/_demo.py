@@ -21,7 +21,16 @@ from crl_sdk._embedder import Embedder
 from crl_sdk._embeddings import Embeddings
 from crl_sdk.basis._basis import Basis
 from crl_sdk.cli import _generation as generation
-from crl_sdk.cli._console import JsonOption, err, note, out, print_json, progress_bar, warn
+from crl_sdk.cli._console import (
+    JsonOption,
+    err,
+    leave_out,
+    note,
+    out,
+    print_json,
+    progress_bar,
+    warn,
+)
 from crl_sdk.cli._local_server import local_server
 from crl_sdk.cli._options import BundleOption, open_bundle
 from crl_sdk.cli._report import write_report
@@ -214,7 +223,7 @@ def _own(folder: Path, criteria: str, prompt: str) -> _DemoImages:
         raise InvalidInputError(f"{folder}: expected a directory of images")
     if not names:
         raise InvalidInputError("--criteria: expected one criterion or more, got none")
-    files = find_image_files([folder])
+    files = find_image_files([folder], leave_out=leave_out)
     if len(files) < 2:
         raise InvalidInputError(f"{folder}: expected two images or more, found one")
     return _DemoImages(files, names, prompt)

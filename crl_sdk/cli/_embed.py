@@ -11,7 +11,7 @@ import typer
 
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embeddings import Embeddings
-from crl_sdk.cli._console import JsonOption, print_facts, print_json, progress_bar, warn
+from crl_sdk.cli._console import JsonOption, leave_out, print_facts, print_json, progress_bar, warn
 from crl_sdk.cli._options import (
     DEFAULT_BASES,
     BakedOption,
@@ -20,6 +20,7 @@ from crl_sdk.cli._options import (
     DecodeOption,
     DtypeOption,
     EngineOption,
+    FormatsOption,
     OverwriteOption,
     ThreadsOption,
     load_basis,
@@ -28,7 +29,9 @@ from crl_sdk.cli._options import (
     require_new,
 )
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
-from crl_sdk.model._image_files import find_image_files
+from crl_sdk.model._image_files import find_image_files, printable_path
+from crl_sdk.model._image_formats import parse_formats
+from crl_sdk.model._preprocess import ImageLimits
 from crl_sdk.projection._row_dtypes import RowDtype, encode_rows, require_row_dtype
 from crl_sdk.storage._atomic_files import new_file
 from crl_sdk.stored._reader import UNIVERSAL
@@ -50,6 +53,7 @@ def embed(
     baked: BakedOption = None,
     threads: ThreadsOption = None,
     decode: DecodeOption = "exact",
+    formats: FormatsOption = "",
     dtype: DtypeOption = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per engine run.")] = 32,
     overwrite: OverwriteOption = False,
@@ -61,14 +65,15 @@ def embed(
     """
     _check_out(out_file)
     require_new(out_file, overwrite=overwrite)
-    paths = find_image_files(images)
+    limits = ImageLimits(formats=parse_formats(formats))
+    paths = find_image_files(images, formats=limits.formats, leave_out=leave_out)
     names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
     opened = open_bundle(bundle)
     loaded = [load_basis(bases, name, opened.fingerprint, bundle) for name in names]
     for basis in loaded:
         require_row_dtype(dtype, basis.projection.post)
     with (
-        open_embedder(opened, engine, threads, baked, decode) as embedder,
+        open_embedder(opened, engine, threads, baked, decode, limits) as embedder,
         progress_bar() as progress,
     ):
         task = progress.add_task("embedding", total=len(paths))
@@ -87,7 +92,8 @@ def embed(
         "out": str(out_file) if good else None,
         "images": len(good),
         "failed": [
-            {"path": str(paths[i]), "reason": error.reason} for i, error in result.errors.items()
+            {"path": printable_path(paths[i]), "reason": error.reason}
+            for i, error in result.errors.items()
         ],
         "universal": result.universal.shape[1],
         "conditional": {name: result[name].shape[1] for name in names},
@@ -128,7 +134,7 @@ def _write(
     path: Path, images: Sequence[Path], result: Embeddings, fingerprint: str, dtype: RowDtype
 ) -> None:
     """Write the embeddings of readable images, with their paths and the model's fingerprint."""
-    names = [str(image) for image in images]
+    names = [printable_path(image) for image in images]
     given = {UNIVERSAL: result.universal, **result.conditional}
     arrays: dict[str, Any] = {
         name: encode_rows(rows[result.ok], dtype) for name, rows in given.items()

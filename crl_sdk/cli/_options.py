@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ from crl_sdk.basis._directory import BasisDirectory
 from crl_sdk.cli._console import note
 from crl_sdk.errors import CriterionError, InvalidInputError
 from crl_sdk.model._bundle import ModelBundle, demo_bundle
-from crl_sdk.model._preprocess import Decode
+from crl_sdk.model._preprocess import DEFAULT_LIMITS, Decode, ImageLimits
 from crl_sdk.projection._row_dtypes import RowDtype
 from crl_sdk.storage._checksummed_safetensors import SUFFIX
 
@@ -52,6 +53,13 @@ DecodeOption = Annotated[
     Decode,
     typer.Option(
         help="fast lets libjpeg shrink large JPEGs while decoding; embeddings change slightly."
+    ),
+]
+FormatsOption = Annotated[
+    str,
+    typer.Option(
+        envvar="CRL_FORMATS",
+        help="Further formats of images to read, such as `jpeg2000,tga` (docs/IMAGES.md).",
     ),
 ]
 DtypeOption = Annotated[
@@ -107,6 +115,11 @@ def require_new(*paths: Path | None, overwrite: bool) -> None:
                 f"{path}: expected an existing directory, found none; run "
                 + shlex.join(["mkdir", "-p", str(path.parent)])
             )
+        if path is not None and not os.access(path.parent, os.W_OK):
+            raise InvalidInputError(
+                f"{path}: expected a directory that can be written to, {path.parent} cannot: "
+                "choose another"
+            )
     there = [str(path) for path in paths if path is not None and path.exists()]
     if there and not overwrite:
         raise InvalidInputError(
@@ -154,6 +167,7 @@ def open_embedder(
     threads: int | None = None,
     baked: Path | None = None,
     decode: Decode = "exact",
+    limits: ImageLimits = DEFAULT_LIMITS,
 ) -> Embedder:
     """Open the bundle given on the command line, or the demo model."""
     return Embedder.open(
@@ -162,4 +176,5 @@ def open_embedder(
         threads=threads,
         baked=Basis.load(baked) if baked is not None else None,
         decode=decode,
+        limits=limits,
     )

@@ -20,6 +20,7 @@ from crl_sdk.cli._options import (
     BundleOption,
     DecodeOption,
     EngineOption,
+    FormatsOption,
     ThreadsOption,
 )
 from crl_sdk.cli._sources import LazyEmbedder, require_same_model
@@ -68,6 +69,7 @@ def retrieve(
     engine: EngineOption = "auto",
     threads: ThreadsOption = None,
     decode: DecodeOption = "exact",
+    formats: FormatsOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Find the images nearest to a query. The query itself is left out of the results.
@@ -80,7 +82,7 @@ def retrieve(
             "expected --criteria 'color:2, shape', or --but-with 'a dog' with --scene"
         )
     weights = parse_weights(criteria) if criteria.strip() else {normalise_criterion(scene): 1.0}
-    with LazyEmbedder(bundle, engine, threads, decode) as model:
+    with LazyEmbedder(bundle, engine, threads, decode, formats) as model:
         queries = model.embed_files([query])
         images = model.read([source])
         loaded = [

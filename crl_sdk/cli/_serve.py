@@ -27,12 +27,15 @@ from crl_sdk.cli._options import (
     BundleOption,
     DecodeOption,
     EngineOption,
+    FormatsOption,
     ThreadsOption,
     open_embedder,
 )
 from crl_sdk.cli._serve_config import read_config
 from crl_sdk.errors import CrlError, InvalidInputError, MissingDependencyError
 from crl_sdk.model._bundle import demo_bundle
+from crl_sdk.model._image_formats import parse_formats
+from crl_sdk.model._preprocess import DEFAULT_LIMITS, ImageLimits
 
 if TYPE_CHECKING:
     from crl_sdk.serving import RunningServer
@@ -59,6 +62,10 @@ def serve(
     baked: BakedOption = None,
     threads: ThreadsOption = None,
     decode: DecodeOption = "exact",
+    formats: FormatsOption = "",
+    max_decode_mb: Annotated[
+        int, typer.Option(min=1, help="Memory in MiB for all images that are decoded at once.")
+    ] = DEFAULT_LIMITS.max_decode_bytes >> 20,
     max_batch: Annotated[
         int, typer.Option(min=1, help="Largest number of images in one engine run.")
     ] = 32,
@@ -133,6 +140,9 @@ def serve(
             find_backend()
             if not str(llm).startswith("hf:"):
                 read_metadata(find_model(llm))
+        image_limits = ImageLimits(
+            formats=parse_formats(formats), max_decode_bytes=max_decode_mb << 20
+        )
         settings = ServerSettings(
             address=address,
             tls=ServerTls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None,
@@ -154,7 +164,9 @@ def serve(
             _log.info(
                 "no --bundle: serving the demo model, which knows only rendered coloured shapes"
             )
-        with open_embedder(bundle or demo_bundle(), engine, threads, baked, decode) as embedder:
+        with open_embedder(
+            bundle or demo_bundle(), engine, threads, baked, decode, image_limits
+        ) as embedder:
             asyncio.run(run(embedder, settings, on_ready=_print_ready_line))
 
 

@@ -16,6 +16,7 @@ from crl_sdk.cli._options import (
     BundleOption,
     DecodeOption,
     EngineOption,
+    FormatsOption,
     ThreadsOption,
     command,
     load_basis,
@@ -55,6 +56,7 @@ def sharpen(
     engine: EngineOption = "auto",
     threads: ThreadsOption = None,
     decode: DecodeOption = "exact",
+    formats: FormatsOption = "",
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bases.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -65,7 +67,7 @@ def sharpen(
     basis create --overwrite` to undo this.
     """
     require_tasks("crl basis sharpen")
-    with LazyEmbedder(bundle, engine, threads, decode) as model:
+    with LazyEmbedder(bundle, engine, threads, decode, formats) as model:
         found = model.read([images])
     basis = load_basis(bases, criterion, found.fingerprint, bundle)
     require_same_model(found, [basis])

@@ -21,12 +21,13 @@ from crl_sdk.basis._directory import BasisDirectory
 from crl_sdk.basis._methods import DEFAULT_METHOD
 from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._basis import read_texts, save, warn_without_background
-from crl_sdk.cli._console import note, progress_bar, warn
+from crl_sdk.cli._console import leave_out, note, progress_bar, warn
 from crl_sdk.cli._options import load_basis, open_embedder
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.model._fingerprint import short_fingerprint
-from crl_sdk.model._image_files import find_image_files
-from crl_sdk.model._preprocess import Decode
+from crl_sdk.model._image_files import find_image_files, printable_path
+from crl_sdk.model._image_formats import parse_formats
+from crl_sdk.model._preprocess import Decode, ImageLimits
 from crl_sdk.stored._reader import SUFFIXES as STORED_SUFFIXES
 from crl_sdk.stored._reader import StoredEmbeddings
 
@@ -81,9 +82,11 @@ class LazyEmbedder:
         engine: str = "auto",
         threads: int | None = None,
         decode: Decode = "exact",
+        formats: str = "",
     ) -> None:
-        """Store the arguments, which are those of `open_embedder`."""
+        """Store the arguments of `open_embedder`, and the formats of `--formats`."""
         self._arguments = (bundle, engine, threads, decode)
+        self._limits = ImageLimits(formats=parse_formats(formats))
         self._embedder: Embedder | None = None
         self.bundle = bundle
 
@@ -106,7 +109,9 @@ class LazyEmbedder:
         """The embedder. It is opened on first use."""
         if self._embedder is None:
             bundle, engine, threads, decode = self._arguments
-            self._embedder = open_embedder(bundle, engine, threads, decode=decode)
+            self._embedder = open_embedder(
+                bundle, engine, threads, decode=decode, limits=self._limits
+            )
         return self._embedder
 
     def read(self, paths: Sequence[Path]) -> ImageSource:
@@ -137,7 +142,8 @@ class LazyEmbedder:
                     f"{path}: expected a directory of images, an image, or a file of embeddings "
                     f"({', '.join(STORED_SUFFIXES)}); this path does not exist"
                 )
-        return self.embed_files(find_image_files(paths))
+        files = find_image_files(paths, formats=self._limits.formats, leave_out=leave_out)
+        return self.embed_files(files)
 
     def embed_files(self, files: Sequence[Path]) -> ImageSource:
         """Embed image files.
@@ -163,10 +169,11 @@ class LazyEmbedder:
                 f"none of {len(files)} images can be read, the first is {files[0]}: check the files"
             )
         failed = [
-            {"path": str(files[i]), "reason": error.reason} for i, error in result.errors.items()
+            {"path": printable_path(files[i]), "reason": error.reason}
+            for i, error in result.errors.items()
         ]
         return ImageSource(
-            [str(file) for file in good], good, result.universal[result.ok], failed,
+            [printable_path(file) for file in good], good, result.universal[result.ok], failed,
             embedder.bundle.fingerprint, embedder.bundle.manifest.name, embedder.unfamiliar,
         )  # fmt: skip
 

@@ -6,13 +6,13 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk._embeddings import Embeddings
+from crl_sdk._image_bytes import read_image_file
 from crl_sdk.client._results import ServedPreprocessing
 from crl_sdk.errors import (
     ImageError,
@@ -91,16 +91,15 @@ def _resized(image: ClientImage, preprocessing: ServedPreprocessing) -> ClientIm
     return load_pixels(image, spec)
 
 
+_MAX_FILE = 2**31 - 1
+"""Largest number of bytes that a message can hold. The server has limits of its own."""
+
+
 def _image(image: ClientImage, position: int) -> embedding_pb2.Image:
     if isinstance(image, bytes):
         return embedding_pb2.Image(encoded=image)
     if isinstance(image, str | os.PathLike):
-        try:
-            return embedding_pb2.Image(encoded=Path(image).read_bytes())
-        except OSError as error:
-            raise ImageError(
-                f"cannot be read ({error.strerror}); check the path", source=str(image)
-            ) from error
+        return embedding_pb2.Image(encoded=read_image_file(image, str(image), _MAX_FILE))
     if isinstance(image, np.ndarray):
         tensor = encode_tensor(image)
         if tensor.dtype == embedding_pb2.DTYPE_UINT8:

@@ -9,15 +9,19 @@ from __future__ import annotations
 import io
 import os
 import struct
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
+from crl_sdk._image_bytes import check_bytes, read_image_file
 from crl_sdk.errors import ImageError, ImageTooLargeError
+from crl_sdk.model._decode_budget import DecodeBudget, estimate_decode_bytes
+from crl_sdk.model._image_colours import is_plain, note_raw_mode, to_plain
+from crl_sdk.model._image_formats import DEFAULT_FORMATS, check_formats, identify
 
 ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
 """An image: a path, the bytes of a file, a Pillow image, or an array; see `load_pixels`."""
@@ -25,10 +29,8 @@ ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[
 Decode: TypeAlias = Literal["exact", "fast"]
 """How JPEGs are decoded, see `load_pixels`."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, KeyError, struct.error)
-_ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _ORIENTATION = 0x0112
 """EXIF tag of the orientation. The following tuples list its values by their effect."""
 _TURNED = (5, 6, 7, 8)
@@ -37,6 +39,17 @@ _MIRRORED = (2, 3, 6, 7)
 """Values that swap left and right, after that."""
 _FLIPPED = (3, 4, 7, 8)
 """Values that swap top and bottom, after that."""
+
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings an image with an orientation upright."""
 
 _CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
@@ -73,11 +86,24 @@ class ImageLimits:
         max_bytes: Largest size of an encoded image in bytes.
         max_pixels: Largest width × height in pixels, of the image and of the image after resizing.
         min_side: Smallest length of the shorter side in pixels.
+        max_decode_bytes: Largest number of bytes that decoding may take, as estimated from the
+            header: of one image, and of all images that an `Embedder` decodes at once.
+        formats: Formats that are read, such as `JPEG` and `AVIF`, see docs/IMAGES.md.
     """
 
     max_bytes: int = 64 * 2**20
     max_pixels: int = 64_000_000
     min_side: int = 2
+    max_decode_bytes: int = 2**30
+    formats: tuple[str, ...] = DEFAULT_FORMATS
+
+    def __post_init__(self) -> None:
+        """Check the formats.
+
+        Raises:
+            InvalidInputError: If a format is unknown.
+        """
+        object.__setattr__(self, "formats", check_formats(self.formats))
 
 
 DEFAULT_LIMITS = ImageLimits()
@@ -90,15 +116,16 @@ def load_pixels(
     limits: ImageLimits = DEFAULT_LIMITS,
     source: str | None = None,
     decode: Decode = "exact",
+    budget: DecodeBudget | None = None,
 ) -> NDArray[np.uint8]:
     """Decode one image and convert it to the input size of a model.
 
     EXIF orientation is applied. Transparent images get a white background. 16-bit images are
     scaled to 8 bits. CMYK and palettes are converted to RGB. Of an animation the first frame is
-    used.
+    used. docs/IMAGES.md has the rules.
 
     Args:
-        image: A path, encoded bytes (JPEG, PNG, WebP, BMP, GIF, TIFF), a PIL image, or a uint8
+        image: A path of a file, encoded bytes in one of `limits.formats`, a PIL image, or a uint8
             array of shape (h, w), (h, w, 1), (h, w, 2), (h, w, 3) or (h, w, 4): grey,
             grey+alpha, RGB or RGBA.
         spec: Preprocessing of the model.
@@ -108,14 +135,15 @@ def load_pixels(
             JPEGs at a half, a quarter or an eighth of their size, but no smaller than the model's
             input, and resizes only the part that is not cropped. The pixels differ slightly, see
             benchmarks/LOG.md.
+        budget: Bound on the memory of the images that are decoded at once. None for no bound.
 
     Returns:
         RGB pixels, shape (spec.height, spec.width, 3), uint8, C-contiguous.
 
     Raises:
         ImageTooLargeError: If the image exceeds a limit.
-        ImageError: If the image is missing, empty, truncated, of an unknown format, or of a wrong
-            dtype or shape.
+        ImageError: If the image is missing, empty, truncated, of a format that is not read, or of a
+            wrong dtype or shape; or if memory runs out.
 
     Example:
         >>> spec = PreprocessSpec(64, 64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -123,28 +151,59 @@ def load_pixels(
         (64, 64, 3)
     """
     name = source or (str(image) if isinstance(image, str | os.PathLike) else "image")
-    opened = _open(image, limits, name)
+    data = _read(image, limits, name)
+    opened = _open(data, limits, name)
     try:
         _check_size(opened.size, spec, limits, name)
         try:
+            draft = None
             if decode == "fast" and opened.format in ("JPEG", "MPO"):
-                return _load_fast(opened, spec)
-            opened.load()
-            return fit(to_rgb(ImageOps.exif_transpose(opened)), spec)
+                draft = _shrink_while_decoding(opened, spec)
+            needed = _check_decode_bytes(opened, limits, name)
+            with nullcontext() if budget is None else budget.reserve(needed):
+                if draft is not None:
+                    return _load_fast(opened, draft, spec)
+                return fit(_upright(opened, data), spec)
+        except ImageError:
+            raise
         except _DECODE_ERRORS as error:
             raise ImageError(
                 f"the image is damaged or truncated ({error}); send the complete file", source=name
+            ) from error
+        except MemoryError as error:
+            raise ImageError(
+                f"there was not enough memory to decode {opened.width}×{opened.height} pixels: "
+                "send a smaller image, or lower ImageLimits.max_decode_bytes (--max-decode-mb)",
+                source=name,
             ) from error
     finally:
         if opened is not image:
             opened.close()
 
 
+def _upright(opened: Image.Image, data: Any) -> Image.Image:
+    """Decode an image, convert it to 8-bit grey or RGB, and apply its orientation."""
+    note = isinstance(data, bytes) and "transparency" in opened.info
+    if note:
+        note_raw_mode(opened)
+    opened.load()
+    orientation = opened.getexif().get(_ORIENTATION)  # Pillow has applied that of TIFF files
+    plain = to_plain(opened, data if note else None)
+    method = _TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
+    if method is None:
+        return plain
+    if plain is not opened and isinstance(data, bytes):
+        opened.close()  # its pixels are no longer needed
+    return plain.transpose(method)
+
+
 def fit(image: Image.Image, spec: PreprocessSpec) -> NDArray[np.uint8]:
-    """Resize and crop or pad an RGB image to the input size of a model, as open_clip does.
+    """Resize and crop or pad an image to the input size of a model, as open_clip does.
+
+    Grey images become RGB at the end, which gives the same pixels in a third of the time.
 
     Args:
-        image: Image of mode RGB and any size.
+        image: Image of mode RGB or L and any size.
         spec: Preprocessing of the model.
 
     Returns:
@@ -156,28 +215,51 @@ def fit(image: Image.Image, spec: PreprocessSpec) -> NDArray[np.uint8]:
     left, top = _crop_offset(width, spec.width), _crop_offset(height, spec.height)
     if (left, top, width, height) != (0, 0, spec.width, spec.height):
         if left < 0 or top < 0:
+            image = image.convert("RGB")
             canvas = Image.new(
                 "RGB", (max(width, spec.width), max(height, spec.height)), (spec.fill,) * 3
             )
             canvas.paste(image, (max(-left, 0), max(-top, 0)))
             image, left, top = canvas, max(left, 0), max(top, 0)
         image = image.crop((left, top, left + spec.width, top + spec.height))
-    return np.ascontiguousarray(image, dtype=np.uint8)
+    return np.ascontiguousarray(image.convert("RGB"), dtype=np.uint8)
 
 
-def _load_fast(opened: Image.Image, spec: PreprocessSpec) -> NDArray[np.uint8]:
-    """Decode a JPEG at a reduced size, then resize the part that is not cropped."""
+class _Draft(NamedTuple):
+    """How a JPEG will be decoded.
+
+    Attributes:
+        orientation: EXIF orientation.
+        across: Width of the whole upright image in pixels of the reduced one. It may be fractional,
+            because the last column of the reduced image can cover fewer pixels.
+        down: Height, likewise.
+        width: Width that the image is scaled to.
+        height: Height that the image is scaled to.
+    """
+
+    orientation: int | None
+    across: float
+    down: float
+    width: int
+    height: int
+
+
+def _shrink_while_decoding(opened: Image.Image, spec: PreprocessSpec) -> _Draft:
+    """Let libjpeg decode a JPEG at a reduced size, no smaller than the model's input."""
     orientation = opened.getexif().get(_ORIENTATION)
     turned = orientation in _TURNED
     width, height = resized_size(opened.size[::-1] if turned else opened.size, spec)
     drafted = opened.draft(None, (height, width) if turned else (width, height))
-    # size of the whole image in pixels of the reduced one; it may be fractional, because the last
-    # row and column of the reduced image can cover fewer pixels
     across, down = drafted[1][2:] if drafted is not None else opened.size
     if turned:
         across, down = down, across
-    opened.load()
-    image = to_rgb(ImageOps.exif_transpose(opened))
+    return _Draft(orientation, across, down, width, height)
+
+
+def _load_fast(opened: Image.Image, draft: _Draft, spec: PreprocessSpec) -> NDArray[np.uint8]:
+    """Decode a JPEG at a reduced size, then resize the part that is not cropped."""
+    orientation, across, down, width, height = draft
+    image = _upright(opened, None).convert("RGB")
     x = image.width - across if orientation in _MIRRORED else 0.0
     y = image.height - down if orientation in _FLIPPED else 0.0
     left, top = _crop_offset(width, spec.width), _crop_offset(height, spec.height)
@@ -222,43 +304,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to RGB, with its full range and without transparency.
 
     Args:
-        image: Image of any mode. 16-bit modes hold 0-65535, the 32-bit float mode holds 0-255.
+        image: Image of any mode. 16-bit modes hold 0-65535.
 
     Returns:
         Image of mode RGB. Transparent parts are white.
+
+    Raises:
+        ValueError: If values of a 32-bit mode are not finite, negative, or above 65,535.
     """
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):  # I, I;16, I;16B, I;16L: Pillow's own conversion clips at 255
-        values = np.asarray(image, dtype=np.float64)
-        eight_bit = np.rint(np.clip(values, 0, 65535) / 257).astype(np.uint8)
-        return Image.fromarray(eight_bit).convert("RGB")
-    if image.mode in _ALPHA_MODES or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    return to_plain(image).convert("RGB")
 
 
-def _open(image: ImageInput, limits: ImageLimits, name: str) -> Image.Image:
-    """Open an image. Its header is read; encoded pixels are not decoded yet."""
-    if isinstance(image, Image.Image):
+def _read(image: ImageInput, limits: ImageLimits, name: str) -> Any:
+    """Return an image as the bytes of its file, as a Pillow image, or as an array."""
+    if isinstance(image, Image.Image | np.ndarray):
         return image
-    if isinstance(image, np.ndarray):
-        return _from_array(image, name)
     if isinstance(image, str | os.PathLike):
-        path = Path(image)
-        try:
-            nbytes = path.stat().st_size
-            _check_bytes(nbytes, limits, name)
-            data = path.read_bytes()
-        except OSError as error:
-            raise ImageError(
-                f"cannot be read ({error.strerror or error}); check the path", source=name
-            ) from error
+        data = read_image_file(image, name, limits.max_bytes)
     elif isinstance(image, bytes | bytearray | memoryview):
         data = bytes(image)
-        _check_bytes(len(data), limits, name)
+        check_bytes(len(data), name, limits.max_bytes)
     else:
         raise ImageError(
             f"expected a path, encoded bytes, a PIL image or a uint8 array, "
@@ -267,16 +332,51 @@ def _open(image: ImageInput, limits: ImageLimits, name: str) -> Image.Image:
         )
     if not data:
         raise ImageError("the image is empty (0 bytes); send the complete file", source=name)
+    return data
+
+
+def _open(data: Any, limits: ImageLimits, name: str) -> Image.Image:
+    """Open an image. Its header is read; encoded pixels are not decoded yet."""
+    if isinstance(data, Image.Image):
+        return data
+    if isinstance(data, np.ndarray):
+        return _from_array(data, name)
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(data), formats=limits.formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(f"{error}; send a smaller image", source=name) from error
     except _DECODE_ERRORS as error:
+        found = identify(data)
+        if found is not None and found not in limits.formats:
+            raise ImageError(
+                f"a {found} image, a format that is not read by default: pass --formats "
+                f"{found.lower()} (ImageLimits.formats), or send {', '.join(DEFAULT_FORMATS)}",
+                source=name,
+            ) from error
         raise ImageError(
-            f"not a readable image: expected {', '.join(FORMATS)}, got {len(data)} bytes "
+            f"not a readable image: expected {', '.join(limits.formats)}, got {len(data)} bytes "
             f"starting with {data[:8]!r}",
             source=name,
         ) from error
+
+
+def _check_decode_bytes(opened: Image.Image, limits: ImageLimits, name: str) -> int:
+    """Return about how many bytes decoding takes, if the limit allows it."""
+    told = opened.format != "PNG" or "exif" in opened.info  # else `getexif` would load a PNG file
+    needed = estimate_decode_bytes(
+        opened,
+        turned=told and opened.getexif().get(_ORIENTATION) in _TRANSPOSITIONS,
+        plain=is_plain(opened),
+    )
+    if needed > limits.max_decode_bytes:
+        needed_mib, most_mib = needed / 2**20, limits.max_decode_bytes / 2**20
+        raise ImageTooLargeError(
+            f"decoding {opened.width}×{opened.height} pixels of the mode {opened.mode} takes about "
+            f"{needed_mib:,.1f} MiB, over the limit of {most_mib:,.1f} MiB; send a smaller "
+            "image, or raise ImageLimits.max_decode_bytes (--max-decode-mb)",
+            source=name,
+        )
+    return needed
 
 
 def _from_array(array: NDArray[Any], name: str) -> Image.Image:
@@ -298,23 +398,14 @@ def _from_array(array: NDArray[Any], name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array), mode=None)
 
 
-def _check_bytes(nbytes: int, limits: ImageLimits, name: str) -> None:
-    if nbytes > limits.max_bytes:
-        raise ImageTooLargeError(
-            f"{nbytes:,} bytes are over the limit of {limits.max_bytes:,}; send a smaller image "
-            "or raise ImageLimits.max_bytes",
-            source=name,
-        )
-
-
 def _check_size(
     size: tuple[int, int], spec: PreprocessSpec, limits: ImageLimits, name: str
 ) -> None:
     width, height = size
     if min(size) < limits.min_side:
         raise ImageError(
-            f"{width}×{height} pixels: the shorter side must have at least {limits.min_side}; "
-            "send a larger image",
+            f"{width}×{height} pixels: the shorter side must have at least {limits.min_side} "
+            "(ImageLimits.min_side); send a larger image",
             source=name,
         )
     resized_width, resized_height = resized_size(size, spec)

@@ -21,6 +21,8 @@ _MILLISECONDS = re.compile(r"[0-9]{1,9}")
 
 _CODES: dict[type[errors.CrlError], grpc.StatusCode] = {
     errors.CrlError: grpc.StatusCode.INTERNAL,
+    errors.ClosedError: grpc.StatusCode.UNAVAILABLE,
+    errors.ForkError: grpc.StatusCode.UNAVAILABLE,
     errors.InvalidInputError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.UnknownCriterionError: grpc.StatusCode.NOT_FOUND,
     errors.BundleError: grpc.StatusCode.FAILED_PRECONDITION,

@@ -1,0 +1,157 @@
+"""Decoding stays within a budget of memory, and memory that runs out fails one image alone."""
+
+from __future__ import annotations
+
+import io
+import resource
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from crl_sdk import Embedder, demo_bundle
+from crl_sdk.errors import ImageError, ImageTooLargeError
+from crl_sdk.model._decode_budget import DecodeBudget, estimate_decode_bytes
+from crl_sdk.model._preprocess import ImageLimits, PreprocessSpec, load_pixels
+
+SPEC = PreprocessSpec(16, 16, (0.5,) * 3, (0.5,) * 3)
+
+
+def encoded(mode, size=(400, 300), form="PNG", **options):
+    data = io.BytesIO()
+    base = Image.new("I;16" if mode == "I;16" else mode, size)
+    base.save(data, form, **options)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("mode", "form", "options", "per_pixel"),
+    [("RGB", "PNG", {}, 4), ("L", "PNG", {}, 1), ("RGBA", "PNG", {}, 8), ("LA", "PNG", {}, 5),
+     ("I;16", "PNG", {}, 3), ("P", "PNG", {}, 5), ("1", "PNG", {}, 2), ("CMYK", "JPEG", {}, 8),
+     ("RGB", "WEBP", {}, 8), ("RGB", "JPEG", {}, 4), ("RGB", "JPEG", {"progressive": True}, 10)],
+)  # fmt: skip
+def test_the_estimate_before_decoding(mode, form, options, per_pixel):
+    with Image.open(io.BytesIO(encoded(mode, form=form, **options))) as image:
+        plain = image.mode in ("L", "RGB")
+        assert estimate_decode_bytes(image, turned=False, plain=plain) == 400 * 300 * per_pixel
+
+
+def test_an_image_over_the_limit_is_refused_before_it_is_decoded(monkeypatch):
+    data = encoded("RGBA")
+    limits = ImageLimits(max_decode_bytes=400 * 300 * 8)
+    assert load_pixels(data, SPEC, limits=limits).shape == (16, 16, 3)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("decoded"))
+    with pytest.raises(ImageTooLargeError, match=r"400×300 pixels of the mode RGBA .*--max-decode"):
+        load_pixels(data, SPEC, limits=ImageLimits(max_decode_bytes=400 * 300 * 8 - 1))
+
+
+def test_the_budget_bounds_the_sum_and_keeps_the_order():
+    budget = DecodeBudget(100)
+    order, most = [], []
+
+    def work(name, nbytes, enter, leave):
+        with budget.reserve(nbytes):
+            order.append(name)
+            most.append(budget.used)
+            enter.set()
+            leave.wait(60)
+
+    def start(name, nbytes):
+        enter, leave = threading.Event(), threading.Event()
+        thread = threading.Thread(target=work, args=(name, nbytes, enter, leave))
+        thread.start()
+        return thread, enter, leave
+
+    first = start("first", 60)
+    assert first[1].wait(60)
+    large = start("large", 90)  # waits for the first
+    while not budget._waiting:
+        pass
+    small = start("small", 10)  # would fit, but does not overtake
+    while len(budget._waiting) < 2:
+        pass
+    assert order == ["first"]
+    first[2].set()
+    assert large[1].wait(60) and small[1].wait(60)
+    for each in (large, small):
+        each[2].set()
+    for each in (first, large, small):
+        each[0].join(60)
+    assert order == ["first", "large", "small"] and max(most) <= 100 and budget.used == 0
+    with budget.reserve(1000):  # more than all of it: alone
+        assert budget.used == 100
+
+
+def test_an_error_gives_the_bytes_back():
+    budget = DecodeBudget(10)
+    with pytest.raises(KeyError), budget.reserve(10):
+        raise KeyError
+    assert budget.used == 0
+
+
+def test_memory_that_runs_out_fails_one_image(monkeypatch):
+    real = Image.Image.resize
+
+    def resize(self, size, *arguments, **options):
+        if self.width == 333:
+            raise MemoryError
+        return real(self, size, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    images = [np.zeros((100, side, 3), np.uint8) for side in (100, 333, 200)]
+    with Embedder.open(demo_bundle()) as embedder:
+        result = embedder.embed(images, on_error="collect")
+    assert result.ok.tolist() == [True, False, True]
+    assert "not enough memory to decode 333×100 pixels" in str(result.errors[1])
+    assert isinstance(result.errors[1], ImageError)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads VmHWM")
+@pytest.mark.parametrize("mode", ["I;16", "RGBA", "LA"])
+def test_the_worst_images_take_no_more_than_was_estimated(mode, tmp_path):
+    """5000 × 5000 pixels in a process of its own: its peak grows by the estimate and 64 MiB."""
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(mode, (5000, 5000), compress_level=1))
+    code = (
+        "import sys\n"
+        "from PIL import Image\n"
+        "from crl_sdk.model._decode_budget import estimate_decode_bytes\n"
+        "from crl_sdk.model._preprocess import PreprocessSpec, load_pixels\n"
+        "def peak():\n"
+        "    lines = open('/proc/self/status').read().splitlines()\n"
+        "    return next(int(l.split()[1]) for l in lines if l.startswith('VmHWM'))\n"
+        "spec = PreprocessSpec(224, 224, (.5,) * 3, (.5,) * 3)\n"
+        "load_pixels(Image.new('RGB', (300, 300)), spec)\n"
+        "before = peak()\n"
+        "load_pixels(sys.argv[1], spec)\n"
+        "image = Image.open(sys.argv[1])\n"
+        "print(peak() - before, estimate_decode_bytes(image, turned=False, plain=False) // 1024)\n"
+    )
+    run = [sys.executable, "-W", "ignore", "-c", code, str(path)]
+    said = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    grown, estimated = map(int, said.split())
+    assert grown <= estimated + 64 * 1024, (grown, estimated)
+
+
+def test_a_limit_of_the_system_fails_the_image_and_not_the_process(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded("RGBA", (5000, 5000), compress_level=1))
+    code = (
+        "import resource, sys\n"
+        "from crl_sdk.errors import ImageError\n"
+        "from crl_sdk.model._preprocess import PreprocessSpec, load_pixels\n"
+        "spec = PreprocessSpec(224, 224, (.5,) * 3, (.5,) * 3)\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (120 << 20),) * 2)\n"
+        "try:\n"
+        "    load_pixels(sys.argv[1], spec)\n"
+        "except ImageError as error:\n"
+        "    print(error)\n"
+    )
+    run = [sys.executable, "-c", code, str(path)]
+    said = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    assert "not enough memory to decode 5000×5000 pixels" in said
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] != 120 << 20
