@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from crl_sdk._budget import Budget
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embeddings import Embeddings
 from crl_sdk._lifetime import Lifetime
@@ -33,7 +35,6 @@ from crl_sdk.errors import (
     UnknownCriterionError,
 )
 from crl_sdk.model._bundle import ModelBundle
-from crl_sdk.model._decode_budget import DecodeBudget
 from crl_sdk.model._familiar_images import FEW
 from crl_sdk.model._preprocess import DEFAULT_LIMITS, Decode, ImageLimits, load_pixels
 from crl_sdk.projection._project_rows import project_rows
@@ -105,7 +106,8 @@ class Embedder:
         self._bases: dict[str, Basis] = {}
         self._distances: deque[float] = deque(maxlen=_RECENT)  # of the recent images
         self._unfamiliar: str | None = None
-        self._budget = DecodeBudget(limits.max_decode_bytes)
+        self._budget = Budget(limits.max_decode_bytes)
+        self._text_turn = Budget(1)
         self._pool = ThreadPoolExecutor(count_processors(), thread_name_prefix="crl-decode")
 
     @classmethod
@@ -276,9 +278,9 @@ class Embedder:
         others = self._each_basis(against)
         ignored = self._each_basis(ignore)
         prompts = self._prompts(prompts)
-        check_options(
-            criterion, fingerprint=self.bundle.fingerprint, prompts=prompts, method=method,
-            post=post, merge_threshold=merge_threshold, against=others, ignore=ignored,
+        self.check_generation(
+            criterion, options, prompts=prompts, method=method, post=post,
+            merge_threshold=merge_threshold, against=others, ignore=ignored,
         )  # fmt: skip
         texts = self.generate_texts(
             criterion, llm=llm, options=options, prompts=prompts, progress=progress
@@ -287,6 +289,41 @@ class Embedder:
             criterion, texts, prompts=prompts, method=method, post=post,
             merge_threshold=merge_threshold, against=others, ignore=ignored, load=load,
         )  # fmt: skip
+
+    def check_generation(
+        self,
+        criterion: str,
+        options: GenerationOptions = DEFAULT_OPTIONS,
+        *,
+        prompts: Sequence[str] | None = None,
+        method: Method | None = None,
+        post: Post = "l2",
+        merge_threshold: float = DEFAULT_MERGE_THRESHOLD,
+        against: str | Basis | Sequence[str | Basis] = (),
+        ignore: str | Basis | Sequence[str | Basis] = (),
+    ) -> None:
+        """Check the arguments of `generate_basis` at once, before a language model is loaded.
+
+        The arguments are those of `generate_basis`.
+
+        Raises:
+            CriterionError: If the criterion is malformed.
+            UnknownCriterionError: If `against` or `ignore` names a basis that is not loaded.
+            BasisMismatchError: If a basis in `against` or `ignore` was made for another model.
+            BundleError: If the bundle has no text tower.
+            InvalidInputError: If another argument is malformed, or a text of `options.include` is
+                too long for the model.
+        """
+        self.bundle.text_graph()
+        _, checked = check_options(
+            criterion, fingerprint=self.bundle.fingerprint, prompts=self._prompts(prompts),
+            method=method, post=post, merge_threshold=merge_threshold,
+            against=self._each_basis(against), ignore=self._each_basis(ignore),
+        )  # fmt: skip
+        if options.include:
+            tokenizer = self._tokenizer or self.bundle.tokenizer()
+            tokenizer.encode([each.replace("{}", text) for each in checked
+                              for text in options.include])  # fmt: skip
 
     def generate_texts(
         self,
@@ -314,13 +351,13 @@ class Embedder:
 
         Raises:
             CriterionError: If the criterion is malformed.
-            InvalidInputError: If a prompt is malformed.
+            InvalidInputError: If a prompt is malformed, or a text of `options.include` is too long.
             BundleError: If the bundle has no text tower.
             GenerationError: If the language model cannot be loaded, fails, or does not know the
                 criterion.
             MissingDependencyError: If neither llama-cpp-python nor xllamacpp is installed.
         """
-        self.bundle.text_graph()  # without one, fail before the language model is loaded
+        self.check_generation(criterion, options, prompts=prompts)
         return generate_texts(
             criterion, llm, options, embed_text=self.embed_text,
             background=self.bundle.background, prompts=self._prompts(prompts), progress=progress,
@@ -339,6 +376,7 @@ class Embedder:
         ignore: str | Basis | Sequence[str | Basis] = (),
         provenance: Mapping[str, Any] | None = None,
         load: bool = True,
+        check: Callable[[], None] = lambda: None,
     ) -> Basis:
         """Make a basis from texts with the text tower of this model.
 
@@ -357,6 +395,8 @@ class Embedder:
                 loaded bases, or bases.
             provenance: JSON values to store with the basis, beside those of generated texts.
             load: Whether to load the basis, so that `embed` knows its criterion.
+            check: Called before each batch of texts. What it raises ends the call, and is raised
+                here.
 
         Returns:
             The basis.
@@ -372,7 +412,8 @@ class Embedder:
             provenance = {**texts.provenance, **(provenance or {})}
             texts = [each.text for each in texts.texts]
         basis = build_basis(
-            criterion, texts, self.embed_text, fingerprint=self.bundle.fingerprint,
+            criterion, texts, partial(self.embed_text, check=check),
+            fingerprint=self.bundle.fingerprint,
             prompts=self._prompts(prompts), method=method, post=post,
             merge_threshold=merge_threshold, against=self._each_basis(against),
             ignore=self._each_basis(ignore),
@@ -498,13 +539,20 @@ class Embedder:
         self._note_unfamiliar(rows, least=_RECENT)
         return rows
 
-    def embed_text(self, texts: Sequence[str], *, truncate: bool = False) -> NDArray[np.float32]:
-        """Embed texts with the text tower.
+    def embed_text(
+        self,
+        texts: Sequence[str],
+        *,
+        truncate: bool = False,
+        check: Callable[[], None] = lambda: None,
+    ) -> NDArray[np.float32]:
+        """Embed texts with the text tower, in batches. Threads take turns after each batch.
 
         Args:
             texts: The n texts.
             truncate: Whether to cut texts that are longer than the model's context. Otherwise they
                 are refused.
+            check: Called before each batch. What it raises ends the call, and is raised here.
 
         Returns:
             Embeddings, shape (n, d), float32, unit rows.
@@ -522,12 +570,12 @@ class Embedder:
         if self._text_engine is None:
             self._text_engine = self._open_text_engine()
         engine = self._text_engine
-        return np.concatenate(
-            [
-                engine.run(tokens[start : start + _TEXT_BATCH])
-                for start in range(0, len(tokens), _TEXT_BATCH)
-            ]
-        )
+        rows = []
+        for start in range(0, len(tokens), _TEXT_BATCH):
+            with self._text_turn.reserve(1):
+                check()
+                rows.append(engine.run(tokens[start : start + _TEXT_BATCH]))
+        return np.concatenate(rows)
 
     @overload
     def project(  # type: ignore[overload-overlap]  # a str is a sequence of str as well

@@ -92,6 +92,10 @@ class BasisExistsError(BasisError):
     """A criterion already has a basis, and the call must not replace it."""
 
 
+class BasisStoreError(BasisError):
+    """A server's directory of bases cannot be written to."""
+
+
 class GenerationError(BasisError):
     """A language model cannot be loaded, fails, or gives no usable texts."""
 

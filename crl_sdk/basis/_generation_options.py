@@ -87,6 +87,10 @@ class GenerationOptions:
         for name, texts in lists.items():
             if isinstance(texts, str):
                 raise InvalidInputError(f"expected {name} to be a tuple of texts, got {texts!r}")
+            if blank := [text for text in texts if not text.strip()]:
+                raise InvalidInputError(
+                    f"expected {name} of texts with visible characters, got {blank[0]!r}"
+                )
         if self.hint:
             _check_plain("hint", self.hint)
         for name, texts in self.examples.items():

@@ -383,6 +383,9 @@ class AsyncClient:
             UnknownCriterionError: If the server has no basis of one of `against` or `ignore`.
         """
         _check_lists(prompts=prompts, include=include, exclude=exclude)
+        for name, value, bits in (("count", count or 0, 32), ("seed", seed, 64)):
+            if not 0 <= value < 2**bits:
+                raise InvalidInputError(f"expected {name} from 0 to 2**{bits} - 1, got {value}")
         request = basis_pb2.GenerateBasisRequest(
             criterion=criterion, hint=hint, prompts=prompts, count=count or 0, include=include,
             exclude=exclude, seed=seed, no_replace=not replace, against=_one_or_many(against),

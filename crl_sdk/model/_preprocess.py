@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from crl_sdk._budget import Budget
 from crl_sdk._image_bytes import check_bytes, read_image_file
 from crl_sdk.errors import ImageError, ImageTooLargeError
-from crl_sdk.model._decode_budget import DecodeBudget, estimate_decode_bytes
+from crl_sdk.model._decode_memory import estimate_decode_bytes
 from crl_sdk.model._image_colours import is_plain, note_raw_mode, to_plain
 from crl_sdk.model._image_formats import DEFAULT_FORMATS, check_formats, identify
 
@@ -116,7 +117,7 @@ def load_pixels(
     limits: ImageLimits = DEFAULT_LIMITS,
     source: str | None = None,
     decode: Decode = "exact",
-    budget: DecodeBudget | None = None,
+    budget: Budget | None = None,
 ) -> NDArray[np.uint8]:
     """Decode one image and convert it to the input size of a model.
 

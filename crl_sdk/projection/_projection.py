@@ -24,6 +24,10 @@ POSTS: tuple[Post, ...] = get_args(Post)
 EPSILON = 1e-12
 """Smallest divisor in a row normalisation, so that a zero row stays zero."""
 
+MAX_VALUE = 1e12
+"""Largest absolute value in a projection. The squares of rows then stay far below what float32
+holds. The values of bases are below 100."""
+
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Projection:
@@ -63,6 +67,12 @@ class Projection:
             raise InvalidInputError(f"expected post in {POSTS}, got {self.post!r}")
         if not (np.isfinite(self.weight).all() and np.isfinite(self.bias).all()):
             raise InvalidInputError("a projection's weight and bias must be finite")
+        largest = max(float(np.abs(self.weight).max()), float(np.abs(self.bias).max()))
+        if largest > MAX_VALUE:
+            raise InvalidInputError(
+                f"a projection's weight and bias must be at most {MAX_VALUE:g}, got {largest:g}: "
+                "larger ones overflow in float32"
+            )
 
     def __repr__(self) -> str:
         """Return the sizes and the row normalisation."""

@@ -30,6 +30,7 @@ _CODES: dict[type[errors.CrlError], grpc.StatusCode] = {
     errors.UnsupportedSchemaError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.BasisError: grpc.StatusCode.INTERNAL,
     errors.BasisExistsError: grpc.StatusCode.ALREADY_EXISTS,
+    errors.BasisStoreError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.BasisMismatchError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.GenerationError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.EngineError: grpc.StatusCode.UNAVAILABLE,

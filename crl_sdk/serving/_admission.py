@@ -34,12 +34,22 @@ class ServerLimits:
         max_queue: Largest number of images in progress: those being decoded, those waiting for the
             engine and those in it.
         cache_bytes: Largest size of the embedding cache, in bytes; 0 disables it.
+        max_texts: Largest number of texts in one request.
+        max_prompts: Largest number of prompts in one request.
+        max_text_length: Largest number of characters of a text or prompt.
+        max_text_rows: Largest number of texts times prompts in one request.
+        max_text_queue: Largest number of texts, times prompts, in progress.
     """
 
     max_images: int = 256
     max_batch: int = 32
     max_queue: int = 1024
     cache_bytes: int = 256 * 2**20
+    max_texts: int = 2048
+    max_prompts: int = 128
+    max_text_length: int = 4096
+    max_text_rows: int = 16_384
+    max_text_queue: int = 32_768
 
     def __post_init__(self) -> None:
         """Check that the limits are consistent.
@@ -107,16 +117,20 @@ class Admission:
     `check_size` and `admit` belong to the event loop; `drop` may be called in any thread.
     """
 
-    def __init__(self, limits: ServerLimits, *, queued: Callable[[], int]) -> None:
+    def __init__(
+        self, per_request: int, room: int, *, queued: Callable[[], int], unit: str = "images"
+    ) -> None:
         """Store the limits.
 
         Args:
-            limits: Bounds on the accepted work.
+            per_request: Largest number of images in one request.
+            room: Largest number of images in progress.
             queued: Function that returns the number of images in the engine's queue. Images whose
                 caller went away stay there until the engine's thread drops them, so they take up
                 room although they are no longer in progress.
+            unit: What is counted, if not images.
         """
-        self.limits = limits
+        self._per_request, self._room, self._unit = per_request, room, unit
         self.dropped = DroppedImages()
         self._queued = queued
         self._in_progress = 0
@@ -134,9 +148,9 @@ class Admission:
         Raises:
             InvalidInputError: If there are none or too many.
         """
-        if not 1 <= count <= self.limits.max_images:
+        if not 1 <= count <= self._per_request:
             raise InvalidInputError(
-                f"expected 1 to {self.limits.max_images} images in one call, got {count}: split "
+                f"expected 1 to {self._per_request} {self._unit} in one call, got {count}: split "
                 "them over several calls"
             )
 
@@ -188,15 +202,15 @@ class Admission:
         """Take places for images; return how many are in progress, these included."""
         waiting = max(self._in_progress, self._queued())
         seconds = (waiting + count) * self._pace.seconds_per_image
-        if waiting + count > self.limits.max_queue:
+        if waiting + count > self._room:
             reason = (
-                f"the queue is full: {waiting} images are in progress, at most "
-                f"{self.limits.max_queue} may be"
+                f"the queue is full: {waiting} {self._unit} are in progress, at most "
+                f"{self._room} may be"
             )
         elif waiting and deadline is not None and now + _SAFETY_FACTOR * seconds > deadline:
             reason = (
-                f"{waiting} images are in progress, which takes about {seconds * 1e3:.0f} ms; the "
-                f"deadline is in {(deadline - now) * 1e3:.0f} ms"
+                f"{waiting} {self._unit} are in progress, which takes about "
+                f"{seconds * 1e3:.0f} ms; the deadline is in {(deadline - now) * 1e3:.0f} ms"
             )
         else:
             self._in_progress += count

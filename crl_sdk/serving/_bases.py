@@ -7,6 +7,7 @@ moment, either the old or the new basis remains.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -22,6 +23,7 @@ from crl_sdk.basis._directory import BasisDirectory, basis_file_name
 from crl_sdk.errors import (
     BasisError,
     BasisExistsError,
+    BasisStoreError,
     CriterionError,
     CrlError,
     UnknownCriterionError,
@@ -199,7 +201,8 @@ def _disk_error(what: str, message: str, error: BaseException | None) -> BasisEr
     """
     _log.error("%s", message)
     reason = getattr(error, "strerror", None) or "unknown reason"
-    return BasisError(
+    forbidden = getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
+    return (BasisStoreError if forbidden else BasisError)(
         f"the server cannot {what} ({reason}): its operator must mend the disk of --bases; the "
         "server's log names the file"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from crl_sdk._progress import GenerationProgress
@@ -24,6 +25,7 @@ from crl_sdk.projection._projection import POSTS
 from crl_sdk.serving._bases import StoredBasis
 from crl_sdk.serving._pipeline import Pipeline
 from crl_sdk.serving._responses import Context, abort, respond
+from crl_sdk.serving._text_work import Check
 
 OpenLanguageModel = Callable[[], LanguageModel]
 
@@ -69,20 +71,28 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
         self, request: basis_pb2.PutBasisRequest, context: Context
     ) -> basis_pb2.PutBasisResponse:
         """Store a basis that is sent as a file, or made from texts."""
+        texts = self._pipeline.texts
 
-        def put() -> basis_pb2.PutBasisResponse:
+        def put(check: Check) -> basis_pb2.PutBasisResponse:
             source = request.WhichOneof("source")
             if source is None:
                 raise InvalidInputError("expected a basis file or texts, got neither")
             if source == "file":
                 basis = Basis.from_bytes(request.file)
+                texts.check(basis.texts, basis.prompts)
             else:
-                basis = self._build(request.texts)
+                basis = self._build(request.texts, check)
+            check()  # after this, the change is finished even if the client goes away
             stored, replaced = self._pipeline.bases.put(basis, replace=not request.no_replace)
             return basis_pb2.PutBasisResponse(info=_to_info(stored), replaced=replaced)
 
-        # The change is finished even if the client goes away.
-        return await respond(context, lambda: asyncio.shield(asyncio.to_thread(put)))
+        async def work() -> basis_pb2.PutBasisResponse:
+            rows = texts.check(request.texts.texts, request.texts.prompts)
+            remaining = context.time_remaining()
+            deadline = None if remaining is None else time.monotonic() + remaining
+            return await texts.run(rows, deadline, put)
+
+        return await respond(context, work)
 
     async def DeleteBasis(
         self, request: basis_pb2.DeleteBasisRequest, context: Context
@@ -167,14 +177,18 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
             )
             send(basis_pb2.GenerateBasisResponse(progress=message))
 
+        self._pipeline.texts.check([*request.include, *request.exclude], request.prompts)
+        prompts = tuple(request.prompts) or None
         against, ignore = self._select(request.against), self._select(request.ignore)
+        self._pipeline.embedder.check_generation(
+            request.criterion, options, prompts=prompts, against=against, ignore=ignore
+        )
         if request.no_replace:  # `put` checks it again, but the language model takes a minute
             self._pipeline.bases.require_new(request.criterion)
         with self._open_language_model() as llm:
             basis = self._pipeline.embedder.generate_basis(
                 request.criterion, llm=llm, options=options,
-                prompts=tuple(request.prompts) or None, against=against,
-                ignore=ignore, progress=report, load=False,
+                prompts=prompts, against=against, ignore=ignore, progress=report, load=False,
             )  # fmt: skip
         stored, replaced = self._pipeline.bases.put(basis, replace=not request.no_replace)
         return basis_pb2.PutBasisResponse(info=_to_info(stored), replaced=replaced)
@@ -191,7 +205,7 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
                 "server's log"
             ) from error
 
-    def _build(self, request: basis_pb2.BasisTexts) -> Basis:
+    def _build(self, request: basis_pb2.BasisTexts, check: Check) -> Basis:
         """Make a basis from the texts of a client."""
         method, post = request.method or None, request.post or "l2"
         if (method is not None and method not in METHODS) or post not in POSTS:
@@ -208,6 +222,7 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
             ignore=self._select(request.ignore),
             provenance={"texts": "given by a client"},
             load=False,
+            check=check,
         )
 
     def _select(self, criteria: Sequence[str]) -> list[Basis]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from typing import Any
 
 import grpc
 import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk._version import __version__
-from crl_sdk.errors import CrlError, ImageTooLargeError, InvalidInputError
+from crl_sdk.errors import CrlError, ImageError, ImageTooLargeError, InvalidInputError
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.projection._row_dtypes import (
     RowDtype,
@@ -107,8 +106,13 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
 
         async def embed() -> embedding_pb2.EmbedTextResponse:
             dtype = _row_dtype(request.dtype)
-            rows = await asyncio.to_thread(
-                self._pipeline.embedder.embed_text, list(request.texts), truncate=request.truncate
+            texts = list(request.texts)
+            rows = await self._pipeline.texts.run(
+                self._pipeline.texts.check(texts),
+                _deadline(context),
+                lambda check: self._pipeline.embedder.embed_text(
+                    texts, truncate=request.truncate, check=check
+                ),
             )
             return embedding_pb2.EmbedTextResponse(
                 embeddings=encode_tensor(encode_rows(rows, dtype)),
@@ -143,17 +147,19 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
         self, request: embedding_pb2.EmbedRequest, context: Context
     ) -> embedding_pb2.EmbedResponse:
         dtype = _row_dtype(request.dtype)
-        sources = [_read_source(image, i) for i, image in enumerate(request.images)]
-        remaining = context.time_remaining()
+        sources = [_read_source(image) for image in request.images]
         result = await self._pipeline.embed(
-            sources,
-            request.criteria,
-            deadline=None if remaining is None else time.monotonic() + remaining,
-            client=caller.get(),
+            sources, request.criteria, deadline=_deadline(context), client=caller.get()
         )
         return _to_response(
             result, self._pipeline.embedder.bundle.fingerprint, dtype, request.omit_universal
         )
+
+
+def _deadline(context: Context) -> float | None:
+    """Return the `time.monotonic()` at which the client stops waiting, or None."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
 
 
 def _row_dtype(dtype: int) -> RowDtype:
@@ -165,16 +171,17 @@ def _row_dtype(dtype: int) -> RowDtype:
     return _ROW_DTYPES[dtype]
 
 
-def _read_source(image: embedding_pb2.Image, position: int) -> ImageSource:
-    """Return the image, the pixels or the stored embedding in a message."""
+def _read_source(image: embedding_pb2.Image) -> ImageSource | ImageError:
+    """Return the image, the pixels or the stored embedding in a message, or what is wrong."""
     kind = image.WhichOneof("source")
     if kind == "encoded":
         return image.encoded
     if kind is None:
-        raise InvalidInputError(
-            f"image {position}: expected encoded bytes, pixels or an embedding, got none of them"
-        )
-    array: NDArray[Any] = decode_tensor(image.pixels if kind == "pixels" else image.embedding)
+        return ImageError("expected encoded bytes, pixels or an embedding, got none of them")
+    try:
+        array = decode_tensor(image.pixels if kind == "pixels" else image.embedding)
+    except InvalidInputError as error:
+        return ImageError(str(error))
     if kind == "pixels":
         fits = array.dtype.kind == "u" and array.ndim in (2, 3)
         expected = "pixels UINT8 of shape (height, width[, channels])"
@@ -182,9 +189,7 @@ def _read_source(image: embedding_pb2.Image, position: int) -> ImageSource:
         fits = is_row_dtype(array.dtype) and array.ndim == 1
         expected = "embedding FLOAT32, FLOAT16 or INT8 of shape (d)"
     if not fits:
-        raise InvalidInputError(
-            f"image {position}: expected {expected}, got {array.dtype} of shape {array.shape}"
-        )
+        return ImageError(f"expected {expected}, got {array.dtype} of shape {array.shape}")
     return array
 
 

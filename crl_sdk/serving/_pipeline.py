@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from crl_sdk._embedder import Embedder
 from crl_sdk.errors import CrlError, EngineError, ImageError
-from crl_sdk.projection._projection import check_embeddings
-from crl_sdk.projection._row_dtypes import is_row_dtype
+from crl_sdk.projection._row_dtypes import decode_rows, is_row_dtype
 from crl_sdk.serving._admission import Admission, ServerLimits
 from crl_sdk.serving._bases import BasisStore, StoredBasis
 from crl_sdk.serving._batcher import Batcher, EmbeddedImage
 from crl_sdk.serving._cache import EmbeddingCache
 from crl_sdk.serving._cpu_turns import CpuTurns, NoTurns
 from crl_sdk.serving._results import EmbedResult, ImageOutcome, ImageSource, RequestTiming
+from crl_sdk.serving._text_work import TextWork
 
 _CLOSED = "the embedder was closed while the server used it: restart the server"
 
@@ -46,7 +46,10 @@ class Pipeline:
         self.bases = bases
         self.limits = limits
         self.cache = EmbeddingCache(limits.cache_bytes)
-        self.admission = Admission(limits, queued=lambda: self.batcher.depth)
+        self.admission = Admission(
+            limits.max_images, limits.max_queue, queued=lambda: self.batcher.depth
+        )
+        self.texts = TextWork(limits)
         spec = embedder.bundle.preprocess
         self._on_cpu = embedder.engine_name.device == "cpu"
         self._turns = CpuTurns(limits.max_batch) if self._on_cpu else NoTurns()
@@ -77,11 +80,12 @@ class Pipeline:
 
     async def stop(self) -> None:
         """Finish the images in the queue, then end the engine's thread."""
+        self.texts.close()
         await asyncio.to_thread(self.batcher.stop)
 
     async def embed(
         self,
-        images: Sequence[ImageSource],
+        images: Sequence[ImageSource | ImageError],
         criteria: Sequence[str] = (),
         *,
         deadline: float | None = None,
@@ -90,14 +94,14 @@ class Pipeline:
         """Embed images for criteria. A bad image does not affect the others.
 
         Args:
-            images: Encoded images, pixels or stored universal embeddings; see `ImageSource`.
+            images: Encoded images, pixels or stored universal embeddings, see `ImageSource`; or
+                the reason why there is none.
             criteria: Names of bases, each at most once.
             deadline: `time.monotonic()` after which nobody waits for the result, or None.
             client: Name of the client, whose requests share one turn in the queue.
 
         Raises:
-            InvalidInputError: If there are no images, too many, or a stored embedding of the wrong
-                shape or with values that are not finite.
+            InvalidInputError: If there are no images or too many.
             CriterionError: If a basis does not exist.
             OverloadedError: If there is no room, or the result would come too late.
             DeadlineError: If the deadline has passed.
@@ -111,7 +115,9 @@ class Pipeline:
         missing = [
             (source, outcome)
             for source, outcome in zip(images, outcomes, strict=True)
-            if outcome.embedding is None and outcome.error is None
+            if outcome.embedding is None
+            and outcome.error is None
+            and not isinstance(source, ImageError)
         ]
         if missing:
             with self.admission.admit(len(missing), deadline):
@@ -125,10 +131,19 @@ class Pipeline:
             observe(result)
         return result
 
-    def _look_up(self, source: ImageSource) -> ImageOutcome:
+    def _look_up(self, source: ImageSource | ImageError) -> ImageOutcome:
         """Return the outcome of a stored embedding or a cached image, or an empty outcome."""
+        if isinstance(source, ImageError):
+            return ImageOutcome(error=source)
         if isinstance(source, np.ndarray) and is_row_dtype(source.dtype):
-            row = check_embeddings(source[None], self.embedder.bundle.embedding_dim)[0]
+            dim = self.embedder.bundle.embedding_dim
+            if source.shape != (dim,):
+                return ImageOutcome(
+                    error=ImageError(f"expected an embedding of shape ({dim},), got {source.shape}")
+                )
+            row = decode_rows(source[None])[0]
+            if not np.isfinite(row).all():
+                return ImageOutcome(error=ImageError("the embedding holds NaN or infinity"))
             return ImageOutcome(embedding=row)
         outcome = ImageOutcome(digest=digest_image(source))
         outcome.embedding = self.cache.get(outcome.digest)

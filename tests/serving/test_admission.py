@@ -13,7 +13,7 @@ LIMITS = ServerLimits(max_images=8, max_batch=4, max_queue=10)
 
 
 def test_places_are_held_while_a_request_is_in_progress():
-    admission = Admission(LIMITS, queued=lambda: 0)
+    admission = Admission(LIMITS.max_images, LIMITS.max_queue, queued=lambda: 0)
     with admission.admit(8, None):
         assert admission.in_progress == 8
         with admission.admit(2, None):
@@ -30,7 +30,7 @@ def test_places_are_held_while_a_request_is_in_progress():
 
 def test_abandoned_images_take_up_room_until_they_leave_the_queue():
     queued = 9
-    admission = Admission(LIMITS, queued=lambda: queued)
+    admission = Admission(LIMITS.max_images, LIMITS.max_queue, queued=lambda: queued)
     with pytest.raises(OverloadedError, match="9 images"), admission.admit(2, None):
         pass
     queued = 0
@@ -39,7 +39,7 @@ def test_abandoned_images_take_up_room_until_they_leave_the_queue():
 
 
 def test_requests_that_would_be_late_are_refused():
-    admission = Admission(LIMITS, queued=lambda: 0)
+    admission = Admission(LIMITS.max_images, LIMITS.max_queue, queued=lambda: 0)
     with pytest.raises(DeadlineError, match="had passed"), admission.admit(1, time.monotonic()):
         pass
     with admission.admit(1, None):
@@ -55,7 +55,7 @@ def test_requests_that_would_be_late_are_refused():
 
 
 def test_a_request_that_fails_gives_its_places_back():
-    admission = Admission(LIMITS, queued=lambda: 0)
+    admission = Admission(LIMITS.max_images, LIMITS.max_queue, queued=lambda: 0)
     for error in (DeadlineError("late"), ValueError("other")):
         with pytest.raises(type(error)), admission.admit(4, None):
             raise error
@@ -63,7 +63,7 @@ def test_a_request_that_fails_gives_its_places_back():
 
 
 def test_dropped_images_are_counted_by_reason():
-    admission = Admission(LIMITS, queued=lambda: 0)
+    admission = Admission(LIMITS.max_images, LIMITS.max_queue, queued=lambda: 0)
     assert "after 250 ms" in str(admission.drop(cancelled=False, waited=0.25))
     admission.drop(cancelled=True, waited=0.0)
     assert admission.dropped == DroppedImages(expired=1, cancelled=1)
@@ -72,7 +72,7 @@ def test_dropped_images_are_counted_by_reason():
 @pytest.mark.parametrize("count", [0, 9])
 def test_the_size_of_a_request_is_bounded(count):
     with pytest.raises(InvalidInputError, match=f"expected 1 to 8 images in one call, got {count}"):
-        Admission(LIMITS, queued=lambda: 0).check_size(count)
+        Admission(LIMITS.max_images, LIMITS.max_queue, queued=lambda: 0).check_size(count)
 
 
 def test_the_pace_follows_finished_requests():

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from crl_sdk import Embedder, demo_bundle
+from crl_sdk._budget import Budget
 from crl_sdk.errors import ImageError, ImageTooLargeError
-from crl_sdk.model._decode_budget import DecodeBudget, estimate_decode_bytes
+from crl_sdk.model._decode_memory import estimate_decode_bytes
 from crl_sdk.model._preprocess import ImageLimits, PreprocessSpec, load_pixels
 
 SPEC = PreprocessSpec(16, 16, (0.5,) * 3, (0.5,) * 3)
@@ -49,7 +50,7 @@ def test_an_image_over_the_limit_is_refused_before_it_is_decoded(monkeypatch):
 
 
 def test_the_budget_bounds_the_sum_and_keeps_the_order():
-    budget = DecodeBudget(100)
+    budget = Budget(100)
     order, most = [], []
 
     def work(name, nbytes, enter, leave):
@@ -86,7 +87,7 @@ def test_the_budget_bounds_the_sum_and_keeps_the_order():
 
 
 def test_an_error_gives_the_bytes_back():
-    budget = DecodeBudget(10)
+    budget = Budget(10)
     with pytest.raises(KeyError), budget.reserve(10):
         raise KeyError
     assert budget.used == 0
@@ -118,7 +119,7 @@ def test_the_worst_images_take_no_more_than_was_estimated(mode, tmp_path):
     code = (
         "import sys\n"
         "from PIL import Image\n"
-        "from crl_sdk.model._decode_budget import estimate_decode_bytes\n"
+        "from crl_sdk.model._decode_memory import estimate_decode_bytes\n"
         "from crl_sdk.model._preprocess import PreprocessSpec, load_pixels\n"
         "def peak():\n"
         "    lines = open('/proc/self/status').read().splitlines()\n"
