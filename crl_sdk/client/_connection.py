@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Callable
@@ -26,6 +27,15 @@ SYSTEM_AUTHORITIES = "system"
 
 _UNAVAILABLE_PAUSE = 0.05
 _MAX_PAUSE = 5.0
+_MAX_UNAVAILABLE_PAUSE = 1.0
+
+_RECONNECT = (
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+"""How long gRPC waits before it connects again. By default it waits for up to two minutes, in which
+calls to a server that has come back would fail."""
 
 
 _grpc = ForkGuard("gRPC")
@@ -51,6 +61,7 @@ class Connection:
         self._lifetime = Lifetime("client")
         self._make_channel = _channel_maker(address, options)
         self._channel: grpc.aio.Channel | None = None
+        self._answered = False
         self._loop: asyncio.AbstractEventLoop | None = None
         token = options.security.token
         self.metadata = (("authorization", f"Bearer {token}"),) if token else ()
@@ -68,7 +79,7 @@ class Connection:
             method: RPC of a stub on this channel.
             request: Message to send.
             retry: Whether to retry, with growing pauses, while the server is overloaded or
-                unavailable.
+                unavailable. A server that has answered before is waited for until the timeout.
 
         Raises:
             CrlError: If the call fails. The class is that of the server's error.
@@ -78,12 +89,18 @@ class Connection:
         while True:
             try:
                 remaining = max(ends - time.monotonic(), 0.001)
-                return await method(request, timeout=remaining, metadata=self.metadata)
+                response = await method(request, timeout=remaining, metadata=self.metadata)
+                self._answered = True
+                return response
             except grpc.aio.AioRpcError as error:
                 typed = typed_error(error)
                 pause = _retry_pause(error.code(), typed, attempt)
                 late = pause is not None and time.monotonic() + pause >= ends
-                if not retry or pause is None or late or attempt == self.options.retries:
+                # A server that has answered before is being restarted, and is waited for. One that
+                # has not is more likely at another address.
+                away = self._answered and error.code() == grpc.StatusCode.UNAVAILABLE
+                tries = math.inf if away and self.options.retries else self.options.retries
+                if not retry or pause is None or late or attempt >= tries:
                     raise typed from error
             await asyncio.sleep(pause)
             attempt += 1
@@ -139,6 +156,7 @@ def _channel_maker(address: str, options: ClientOptions) -> Callable[[], grpc.ai
     settings = [
         ("grpc.max_receive_message_length", options.max_message_bytes),
         ("grpc.max_send_message_length", options.max_message_bytes),
+        *_RECONNECT,
     ]
     if is_local(address):  # gRPC would send the calls to the proxy of $http_proxy
         settings.append(("grpc.enable_http_proxy", 0))
@@ -166,10 +184,10 @@ def _channel_maker(address: str, options: ClientOptions) -> Callable[[], grpc.ai
 def _retry_pause(code: grpc.StatusCode, error: CrlError, attempt: int) -> float | None:
     """Return the seconds to wait before a retry, or None if a retry would not help."""
     if isinstance(error, OverloadedError):
-        base = error.retry_after
+        base, most = error.retry_after, _MAX_PAUSE
     elif code == grpc.StatusCode.UNAVAILABLE:
-        base = _UNAVAILABLE_PAUSE
+        base, most = _UNAVAILABLE_PAUSE, _MAX_UNAVAILABLE_PAUSE
     else:
         return None
     # the random factor keeps clients that failed together from retrying together
-    return float(min(base * 2**attempt, _MAX_PAUSE) * random.uniform(0.5, 1.5))
+    return float(min(base * 2.0 ** min(attempt, 30), most) * random.uniform(0.5, 1.5))

@@ -59,8 +59,9 @@ class ClientOptions:
 
     Attributes:
         timeout: Seconds for one call, including its retries.
-        retries: Number of retries while the server is overloaded or unavailable. Calls that change
-            bases are never retried.
+        retries: Number of retries while the server is overloaded or unavailable. A server that has
+            answered this client before is waited for until the timeout, unless `retries` is 0.
+            Calls that change bases are never retried.
         batch_size: Number of images in one call.
         max_in_flight: Number of calls that one list of images may have in progress.
         max_message_bytes: Size limit of one message in either direction.

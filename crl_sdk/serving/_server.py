@@ -50,6 +50,10 @@ KEEPALIVE_SECONDS = 60.0
 KEEPALIVE_TIMEOUT_SECONDS = 20.0
 """A peer that does not answer a ping within this time is disconnected and its calls cancelled."""
 
+PING_SECONDS = 5.0
+"""Clients may ping as often as this. gRPC's own limit of five minutes ends the connections of
+clients that ping each ten seconds, as those behind load balancers do."""
+
 _HEALTH_CHECK_SECONDS = 0.2
 
 _log = logging.getLogger(__name__)
@@ -290,6 +294,7 @@ def _make_server(
             ("grpc.keepalive_timeout_ms", round(KEEPALIVE_TIMEOUT_SECONDS * 1e3)),
             ("grpc.http2.ping_timeout_ms", round(KEEPALIVE_TIMEOUT_SECONDS * 1e3)),
             ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", round(PING_SECONDS * 1e3)),
         ],
     )
 
