@@ -294,7 +294,7 @@ def _make_server(
             ("grpc.keepalive_timeout_ms", round(KEEPALIVE_TIMEOUT_SECONDS * 1e3)),
             ("grpc.http2.ping_timeout_ms", round(KEEPALIVE_TIMEOUT_SECONDS * 1e3)),
             ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", round(PING_SECONDS * 1e3)),
+            ("grpc.http2.min_ping_interval_without_data_ms", round(PING_SECONDS * 1e3)),
         ],
     )
 
