@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 DATA ?= ../shared/data/real-vectors
 
-.PHONY: demo test test-slow test-gpu docs-test walks notebooks check types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-project bench-peers load clean
+.PHONY: demo test test-slow test-gpu docs-test soak fuzz walks notebooks check types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-project bench-peers load clean
 
 demo: $(VENV)/.demo ## from criteria in words to named groups of images, with a report
 	$(BIN)/crl demo
@@ -23,6 +23,14 @@ test-gpu: $(VENV)/.dev ## tests that need a GPU; skipped without one
 
 docs-test: $(VENV)/.dev ## the shell and Python blocks of the pages (PAGES='README.md TASKS.md'): 7 minutes
 	$(BIN)/python tests/docs_test.py $(PAGES)
+
+soak: $(VENV)/.dev ## a server under load while faults come and go: 10 minutes
+	$(BIN)/python tests/soak.py --generate
+
+fuzz: $(VENV)/.dev ## fuzzers of the decoders, twenty minutes each (SECONDS=1200)
+	$(PIP) atheris
+	set -e; for target in image basis manifest tensor gguf; do \
+		$(BIN)/python tests/fuzz/fuzz.py $$target --seconds $(or $(SECONDS),1200); done
 
 walks: $(VENV)/.dev ## random messages for every RPC: 5 minutes
 	CRL_WALKS=4000 $(BIN)/pytest tests/serving/test_walks.py
