@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import msgspec
 
@@ -16,6 +16,7 @@ from crl_sdk.errors import BundleError, IntegrityError, UnsupportedSchemaError
 from crl_sdk.model._preprocess import PreprocessSpec
 from crl_sdk.model._tokenizer import Clean
 from crl_sdk.storage._atomic_files import write_atomically
+from crl_sdk.storage._json import decode_json
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -195,7 +196,7 @@ def parse_manifest(data: bytes, *, where: str = MANIFEST) -> Manifest:
         IntegrityError: If its parts contradict each other.
     """
     try:
-        raw: Any = msgspec.json.decode(data)
+        raw = decode_json(data)
         schema = raw.get("schema") if isinstance(raw, dict) else None
         if isinstance(schema, int) and schema != SCHEMA:
             newer = schema > SCHEMA

@@ -10,11 +10,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import BinaryIO, TypeVar, cast
 
 import msgspec
 
 from crl_sdk.errors import CrlError
+from crl_sdk.storage._json import decode_json
 
 try:
     import fcntl
@@ -280,7 +281,7 @@ def read_record(
         CrlError: If the file is missing, damaged or has another schema. Its type is `failure`.
     """
     try:
-        raw: Any = msgspec.json.decode(path.read_bytes())
+        raw = decode_json(path.read_bytes())
         found = raw.get("schema") if isinstance(raw, dict) else None
         if isinstance(found, int) and found != schema:
             raise failure(f"{path}: schema {found}, this SDK reads {schema}; {remedy}")

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk.errors import InvalidInputError, UnsupportedSchemaError
+from crl_sdk.storage._json import decode_json
 
 SUFFIX = ".safetensors"
 """Suffix of the file names."""
@@ -69,8 +70,8 @@ def decode_checksummed(
 
     tensors = load(data)  # first, so that the library checks the file before we parse it
     length = int.from_bytes(data[:8], "little")
-    metadata = msgspec.json.decode(data[8 : 8 + length]).get("__metadata__") or {}
-    raw = msgspec.json.decode(metadata[key])
+    metadata = decode_json(data[8 : 8 + length]).get("__metadata__") or {}
+    raw = decode_json(metadata[key])
     found = raw.get("schema") if isinstance(raw, dict) else None
     if isinstance(found, int) and found != schema:
         raise UnsupportedSchemaError(
