@@ -229,7 +229,7 @@ def test_clients_take_turns():
         return np.ones((len(pixels), 4), np.float32)
 
     async def work():
-        drop = Admission(ServerLimits(), queued=lambda: 0).drop
+        drop = Admission(256, 1024, queued=lambda: 0).drop
         batcher = Batcher(run, np.zeros((1, 2, 2, 3), np.uint8), drop=drop, max_batch=4)
         greedy = [np.full((2, 2, 3), 1, np.uint8)] * 200
         modest = [np.full((2, 2, 3), 2, np.uint8)] * 2
@@ -250,7 +250,7 @@ def make_batcher() -> Batcher:
     return Batcher(
         lambda pixels: np.ones((len(pixels), 4), np.float32),
         np.zeros((1, 2, 2, 3), np.uint8),
-        drop=Admission(ServerLimits(), queued=lambda: 0).drop,
+        drop=Admission(256, 1024, queued=lambda: 0).drop,
     )
 
 
