@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from crl_sdk.basis._gguf import read_metadata
+from crl_sdk.basis._chat_template import TemplateChat
+from crl_sdk.basis._gguf import GgufHeader, read_header
 from crl_sdk.basis._llm_backend import LlmBackend, OpenBackend, Sampling, find_backend
 from crl_sdk.basis._llm_files import find_model
 from crl_sdk.errors import CrlError, GenerationError
 from crl_sdk.model._bundle import sha256_file
 
-CONTEXT = 1024
-"""Number of tokens of prompt and answer together. The requests of this package are far shorter."""
-
-CHAT_PARAMETERS = 1_000_000_000
-"""Size from which an instruct model is asked through its chat template (see docs/BASES.md)."""
+CONTEXT = 2048
+"""Number of tokens of prompt and answer together. The longest request of this package, a long list
+that is continued, fits."""
 
 SMALL_BYTES = 500_000_000
 """Size below which a model runs in one thread.
@@ -39,7 +37,7 @@ class LanguageModel:
     Attributes:
         source: What `open` loaded: the absolute path of a GGUF file.
         name: Name of the model.
-        follows_instructions: Whether it has a chat template and is large enough to follow it.
+        chats: Whether it answers messages.
         tokens: Number of tokens generated so far.
         seconds: Seconds spent on them.
     """
@@ -50,7 +48,7 @@ class LanguageModel:
         source: str,
         *,
         name: str,
-        follows_instructions: bool,
+        chats: bool,
         details: Mapping[str, Any],
     ) -> None:
         """Store a loaded model.
@@ -59,14 +57,14 @@ class LanguageModel:
             backend: What runs the model.
             source: What `open` loaded.
             name: Name of the model.
-            follows_instructions: Whether the model answers better through its chat template.
+            chats: Whether the model answers messages.
             details: What else a basis records about the model, as JSON values.
         """
         self._backend = backend
         self._details = details
         self.source = source
         self.name = name
-        self.follows_instructions = follows_instructions
+        self.chats = chats
         self.tokens, self.seconds = 0, 0.0
 
     @classmethod
@@ -100,21 +98,20 @@ class LanguageModel:
     ) -> LanguageModel:
         """Load a GGUF file. A model that is not a file would have a method like this one."""
         threads = threads or _default_threads(path)
-        metadata = read_metadata(path)
-        _require_memory(path, metadata, context)
+        header = read_header(path)
+        _require_memory(path, header, context)
         try:
             backend = open_backend(path, context, threads)
         except Exception as error:  # backends raise ValueError, AssertionError and others
-            raise _unreadable(path, metadata, str(error)) from error
+            raise _unreadable(path, header, str(error)) from error
         return cls(
-            backend,
+            TemplateChat(backend, header.chat_template),
             os.fspath(path.absolute()),
-            name=str(metadata.get("general.name") or path.stem),
-            follows_instructions="tokenizer.chat_template" in metadata
-            and _parameters(metadata) >= CHAT_PARAMETERS,
+            name=path.stem,
+            chats=bool(header.chat_template),
             details={
-                "file": path.name, "sha256": sha256_file(path), "context": context,
-                "threads": threads,
+                "file": path.name, "sha256": sha256_file(path), "parameters": header.parameters,
+                "context": context, "threads": threads,
             },
         )  # fmt: skip
 
@@ -144,7 +141,7 @@ class LanguageModel:
         Raises:
             GenerationError: If prompt and answer do not fit the context, or llama.cpp fails.
         """
-        return self._generate(prompt, grammar, sampling, on_token, chat=False)
+        return self._generate(self._backend.complete, prompt, grammar, sampling, on_token)
 
     def chat(
         self, message: str, grammar: str, sampling: Sampling, on_token: OnToken | None = None
@@ -163,10 +160,12 @@ class LanguageModel:
         Raises:
             GenerationError: If message and answer do not fit the context, or llama.cpp fails.
         """
-        return self._generate(message, grammar, sampling, on_token, chat=True)
+        return self._generate(self._backend.chat, message, grammar, sampling, on_token)
 
-    def log_likelihoods(self, prefix: str, texts: Sequence[str]) -> list[float]:
+    def log_likelihoods(self, prefix: str, texts: Sequence[str]) -> list[float] | None:
         """Return how likely each text is after a prefix: its log probability, in nats.
+
+        A model that cannot tell, such as one behind an endpoint, returns None.
 
         Args:
             prefix: Plain text, such as `A color, such as`.
@@ -180,12 +179,11 @@ class LanguageModel:
 
     def _generate(
         self,
+        ask: Callable[[str, str, Sampling, Callable[[str], None]], None],
         prompt: str,
         grammar: str,
         sampling: Sampling,
         on_token: OnToken | None,
-        *,
-        chat: bool,
     ) -> str:
         parts: list[str] = []
         started = time.perf_counter()
@@ -197,7 +195,7 @@ class LanguageModel:
                 on_token(self.tokens, self.seconds + time.perf_counter() - started)
 
         with self._running():
-            self._backend.generate(prompt, grammar, sampling, receive, chat=chat)
+            ask(prompt, grammar, sampling, receive)
         return "".join(parts)
 
     @contextmanager
@@ -236,22 +234,22 @@ def _count_cores() -> int:
     return os.cpu_count() or 1  # macOS
 
 
-def _unreadable(path: Path, metadata: dict[str, Any], log: str) -> GenerationError:
+def _unreadable(path: Path, header: GgufHeader, log: str) -> GenerationError:
     reason = " ".join(log.split())[-300:] or "no reason given"
-    kind = metadata.get("general.architecture", "unknown")
+    kind = header.metadata.get("general.architecture", "unknown")
     return GenerationError(
         f"{path}: llama.cpp cannot load it ({reason}; architecture {kind!r}); download the file "
         "again, or use another"
     )
 
 
-def _require_memory(path: Path, metadata: dict[str, Any], context: int) -> None:
+def _require_memory(path: Path, header: GgufHeader, context: int) -> None:
     """Raise an error if weights and context do not fit into the available memory.
 
     Otherwise the system would kill the process instead of llama.cpp raising an error.
     """
     free = available_memory()
-    cache = context * _cache_bytes_per_token(metadata)
+    cache = context * _cache_bytes_per_token(header.metadata)
     needed = path.stat().st_size + cache
     if needed > free:
         raise GenerationError(
@@ -279,8 +277,3 @@ def _cache_bytes_per_token(metadata: dict[str, Any]) -> int:
     per_head = number("attention.key_length", number("embedding_length", 0) // heads)
     return 2 * 2 * number("block_count", 0) * number("attention.head_count_kv", heads) * per_head
 
-
-def _parameters(metadata: dict[str, Any]) -> float:
-    """Return the number of parameters from `general.size_label`, such as 1.7B; 0 if unknown."""
-    match = re.fullmatch(r"([\d.]+)([KMB])", str(metadata.get("general.size_label", "")).upper())
-    return float(match[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[match[2]] if match else 0.0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from crl_sdk.basis._gguf import read_metadata
+from crl_sdk.basis._gguf import read_header
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.basis._llm_backend import find_backend
 from crl_sdk.basis._llm_files import find_model
@@ -132,7 +132,7 @@ def serve(
         if generate:  # the model itself is loaded when it is needed
             find_backend()
             if not str(llm).startswith("hf:"):
-                read_metadata(find_model(llm))
+                read_header(find_model(llm))
         settings = ServerSettings(
             address=address,
             tls=ServerTls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None,

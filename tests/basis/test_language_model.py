@@ -17,7 +17,7 @@ import pytest
 from crl_sdk.basis import _language_model, _llm_files, _xllamacpp
 from crl_sdk.basis._generate import generate_texts
 from crl_sdk.basis._generation_options import GenerationOptions
-from crl_sdk.basis._gguf import read_metadata
+from crl_sdk.basis._gguf import read_header
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.basis._llm_backend import Sampling
 from crl_sdk.basis._llm_files import find_model
@@ -152,7 +152,7 @@ def test_the_metadata_is_what_llama_cpp_reads():
     import llama_cpp
 
     theirs = llama_cpp.Llama(str(find_model(None)), vocab_only=True, verbose=False).metadata
-    ours = read_metadata(find_model(None))
+    ours = read_header(find_model(None))
     assert {"general.architecture", "general.name", "tokenizer.chat_template"} <= set(ours)
     for key, value in ours.items():
         shown = str(value).lower() if isinstance(value, bool) else value
