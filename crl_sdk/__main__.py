@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from crl_sdk._processors import limit_libraries
+
 
 def main() -> None:
     """Run the command line, or exit with the command that installs its packages."""
@@ -13,6 +15,7 @@ def main() -> None:
     # Threads of OpenMP (llama.cpp, scikit-learn) wait for each other asleep. Spinning, they would
     # take the processors from whatever else runs. OpenMP reads this when its library is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    limit_libraries(os.environ)
     try:
         from crl_sdk.cli import run
     except ModuleNotFoundError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from crl_sdk._lifetime import Lifetime
-from crl_sdk._processors import count_processors
+from crl_sdk._processors import count_cores
 from crl_sdk.basis._gguf import read_metadata
 from crl_sdk.basis._llm_backend import LlmBackend, OpenBackend, Sampling, find_backend
 from crl_sdk.basis._llm_files import find_model
@@ -27,9 +27,10 @@ CHAT_PARAMETERS = 1_000_000_000
 SMALL_BYTES = 500_000_000
 """Size below which a model runs in one thread.
 
-The threads of llama.cpp wait for each other in busy loops after each layer. With the default model
-a second thread saves a quarter of the time on two idle cores (2.0 s in place of 2.7 s for four
-answers). Beside a busy process it nearly doubles the time (5.2 s in place of 3.0 s).
+The threads of llama.cpp wait for each other after each layer. With the default model a second
+thread saves a quarter of the time on two idle cores (2.0 s in place of 2.7 s for four answers).
+Beside two busy processes it doubles the time (16 s in place of 8 s), though its threads sleep while
+they wait.
 """
 
 OnToken = Callable[[int, float], None]
@@ -235,7 +236,7 @@ class LanguageModel:
 
 
 def _default_threads(path: Path) -> int:
-    return 1 if path.stat().st_size < SMALL_BYTES else count_processors()
+    return 1 if path.stat().st_size < SMALL_BYTES else count_cores()
 
 
 def _unreadable(path: Path, metadata: dict[str, Any], log: str) -> GenerationError:

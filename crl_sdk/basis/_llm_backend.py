@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
+from crl_sdk._processors import sleeping_openmp
 from crl_sdk.errors import GenerationError, MissingDependencyError
 
 
@@ -91,7 +92,8 @@ def find_backend() -> OpenBackend:
     broken = []
     for package, module in _BACKENDS:
         try:
-            import_module(module)
+            with sleeping_openmp():
+                import_module(module)
         except (ImportError, OSError, RuntimeError) as error:  # as for a library that is missing
             if not (isinstance(error, ModuleNotFoundError) and error.name == module):
                 broken.append(f"{package} is installed, but cannot be imported ({error})")

@@ -156,6 +156,7 @@ def open_backend(path: Path, context: int, threads: int) -> XLlamaCpp:
     params.n_batch = params.n_ubatch = 512  # as llama-cpp-python
     params.n_gpu_layers = 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.cpuparams.poll = params.cpuparams_batch.poll = 0  # wait without keeping a core busy
     params.no_extra_bufts = True  # weights as they are in the file, see _llama_cpp_python
     # The log likelihoods then equal those of llama-cpp-python.
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

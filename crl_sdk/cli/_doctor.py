@@ -38,7 +38,8 @@ def _facts(machine: Machine) -> dict[str, object]:
     gpus = [f"{gpu.name}, {gpu.architecture}, {gpu.memory >> 20} MiB" for gpu in machine.gpus]
     return {
         "system": machine.system,
-        "processor": f"{machine.processor}, {_processors(machine)}",
+        "processor": machine.processor,
+        "threads": _threads(machine),
         "instructions": ", ".join(machine.features) or "none that matter to inference",
         "memory": f"{machine.memory >> 20} MiB",
         "GPUs": "; ".join(gpus) or "none",
@@ -50,14 +51,14 @@ def _facts(machine: Machine) -> dict[str, object]:
     }
 
 
-def _processors(machine: Machine) -> str:
-    """Say how many processors this process may use, and of how many."""
-    if machine.cores == machine.processors:
-        return f"{machine.cores} processors"
-    return (
-        f"{machine.cores} of {machine.processors} processors, by an affinity mask or by a "
-        "container's quota"
-    )
+def _threads(machine: Machine) -> str:
+    """Return how many threads the SDK uses here, and what limits them."""
+    limits = [f"of {machine.processors} processors"]
+    if machine.allowed < machine.processors:
+        limits.append(f"{machine.allowed} allowed by the affinity of this process")
+    if machine.quota is not None:
+        limits.append(f"a CPU quota of {machine.quota:g}")
+    return f"{machine.threads}, {machine.cores} in an engine run ({', '.join(limits)})"
 
 
 def _record(candidate: EngineCandidate) -> dict[str, object]:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embedder import Embedder
 from crl_sdk._progress import GenerationProgress
 from crl_sdk.basis._basis import Basis
@@ -53,7 +54,7 @@ ThreadsOption = Annotated[
         "--threads",
         min=1,
         help="Threads of the language model. Default: one for a small model, otherwise one per "
-        "processor.",
+        "core.",
     ),
 ]
 AcceptUnsureOption = Annotated[
@@ -109,6 +110,7 @@ def generate_texts(
     The arguments are those of `Embedder.generate_texts`, which also lists the errors, and the
     threads of `LanguageModel.open`.
     """
+    normalise_criterion(criterion)  # before the model is loaded
     with _shown_progress() as progress, LanguageModel.open(llm, threads=threads) as opened:
         texts = embedder.generate_texts(
             criterion, llm=opened, options=options, prompts=prompts, progress=progress

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import get_args
@@ -10,7 +9,7 @@ from typing import get_args
 import msgspec
 import psutil
 
-from crl_sdk._processors import count_processors
+from crl_sdk._processors import find_processors
 from crl_sdk._version import __version__
 from crl_sdk.engines import _registry as registry
 from crl_sdk.engines._hardware import Gpu, inspect_hardware
@@ -31,8 +30,11 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
         python: Version of Python.
         system: Operating system, its release, and the processor architecture.
         processor: Name of the processor.
-        cores: Number of logical processors that this process may use.
-        processors: Number of logical processors of the machine.
+        processors: Number of processors of the machine, two for a core with two threads.
+        allowed: Number of those on which this process may run.
+        quota: Processor time per time that a container allows, such as 1.5; None without a limit.
+        threads: Number of threads that the SDK uses, from `allowed` and `quota`.
+        cores: Number of threads of an engine run on a CPU: one for each core that may be used.
         features: Instruction sets of the processor that matter to inference.
         memory: Size of the main memory in bytes.
         gpus: GPUs that the CUDA driver finds; empty without a driver.
@@ -46,8 +48,11 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     python: str
     system: str
     processor: str
-    cores: int
     processors: int
+    allowed: int
+    quota: float | None
+    threads: int
+    cores: int
     features: tuple[str, ...]
     memory: int
     gpus: tuple[Gpu, ...]
@@ -59,15 +64,18 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
 def inspect_machine() -> Machine:
     """Return what this machine has. Nothing that it lacks is an error."""
-    hardware = inspect_hardware()
+    hardware, processors = inspect_hardware(), find_processors()
     packages = [each for family in registry.FAMILIES for each in family.packages]
     return Machine(
         crl_sdk=__version__,
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         processor=find_processor_name(),
-        cores=count_processors(),
-        processors=os.cpu_count() or 0,
+        processors=processors.machine,
+        allowed=processors.allowed,
+        quota=processors.quota,
+        threads=processors.number,
+        cores=processors.cores,
         features=hardware.features,
         memory=psutil.virtual_memory().total,
         gpus=hardware.gpus,

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from crl_sdk._processors import count_processors
 from crl_sdk.errors import BundleError, IntegrityError
 from crl_sdk.model._background import BACKGROUND_FILE, read_background
 from crl_sdk.model._familiar_images import (
@@ -77,7 +78,7 @@ class ModelBundle:
                 "directory that `crl export` wrote"
             ) from error
         manifest = parse_manifest(text, where=str(directory / MANIFEST))
-        with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        with ThreadPoolExecutor(count_processors()) as pool:  # hashing releases the GIL
             checks = [
                 pool.submit(_verify, directory, name, entry)
                 for name, entry in manifest.files.items()

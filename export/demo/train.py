@@ -32,6 +32,7 @@ from crl_export.demo.evaluate import as_table, evaluate, kmeans_accuracy, own_wo
 from crl_export.demo.lexicon import OFF_TOPIC
 from crl_export.demo.loss import readout_loss, truth_loss
 from crl_export.demo.world import CRITERIA, FACTORS
+from crl_sdk._processors import count_processors
 from crl_sdk.basis._methods import make_projection
 
 if TYPE_CHECKING:
@@ -274,7 +275,7 @@ def train(directory: Path, settings: TrainingSettings) -> dict[str, Any]:
         "settings": asdict(settings),
         "data_seeds": {"train": TRAIN_SEED, "test": TEST_SEED, "monitor": MONITOR_SEED},
         "versions": _versions(("torch", "open_clip_torch", "numpy", "pillow", "scikit-learn")),
-        "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
+        "machine": {"processor": platform.machine(), "cpus": count_processors()},
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": {
             "render": round(rendered - started, 1),

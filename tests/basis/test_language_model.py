@@ -191,11 +191,11 @@ def test_memory_too_small_for_the_context_is_said_before_it_is_taken(backend, mo
     LanguageModel.open(context=256, threads=1).close()
 
 
-def test_a_system_that_does_not_limit_a_process_to_some_cores(monkeypatch):
-    monkeypatch.delattr(os, "sched_getaffinity")  # macOS has none
+def test_a_large_model_runs_in_one_thread_per_core(monkeypatch):
     monkeypatch.setattr(_language_model, "SMALL_BYTES", 0)
+    monkeypatch.setattr(_language_model, "count_cores", lambda: 3)
     with LanguageModel.open(context=256) as opened:
-        assert opened.describe()["threads"] == os.cpu_count()
+        assert opened.describe()["threads"] == 3
 
 
 def test_a_small_model_runs_in_one_thread():
