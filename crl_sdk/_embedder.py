@@ -274,7 +274,10 @@ class Embedder:
                 criterion.
             InvalidInputError: If another argument is malformed, see `crl_sdk.basis.build_basis`.
             MissingDependencyError: If neither llama-cpp-python nor xllamacpp is installed.
+            ClosedError: If this embedder is closed.
+            ForkError: If this process was forked after the embedder had been made.
         """
+        self._lifetime.require()
         others = self._each_basis(against)
         ignored = self._each_basis(ignore)
         prompts = self._prompts(prompts)
@@ -356,7 +359,10 @@ class Embedder:
             GenerationError: If the language model cannot be loaded, fails, or does not know the
                 criterion.
             MissingDependencyError: If neither llama-cpp-python nor xllamacpp is installed.
+            ClosedError: If this embedder is closed.
+            ForkError: If this process was forked after the embedder had been made.
         """
+        self._lifetime.require()
         self.check_generation(criterion, options, prompts=prompts)
         return generate_texts(
             criterion, llm, options, embed_text=self.embed_text,
@@ -703,12 +709,16 @@ class Embedder:
         numbered = enumerate(images)
 
         def submit() -> list[Future[NDArray[np.uint8] | ImageError]]:
-            return [self._pool.submit(self._decode, i, item) for i, item in islice(numbered, size)]
+            given = list(islice(numbered, size))
+            with self._lifetime.ending():
+                return [self._pool.submit(self._decode, i, item) for i, item in given]
 
         waiting = submit()
         while waiting:
             upcoming = submit()
-            yield [future.result() for future in waiting]
+            with self._lifetime.ending():
+                decoded = [future.result() for future in waiting]
+            yield decoded
             waiting = upcoming
 
     def _decode(self, position: int, image: ImageInput) -> NDArray[np.uint8] | ImageError:

@@ -7,6 +7,9 @@ stays taken in the child for ever. Objects that need such threads refuse to work
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
 
 from crl_sdk.errors import ClosedError, ForkError
 
@@ -52,17 +55,27 @@ class Lifetime:
                 f"not here: make the {self._name} in this process, or {_REMEDY}"
             )
 
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Raise `ClosedError` for what a pool of threads says when it is shut down meanwhile."""
+        try:
+            yield
+        except (RuntimeError, CancelledError):
+            self.require()
+            raise
+
 
 class ForkGuard:
     """Refuses a library in a child that was forked after the library had been used."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, remedy: str) -> None:
         """Begin with a library that was not used.
 
         Args:
             name: Name of the library, for messages.
+            remedy: What to do instead, besides starting processes in another way.
         """
-        self._name = name
+        self._name, self._own_remedy = name, remedy
         self._process: int | None = None
 
     def use(self) -> None:
@@ -76,5 +89,5 @@ class ForkGuard:
         elif self._process != os.getpid():
             raise ForkError(
                 f"{self._name} was used before this process was forked, and does not work in it: "
-                f"fork before the first client is made, or {_REMEDY}"
+                f"{self._own_remedy}, or {_REMEDY}"
             )

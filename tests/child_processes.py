@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from crl_sdk import Client, Embedder, demo_bundle
+from crl_sdk.basis import LanguageModel
 from crl_sdk.errors import CrlError
 
 IMAGE = np.full((96, 96, 3), 120, np.uint8)
@@ -60,6 +61,11 @@ def ask_with_a_new_client(address):
 
 def log_likelihoods_of_the_parents():
     return shared["llm"].log_likelihoods("A:", ["b"])
+
+
+def log_likelihoods_here(threads):
+    with LanguageModel.open(context=256, threads=threads) as llm:
+        return llm.log_likelihoods("A:", ["b"])
 
 
 class Embedded(torch.utils.data.Dataset):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -17,14 +18,17 @@ from child_processes import (
     embed_here,
     embed_with_the_parents,
     in_child,
+    log_likelihoods_here,
     log_likelihoods_of_the_parents,
     shared,
 )
 
 from crl_sdk import AsyncClient, Client, Embedder, demo_bundle
 from crl_sdk._lifetime import ForkGuard, Lifetime
-from crl_sdk.basis import LanguageModel
+from crl_sdk.basis import LanguageModel, _language_model
+from crl_sdk.engines import open_engine
 from crl_sdk.errors import ClosedError, ForkError, InvalidInputError
+from crl_sdk.model import ModelBundle
 
 
 @pytest.fixture
@@ -97,6 +101,57 @@ def test_a_language_model_of_the_parent():
     llm.close()  # again
 
 
+def test_a_language_model_with_several_threads_in_a_child_of_a_parent_that_had_one(monkeypatch):
+    """OpenMP's threads are not in the child, and it would wait for them for ever."""
+    monkeypatch.setattr(_language_model, "_several_threads", ForkGuard("llama.cpp", "threads=1"))
+    first = in_child("fork", log_likelihoods_here, 2)  # the parent had none yet
+    here = log_likelihoods_here(2)
+    assert first == pytest.approx(here, abs=0.5)
+    said = in_child("fork", log_likelihoods_here, 2)
+    assert said.startswith("ForkError: llama.cpp was used before this process was forked")
+    assert "threads=1" in said and "forkserver" in said
+    assert in_child("fork", log_likelihoods_here, 1) == pytest.approx(here, abs=0.5)
+    assert in_child("forkserver", log_likelihoods_here, 2) == pytest.approx(here, abs=0.5)
+
+
+ENGINES = ("onnx/cpu/fp32", "openvino/cpu/fp32")
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_of_the_parent_or_a_closed_one(name):
+    engine = open_engine(ModelBundle.open(demo_bundle()), name)
+    inputs = IMAGE[None], np.zeros((128, 0), np.float32), np.zeros(0, np.float32)
+
+    def run():
+        return engine.run(*inputs)[0].shape
+
+    assert run() == (1, 128)
+    assert in_child("fork", run).startswith("ForkError: the engine was made before this process")
+    engine.close()
+    engine.close()
+    with pytest.raises(ClosedError, match="the engine is closed: make a new one"):
+        run()
+
+
+def test_an_embedder_that_is_closed_while_it_embeds():
+    embedder = Embedder.open(demo_bundle())
+    with pytest.raises(ClosedError, match="the embedder is closed"):
+        embedder.embed([IMAGE] * 9, batch_size=1, progress=lambda done: embedder.close())
+
+
+def test_an_embedder_whose_decoding_ends_with_close():
+    """`close` cancels the images that wait for a thread."""
+    embedder = Embedder.open(demo_bundle())
+    busy = [embedder.decode_pool.submit(threading.Event().wait, 1) for _ in range(64)]
+    batches = embedder._decoded_batches([IMAGE] * 2, 1)
+    closing = threading.Timer(0.1, embedder.close)
+    closing.start()
+    with pytest.raises(ClosedError, match="the embedder is closed"):
+        next(batches)
+    closing.join()
+    assert any(each.cancelled() for each in busy)
+
+
 def test_use_after_close():
     embedder = Embedder.open(demo_bundle())
     embedder.close()
@@ -107,6 +162,8 @@ def test_use_after_close():
         lambda: embedder.embed_text(["red"]),
         lambda: embedder.embed_pixels(np.zeros((1, 96, 96, 3), np.uint8)),
         lambda: embedder.create_basis("color", ["red", "green"]),
+        lambda: embedder.generate_texts("color", llm="not read"),
+        lambda: embedder.generate_basis("color", llm="not read"),
     ):
         with pytest.raises(ClosedError, match="the embedder is closed: make a new one"):
             use()
@@ -153,7 +210,7 @@ def test_an_async_client_belongs_to_the_loop_of_its_first_call(address):
 
 
 def test_a_lifetime_ends_with_close_and_does_not_cross_a_fork(monkeypatch):
-    life, guard = Lifetime("thing"), ForkGuard("library")
+    life, guard = Lifetime("thing"), ForkGuard("library", "fork first")
     life.require()
     guard.use()
     guard.use()
@@ -161,7 +218,7 @@ def test_a_lifetime_ends_with_close_and_does_not_cross_a_fork(monkeypatch):
     assert life.forked
     with pytest.raises(ForkError, match="make the thing in this process"):
         life.require()
-    with pytest.raises(ForkError, match="library was used before"):
+    with pytest.raises(ForkError, match=r"library was used before .*: fork first, or start"):
         guard.use()
     life.closed = True
     with pytest.raises(ClosedError):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from crl_sdk._lifetime import Lifetime
+from crl_sdk._lifetime import ForkGuard, Lifetime
 from crl_sdk._processors import count_cores
 from crl_sdk.basis._gguf import read_metadata
 from crl_sdk.basis._llm_backend import LlmBackend, OpenBackend, Sampling, find_backend
@@ -32,6 +32,10 @@ thread saves a quarter of the time on two idle cores (2.0 s in place of 2.7 s fo
 Beside two busy processes it doubles the time (16 s in place of 8 s), though its threads sleep while
 they wait.
 """
+
+_several_threads = ForkGuard(
+    "llama.cpp with several threads", "pass threads=1 (the threads of OpenMP do not survive a fork)"
+)
 
 OnToken = Callable[[int, float], None]
 
@@ -93,6 +97,8 @@ class LanguageModel:
         Raises:
             GenerationError: If the file does not exist, is not a GGUF file, cannot be loaded, or
                 needs more memory than is available.
+            ForkError: If there are several threads, and this process was forked after its parent
+                had loaded a model with several.
             MissingDependencyError: If neither llama-cpp-python nor xllamacpp is installed.
         """
         open_backend = find_backend()
@@ -104,6 +110,8 @@ class LanguageModel:
     ) -> LanguageModel:
         """Load a GGUF file. A model that is not a file would have a method like this one."""
         threads = threads or _default_threads(path)
+        if threads > 1:
+            _several_threads.use()
         metadata = read_metadata(path)
         _require_memory(path, metadata, context)
         try:

@@ -38,7 +38,7 @@ _RECONNECT = (
 calls to a server that has come back would fail."""
 
 
-_grpc = ForkGuard("gRPC")
+_grpc = ForkGuard("gRPC", "fork before the first client is made")
 
 
 class Connection:

@@ -40,10 +40,12 @@ class ImageEngine(Protocol):
 
         Raises:
             EngineError: If the run failed.
+            ClosedError: If the engine is closed.
+            ForkError: If this process was forked after the engine had been opened.
         """
 
     def close(self) -> None:
-        """Free device memory. Idempotent. A run after that may raise an error."""
+        """Free device memory. Idempotent. A later run raises `ClosedError`."""
 
 
 class TextEngine(Protocol):

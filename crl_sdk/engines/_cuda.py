@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from crl_sdk._lifetime import Lifetime
 from crl_sdk.errors import EngineError, MissingDependencyError
 
 _log = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ class CudaDevice:
             partial(cu.cuDevicePrimaryCtxRelease, device),
             partial(cu.cuStreamDestroy, stream),
         ]
+        self._lifetime = Lifetime("engine")
         self._releases = releases
         self._memory: dict[int, Any] = {}
         self._finalizer = weakref.finalize(self, _release, cu, context, releases, self._memory)
@@ -144,14 +146,16 @@ class CudaDevice:
         """Make the GPU's context current in the calling thread. Call it before other methods.
 
         Raises:
-            EngineError: If the GPU is closed, or the driver call fails.
+            ClosedError: If the GPU is closed.
+            ForkError: If this process was forked after the GPU had been opened.
+            EngineError: If the driver call fails.
         """
-        if not self._finalizer.alive:
-            raise EngineError("this engine is closed: open another")
+        self._lifetime.require()
         check(self._cu.cuCtxSetCurrent(self._context), "entering the CUDA context")
 
     def close(self) -> None:
         """Free all memory and handles. Idempotent."""
+        self._lifetime.closed = True
         self._finalizer()
 
     def allocate(self, size: int, what: str) -> int:

@@ -170,7 +170,7 @@ class ProjectionKernel:
         return opened
 
     def close(self) -> None:
-        """Free the GPU's memory. Idempotent. A later call of `apply` raises an error."""
+        """Free the GPU's memory. Idempotent. A later `apply` raises `ClosedError`."""
         with self._lock:
             self._gpu.close()
 

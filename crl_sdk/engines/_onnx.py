@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from crl_sdk._lifetime import Lifetime
 from crl_sdk.engines._contract import ImageEngine
 from crl_sdk.engines._engine_name import EngineName
 from crl_sdk.engines._family import EngineCandidate, EngineFamily
@@ -58,6 +59,7 @@ class OnnxImageEngine:
             profiled: Whether the shapes of a run must stay within `BATCH` and `COLUMNS` of
                 `_onnx_providers`.
         """
+        self._lifetime = Lifetime("engine")
         self._session = session
         self._name = name
         self._bound = _BoundRuns(session, memory) if memory is not None else None
@@ -108,7 +110,8 @@ class OnnxImageEngine:
         return self._name
 
     def close(self) -> None:
-        """Do nothing: the session is freed with the last reference to this engine."""
+        """Refuse further runs. The session is freed with the last reference to this engine."""
+        self._lifetime.closed = True
 
     def run(
         self,
@@ -117,6 +120,7 @@ class OnnxImageEngine:
         bias: NDArray[np.float32],
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """See `crl_sdk.engines.ImageEngine.run`."""
+        self._lifetime.require()
         if not self._profiled:
             return self._run(pixels, weight, bias)
         columns = weight.shape[1]
@@ -152,6 +156,7 @@ class OnnxTextEngine:
 
     def __init__(self, session: ort.InferenceSession) -> None:
         """Store an open session. Use `OnnxTextEngine.open` to create one."""
+        self._lifetime = Lifetime("engine")
         self._session = session
 
     @classmethod
@@ -174,6 +179,7 @@ class OnnxTextEngine:
 
     def run(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `crl_sdk.engines.TextEngine.run`."""
+        self._lifetime.require()
         (embedding,) = _run(self._session, ["embedding"], {"tokens": tokens})
         return embedding
 

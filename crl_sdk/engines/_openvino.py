@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from crl_sdk._lifetime import Lifetime
 from crl_sdk.engines._contract import ImageEngine
 from crl_sdk.engines._engine_name import EngineName
 from crl_sdk.engines._family import EngineCandidate, EngineFamily
@@ -62,6 +63,7 @@ class OpenVinoImageEngine:
             name: Name of the engine.
             image_shape: Shape of one image, (H, W, 3).
         """
+        self._lifetime = Lifetime("engine")
         self._request = request
         self._name = name
         self._image_shape = image_shape
@@ -126,7 +128,8 @@ class OpenVinoImageEngine:
         return self._name
 
     def close(self) -> None:
-        """Do nothing: the model is freed with the last reference to this engine."""
+        """Refuse further runs. The model is freed with the last reference to this engine."""
+        self._lifetime.closed = True
 
     def run(
         self,
@@ -135,6 +138,7 @@ class OpenVinoImageEngine:
         bias: NDArray[np.float32],
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """See `crl_sdk.engines.ImageEngine.run`."""
+        self._lifetime.require()
         if pixels.dtype != np.uint8 or pixels.shape[1:] != self._image_shape:
             raise EngineError(  # OpenVINO would silently convert another dtype
                 f"the run failed on image {pixels.shape} {pixels.dtype}: expected "

@@ -27,7 +27,7 @@ from crl_sdk.engines._tensorrt_plans import (
     plans_directory,
 )
 from crl_sdk.engines._tensorrt_runtime import TensorRTRuntime, load_tensorrt
-from crl_sdk.errors import EngineError, PlanError
+from crl_sdk.errors import ClosedError, EngineError, PlanError
 from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.model._manifest import Precision
 from crl_sdk.storage._atomic_files import write_atomically
@@ -161,7 +161,7 @@ class TensorRTImageEngine:
         return EngineName(self.plan.spec.runtime, "cuda", self.plan.spec.precision)
 
     def close(self) -> None:
-        """Free the GPU's memory. Idempotent. A later run raises an error."""
+        """Free the GPU's memory. Idempotent. A later run raises `ClosedError`."""
         with self._lock:
             self._shapes.clear()  # contexts must go before the engine and the memory they use
             self._config = self._cache = self._loaded = None
@@ -231,7 +231,7 @@ class TensorRTImageEngine:
     @property
     def _engine(self) -> Any:
         if self._loaded is None:
-            raise EngineError("this engine is closed: open another")
+            raise ClosedError("the engine is closed: make a new one")
         return self._loaded.engine
 
     def _tensor(self, name: str) -> Any:

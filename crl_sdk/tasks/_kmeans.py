@@ -107,13 +107,14 @@ def kmeans(
         distinct rows.
 
     Raises:
-        InvalidInputError: If `k` is out of range.
+        InvalidInputError: If `k` is out of range, or rows are malformed or hold NaN or infinity.
         MissingDependencyError: If scikit-learn is not installed.
     """
     if isinstance(k, bool) or not 1 <= k <= len(rows):
         raise InvalidInputError(
             f"expected k from 1 to the {len(rows)} rows, got {k}: choose k in this range"
         )
+    rows = check_rows(rows)
     with _threads(rows):
         return _fit(rows, k, seed, starts)
 

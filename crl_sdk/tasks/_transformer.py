@@ -23,7 +23,7 @@ from crl_sdk.basis._methods import (
     make_projection,
 )
 from crl_sdk.errors import InvalidInputError
-from crl_sdk.projection._projection import Post, Projection
+from crl_sdk.projection._projection import Post, Projection, check_embeddings
 from crl_sdk.tasks._sharpen import sharpen_projection
 
 
@@ -93,12 +93,13 @@ class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[m
 
         Raises:
             InvalidInputError: If neither or both of `basis` and `text_embeddings` are given, X has
-                another dimension, a parameter is malformed, or there are too few rows to sharpen.
+                another dimension, holds NaN or infinity or is no array (n, d), a parameter is
+                malformed, or there are too few rows to sharpen.
             BasisError: If a basis file cannot be read.
             IntegrityError: If a file is not a basis file.
-            ValueError: If X is not a finite (n, d) array (raised by scikit-learn).
+            TypeError: If X is sparse or holds no numbers (raised by scikit-learn).
         """
-        checked = validate_data(self, X, dtype=[np.float32, np.float64])
+        checked = self._validated(X, reset=True)
         embeddings, texts, made, method, post = self._source(checked.shape[1])
         if made is None or self.method is not None:
             made = make_projection(
@@ -129,10 +130,12 @@ class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[m
             Conditional embeddings, shape (n, m), float32.
 
         Raises:
-            ValueError: If X is not a finite (n, d) array (raised by scikit-learn).
+            InvalidInputError: If X is no array (n, d), or a row holds NaN or infinity.
+            TypeError: If X is sparse or holds no numbers (raised by scikit-learn).
+            NotFittedError: If `fit` was not called (raised by scikit-learn).
         """
         check_is_fitted(self)
-        checked = validate_data(self, X, dtype=[np.float32, np.float64], reset=False)
+        checked = self._validated(X, reset=False)
         return self.projection_.apply(checked)
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
@@ -167,6 +170,16 @@ class ConditionalTransformer(TransformerMixin, BaseEstimator):  # type: ignore[m
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float32"]
         return tags
+
+    def _validated(self, X: Any, *, reset: bool) -> NDArray[np.float32]:
+        """Return X as float32, after the checks of scikit-learn and ours of single rows."""
+        try:
+            checked = validate_data(
+                self, X, dtype=[np.float32, np.float64], ensure_all_finite=False, reset=reset
+            )
+        except ValueError as error:
+            raise InvalidInputError(str(error)) from error
+        return check_embeddings(checked, checked.shape[1])
 
     def _source(
         self, dim: int

@@ -14,7 +14,7 @@ from crl_export.kernels.ahead import compile_kernels
 from crl_sdk.engines import _cuda as cuda
 from crl_sdk.engines import _kernels as kernels
 from crl_sdk.engines._kernels import POST_NUMBERS, ProjectionKernel, read_kernels
-from crl_sdk.errors import EngineError, InvalidInputError, PlanError
+from crl_sdk.errors import ClosedError, EngineError, InvalidInputError, PlanError
 from crl_sdk.projection._projection import Projection, normalise_rows
 
 SIZES = {"u64": 8, "u32": 4}
@@ -115,7 +115,7 @@ def test_memory_is_reused_and_grows(driver, folder):
     assert len(driver.buffers) == count == 6
     kernel.close()
     kernel.close()
-    with pytest.raises(EngineError, match="closed"):
+    with pytest.raises(ClosedError, match="the engine is closed: make a new one"):
         kernel.apply(*some(1, 64, [4]))
 
 

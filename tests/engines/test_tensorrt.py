@@ -23,7 +23,7 @@ from crl_sdk.engines._selection import choose_engine, list_candidates
 from crl_sdk.engines._tensorrt import TensorRTImageEngine
 from crl_sdk.engines._tensorrt_plans import find_plan, plans_directory, read_plans
 from crl_sdk.engines._verify import verify
-from crl_sdk.errors import EngineError, PlanError
+from crl_sdk.errors import ClosedError, EngineError, PlanError
 from crl_sdk.model import _parity as parity
 
 MOST, COLUMNS = 5, 100
@@ -169,7 +169,7 @@ def test_wrong_arrays_are_refused(gpu, bundle):
     engine.run(pixels, weight, bias)
     engine.close()
     engine.close()
-    with pytest.raises(EngineError, match="closed"):
+    with pytest.raises(ClosedError, match="the engine is closed: make a new one"):
         engine.run(pixels, weight, bias)
 
 

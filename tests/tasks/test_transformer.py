@@ -62,6 +62,21 @@ def test_scikit_learns_own_checks():
     assert not failed and sum(each["status"] == "passed" for each in results) > 30
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_is_named(wrong):
+    x = unit(7, seed=5)
+    x[4, 2] = wrong
+    made = ConditionalTransformer(basis_of("color", ["red", "green", "blue"]))
+    with pytest.raises(InvalidInputError, match="hold NaN or infinity, the first at row 4"):
+        made.fit(x)
+    made.fit(unit(7, seed=5))
+    with pytest.raises(InvalidInputError, match="hold NaN or infinity, the first at row 4"):
+        made.transform(x)
+    for malformed in (x[0], x[:, :3], [["a"]], np.zeros((0, DIM))):
+        with pytest.raises(InvalidInputError):
+            made.transform(malformed)
+
+
 def test_rows_are_those_of_the_basis():
     basis, x = basis_of("color", ["red", "green", "blue"]), unit(7, seed=5)
     made = ConditionalTransformer(basis).fit(x)
