@@ -28,6 +28,7 @@ from crl_sdk.errors import (
     CrlError,
     UnknownCriterionError,
 )
+from crl_sdk.storage._atomic_files import delete_file, make_directory, remove_leftovers
 from crl_sdk.storage._checksummed_safetensors import SUFFIX
 
 _log = logging.getLogger(__name__)
@@ -64,12 +65,13 @@ class BasisStore:
             BasisError: If another server owns the directory, or it cannot be created or read.
         """
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self.directory, BasisError)
             self._lock_file = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
+        except (BasisError, OSError) as error:
+            reason = getattr(error.__cause__ or error, "strerror", error)
             raise BasisError(
-                f"{self.directory}: cannot be used for bases ({error.strerror}); choose another "
-                "directory with --bases"
+                f"{self.directory}: cannot be used for bases ({reason}); choose another directory "
+                "with --bases"
             ) from error
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -85,8 +87,7 @@ class BasisStore:
                 "move those of this model to %s", len(loose), self.directory.parent, loose[0].name,
                 self.directory,
             )  # fmt: skip
-        for leftover in self.directory.glob(f".*{SUFFIX}.*.tmp"):  # left by a write that was killed
-            leftover.unlink(missing_ok=True)
+        remove_leftovers(self.directory, f"*{SUFFIX}")
         bases = {}
         for path in sorted(self.directory.glob(f"*{SUFFIX}")):
             try:
@@ -184,7 +185,7 @@ class BasisStore:
             name = stored.basis.criterion
             path = self.directory / basis_file_name(name)
             try:
-                path.unlink()
+                delete_file(path)
             except OSError as error:
                 message = f"{path}: cannot be deleted ({error.strerror})"
                 raise _disk_error(f"delete {name!r}", message, error) from error

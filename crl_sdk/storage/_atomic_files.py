@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import shutil
@@ -32,7 +33,7 @@ Record = TypeVar("Record", bound=msgspec.Struct)
 
 
 def make_directory(path: Path, failure: type[CrlError]) -> None:
-    """Create a directory and its parents, unless they exist.
+    """Create a directory and its parents, unless they exist. New ones are on the disk afterwards.
 
     Args:
         path: Path of the directory.
@@ -42,7 +43,10 @@ def make_directory(path: Path, failure: type[CrlError]) -> None:
         CrlError: If the directory cannot be created. Its type is `failure`.
     """
     try:
+        missing = [each for each in (path, *path.parents) if not each.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        for each in missing:
+            sync_directory(each.parent)
     except OSError as error:
         raise failure(
             f"{path}: the directory cannot be created ({error.strerror}); choose another"
@@ -139,7 +143,7 @@ def new_directory(path: Path, failure: type[CrlError]) -> Iterator[Path]:
             for folder, _, files in os.walk(work):
                 for name in files:
                     _sync(Path(folder, name))
-                _sync(Path(folder))
+                sync_directory(Path(folder))
             work.chmod(0o755)
             _swap(work, path)
         finally:
@@ -170,9 +174,18 @@ def _swap(work: Path, path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Write the entries of a directory to the disk, so that a rename survives a power failure."""
-    if os.name == "posix":  # Windows cannot open directories
+    """Write the entries of a directory to the disk, so that a rename survives a power failure.
+
+    Nothing happens where that is impossible: on Windows, on some network file systems, and in a
+    directory that may be written but not listed.
+    """
+    if os.name != "posix":
+        return
+    try:
         _sync(path)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def _sync(path: Path) -> None:
@@ -204,19 +217,47 @@ def _lock(opened: int) -> int:
     return opened
 
 
+def remove_leftovers(directory: Path, pattern: str) -> None:
+    """Remove what killed processes left of temporary files; those of living ones stay.
+
+    Args:
+        directory: Directory of the files.
+        pattern: Pattern of the names of the complete files, such as `*.safetensors`.
+    """
+    for leftover in _leftovers(directory, pattern):
+        with suppress(OSError):
+            leftover.unlink()
+
+
 def _remove_leftovers(path: Path) -> None:
     """Remove what killed processes left of earlier temporary files or directories for `path`."""
-    pattern = f".{glob.escape(path.name)}.*{_SUFFIX}"
-    for leftover in path.parent.glob(pattern):
+    for leftover in _leftovers(path.parent, glob.escape(path.name)):
         with suppress(OSError):  # another process has removed it, or it belongs to somebody else
+            old = leftover / path.name
+            if old.is_dir() and not path.exists():  # killed in `_swap`, between its renames
+                old.rename(path)
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+
+
+def _leftovers(directory: Path, pattern: str) -> Iterator[Path]:
+    """Yield temporary files and directories whose process has ended."""
+    for leftover in list(directory.glob(f".{pattern}.*{_SUFFIX}")):
+        with suppress(OSError):
             if time.time() - leftover.lstat().st_mtime >= _GRACE and not _is_locked(leftover):
-                old = leftover / path.name
-                if old.is_dir() and not path.exists():  # killed in `_swap`, between its renames
-                    old.rename(path)
-                if leftover.is_dir() and not leftover.is_symlink():
-                    shutil.rmtree(leftover)
-                else:
-                    leftover.unlink()
+                yield leftover
+
+
+def delete_file(path: Path) -> None:
+    """Delete a file, so that it does not come back after a power failure.
+
+    Raises:
+        OSError: If it cannot be deleted.
+    """
+    path.unlink()
+    sync_directory(path.parent)
 
 
 def _is_locked(path: Path) -> bool:

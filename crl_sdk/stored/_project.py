@@ -20,7 +20,7 @@ from crl_sdk.basis._directory import basis_file_name
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._project_rows import check_rows, project_rows
 from crl_sdk.projection._row_dtypes import RowDtype, require_row_dtype
-from crl_sdk.storage._atomic_files import new_files, write_record
+from crl_sdk.storage._atomic_files import make_directory, new_files, write_record
 from crl_sdk.stored._reader import StoredEmbeddings
 
 SCHEMA = 1
@@ -121,8 +121,8 @@ def project_stored(
             f"{directory}: holds {', '.join(there)} already; pass --overwrite to replace them, or "
             "choose another directory"
         )
+    make_directory(directory, InvalidInputError)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         sizes = _write_arrays(stored, bases, paths, dtype, threads=threads, progress=progress)
     except OSError as error:
         raise InvalidInputError(

@@ -122,7 +122,11 @@ def test_bases_outlive_the_server_and_strangers_are_left_alone(serve, embedder, 
     make(embedder, "loose").save(tmp_path / "bases" / "loose.safetensors")
     make(embedder, "alien", fingerprint="0" * 64).save(directory / "alien.safetensors")
     (directory / "torn.safetensors").write_bytes(b"\x08")
-    (directory / ".mood.safetensors.x.tmp").write_bytes(b"left by a write that was killed")
+    left = directory / ".mood.safetensors.x.tmp"
+    left.write_bytes(b"left by a write that was killed")
+    os.utime(left, (0, 0))
+    written = directory / ".size.safetensors.y.tmp"  # by another process, at this moment
+    written.write_bytes(b"half")
     make(embedder, "real").save(directory / "other.safetensors")
     second = serve(embedder)
     with Client(second.address) as client:
@@ -131,7 +135,7 @@ def test_bases_outlive_the_server_and_strangers_are_left_alone(serve, embedder, 
     for words in ("0000", "torn", "rename it", "such as loose.safetensors: move"):
         assert words in caplog.text
     assert (directory / "alien.safetensors").exists()
-    assert not (directory / ".mood.safetensors.x.tmp").exists()
+    assert not left.exists() and written.exists()
 
 
 def test_what_is_refused(server, client, embedder):

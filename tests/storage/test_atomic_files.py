@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from crl_sdk.errors import BasisError, PlanError
 from crl_sdk.storage import _atomic_files
 from crl_sdk.storage._atomic_files import (
+    delete_file,
     make_directory,
     new_directory,
     new_file,
@@ -161,6 +163,35 @@ def test_files_and_their_directory_are_on_the_disk_before_the_write_returns(tmp_
     with new_directory(tmp_path / "d", BasisError) as work:
         (work / "f").touch()
     assert done == [str(work / "f"), str(work), str(tmp_path)]
+
+
+def test_new_directories_and_deleted_files_are_on_the_disk(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(_atomic_files, "_sync", done.append)
+    make_directory(tmp_path / "a" / "b", BasisError)
+    assert sorted(done) == [tmp_path, tmp_path / "a"]
+    done.clear()
+    make_directory(tmp_path / "a" / "b", BasisError)
+    assert not done
+    (tmp_path / "a" / "file").touch()
+    delete_file(tmp_path / "a" / "file")
+    assert done == [tmp_path / "a"] and not (tmp_path / "a" / "file").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EINVAL, errno.ENOTSUP])
+def test_a_directory_that_cannot_be_synchronised_does_no_harm(tmp_path, monkeypatch, number):
+    real = os.fsync
+
+    def sync(opened):
+        if os.path.isdir(f"/proc/self/fd/{opened}"):
+            raise OSError(number, os.strerror(number))
+        real(opened)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    write_atomically(tmp_path / "x", b"1", BasisError)
+    with new_directory(tmp_path / "d", BasisError) as work:
+        (work / "f").touch()
+    assert (tmp_path / "x").read_bytes() == b"1" and (tmp_path / "d" / "f").exists()
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):

@@ -253,8 +253,8 @@ def test_wrong_arguments(bases, rows):
         (("x.npy", "--criteria", "mood", "--out", "out"), "which has main color, shape"),
         (("x.npy", "--criteria", "shape,shape", "--out", "out"), "each criterion once"),
         (("x.npy", "--criteria", " , ", "--out", "out"), "at least one"),
-        (("x.npy", "--criteria", "shape", "--out", "file/out"), "cannot be written"),
-        (("x.npy", "--criteria", "shape", "--out", "file"), "cannot be written"),
+        (("x.npy", "--criteria", "shape", "--out", "file/out"), "cannot be created"),
+        (("x.npy", "--criteria", "shape", "--out", "file"), "cannot be created"),
     ]:
         with pytest.raises(CrlError, match=words):
             project(*arguments)
