@@ -55,7 +55,8 @@ _log = logging.getLogger(__name__)
 class Embedder:
     """A model bundle with its engines and bases. Several threads may use it at once.
 
-    Forked processes cannot use it, see docs/PROCESSES.md.
+    Forked processes cannot use it, see docs/PROCESSES.md. If it is sent to a process that was
+    started with the method spawn or forkserver, the same bundle, engine and bases are opened there.
 
     Attributes:
         bundle: Model bundle.
@@ -96,6 +97,9 @@ class Embedder:
         if decode not in get_args(Decode):
             raise InvalidInputError(f"expected decode of {get_args(Decode)}, got {decode!r}")
         self._lifetime = Lifetime("embedder")
+        self._threads: int | None = None
+        self._baked: Basis | None = None
+        self._opened = False  # whether `open` can make the same embedder again
         self.bundle = bundle
         self.limits = limits
         self.decode: Decode = decode
@@ -162,9 +166,24 @@ class Embedder:
             limits=limits,
             decode=decode,
         )
+        embedder._threads, embedder._baked, embedder._opened = threads, baked, True
         if baked is not None:
             embedder.add_basis(baked)
         return embedder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how another process opens the same bundle, engine and bases."""
+        self._lifetime.require()
+        if not self._opened:
+            raise InvalidInputError(
+                "an embedder that was made from its parts cannot be sent to another process: use "
+                "Embedder.open, here or there"
+            )
+        arguments = {
+            "engine": self.engine, "threads": self._threads, "baked": self._baked,
+            "limits": self.limits, "decode": self.decode,
+        }  # fmt: skip
+        return _open_again, (self.bundle.path.absolute(), arguments, tuple(self._bases.values()))
 
     def __enter__(self) -> Embedder:
         """Return the embedder; leaving the context closes it."""
@@ -727,6 +746,16 @@ class Embedder:
             return self.load_pixels(image, source=source)
         except ImageError as error:
             return error
+
+
+def _open_again(
+    bundle: os.PathLike[str], arguments: Mapping[str, Any], bases: Sequence[Basis]
+) -> Embedder:
+    """Open an embedder that was sent from another process."""
+    embedder = Embedder.open(bundle, **arguments)
+    for basis in bases:
+        embedder.add_basis(basis)
+    return embedder
 
 
 def _check_images(images: object) -> None:

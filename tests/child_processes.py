@@ -50,6 +50,15 @@ def embed_with_the_parents():
     return shared["embedder"].embed([IMAGE]).universal.shape
 
 
+def embed_with(embedder):
+    result = embedder.embed([IMAGE], ["color"])
+    return embedder.engine, embedder.decode, result["color"]
+
+
+def ask_with(client):
+    return client.model().name
+
+
 def ask_with_the_parents():
     return shared["client"].model().name
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import threading
 
 import numpy as np
@@ -13,9 +14,11 @@ from child_processes import (
     IMAGE,
     SECONDS,
     Embedded,
+    ask_with,
     ask_with_a_new_client,
     ask_with_the_parents,
     embed_here,
+    embed_with,
     embed_with_the_parents,
     in_child,
     log_likelihoods_here,
@@ -72,6 +75,41 @@ def test_a_data_loader_with_the_embedder_of_the_parent(used_embedder):
     )
     with pytest.raises(ForkError, match="multiprocessing_context='forkserver'"):
         next(iter(loader))
+
+
+def test_a_data_loader_that_is_given_the_embedder_of_the_parent_opens_it_again(used_embedder):
+    loader = torch.utils.data.DataLoader(
+        Embedded(used_embedder), batch_size=2, num_workers=1, timeout=SECONDS,
+        multiprocessing_context="forkserver",
+    )  # fmt: skip
+    (first, _), expected = loader, used_embedder.embed([IMAGE]).universal[0]
+    np.testing.assert_array_equal(first[0], expected)
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_an_embedder_and_a_client_that_are_sent_to_a_child(address, method):
+    engine = "openvino/cpu/fp32"
+    with Embedder.open(demo_bundle(), engine=engine, threads=1, decode="fast") as embedder:
+        basis = embedder.create_basis("color", ["red", "green", "blue"])
+        found, decode, rows = in_child(method, embed_with, embedder)
+        assert (found, decode) == (engine, "fast")
+        np.testing.assert_allclose(rows, embedder.embed([IMAGE], [basis])["color"], atol=1e-5)
+    with Client(address) as client:
+        assert in_child(method, ask_with, client) == client.model().name
+
+
+def test_what_cannot_be_sent_to_another_process():
+    with Embedder.open(demo_bundle()) as whole:
+        parts = Embedder(whole.bundle, whole._image_engine, lambda: None)
+        with pytest.raises(InvalidInputError, match=r"made from its parts .* use Embedder.open"):
+            pickle.dumps(parts)
+        parts.decode_pool.shutdown()
+    with pytest.raises(ClosedError):
+        pickle.dumps(whole)
+    client = Client("127.0.0.1:1")
+    client.close()
+    with pytest.raises(ClosedError):
+        pickle.dumps(client)
 
 
 def test_clients_in_children(address):

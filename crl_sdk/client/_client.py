@@ -455,7 +455,9 @@ def _blocking(
 class Client:
     """A blocking client, which runs an `AsyncClient` on an event loop in a background thread.
 
-    It can be used from several threads. Use it as a context manager, or call `close`.
+    It can be used from several threads. Use it as a context manager, or call `close`. If it is sent
+    to a process that was started with the method spawn or forkserver, a client of the same service
+    is made there.
     `progress` functions are called in the background thread.
     """
 
@@ -463,6 +465,7 @@ class Client:
         self, address: str = DEFAULT_ADDRESS, options: ClientOptions = DEFAULT_OPTIONS
     ) -> None:
         """Store where the service is. The arguments are those of `AsyncClient`."""
+        self._arguments = address, options
         self._lifetime = Lifetime("client")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
@@ -478,6 +481,11 @@ class Client:
     @staticmethod
     async def _open(address: str, options: ClientOptions) -> AsyncClient:
         return AsyncClient(address, options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how another process makes a client of the same service."""
+        self._lifetime.require()
+        return type(self), self._arguments
 
     async def _close(self) -> None:
         """Close the connection, and end the calls that other threads wait for."""
