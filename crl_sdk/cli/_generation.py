@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embedder import Embedder
 from crl_sdk._progress import GenerationProgress
 from crl_sdk.basis._basis import Basis
@@ -110,7 +109,7 @@ def generate_texts(
     The arguments are those of `Embedder.generate_texts`, which also lists the errors, and the
     threads of `LanguageModel.open`.
     """
-    normalise_criterion(criterion)  # before the model is loaded
+    embedder.check_generation(criterion, options, prompts=prompts)  # before the model is loaded
     with _shown_progress() as progress, LanguageModel.open(llm, threads=threads) as opened:
         texts = embedder.generate_texts(
             criterion, llm=opened, options=options, prompts=prompts, progress=progress
