@@ -1,7 +1,8 @@
 """Memory of a server under a flood of the images that take most, with and without the budget.
 
-`python -m crl_benchmarks.decode_memory` sends PNG files of 7,999 × 7,999 pixels, which compress to
-some hundred kilobytes, to one server after the other, and prints how much each has grown.
+`python -m crl_benchmarks.decode_memory` sends PNG and WebP files of 7,999 × 7,999 pixels, which
+compress to some hundred kilobytes or less, to one server after the other, and prints how much
+each has grown.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from PIL import Image
 from crl_sdk.client import Client, ClientOptions
 
 _SIDE = 7999
-_MODES = ("I;16", "RGBA", "LA", "RGB")
+_IMAGES = (("I;16", "PNG"), ("RGBA", "PNG"), ("LA", "PNG"), ("RGB", "PNG"), ("RGBA", "WEBP"))
 _UNLIMITED = 1 << 20  # MiB
 
 
 def make_images() -> list[bytes]:
-    """Return one encoded image of each mode."""
+    """Return one encoded image of each mode and format."""
     made = []
-    for mode in _MODES:
+    for mode, form in _IMAGES:
         data = io.BytesIO()
-        Image.new(mode, (_SIDE, _SIDE)).save(data, "PNG", compress_level=9)
+        options = {"compress_level": 9} if form == "PNG" else {"lossless": True}
+        Image.new(mode, (_SIDE, _SIDE)).save(data, form, **options)
         made.append(data.getvalue())
     return made
 
@@ -74,8 +76,8 @@ def _peak(pid: int) -> int:
 def main() -> None:
     """Print a table of both servers."""
     images = make_images()
-    files = zip(_MODES, images, strict=True)
-    sizes = ", ".join(f"{mode} {len(data) >> 10} KiB" for mode, data in files)
+    files = zip(_IMAGES, images, strict=True)
+    sizes = ", ".join(f"{form} {mode} {-(-len(data) >> 10)} KiB" for (mode, form), data in files)
     print(f"{_SIDE} × {_SIDE} pixels: {sizes}; four calls at once\n")
     print("| --max-decode-mb | growth of the peak, MiB | images embedded |")
     print("|---|---|---|")

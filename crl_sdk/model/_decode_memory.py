@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from PIL import Image
 
 _BYTES = {"1": 1, "L": 1, "P": 1}
 """Bytes of a pixel in Pillow's memory. Modes that begin with I;16 take 2, all others 4."""
 
-_WHOLE_BUFFER = ("WEBP", "AVIF", "GIF", "JPEG2000")
-"""Formats whose decoders hold a whole image of four bytes per pixel of their own."""
+_DECODER_BYTES = {"WEBP": 12, "AVIF": 12, "GIF": 4, "XPM": 4}
+"""Bytes of a pixel that a decoder holds of its own, whatever the mode: it decodes whole images."""
 
-_PROGRESSIVE = 6
-"""Bytes of coefficients per pixel that libjpeg holds of a progressive JPEG, without subsampling."""
+_DECODER_BYTES_PER_BAND = {"JPEG2000": 6, "PPM": 1, "QOI": 1, "SGI": 1, "DDS": 1}
+"""The same per band. OpenJPEG computes in 32 bits; the others are written in Python."""
+
+_PROGRESSIVE = 2
+"""Bytes of coefficients per pixel and band that libjpeg holds of a progressive JPEG."""
+
+_BITS, _SAMPLES, _ROWS, _TILE_WIDTH, _TILE_HEIGHT = 258, 277, 278, 322, 323
+"""Tags of TIFF files."""
 
 
 def estimate_decode_bytes(image: Image.Image, *, turned: bool, plain: bool) -> int:
@@ -23,10 +31,27 @@ def estimate_decode_bytes(image: Image.Image, *, turned: bool, plain: bool) -> i
         plain: Whether it is of the mode L or RGB and opaque, so that it is not converted.
     """
     pixels = image.width * image.height
+    bands = len(image.getbands())
     source = 2 if image.mode.startswith("I;16") else _BYTES.get(image.mode, 4)
     grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
     converted = 0 if plain else 1 if grey else 4
-    decoder = 4 if image.format in _WHOLE_BUFFER else 0
+    form = image.format or ""
+    decoder = _DECODER_BYTES.get(form, 0) + bands * _DECODER_BYTES_PER_BAND.get(form, 0)
+    if form == "PPM" and image.mode == "I":
+        decoder = 4
     if image.info.get("progressive"):
-        decoder = _PROGRESSIVE
-    return pixels * (source + max(decoder, source if turned else 0, converted))
+        decoder = bands * _PROGRESSIVE
+    blocks = _tiff_block_bytes(image) if form == "TIFF" else 0
+    return max(
+        pixels * (source + max(decoder, source if turned else 0, converted)),
+        pixels * source + blocks,
+    )
+
+
+def _tiff_block_bytes(image: Any) -> int:
+    """Return the bytes of a strip or tile of a TIFF file. A tile may be larger than the image."""
+    tags = image.tag_v2
+    bits = max(tags.get(_BITS, (1,))) * tags.get(_SAMPLES, 1)
+    if _TILE_WIDTH in tags:
+        return int(tags[_TILE_WIDTH] * tags.get(_TILE_HEIGHT, 1) * bits) // 8
+    return int(image.width * min(tags.get(_ROWS, image.height), image.height) * bits) // 8

@@ -21,7 +21,7 @@ from crl_sdk._image_bytes import check_bytes, read_image_file
 from crl_sdk.errors import ImageError, ImageTooLargeError
 from crl_sdk.model._decode_memory import estimate_decode_bytes
 from crl_sdk.model._image_colours import is_plain, note_raw_mode, to_plain
-from crl_sdk.model._image_formats import DEFAULT_FORMATS, check_formats, identify
+from crl_sdk.model._image_formats import DEFAULT_FORMATS, check_formats, check_icon, identify
 
 ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
 """An image: a path, the bytes of a file, a Pillow image, or an array; see `load_pixels`."""
@@ -166,11 +166,7 @@ def load_pixels(
         except ImageError:
             raise
         except MemoryError as error:
-            raise ImageError(
-                f"there was not enough memory to decode {opened.width}×{opened.height} pixels: "
-                "send a smaller image, or lower ImageLimits.max_decode_bytes (--max-decode-mb)",
-                source=name,
-            ) from error
+            raise _out_of_memory(f"{opened.width}×{opened.height} pixels", name) from error
         except Exception as error:  # decoders of damaged files raise anything
             raise ImageError(
                 f"the image is damaged or truncated ({error}); send the complete file", source=name
@@ -340,15 +336,19 @@ def _open(data: Any, limits: ImageLimits, name: str) -> Image.Image:
         return data
     if isinstance(data, np.ndarray):
         return _from_array(data, name)
+    if "ICO" in limits.formats:
+        check_icon(data, name)
     try:
         return Image.open(io.BytesIO(data), formats=limits.formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(f"{error}; send a smaller image", source=name) from error
+    except MemoryError as error:
+        raise _out_of_memory(f"{len(data):,} bytes", name) from error
     except Exception as error:  # decoders of damaged files raise anything
         found = identify(data)
         if found is not None and found not in limits.formats:
             raise ImageError(
-                f"a {found} image, a format that is not read by default: pass --formats "
+                f"its format is {found}, which is not read by default: pass --formats "
                 f"{found.lower()} (ImageLimits.formats), or send {', '.join(DEFAULT_FORMATS)}",
                 source=name,
             ) from error
@@ -357,6 +357,14 @@ def _open(data: Any, limits: ImageLimits, name: str) -> Image.Image:
             f"starting with {data[:8]!r}",
             source=name,
         ) from error
+
+
+def _out_of_memory(what: str, name: str) -> ImageError:
+    return ImageError(
+        f"there was not enough memory to decode {what}: send a smaller image, or lower "
+        "ImageLimits.max_decode_bytes (--max-decode-mb)",
+        source=name,
+    )
 
 
 def _check_decode_bytes(opened: Image.Image, limits: ImageLimits, name: str) -> int:

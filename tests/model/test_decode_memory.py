@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import resource
+import struct
 import subprocess
 import sys
 import threading
+import zlib
 
 import numpy as np
 import pytest
@@ -32,7 +34,10 @@ def encoded(mode, size=(400, 300), form="PNG", **options):
     ("mode", "form", "options", "per_pixel"),
     [("RGB", "PNG", {}, 4), ("L", "PNG", {}, 1), ("RGBA", "PNG", {}, 8), ("LA", "PNG", {}, 5),
      ("I;16", "PNG", {}, 3), ("P", "PNG", {}, 5), ("1", "PNG", {}, 2), ("CMYK", "JPEG", {}, 8),
-     ("RGB", "WEBP", {}, 8), ("RGB", "JPEG", {}, 4), ("RGB", "JPEG", {"progressive": True}, 10)],
+     ("RGB", "WEBP", {}, 16), ("RGB", "AVIF", {}, 16), ("RGB", "JPEG2000", {}, 22),
+     ("L", "JPEG2000", {}, 7), ("RGB", "QOI", {}, 7), ("I;16", "PPM", {}, 8),
+     ("RGB", "JPEG", {}, 4), ("RGB", "JPEG", {"progressive": True}, 10),
+     ("CMYK", "JPEG", {"progressive": True}, 12), ("L", "JPEG", {"progressive": True}, 3)],
 )  # fmt: skip
 def test_the_estimate_before_decoding(mode, form, options, per_pixel):
     with Image.open(io.BytesIO(encoded(mode, form=form, **options))) as image:
@@ -110,31 +115,112 @@ def test_memory_that_runs_out_fails_one_image(monkeypatch):
     assert isinstance(result.errors[1], ImageError)
 
 
+WORST = {
+    "I;16": ("I;16", "PNG", {"compress_level": 1}),
+    "RGBA": ("RGBA", "PNG", {"compress_level": 1}),
+    "LA": ("LA", "PNG", {"compress_level": 1}),
+    "webp": ("RGBA", "WEBP", {"lossless": True, "method": 0}),
+    "avif": ("RGBA", "AVIF", {"speed": 10}),
+    "jpeg2000": ("RGBA", "JPEG2000", {}),
+    "cmyk": ("CMYK", "JPEG", {"progressive": True, "subsampling": 0}),
+    "ppm": ("I;16", "PPM", {}),
+    "strip": ("RGB", "TIFF", {"compression": "tiff_lzw", "strip_size": 1 << 30}),
+    "float": ("F", "TIFF", {"compression": "tiff_lzw", "strip_size": 1 << 30}),
+    "tile": None,
+}
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads VmHWM")
-@pytest.mark.parametrize("mode", ["I;16", "RGBA", "LA"])
-def test_the_worst_images_take_no_more_than_was_estimated(mode, tmp_path):
-    """5000 × 5000 pixels in a process of its own: its peak grows by the estimate and 64 MiB."""
-    path = tmp_path / "a.png"
-    path.write_bytes(encoded(mode, (5000, 5000), compress_level=1))
+@pytest.mark.parametrize("worst", WORST)
+def test_the_worst_images_take_no_more_than_was_estimated(worst, tmp_path):
+    """4000 × 4000 pixels in a process of its own: its peak grows by the estimate and 64 MiB."""
+    path = tmp_path / "a"
+    if worst == "tile":
+        path.write_bytes(tiled_tiff(32, 12000))
+    else:
+        mode, form, options = WORST[worst]
+        path.write_bytes(encoded(mode, (4000, 4000), form, **options))
     code = (
         "import sys\n"
         "from PIL import Image\n"
         "from crl_sdk.model._decode_memory import estimate_decode_bytes\n"
-        "from crl_sdk.model._preprocess import PreprocessSpec, load_pixels\n"
+        "from crl_sdk.model._image_colours import is_plain\n"
+        "from crl_sdk.model._image_formats import SUFFIXES\n"
+        "from crl_sdk.model._preprocess import ImageLimits, PreprocessSpec, load_pixels\n"
         "def peak():\n"
         "    lines = open('/proc/self/status').read().splitlines()\n"
         "    return next(int(l.split()[1]) for l in lines if l.startswith('VmHWM'))\n"
         "spec = PreprocessSpec(224, 224, (.5,) * 3, (.5,) * 3)\n"
         "load_pixels(Image.new('RGB', (300, 300)), spec)\n"
+        "with Image.open(sys.argv[1]) as image:\n"
+        "    estimate = estimate_decode_bytes(image, turned=False, plain=is_plain(image))\n"
         "before = peak()\n"
-        "load_pixels(sys.argv[1], spec)\n"
-        "image = Image.open(sys.argv[1])\n"
-        "print(peak() - before, estimate_decode_bytes(image, turned=False, plain=False) // 1024)\n"
+        "load_pixels(sys.argv[1], spec, limits=ImageLimits(formats=tuple(SUFFIXES)))\n"
+        "print(peak() - before, estimate // 1024)\n"
     )
     run = [sys.executable, "-W", "ignore", "-c", code, str(path)]
     said = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     grown, estimated = map(int, said.split())
     assert grown <= estimated + 64 * 1024, (grown, estimated)
+
+
+def tiled_tiff(side, tile):
+    """Return a TIFF file of one compressed RGB tile that is larger than the image."""
+    packer = zlib.compressobj(1)
+    data = b"".join(packer.compress(bytes(3 * tile)) for _ in range(tile)) + packer.flush()
+    tags = [(256, side), (257, side), (258, 8), (259, 8), (262, 2), (277, 3), (322, tile),
+            (323, tile), (324, 8), (325, len(data))]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    after = 8 + len(data) + 2 + len(entries) + 4
+    entries = entries.replace(
+        struct.pack("<HHII", 258, 4, 1, 8), struct.pack("<HHII", 258, 3, 3, after)
+    )
+    return b"".join([
+        b"II*\0", struct.pack("<I", 8 + len(data)), data, struct.pack("<H", len(tags)), entries,
+        bytes(4), struct.pack("<HHH", 8, 8, 8),
+    ])  # fmt: skip
+
+
+def test_a_tile_that_is_larger_than_its_image_is_refused():
+    data = tiled_tiff(32, 1000)
+    assert load_pixels(data, SPEC, limits=ImageLimits(max_decode_bytes=4_000_000)).max() == 0
+    with pytest.raises(ImageTooLargeError, match="decoding 32×32 pixels of the mode RGB takes"):
+        load_pixels(data, SPEC, limits=ImageLimits(max_decode_bytes=2_000_000))
+
+
+def icon(width, height, inside):
+    head = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(inside), 22)
+    return head + inside.replace(struct.pack(">II", 16, 16), struct.pack(">II", width, height), 1)
+
+
+def test_an_icon_with_a_large_image_inside_is_never_decoded(monkeypatch):
+    """Pillow decodes icons when it opens them, before any limit can be checked."""
+    small = icon(16, 16, encoded("RGB", (16, 16)))
+    limits = ImageLimits(formats=(*ImageLimits().formats, "ICO"))
+    assert load_pixels(small, SPEC, limits=limits).shape == (16, 16, 3)
+    bitmap = struct.pack("<IiiHHIIiiII", 40, 300, 600, 1, 32, 0, 0, 0, 0, 0, 0)
+    monkeypatch.setattr("PIL.IcoImagePlugin.IcoImageFile.load", lambda _: pytest.fail("decoded"))
+    for data in (icon(8000, 8000, encoded("RGB", (16, 16))), icon(0, 0, bitmap)):
+        with pytest.raises(ImageTooLargeError, match=r"an icon of .* expected at most 256×256"):
+            load_pixels(data, SPEC, limits=limits)
+        with pytest.raises(ImageError, match="its format is ICO, which is not read by default"):
+            load_pixels(data, SPEC)
+
+
+@pytest.mark.parametrize("when", ["open", "load"])
+@pytest.mark.parametrize("error", [NotImplementedError, TypeError, IndexError, ZeroDivisionError,
+                                   AttributeError, RuntimeError, MemoryError])  # fmt: skip
+def test_whatever_a_decoder_raises_fails_one_image(when, error, monkeypatch):
+    def fail(*_, **__):
+        raise error("oops")
+
+    data = encoded("RGB")
+    monkeypatch.setattr(
+        "PIL.Image.open" if when == "open" else "PIL.ImageFile.ImageFile.load", fail
+    )
+    words = "memory" if error is MemoryError else "not a readable|damaged or truncated"
+    with pytest.raises(ImageError, match=words):
+        load_pixels(data, SPEC)
 
 
 def test_a_limit_of_the_system_fails_the_image_and_not_the_process(tmp_path):

@@ -123,7 +123,7 @@ def test_every_format_is_read_when_it_is_allowed(tmp_path, name):
     if name in formats.DEFAULT_FORMATS:
         load_pixels(path, SPEC)
     else:
-        words = f"a {name} image, a format that is not read by default: pass --formats"
+        words = f"its format is {name}, which is not read by default: pass --formats"
         with pytest.raises(ImageError, match=words):
             load_pixels(path, SPEC)
         with pytest.raises(ImageTooLargeError):
