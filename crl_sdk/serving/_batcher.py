@@ -225,6 +225,8 @@ class Batcher:
         self._running_since = started
         try:
             embeddings = self._run(np.stack([item.pixels for item in batch]))
+        except MemoryError as error:  # not the engine's fault: the next batch may have enough
+            return [(item, error) for item in batch]
         except Exception as error:
             _log.exception("the engine failed on a batch of %d", len(batch))
             failure = error if isinstance(error, EngineError) else EngineError(str(error))

@@ -15,6 +15,8 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from crl_sdk.errors import CrlError, InvalidInputError, OverloadedError, ServiceError
+from crl_sdk.rpc._status import error_trailers, status_code
 from crl_sdk.serving._method_handlers import replace_behavior
 
 REQUEST_ID_KEY = "x-request-id"
@@ -35,6 +37,9 @@ caller: ContextVar[str] = ContextVar("caller", default="")
 It is read once, at the start of the call: gRPC reads freed memory when a context is asked for its
 peer after the call is over (seen with grpcio 1.85.1).
 """
+
+_PARSE_BYTES = 1 << 20
+"""Bytes that it takes to parse a message, beside its own."""
 
 _ID_PATTERN = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _SERVER_FAILURES = frozenset(
@@ -109,12 +114,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def parse_each(messages: Any) -> Any:
             async for message in messages:
-                yield parse(message)
+                yield _parse(parse, message)
 
         def read(request: Any) -> Any:
             if parse is None:
                 return request
-            return parse_each(request) if handler.request_streaming else parse(request)
+            return parse_each(request) if handler.request_streaming else _parse(parse, request)
 
         def finish(context: Any, started: float, error: BaseException | None) -> None:
             code = _status_code(context, error)
@@ -170,13 +175,49 @@ def failure_log(call: FinishedCall) -> None:
         )  # fmt: skip
 
 
-def log_unexpected_error(method: str, error: Exception) -> str:
-    """Log an unexpected exception with its traceback; return the message for the client."""
+def typed_error(method: str, error: Exception) -> CrlError:
+    """Return what to tell the client about an exception; log one that was not expected.
+
+    Args:
+        method: Method that was called.
+        error: What its handler raised.
+    """
+    if isinstance(error, CrlError):
+        return error
+    if isinstance(error, MemoryError):
+        _log.warning("%s: the server ran out of memory", method)
+        return OverloadedError(
+            "the server ran out of memory: send less in one call, or try again later"
+        )
+    if isinstance(error, DecodeError):
+        return InvalidInputError(
+            f"expected a message of {method}, got other bytes: check the client's proto files"
+        )
     _log.error("%s failed", method, exc_info=error)
-    return (
+    return ServiceError(
         f"the server failed; its log has the reason under the request id {request_id.get()}: "
         "send this id to its operator"
     )
+
+
+def _parse(parse: Callable[[bytes], Any], data: bytes) -> Any:
+    """Return the message in some bytes.
+
+    Raises:
+        DecodeError: If the bytes are not such a message.
+        MemoryError: If there is not enough memory. Protobuf does not tell this from damaged bytes.
+    """
+    try:
+        return parse(data)
+    except DecodeError:
+        bytearray(2 * len(data) + _PARSE_BYTES)  # raises MemoryError if that is why it failed
+        return parse(data)
+
+
+def status_of(error: CrlError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
+    """Return the status, the message and the trailers of a call that ends with an error."""
+    trailers = (*error_trailers(error), (REQUEST_ID_KEY, request_id.get()))
+    return status_code(error), str(error), trailers
 
 
 def _begin(context: Any) -> float:
@@ -193,20 +234,12 @@ def _begin(context: Any) -> float:
 
 
 async def _abort_if_unexpected(context: Any, method: str, error: BaseException) -> None:
-    """End the call with INVALID_ARGUMENT if its request cannot be parsed.
-
-    After any other unexpected exception, log it and end the call with INTERNAL.
-    """
+    """End the call with a status for an exception that is not one of ours, see `typed_error`."""
     # gRPC raises InternalError if the client has gone before its status could be sent.
     expected = isinstance(error, grpc.aio.AbortError | grpc.aio.InternalError)
     if expected or not isinstance(error, Exception):
         return
-    if isinstance(error, DecodeError):
-        code = grpc.StatusCode.INVALID_ARGUMENT
-        message = f"expected a message of {method}, got other bytes: check the client's proto files"
-    else:
-        code, message = grpc.StatusCode.INTERNAL, log_unexpected_error(method, error)
-    await context.abort(code, message, ((REQUEST_ID_KEY, request_id.get()),))
+    await context.abort(*status_of(typed_error(method, error)))
 
 
 def _status_code(context: Any, error: BaseException | None) -> grpc.StatusCode:

@@ -6,12 +6,11 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 
-import grpc
 import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk._version import __version__
-from crl_sdk.errors import CrlError, ImageError, ImageTooLargeError, InvalidInputError
+from crl_sdk.errors import ImageError, ImageTooLargeError, InvalidInputError
 from crl_sdk.pb.crl.v1 import embedding_pb2, embedding_pb2_grpc
 from crl_sdk.projection._row_dtypes import (
     RowDtype,
@@ -21,7 +20,7 @@ from crl_sdk.projection._row_dtypes import (
 )
 from crl_sdk.rpc._status import status_code
 from crl_sdk.rpc._tensors import decode_tensor, encode_tensor
-from crl_sdk.serving._call_interceptor import caller, log_unexpected_error
+from crl_sdk.serving._call_interceptor import caller, typed_error
 from crl_sdk.serving._pipeline import Pipeline
 from crl_sdk.serving._responses import Context, respond
 from crl_sdk.serving._results import EmbedResult, ImageOutcome, ImageSource
@@ -67,13 +66,9 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
             reply = embedding_pb2.EmbedStreamResponse(id=message.id)
             try:
                 reply.response.CopyFrom(await self._embed(message.request, context))
-            except CrlError as error:
-                reply.error.code, reply.error.message = status_code(error).value[0], str(error)
             except Exception as error:  # only this request fails; the stream goes on
-                reply.error.code = grpc.StatusCode.INTERNAL.value[0]
-                reply.error.message = log_unexpected_error(
-                    "/crl.v1.EmbeddingService/EmbedStream", error
-                )
+                typed = typed_error("/crl.v1.EmbeddingService/EmbedStream", error)
+                reply.error.code, reply.error.message = status_code(typed).value[0], str(typed)
             await replies.put(reply)
 
         async def read() -> None:

@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from crl_sdk._version import __version__
-from crl_sdk.errors import CrlError, InvalidInputError, NotOfferedError, UnknownCriterionError
+from crl_sdk.errors import InvalidInputError, NotOfferedError, UnknownCriterionError
 from crl_sdk.pb.inference import kserve_pb2 as pb
 from crl_sdk.pb.inference import kserve_pb2_grpc
 from crl_sdk.serving._bases import StoredBasis
-from crl_sdk.serving._call_interceptor import caller, log_unexpected_error
+from crl_sdk.serving._call_interceptor import caller, typed_error
 from crl_sdk.serving._embedding_service import STREAM_WINDOW
 from crl_sdk.serving._kserve_statistics import ModelStatistics
 from crl_sdk.serving._kserve_tensors import (
@@ -343,11 +343,7 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         try:
             reply = await self._infer(request, context)
         except Exception as error:  # only this request fails; the stream goes on
-            message = str(error)
-            if not isinstance(error, CrlError):
-                message = log_unexpected_error(
-                    "/inference.GRPCInferenceService/ModelStreamInfer", error
-                )
+            message = str(typed_error("/inference.GRPCInferenceService/ModelStreamInfer", error))
             failed = pb.ModelInferResponse(
                 model_name=request.model_name, model_version=_VERSION, id=request.id
             )

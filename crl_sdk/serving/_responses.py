@@ -8,8 +8,7 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 
 from crl_sdk.errors import CrlError
-from crl_sdk.rpc._status import error_trailers, status_code
-from crl_sdk.serving._call_interceptor import REQUEST_ID_KEY, request_id
+from crl_sdk.serving._call_interceptor import status_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Reply = TypeVar("Reply")
@@ -25,5 +24,4 @@ async def respond(context: Context, work: Callable[[], Awaitable[Reply]]) -> Rep
 
 async def abort(context: Context, error: CrlError) -> NoReturn:
     """End a call with the status, the message and the trailers of an error."""
-    trailers = (*error_trailers(error), (REQUEST_ID_KEY, request_id.get()))
-    await context.abort(status_code(error), str(error), trailers)
+    await context.abort(*status_of(error))

@@ -10,9 +10,16 @@ import grpc
 import numpy as np
 import pytest
 
-from crl_sdk import Basis, Client
-from crl_sdk.errors import BasisStoreError, ImageError, IntegrityError, InvalidInputError
+from crl_sdk import Basis, Client, ClientOptions
+from crl_sdk.errors import (
+    BasisStoreError,
+    ImageError,
+    IntegrityError,
+    InvalidInputError,
+    OverloadedError,
+)
 from crl_sdk.pb.crl.v1 import basis_pb2, embedding_pb2, embedding_pb2_grpc
+from crl_sdk.serving import _call_interceptor
 from support import wait_until
 
 EMBED = "/crl.v1.EmbeddingService/Embed"
@@ -160,3 +167,28 @@ def test_requests_that_are_refused_are_counted(serve, embedder):
         return expected in urllib.request.urlopen(url, timeout=60).read().decode()
 
     wait_until(counted, 60)  # a call is counted after its client has the status
+
+
+def test_a_lack_of_memory_is_not_the_clients_fault(server, monkeypatch, channel):
+    """Protobuf reports it as `DecodeError`, like damaged bytes."""
+
+    def no_memory(size):
+        raise MemoryError
+
+    method = "/crl.v1.EmbeddingService/EmbedText"
+    monkeypatch.setattr(_call_interceptor, "bytearray", no_memory, raising=False)
+    code, details = ended(channel, method, b"\xff" * 7)
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert details.startswith("the server ran out of memory: send less in one call")
+
+
+def test_a_call_that_runs_out_of_memory_is_refused(server, embedder, image_files, monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    with Client(server.address, ClientOptions(retries=0)) as client:
+        with monkeypatch.context() as patched:
+            patched.setattr("crl_sdk.serving._batcher.np.stack", no_memory)
+            with pytest.raises(OverloadedError, match="the server ran out of memory"):
+                client.embed(image_files[:1])
+        assert np.isfinite(client.embed(image_files[:1]).universal).all()
