@@ -90,3 +90,14 @@ class Embedded(torch.utils.data.Dataset):
         if self.embedder is None:
             self.embedder = Embedder.open(demo_bundle())
         return torch.from_numpy(self.embedder.embed([IMAGE]).universal[0])
+
+
+def ask_with_several_threads():
+    """Ask with two threads in forked children before and after this process has done so."""
+    return {
+        "first": in_child("fork", log_likelihoods_here, 2),
+        "here": log_likelihoods_here(2),
+        "forked": in_child("fork", log_likelihoods_here, 2),
+        "one thread": in_child("fork", log_likelihoods_here, 1),
+        "forkserver": in_child("forkserver", log_likelihoods_here, 2),
+    }
