@@ -185,6 +185,11 @@ class Embedder:
         }  # fmt: skip
         return _open_again, (self.bundle.path.absolute(), arguments, tuple(self._bases.values()))
 
+    def __repr__(self) -> str:
+        """Return the name of the model, the engine and the loaded criteria."""
+        criteria = ", ".join(map(repr, self._bases)) or "none"
+        return f"Embedder({self.bundle.manifest.name!r}, {self.engine}; criteria: {criteria})"
+
     def __enter__(self) -> Embedder:
         """Return the embedder; leaving the context closes it."""
         return self

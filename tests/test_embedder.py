@@ -10,8 +10,8 @@ from msgspec.structs import replace
 from PIL import Image
 
 from crl_export.demo.dataset import TEST_SEED, read_labels, write_dataset
-from crl_sdk import Embedder, ModelBundle, demo_bundle
-from crl_sdk.basis import GenerationOptions, GenerationProgress
+from crl_sdk import AsyncClient, Client, Embedder, ModelBundle, demo_bundle
+from crl_sdk.basis import BasisDirectory, GenerationOptions, GenerationProgress
 from crl_sdk.basis._build import build_basis
 from crl_sdk.errors import (
     BasisMismatchError,
@@ -23,7 +23,7 @@ from crl_sdk.errors import (
     InvalidInputError,
     UnknownCriterionError,
 )
-from crl_sdk.tasks import cluster
+from crl_sdk.tasks import Index, cluster
 from support import Scripted
 
 COLOURS = ["red", "green", "blue", "yellow"]
@@ -331,3 +331,10 @@ def test_objects_print_what_they_are(embedder, bases, image_files):
     assert repr(bases[0].projection) == "Projection(128 → 3, post 'l2')"
     result = embedder.embed([*image_files, b"junk"], bases[0], on_error="collect")
     assert repr(result) == "Embeddings(10 images, 1 failed; universal 128, color 3; float32)"
+    assert repr(embedder).startswith(f"Embedder('crl-demo', {embedder.engine}; criteria: ")
+    index = Index({"color": result["color"][result.ok]}, universal=result.universal[result.ok])
+    assert repr(index) == "Index(9 images; criteria: 'color', with universal embeddings)"
+    assert repr(BasisDirectory("bases")) == "BasisDirectory('bases')"
+    with Client("localhost:50051") as client:
+        assert repr(client) == "Client('localhost:50051')"
+    assert repr(AsyncClient("localhost:50051")) == "AsyncClient('localhost:50051')"

@@ -42,6 +42,10 @@ class BasisDirectory:
         """Store the path."""
         self.path = Path(path)
 
+    def __repr__(self) -> str:
+        """Return the path."""
+        return f"BasisDirectory({str(self.path)!r})"
+
     def of_model(self, fingerprint: str) -> Path:
         """Return the subdirectory of a model. It need not exist."""
         if is_name(fingerprint):  # names that differ in other characters only differ in the digest

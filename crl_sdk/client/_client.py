@@ -87,6 +87,10 @@ class AsyncClient:
         self._basis_stub: basis_pb2_grpc.BasisServiceAsyncStub | None = None
         self._model: ServedModel | None = None  # known once images have been resized here
 
+    def __repr__(self) -> str:
+        """Return the address."""
+        return f"AsyncClient({self.address!r})"
+
     @property
     def _embedding(self) -> embedding_pb2_grpc.EmbeddingServiceAsyncStub:
         channel = self._connection.channel
@@ -477,6 +481,10 @@ class Client:
         except BaseException:
             self._stop()
             raise
+
+    def __repr__(self) -> str:
+        """Return the address."""
+        return f"Client({self._arguments[0]!r})"
 
     @staticmethod
     async def _open(address: str, options: ClientOptions) -> AsyncClient:

@@ -119,6 +119,12 @@ class Index:
         rows = project_rows(universal, [basis.projection for basis in bases])
         return cls(dict(zip(names, rows, strict=True)), universal=universal)
 
+    def __repr__(self) -> str:
+        """Return the number of images, and the criteria."""
+        criteria = ", ".join(map(repr, self._rows)) or "none"
+        universal = "" if self._universal is None else ", with universal embeddings"
+        return f"Index({self._size} images; criteria: {criteria}{universal})"
+
     def __len__(self) -> int:
         """Return the number of images."""
         return self._size
