@@ -44,7 +44,7 @@ from crl_sdk.errors import (
     UnknownCriterionError,
 )
 
-RECOVERY = 120.0
+RECOVERY = 300.0
 """Seconds after a fault within which a call of every kind must succeed."""
 
 
