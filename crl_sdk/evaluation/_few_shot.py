@@ -20,6 +20,7 @@ from crl_sdk.evaluation._check_labels import check_labels
 from crl_sdk.evaluation._mean_std import MeanStd
 from crl_sdk.projection._projection import EPSILON
 from crl_sdk.tasks._few_shot import standardise_rows
+from crl_sdk.tasks._few_threads import few_threads
 
 SHOTS = (1, 5, 10)
 SPLITS = 20
@@ -185,7 +186,7 @@ def few_shot_runs(
         if standardise and not transductive:
             used = standardise_all(given, given[split.train])
         model = LogisticRegression(C=1.0, max_iter=1000)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), few_threads(used[split.train]):
             warnings.simplefilter("ignore", ConvergenceWarning)  # the paper stops at the same limit
             model.fit(used[split.train], codes[split.train])
         accuracies.append(float(model.score(used[split.test], codes[split.test])))

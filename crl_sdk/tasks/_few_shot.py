@@ -22,6 +22,7 @@ from crl_sdk.tasks._classifier_file import (
     decode_classifier,
     encode_classifier,
 )
+from crl_sdk.tasks._few_threads import few_threads
 from crl_sdk.tasks._kmeans import check_rows
 
 _FOLDS = 5
@@ -307,7 +308,9 @@ class FewShotClassifier:
         seen = np.concatenate([rows, others])
         mean = float(seen.mean(dtype=np.float64)) if self.standardise else 0.0
         model = LogisticRegression(C=self.regularisation, max_iter=1000)
-        model.fit(standardise_rows(rows, mean) if self.standardise else rows, codes)
+        inputs = standardise_rows(rows, mean) if self.standardise else rows
+        with few_threads(inputs):
+            model.fit(inputs, codes)
         weight, bias = model.coef_, model.intercept_
         if len(names) == 2:  # scikit-learn has one row: the second class against the first
             weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.projection._projection import check_embeddings
+from crl_sdk.tasks._few_threads import few_threads
 
 MAX_CLUSTERS = 20
 """Largest number of clusters that `choose_k` tries by default."""
@@ -28,7 +28,6 @@ Finding Groups in Data, 1990."""
 _RESAMPLE_SHARE = 0.8  # of the rows
 _MAX_RESAMPLE_ROWS = 500
 _MAX_START_ROWS = 20_000  # rows that all starts of k-means see; more rows continue from the best
-_SINGLE_THREAD_VALUES = 1 << 19  # below this size, threads cost more than they save
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +114,7 @@ def kmeans(
             f"expected k from 1 to the {len(rows)} rows, got {k}: choose k in this range"
         )
     rows = check_rows(rows)
-    with _threads(rows):
+    with few_threads(rows):
         return _fit(rows, k, seed, starts)
 
 
@@ -171,7 +170,7 @@ def choose_k(
             f"expected max_k >= 2 and resamples >= 1, got {max_k} and {resamples}"
         )
     samples = list(_resamples(len(checked), resamples, seed))
-    with _threads(checked[samples[0]]):
+    with few_threads(checked[samples[0]]):
         found = [_silhouettes(checked[drawn], max_k, seed + i) for i, drawn in enumerate(samples)]
     tried = sorted(set.union(*(set(each) for each in found)))
     means = {k: float(np.mean([each[k] for each in found if k in each])) for k in tried}
@@ -211,7 +210,7 @@ def stability(
 
     indices = []
     samples = list(_resamples(len(rows), RESAMPLES, seed))
-    with _threads(rows[samples[0]]):
+    with few_threads(rows[samples[0]]):
         for i, drawn in enumerate(samples):
             found, _ = _fit(rows[drawn], min(k, len(drawn)), seed + i, 3)
             indices.append(adjusted_rand_score(labels[drawn], found))
@@ -281,17 +280,6 @@ def _distances(rows: NDArray[np.float32]) -> NDArray[np.float64]:
     except ImportError as error:
         raise MissingDependencyError("scipy", "tasks", "silhouettes") from error
     return np.asarray(cdist(rows, rows), np.float64)
-
-
-def _threads(rows: NDArray[np.float32]) -> AbstractContextManager[Any]:
-    """Limit BLAS and OpenMP to one thread, in the whole process, while few rows are clustered."""
-    try:
-        import sklearn.cluster  # noqa: F401  # limits apply to loaded libraries only
-    except ImportError as error:
-        raise MissingDependencyError("scikit-learn", "tasks", "clustering") from error
-    from threadpoolctl import threadpool_limits
-
-    return threadpool_limits(1) if rows.size < _SINGLE_THREAD_VALUES else nullcontext()
 
 
 def _best(silhouettes: Mapping[int, float]) -> int:

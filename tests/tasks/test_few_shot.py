@@ -259,3 +259,15 @@ def test_misuse_is_told(basis, fitted):
         FewShotClassifier(basis).fit(GOOD[:, :4], list("ababab"))
     with pytest.raises(InvalidInputError, match="regularisation > 0"):
         FewShotClassifier(regularisation=0)
+
+
+def test_small_problems_have_one_thread():
+    from threadpoolctl import threadpool_info
+
+    from crl_sdk.tasks._few_threads import SINGLE_THREAD_VALUES, few_threads
+
+    before = [each["num_threads"] for each in threadpool_info()]
+    with few_threads(np.zeros((10, 8))):
+        assert {each["num_threads"] for each in threadpool_info()} == {1}
+    with few_threads(np.zeros(SINGLE_THREAD_VALUES)):
+        assert [each["num_threads"] for each in threadpool_info()] == before
