@@ -21,9 +21,10 @@ from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embeddings import Embeddings
 from crl_sdk._lifetime import Lifetime
 from crl_sdk._processors import count_processors
+from crl_sdk.basis._asking import ReportProgress
 from crl_sdk.basis._basis import Basis
 from crl_sdk.basis._build import DEFAULT_MERGE_THRESHOLD, build_basis, check_options
-from crl_sdk.basis._generate import GeneratedTexts, ReportProgress, generate_texts
+from crl_sdk.basis._generate import GeneratedTexts, generate_texts
 from crl_sdk.basis._generation_options import DEFAULT_OPTIONS, GenerationOptions
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.basis._methods import Method
@@ -359,6 +360,7 @@ class Embedder:
         llm: LanguageModel | str | os.PathLike[str] | None = None,
         options: GenerationOptions = DEFAULT_OPTIONS,
         prompts: Sequence[str] | None = None,
+        pictures: NDArray[np.floating] | None = None,
         progress: ReportProgress | None = None,
     ) -> GeneratedTexts:
         """Let a local language model write the texts of a criterion, without making a basis.
@@ -371,6 +373,8 @@ class Embedder:
             prompts: Prompts that the texts will be embedded with. Texts far from the others in
                 this model's embedding space are dropped. None for the prompt that the bundle
                 recommends.
+            pictures: Universal embeddings of at least 20 pictures of yours, shape (n, d), such as
+                `embed(…).universal`. Texts that fit none of them best are dropped.
             progress: Called after each token of the language model.
 
         Returns:
@@ -390,7 +394,8 @@ class Embedder:
         self.check_generation(criterion, options, prompts=prompts)
         return generate_texts(
             criterion, llm, options, embed_text=self.embed_text,
-            background=self.bundle.background, prompts=self._prompts(prompts), progress=progress,
+            background=self.bundle.background, prompts=self._prompts(prompts), pictures=pictures,
+            progress=progress,
         )  # fmt: skip
 
     def create_basis(

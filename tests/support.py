@@ -76,7 +76,7 @@ def log_likelihoods(
 class Scripted:
     """A model that repeats the given answers in a cycle."""
 
-    name, follows_instructions = "scripted", False
+    name, chats, tells_likelihoods = "scripted", False, True
     tokens, seconds = 0, 0.0
 
     def __init__(self, *answers: str, irrelevant: Sequence[str] = ()) -> None:

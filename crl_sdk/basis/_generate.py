@@ -1,43 +1,41 @@
-"""Generate the texts of a criterion: ask a local language model several times and count votes.
-
-A small model that is asked once gives a few good texts and much noise. The good texts come back
-under every seed and the noise does not, so the votes of a text say how far to trust it.
-"""
+"""Generate the texts of a criterion: ask a language model, and keep the texts to be trusted."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk._criterion import normalise_criterion
-from crl_sdk._progress import GenerationProgress
+from crl_sdk.basis._asking import Answers, ReportProgress, ask, describe
 from crl_sdk.basis._build import DEFAULT_PROMPT, EmbedText, check_prompts, embed_with_prompts
-from crl_sdk.basis._generation_options import DEFAULT_OPTIONS, Form, GenerationOptions
+from crl_sdk.basis._generation_options import DEFAULT_OPTIONS, GenerationOptions
 from crl_sdk.basis._language_model import LanguageModel
-from crl_sdk.basis._llm_backend import Sampling
-from crl_sdk.basis._llm_requests import (
-    GRAMMAR,
-    compose_chat,
-    compose_completion,
-    few_shot_lines,
-)
+from crl_sdk.basis._picture_votes import NEVER_FIRES, PictureVotes, vote
+from crl_sdk.basis._picture_votes import describe as describe_votes
 from crl_sdk.basis._relevance import MIN_RELEVANCE, relevance
-from crl_sdk.basis._votes import RankedText, VoteCounter, text_key
+from crl_sdk.basis._votes import RankedText, text_key
 from crl_sdk.errors import GenerationError
 from crl_sdk.projection._projection import normalise_rows
 
-ReportProgress: TypeAlias = Callable[[GenerationProgress], None]
 MIN_TEXTS = 3
 """Smallest number of trusted texts. With fewer, the model does not know the criterion."""
 
-SURE = 0.25
-"""Share of the answers from which a text is kept wherever it lies in the embedding space."""
+LIKELY, SURE = 1 / 16, 1 / 4
+"""Share of the answers from which a text is kept if it is relevant enough, and from which it is
+kept in any case."""
+
+RELEVANT = 4.0
+"""Relevance, in nats, that a text without votes would need. It falls linearly to 0 at `SURE`."""
+
+TYPICAL, TYPICAL_TEXTS = 1 / 3, 10
+"""Where even the most frequent texts are rare, `LIKELY` is lowered to this part of the mean share
+of so many of them, and `SURE` with it."""
 
 MIN_DISTANCE = 0.07
 """A text is an outlier only if its mean similarity is at least this far below the median."""
@@ -89,7 +87,9 @@ class GeneratedTexts:
     def reasons(self) -> tuple[str, ...]:
         """Reasons why the model hardly knows the criterion; empty if it does."""
         found = []
-        if all(each.votes < SURE * self.answers for each in self.texts):
+        if self.provenance.get("form") != "list" and all(
+            each.votes < SURE * self.answers for each in self.texts
+        ):
             found.append("no text is in a quarter of its answers")
         if self.provenance.get("mean_relevance", MIN_RELEVANCE) < MIN_RELEVANCE:
             found.append("it does not find its own texts likely for this criterion")
@@ -113,6 +113,7 @@ def generate_texts(
     embed_text: EmbedText | None = None,
     background: NDArray[np.floating] | None = None,
     prompts: Sequence[str] = (DEFAULT_PROMPT,),
+    pictures: NDArray[np.floating] | None = None,
     progress: ReportProgress | None = None,
 ) -> GeneratedTexts:
     """Ask a language model for the texts of a criterion, and keep those its answers agree on.
@@ -127,6 +128,9 @@ def generate_texts(
         background: Embeddings of generic texts, shape (n, d), such as `ModelBundle.background`.
             With them, outliers are found far more reliably.
         prompts: Prompts that the texts will be embedded with.
+        pictures: Universal embeddings of pictures of the user, shape (n, d), unit rows. Texts that
+            fit none of them best are dropped, and the others are ranked by how much they spread.
+            Needs `embed_text`.
         progress: Called after each token.
 
     Returns:
@@ -134,7 +138,7 @@ def generate_texts(
 
     Raises:
         CriterionError: If the criterion is malformed.
-        InvalidInputError: If a prompt is malformed.
+        InvalidInputError: If a prompt is malformed, or there are too few pictures.
         GenerationError: If the model cannot be loaded or fails, or if it does not know the
             criterion: fewer than `MIN_TEXTS` texts are left, no text is in a quarter of the
             answers, or the criterion does not make the texts likely.
@@ -142,75 +146,52 @@ def generate_texts(
     """
     name, prompts = normalise_criterion(criterion), check_prompts(prompts)
     with _open_llm(llm) as opened:
-        form = options.form
-        if form == "auto":
-            form = "chat" if opened.follows_instructions else "completion"
-        votes, seeds = _collect_votes(name, opened, options, form, progress)
+        answers = ask(name, opened, options, progress)
         model_name, description = opened.name, opened.describe()
-        ranked = votes.ranking()
-        texts, dropped = _filter_texts(name, ranked, options, len(seeds))
-        relevant = relevance(opened, name, [each.text for each in texts])
+        trust = _Trust(answers, options)
+        candidates, dropped = _without_echoes(name, answers, options)
+        relevant = _relevance(opened, name, [each for each in candidates if trust.may_keep(each)])
+    texts, untrusted = trust.split(candidates, relevant)
+    dropped = [*dropped, *untrusted]
     if len(texts) < MIN_TEXTS:
-        said = ", ".join(f"{c.text} ({c.votes})" for c in ranked[:12]) or "nothing"
+        said = ", ".join(f"{c.text} ({c.votes})" for c in answers.votes.ranking()[:12]) or "nothing"
         raise GenerationError(
-            f"{model_name} does not seem to know {name!r}: its {len(seeds)} answers agree on "
-            f"{len(texts)} texts, {MIN_TEXTS} are needed. It said: {said}. Try a hint or an "
-            "example line, a larger model, or texts of your own"
+            f"{model_name} does not seem to know {name!r}: {len(texts)} texts of its "
+            f"{len(answers.seeds)} answers can be trusted, {MIN_TEXTS} are needed. It said: "
+            f"{said}. Try a hint or an example line, a larger model, or texts of your own"
         )
-    by_text = {c.text: round(float(r), 2) for c, r in zip(texts, relevant, strict=True)}
-    mean = float(np.average(relevant, weights=[max(c.votes, 1) for c in texts]))
-    texts, irrelevant = _drop_irrelevant(texts, by_text, options, len(seeds))
-    dropped = [*dropped, *irrelevant]
-    if embed_text is not None and options.spread > 0 and texts:
+    mean = _mean_relevance(texts, relevant)
+    voted: dict[str, Any] = {}
+    if embed_text is not None:
         rows = embed_with_prompts([c.text for c in texts], prompts, embed_text)
-        texts, outliers = _drop_outliers(texts, rows, background, options, len(seeds))
-        dropped = [*dropped, *outliers]
+        if options.spread > 0:
+            texts, outliers, rows = _drop_outliers(texts, rows, background, options, trust)
+            dropped = [*dropped, *outliers]
+        if pictures is not None:
+            votes = vote(rows, pictures, background)
+            texts, unfit, voted = _drop_unfit(texts, votes, options)
+            dropped = [*dropped, *unfit]
     kept, rest = texts[: options.count], texts[options.count :]
     dropped = [*dropped, *(DroppedText(c.text, c.votes, "over the number asked for") for c in rest)]
     found = GeneratedTexts(
         criterion=name,
         texts=tuple(kept),
         dropped=tuple(sorted(dropped, key=lambda d: -d.votes)),
-        answers=len(seeds),
+        answers=len(answers.seeds),
         provenance={
             "texts": "generated",
             "model": description,
-            "form": form,
-            "grammar": GRAMMAR,
+            **describe(answers),
             "options": {k: v for k, v in asdict(options).items() if k != "form"},
-            "few_shot": {key: list(texts) for key, texts in few_shot_lines(name, options).items()},
-            "seeds": seeds,
             "votes": {c.text: c.votes for c in kept},
-            "relevance": {c.text: by_text[c.text] for c in kept},
-            "mean_relevance": round(mean, 2),
+            **_describe_relevance(kept, relevant, mean),
+            **voted,
             "dropped": [asdict(d) for d in dropped],
         },
     )
     if found.unsure and not options.accept_unsure:
         raise GenerationError(found.doubts())
     return found
-
-
-def _drop_irrelevant(
-    texts: Sequence[RankedText],
-    relevant: Mapping[str, float],
-    options: GenerationOptions,
-    answers: int,
-) -> tuple[list[RankedText], list[DroppedText]]:
-    """Drop texts with few votes that the criterion makes less likely."""
-    kept, irrelevant = [], []
-    for candidate in texts:
-        value = relevant[candidate.text]
-        if value >= 0 or _is_sure(candidate, options, answers):
-            kept.append(candidate)
-        else:
-            reason = f"the model finds it less likely for this criterion: log ratio {value:.1f}"
-            irrelevant.append(DroppedText(candidate.text, candidate.votes, reason))
-    return kept, irrelevant
-
-
-def _is_sure(candidate: RankedText, options: GenerationOptions, answers: int) -> bool:
-    return candidate.votes >= SURE * answers or candidate.text in options.include
 
 
 @contextmanager
@@ -223,75 +204,121 @@ def _open_llm(llm: LanguageModel | str | os.PathLike[str] | None) -> Iterator[La
         yield llm
 
 
-def _collect_votes(
-    criterion: str,
-    llm: LanguageModel,
-    options: GenerationOptions,
-    form: Form,
-    progress: ReportProgress | None,
-) -> tuple[VoteCounter, list[int]]:
-    """Ask until further answers add nothing. Returns the votes and the seeds of the answers."""
-    ask = llm.chat if form == "chat" else llm.complete
-    compose = compose_chat if form == "chat" else compose_completion
-    votes, seeds = VoteCounter(), list[int]()
-    unchanged = trusted = 0
-    tokens_before, seconds_before = llm.tokens, llm.seconds
-
-    def on_token(tokens: int, seconds: float) -> None:
-        if progress is not None:
-            progress(
-                GenerationProgress(
-                    len(seeds), options.max_answers,
-                    tokens - tokens_before, seconds - seconds_before,
-                )
-            )  # fmt: skip
-
-    while len(seeds) < options.max_answers and unchanged < options.patience:
-        seed = options.seed + len(seeds)
-        sampling = Sampling(
-            options.temperatures[len(seeds) % len(options.temperatures)],
-            seed,
-            options.repeat_penalty,
-            options.max_tokens,
-        )
-        votes.add(ask(compose(criterion, options, seed), GRAMMAR, sampling, on_token))
-        seeds.append(seed)
-        now = sum(count >= 2 for count in votes.votes.values())
-        unchanged, trusted = (0, now) if now > trusted else (unchanged + 1, trusted)
-    return votes, seeds
-
-
-def _filter_texts(
-    criterion: str, ranked: Sequence[RankedText], options: GenerationOptions, answers: int
+def _without_echoes(
+    criterion: str, answers: Answers, options: GenerationOptions
 ) -> tuple[list[RankedText], list[DroppedText]]:
-    """Drop echoes, texts with few votes and excluded texts; put included texts first."""
+    """Drop excluded texts and echoes of the criterion; put included texts first."""
     own = set(text_key(criterion).split())
-    shown = {text_key(t) for texts in few_shot_lines(criterion, options).values() for t in texts}
-    shown |= {text_key(name) for name in few_shot_lines(criterion, options)}
-    from_user = {text_key(text) for texts in options.examples.values() for text in texts}
-    needed = max(2, round(options.min_share * answers))
+    votes = answers.votes.votes
     included, excluded = ({text_key(t) for t in ts} for ts in (options.include, options.exclude))
-    votes = {text_key(candidate.text): candidate.votes for candidate in ranked}
     kept = [RankedText(text, votes.get(text_key(text), 0)) for text in options.include]
     dropped = []
-    for candidate in ranked:
+    for candidate in answers.votes.ranking():
         key = text_key(candidate.text)
-        reason = ""
         if key in included:
             continue
         if key in excluded:
-            reason = "excluded by the user"
+            dropped.append(DroppedText(candidate.text, candidate.votes, "excluded by the user"))
         elif set(key.split()) <= own:
-            reason = "echoes the criterion"
-        elif key in shown - from_user:
-            reason = "echoes an example"
-        elif candidate.votes < needed:
-            reason = f"in fewer than {needed} of {answers} answers"
-        if reason:
-            dropped.append(DroppedText(candidate.text, candidate.votes, reason))
+            dropped.append(DroppedText(candidate.text, candidate.votes, "echoes the criterion"))
         else:
             kept.append(candidate)
     return kept, dropped
+
+
+class _Trust:
+    """Decides which texts to trust, by their votes and their relevance.
+
+    The thresholds are shares of the answers, so that more answers never give a worse list. They are
+    lower where the model has more values to name than fit into its answers. `python -m
+    crl_benchmarks.coverage` shows what they find.
+    """
+
+    def __init__(self, answers: Answers, options: GenerationOptions) -> None:
+        self._votes, self._is_list = answers.votes, answers.form == "list"
+        self._included = set(options.include)
+        shares = sorted((self._share(each) for each in self._votes.ranking()), reverse=True)
+        typical = float(np.mean(shares[:TYPICAL_TEXTS])) if shares else 0.0
+        self._scale = min(1.0, TYPICAL * typical / LIKELY)
+
+    def is_sure(self, candidate: RankedText) -> bool:
+        """Return whether a text is kept whatever else is known about it."""
+        return candidate.text in self._included or self._is_voted(candidate, SURE)
+
+    def may_keep(self, candidate: RankedText) -> bool:
+        """Return whether the votes of a text are enough, if it is relevant."""
+        return self._is_list or self.is_sure(candidate) or self._is_voted(candidate, LIKELY)
+
+    def split(
+        self, candidates: Sequence[RankedText], relevant: Mapping[str, float]
+    ) -> tuple[list[RankedText], list[DroppedText]]:
+        """Return the texts to keep, and the others.
+
+        Args:
+            candidates: The texts.
+            relevant: Relevance of those that `may_keep` lets pass; empty if the model cannot tell.
+        """
+        kept, dropped = [], []
+        for each in candidates:
+            if reason := self._objection(each, relevant.get(each.text)):
+                dropped.append(DroppedText(each.text, each.votes, reason))
+            else:
+                kept.append(each)
+        return kept, dropped
+
+    def _objection(self, candidate: RankedText, relevance: float | None) -> str:
+        """Return why a text is not trusted; empty if it is."""
+        if self.is_sure(candidate):
+            return ""
+        few = f"in {candidate.votes} of {self._votes.chances(candidate.text)} answers only"
+        if not self.may_keep(candidate):
+            return few
+        if relevance is None:
+            return "" if self._is_list or self._is_voted(candidate, 2 * LIKELY) else few
+        share = self._share(candidate) / max(self._scale, 1e-9)
+        needed = 0.0 if self._is_list else max(RELEVANT * (1 - share / SURE), 0.0)
+        if relevance >= needed:
+            return ""
+        return (
+            f"in {candidate.votes} answers, and the criterion makes it too little more likely: "
+            f"log ratio {relevance:.1f}, needed {needed:.1f}"
+        )
+
+    def _is_voted(self, candidate: RankedText, share: float) -> bool:
+        if self._is_list:
+            return False
+        return candidate.votes >= 2 and self._share(candidate) >= share * self._scale
+
+    def _share(self, candidate: RankedText) -> float:
+        return candidate.votes / max(self._votes.chances(candidate.text), 1)
+
+
+def _relevance(llm: LanguageModel, criterion: str, texts: Sequence[RankedText]) -> dict[str, float]:
+    """Return the relevance of each text; nothing if the model cannot tell."""
+    if not llm.tells_likelihoods:
+        return {}
+    values = relevance(llm, criterion, [each.text for each in texts])
+    return {each.text: float(value) for each, value in zip(texts, values, strict=True)}
+
+
+def _mean_relevance(texts: Sequence[RankedText], relevant: Mapping[str, float]) -> float | None:
+    """Return the mean relevance of texts, weighted by votes; None if it is not known."""
+    if not relevant:
+        return None
+    weights = [max(each.votes, 1) for each in texts]
+    return float(np.average([relevant[each.text] for each in texts], weights=weights))
+
+
+def _describe_relevance(
+    texts: Sequence[RankedText], relevant: Mapping[str, float], mean: float | None
+) -> dict[str, Any]:
+    """Return what a basis records about the relevance of its texts."""
+    if mean is None:
+        return {}
+    return {
+        "relevance": {each.text: round(relevant[each.text], 2) for each in texts},
+        "mean_relevance": round(mean, 2),
+    }
 
 
 def _drop_outliers(
@@ -299,8 +326,8 @@ def _drop_outliers(
     rows: NDArray[np.float32],
     background: NDArray[np.floating] | None,
     options: GenerationOptions,
-    answers: int,
-) -> tuple[list[RankedText], list[DroppedText]]:
+    trust: _Trust,
+) -> tuple[list[RankedText], list[DroppedText], NDArray[np.float32]]:
     """Drop texts with few votes that are far from the others in the embedding space.
 
     A text with many votes stays, because the vision-language model may know it better than the
@@ -310,14 +337,38 @@ def _drop_outliers(
     near = similarity_to_others(rows, weights, background)
     distance = MIN_DISTANCE if background is None else MIN_CENTRED_DISTANCE
     cut = outlier_cut(near, options.spread, distance)
-    kept, outliers = [], []
-    for candidate, value in zip(texts, near, strict=True):
-        if value >= cut or _is_sure(candidate, options, answers):
-            kept.append(candidate)
-        else:
-            reason = f"far from the others: similarity {value:.3f}, cut {cut:.3f}"
-            outliers.append(DroppedText(candidate.text, candidate.votes, reason))
-    return kept, outliers
+    kept = [i for i, each in enumerate(texts) if near[i] >= cut or trust.is_sure(each)]
+    outliers = [
+        DroppedText(
+            each.text, each.votes, f"far from the others: similarity {near[i]:.3f}, cut {cut:.3f}"
+        )
+        for i, each in enumerate(texts)
+        if i not in set(kept)
+    ]
+    return [texts[i] for i in kept], outliers, rows[kept]
+
+
+def _drop_unfit(
+    texts: Sequence[RankedText], votes: PictureVotes, options: GenerationOptions
+) -> tuple[list[RankedText], list[DroppedText], dict[str, Any]]:
+    """Drop texts that fit none of the pictures best, and rank the others by their spread.
+
+    Returns:
+        The kept and the dropped texts, and what a basis records about the votes.
+    """
+    included = set(options.include)
+    order = sorted(
+        range(len(texts)),
+        key=lambda i: (texts[i].text not in included, -votes.spread[i]),
+    )
+    kept = [texts[i] for i in order if votes.fires[i] or texts[i].text in included]
+    unfit = [
+        DroppedText(texts[i].text, texts[i].votes, NEVER_FIRES.format(votes.share[i] * 100))
+        for i in order
+        if not votes.fires[i] and texts[i].text not in included
+    ]
+    names = [each.text for each in kept]
+    return kept, unfit, {"pictures": describe_votes(votes, [each.text for each in texts], names)}
 
 
 def outlier_cut(near: NDArray[np.floating], spread: float, distance: float) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,27 @@ _SCALARS = {
 _MAX_DIMENSIONS = 4
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """Return the numbers and strings of a GGUF file's metadata. Arrays are left out.
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """What a GGUF file says about its model.
+
+    Attributes:
+        metadata: Numbers and strings of the metadata. Arrays are left out.
+        parameters: Number of parameters: the values of all tensors together.
+    """
+
+    metadata: dict[str, Any]
+    parameters: int
+
+    @property
+    def chat_template(self) -> str:
+        """The model's chat template; empty if it has none."""
+        template = self.metadata.get("tokenizer.chat_template", "")
+        return template if isinstance(template, str) else ""
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read the metadata and the shapes of the tensors of a GGUF file.
 
     Args:
         path: Path of the file.
@@ -38,7 +59,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
             head = file.read(_HEADER.size)
             _check_header(path, head)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Reader(path, data).metadata()
+                return _Reader(path, data).header()
     except OSError as error:
         raise GenerationError(f"{path}: cannot be read ({error.strerror})") from error
 
@@ -59,7 +80,7 @@ class _Reader:
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path, self._data, self._at = path, data, 0
 
-    def metadata(self) -> dict[str, Any]:
+    def header(self) -> GgufHeader:
         _, _, tensors, values = _HEADER.unpack_from(self._data)
         self._skip(_HEADER.size)
         if max(tensors, values) > len(self._data):
@@ -72,16 +93,17 @@ class _Reader:
                 self._skip_array()
             else:
                 found[key] = self._string() if kind == _STRING else self._number(kind)
-        last = -1
+        last, parameters = -1, 0
         for _ in range(tensors):
             self._skip_string()
             dimensions = self._number(4)
             if dimensions > _MAX_DIMENSIONS:
                 raise self._damaged(f"a tensor of {dimensions} dimensions")
-            self._skip(8 * dimensions + 4)  # its shape and type
+            parameters += math.prod(self._number(10) for _ in range(dimensions))
+            self._skip(4)  # its type
             last = max(last, self._number(10))
         self._skip(last + 1)  # llama.cpp checks the last tensor to the byte
-        return found
+        return GgufHeader(found, parameters)
 
     def _number(self, kind: int) -> Any:
         if kind not in _SCALARS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,17 +11,17 @@ from typing import Any
 
 from crl_sdk._lifetime import ForkGuard, Lifetime
 from crl_sdk._processors import count_cores
-from crl_sdk.basis._gguf import read_metadata
+from crl_sdk.basis._chat_template import TemplateChat
+from crl_sdk.basis._endpoint import Endpoint, is_endpoint
+from crl_sdk.basis._gguf import GgufHeader, read_header
 from crl_sdk.basis._llm_backend import LlmBackend, OpenBackend, Sampling, find_backend
 from crl_sdk.basis._llm_files import find_model
 from crl_sdk.errors import CrlError, GenerationError
 from crl_sdk.model._bundle import sha256_file
 
-CONTEXT = 1024
-"""Number of tokens of prompt and answer together. The requests of this package are far shorter."""
-
-CHAT_PARAMETERS = 1_000_000_000
-"""Size from which an instruct model is asked through its chat template (see docs/BASES.md)."""
+CONTEXT = 2048
+"""Number of tokens of prompt and answer together. The longest request of this package, a long list
+that is continued, fits."""
 
 SMALL_BYTES = 500_000_000
 """Size below which a model runs in one thread.
@@ -44,9 +43,10 @@ class LanguageModel:
     """A language model in memory. `LanguageModel.open` loads one and `close` frees it.
 
     Attributes:
-        source: What `open` loaded: the absolute path of a GGUF file.
+        source: What `open` loaded: the absolute path of a GGUF file, or a URL.
         name: Name of the model.
-        follows_instructions: Whether it has a chat template and is large enough to follow it.
+        chats: Whether it answers messages.
+        tells_likelihoods: Whether it tells how likely texts are.
         tokens: Number of tokens generated so far.
         seconds: Seconds spent on them.
     """
@@ -57,7 +57,8 @@ class LanguageModel:
         source: str,
         *,
         name: str,
-        follows_instructions: bool,
+        chats: bool,
+        tells_likelihoods: bool = True,
         details: Mapping[str, Any],
     ) -> None:
         """Store a loaded model.
@@ -66,7 +67,8 @@ class LanguageModel:
             backend: What runs the model.
             source: What `open` loaded.
             name: Name of the model.
-            follows_instructions: Whether the model answers better through its chat template.
+            chats: Whether the model answers messages.
+            tells_likelihoods: Whether it tells how likely texts are.
             details: What else a basis records about the model, as JSON values.
         """
         self._lifetime = Lifetime("language model")
@@ -74,7 +76,7 @@ class LanguageModel:
         self._details = details
         self.source = source
         self.name = name
-        self.follows_instructions = follows_instructions
+        self.chats, self.tells_likelihoods = chats, tells_likelihoods
         self.tokens, self.seconds = 0, 0.0
 
     @classmethod
@@ -84,49 +86,64 @@ class LanguageModel:
         *,
         context: int = CONTEXT,
         threads: int | None = None,
+        token: str | None = None,
     ) -> LanguageModel:
         """Load a language model with llama-cpp-python, or with xllamacpp if that is not installed.
 
         Args:
             llm: A GGUF file; `hf:OWNER/REPO/FILE.gguf`, which is downloaded once from the Hugging
-                Face hub; or None for the default model.
+                Face hub; the URL of an endpoint with OpenAI's API, such as
+                `http://127.0.0.1:8080/v1`, to which criteria are then sent; or None for the default
+                model.
             context: Number of tokens of prompt and answer together.
             threads: Number of threads. None for one with a small model, and for one per core that
                 this process may use with a larger one.
+            token: Token of an endpoint that asks for one.
 
         Raises:
             GenerationError: If the file does not exist, is not a GGUF file, cannot be loaded, or
-                needs more memory than is available.
+                needs more memory than is available; or if the endpoint cannot be reached.
             ForkError: If there are several threads, and this process was forked after its parent
                 had loaded a model with several.
-            MissingDependencyError: If neither llama-cpp-python nor xllamacpp is installed.
+            MissingDependencyError: If neither llama-cpp-python nor xllamacpp is installed, or
+                httpx2 for an endpoint.
         """
+        if is_endpoint(llm):
+            return cls._open_endpoint(str(llm), token)
         open_backend = find_backend()
         return cls._open_file(find_model(llm), open_backend, context, threads)
+
+    @classmethod
+    def _open_endpoint(cls, url: str, token: str | None) -> LanguageModel:
+        """Connect to the model of an endpoint."""
+        endpoint = Endpoint(url, token)
+        return cls(
+            endpoint, endpoint.url, name=endpoint.model, chats=True, tells_likelihoods=False,
+            details={"endpoint": endpoint.url},
+        )  # fmt: skip
 
     @classmethod
     def _open_file(
         cls, path: Path, open_backend: OpenBackend, context: int, threads: int | None
     ) -> LanguageModel:
-        """Load a GGUF file. A model that is not a file would have a method like this one."""
+        """Load a GGUF file."""
         threads = threads or _default_threads(path)
         if threads > 1:
             _several_threads.use()
-        metadata = read_metadata(path)
-        _require_memory(path, metadata, context)
+        header = read_header(path)
+        _require_memory(path, header, context)
         try:
             backend = open_backend(path, context, threads)
         except Exception as error:  # backends raise ValueError, AssertionError and others
-            raise _unreadable(path, metadata, str(error)) from error
+            raise _unreadable(path, header, str(error)) from error
         return cls(
-            backend,
+            TemplateChat(backend, header.chat_template),
             os.fspath(path.absolute()),
-            name=str(metadata.get("general.name") or path.stem),
-            follows_instructions="tokenizer.chat_template" in metadata
-            and _parameters(metadata) >= CHAT_PARAMETERS,
+            name=path.stem,
+            chats=bool(header.chat_template),
             details={
-                "file": path.name, "sha256": sha256_file(path), "context": context,
-                "threads": threads,
+                "file": path.name, "sha256": sha256_file(path), "parameters": header.parameters,
+                "context": context, "threads": threads,
             },
         )  # fmt: skip
 
@@ -158,7 +175,7 @@ class LanguageModel:
             ClosedError: If the model is closed.
             ForkError: If this process was forked after the model had been loaded.
         """
-        return self._generate(prompt, grammar, sampling, on_token, chat=False)
+        return self._generate(self._backend.complete, prompt, grammar, sampling, on_token)
 
     def chat(
         self, message: str, grammar: str, sampling: Sampling, on_token: OnToken | None = None
@@ -175,9 +192,11 @@ class LanguageModel:
             The answer.
 
         Raises:
-            GenerationError: If message and answer do not fit the context, or llama.cpp fails.
+            GenerationError: If message and answer do not fit the context, or the backend fails.
+            ClosedError: If the model is closed.
+            ForkError: If this process was forked after the model had been loaded.
         """
-        return self._generate(message, grammar, sampling, on_token, chat=True)
+        return self._generate(self._backend.chat, message, grammar, sampling, on_token)
 
     def log_likelihoods(self, prefix: str, texts: Sequence[str]) -> list[float]:
         """Return how likely each text is after a prefix: its log probability, in nats.
@@ -194,12 +213,11 @@ class LanguageModel:
 
     def _generate(
         self,
+        ask: Callable[[str, str, Sampling, Callable[[str], None]], None],
         prompt: str,
         grammar: str,
         sampling: Sampling,
         on_token: OnToken | None,
-        *,
-        chat: bool,
     ) -> str:
         parts: list[str] = []
         started = time.perf_counter()
@@ -211,7 +229,7 @@ class LanguageModel:
                 on_token(self.tokens, self.seconds + time.perf_counter() - started)
 
         with self._running():
-            self._backend.generate(prompt, grammar, sampling, receive, chat=chat)
+            ask(prompt, grammar, sampling, receive)
         return "".join(parts)
 
     @contextmanager
@@ -234,6 +252,10 @@ class LanguageModel:
             self._lifetime.closed = True
             self._backend.close()
 
+    def __repr__(self) -> str:
+        """Return the name of the model, and where it was loaded from."""
+        return f"LanguageModel({self.name!r}, {self.source!r})"
+
     def __enter__(self) -> LanguageModel:
         """Return the model; leaving the context closes it."""
         return self
@@ -247,22 +269,22 @@ def _default_threads(path: Path) -> int:
     return 1 if path.stat().st_size < SMALL_BYTES else count_cores()
 
 
-def _unreadable(path: Path, metadata: dict[str, Any], log: str) -> GenerationError:
+def _unreadable(path: Path, header: GgufHeader, log: str) -> GenerationError:
     reason = " ".join(log.split())[-300:] or "no reason given"
-    kind = metadata.get("general.architecture", "unknown")
+    kind = header.metadata.get("general.architecture", "unknown")
     return GenerationError(
         f"{path}: llama.cpp cannot load it ({reason}; architecture {kind!r}); download the file "
         "again, or use another"
     )
 
 
-def _require_memory(path: Path, metadata: dict[str, Any], context: int) -> None:
+def _require_memory(path: Path, header: GgufHeader, context: int) -> None:
     """Raise an error if weights and context do not fit into the available memory.
 
     Otherwise the system would kill the process instead of llama.cpp raising an error.
     """
     free = available_memory()
-    cache = context * _cache_bytes_per_token(metadata)
+    cache = context * _cache_bytes_per_token(header.metadata)
     needed = path.stat().st_size + cache
     if needed > free:
         raise GenerationError(
@@ -289,9 +311,3 @@ def _cache_bytes_per_token(metadata: dict[str, Any]) -> int:
     heads = number("attention.head_count", 1)
     per_head = number("attention.key_length", number("embedding_length", 0) // heads)
     return 2 * 2 * number("block_count", 0) * number("attention.head_count_kv", heads) * per_head
-
-
-def _parameters(metadata: dict[str, Any]) -> float:
-    """Return the number of parameters from `general.size_label`, such as 1.7B; 0 if unknown."""
-    match = re.fullmatch(r"([\d.]+)([KMB])", str(metadata.get("general.size_label", "")).upper())
-    return float(match[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[match[2]] if match else 0.0

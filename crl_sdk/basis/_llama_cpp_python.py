@@ -28,35 +28,27 @@ class LlamaCppPython:
         """Store a loaded model."""
         self._llama = llama
 
-    def generate(
-        self,
-        prompt: str,
-        grammar: str,
-        sampling: Sampling,
-        on_piece: Callable[[str], None],
-        *,
-        chat: bool,
+    def complete(
+        self, prompt: str, grammar: str, sampling: Sampling, on_piece: Callable[[str], None]
     ) -> None:
-        """Continue a prompt, see `LlmBackend`."""
+        """Continue a prompt, see `GgufBackend`."""
         self._llama.reset()  # type: ignore[no-untyped-call]
-        options: dict[str, Any] = {
-            "grammar": llama_cpp.llama_grammar.LlamaGrammar.from_string(grammar, verbose=False),
-            "temperature": sampling.temperature, "seed": sampling.seed,
-            "repeat_penalty": sampling.repeat_penalty, "max_tokens": sampling.max_tokens,
-            "stream": True,
-        }  # fmt: skip
-        chunks: Any
-        if chat:
-            messages: Any = [{"role": "user", "content": prompt}]
-            chunks = self._llama.create_chat_completion(messages, **options)
-        else:
-            chunks = self._llama.create_completion(prompt, **options)
+        chunks: Any = self._llama.create_completion(
+            prompt,
+            grammar=llama_cpp.llama_grammar.LlamaGrammar.from_string(grammar, verbose=False)
+            if grammar
+            else None,
+            temperature=sampling.temperature,
+            seed=sampling.seed,
+            repeat_penalty=sampling.repeat_penalty,
+            max_tokens=sampling.max_tokens,
+            stream=True,
+        )
         for chunk in chunks:
-            choice = chunk["choices"][0]
-            on_piece(choice.get("text") or choice.get("delta", {}).get("content") or "")
+            on_piece(chunk["choices"][0]["text"])
 
     def log_likelihoods(self, prefix: str, texts: Sequence[str]) -> list[float]:
-        """Return the log probabilities of texts, see `LlmBackend`."""
+        """Return the log probabilities of texts, see `GgufBackend`."""
         llama = self._llama
         beginning = llama.tokenize(prefix.encode())
         self._require_room(len(beginning))

@@ -1,8 +1,9 @@
 """The contract of a backend, which runs a language model, and the choice of one.
 
-`LanguageModel` knows prompts, progress and errors. A backend only continues a prompt and says how
-likely texts are. Each backend is a module of its own with a function that opens it. `find_backend`
-chooses among those that run GGUF files.
+`LanguageModel` knows prompts, progress and errors. A backend only continues a prompt, answers a
+message and says how likely texts are. A backend for GGUF files does not know chat templates:
+`TemplateChat` adds them. Each backend is a module of its own with a function that opens it.
+`find_backend` chooses among those that run GGUF files.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Sampling:
     max_tokens: int = 96
 
 
-class LlmBackend(Protocol):
-    """Runs one language model. Its methods may raise any exception.
+class GgufBackend(Protocol):
+    """Runs the model of a GGUF file. Its methods may raise any exception.
 
     Attributes:
         name: Name of the package that runs the model.
@@ -45,24 +46,18 @@ class LlmBackend(Protocol):
     name: str
     version: str
 
-    def generate(
-        self,
-        prompt: str,
-        grammar: str,
-        sampling: Sampling,
-        on_piece: Callable[[str], None],
-        *,
-        chat: bool,
+    def complete(
+        self, prompt: str, grammar: str, sampling: Sampling, on_piece: Callable[[str], None]
     ) -> None:
-        """Continue a prompt with text that matches a grammar.
+        """Continue a prompt.
 
         Args:
-            prompt: Text to continue, or the message to answer if `chat` is true.
-            grammar: Grammar in llama.cpp's GBNF format, with a rule `root`.
+            prompt: Text to continue. Markup of the model is read as such.
+            grammar: Grammar of the answer in llama.cpp's GBNF format, with a rule `root`; empty for
+                any text.
             sampling: How the answer is sampled.
             on_piece: Called with the text of each token. What it raises ends the answer, and is
                 raised here.
-            chat: Whether the prompt goes through the model's chat template.
         """
 
     def log_likelihoods(self, prefix: str, texts: Sequence[str]) -> list[float]:
@@ -72,7 +67,19 @@ class LlmBackend(Protocol):
         """Free the memory of the model."""
 
 
-OpenBackend = Callable[[Path, int, int], LlmBackend]
+class LlmBackend(GgufBackend, Protocol):
+    """Runs a language model that also answers messages. Its methods may raise any exception."""
+
+    def chat(
+        self, message: str, grammar: str, sampling: Sampling, on_piece: Callable[[str], None]
+    ) -> None:
+        """Answer a message. The arguments are those of `complete`.
+
+        A backend that has no grammars leaves out the grammar, which the caller must expect.
+        """
+
+
+OpenBackend = Callable[[Path, int, int], GgufBackend]
 """Opens a GGUF file with a context in tokens and a number of threads."""
 
 _BACKENDS = (("llama-cpp-python", "llama_cpp"), ("xllamacpp", "xllamacpp"))

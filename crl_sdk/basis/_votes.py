@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,13 +26,14 @@ class RankedText:
 
 
 def text_key(text: str) -> str:
-    """Return a key that ignores case, articles, hyphens and plurals.
+    """Return a key that ignores case, width, articles, hyphens and plurals.
 
     Example:
         >>> text_key("The Half-Moons") == text_key("half moon")
         True
     """
-    plain = " ".join(text.casefold().replace("-", " ").split())
+    plain = unicodedata.normalize("NFKC", text).casefold().replace("-", " ")
+    plain = " ".join(plain.split())
     for article in _ARTICLES:
         plain = plain.removeprefix(article)
     return " ".join(_strip_plural(word) for word in plain.split())
@@ -48,39 +51,56 @@ def _strip_plural(word: str) -> str:
 
 
 class VoteCounter:
-    r"""Counts in how many answers each text occurs.
+    """Counts in how many answers each text occurs.
 
     Attributes:
         votes: Number of answers by text key.
+        answers: Number of answers.
 
     Example:
         >>> counter = VoteCounter()
-        >>> counter.add(" red, blue, green\n")
-        >>> counter.add(" Reds, blue, pin")  # the last text is cut off
+        >>> counter.add(["red", "blue", "green"])
+        >>> counter.add(["reds", "blue"], shown=["green"])
         >>> [(each.text, each.votes) for each in counter.ranking()]
         [('red', 2), ('blue', 2), ('green', 1)]
+        >>> counter.chances("green")
+        1
     """
 
     def __init__(self) -> None:
         """Start with no answers."""
         self.votes: Counter[str] = Counter()
+        self.answers = 0
+        self._shown: Counter[str] = Counter()
         self._spellings: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._positions: defaultdict[str, list[int]] = defaultdict(list)
 
-    def add(self, answer: str) -> None:
-        """Count each text of an answer once. Without a line end the last text is ignored."""
-        texts = answer.split(",") if answer.endswith("\n") else answer.split(",")[:-1]
-        seen: set[str] = set()
-        for position, raw in enumerate(texts):
-            text = " ".join(raw.split())
+    def add(
+        self, texts: Sequence[str], *, shown: Sequence[str] = (), first_position: int = 0
+    ) -> None:
+        """Count each text of an answer once.
+
+        Args:
+            texts: Texts of the answer.
+            shown: Texts that the request had shown. The answer has no vote on them, because it may
+                have copied them.
+            first_position: Position of the first text. Of texts with equal votes, those of the
+                smallest mean position come first.
+        """
+        self.answers += 1
+        seen = {text_key(text) for text in shown}
+        self._shown.update(seen)
+        for position, text in enumerate(texts, first_position):
             key = text_key(text)
-            if not key:
-                continue
-            self._spellings[key][text] += 1
-            if key not in seen:
+            if key and key not in seen:
                 seen.add(key)
                 self.votes[key] += 1
                 self._positions[key].append(position)
+                self._spellings[key][text] += 1
+
+    def chances(self, text: str) -> int:
+        """Return the number of answers that had a vote on a text."""
+        return self.answers - self._shown[text_key(text)]
 
     def ranking(self) -> list[RankedText]:
         """Return the texts by descending votes, then by mean position in the answers."""

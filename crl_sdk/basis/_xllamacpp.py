@@ -33,50 +33,38 @@ class XLlamaCpp:
         """Store a server with its model."""
         self._server: Any = server
 
-    def generate(
-        self,
-        prompt: str,
-        grammar: str,
-        sampling: Sampling,
-        on_piece: Callable[[str], None],
-        *,
-        chat: bool,
+    def complete(
+        self, prompt: str, grammar: str, sampling: Sampling, on_piece: Callable[[str], None]
     ) -> None:
-        """Continue a prompt, see `LlmBackend`."""
+        """Continue a prompt, see `GgufBackend`."""
         raised: list[BaseException] = []
 
         def receive(chunk: dict[str, Any]) -> bool:
             """Take a part of the answer, and return whether to stop."""
             try:
-                choice = _choice(chunk)
-                piece = choice["delta"].get("content") if chat else choice["text"]
-                if piece:
+                if piece := _choice(chunk)["text"]:
                     on_piece(piece)
             except BaseException as error:  # xllamacpp would drop it, also Ctrl-C
                 raised.append(error)
             return bool(raised)
 
         request = {
-            "grammar": grammar, "temperature": sampling.temperature, "seed": sampling.seed,
+            "prompt": prompt, "temperature": sampling.temperature, "seed": sampling.seed,
             "repeat_penalty": sampling.repeat_penalty, "max_tokens": sampling.max_tokens,
             "stream": True,
             # the defaults of llama-cpp-python
             "repeat_last_n": 64, "top_k": 40, "top_p": 0.95, "min_p": 0.05,
             # the reuse of an earlier prompt changes the last bits, and so the answer
             "cache_prompt": False,
-            "reasoning_format": "none",
         }  # fmt: skip
-        if chat:
-            request["messages"] = [{"role": "user", "content": prompt}]
-            self._server.handle_chat_completions(request, receive)
-        else:
-            request["prompt"] = prompt
-            self._server.handle_completions(request, receive)
+        if grammar:
+            request["grammar"] = grammar
+        self._server.handle_completions(request, receive)
         if raised:
             raise raised[0]
 
     def log_likelihoods(self, prefix: str, texts: Sequence[str]) -> list[float]:
-        """Return the log probabilities of texts, see `LlmBackend`."""
+        """Return the log probabilities of texts, see `GgufBackend`."""
         (space, *_), *tokenized = self._tokenize([" a", *(f" {text}" for text in texts)])
         found, cache = [], False
         for tokens in tokenized:

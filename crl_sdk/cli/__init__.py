@@ -15,6 +15,7 @@ from crl_sdk.cli import _bench as bench
 from crl_sdk.cli import _classify as classify
 from crl_sdk.cli import _cluster as cluster
 from crl_sdk.cli import _compile as compile
+from crl_sdk.cli import _create as create
 from crl_sdk.cli import _demo as demo
 from crl_sdk.cli import _doctor as doctor
 from crl_sdk.cli import _embed as embed
@@ -54,6 +55,7 @@ app.command("background", short_help="Add generic texts to a bundle of an older 
 app.command("info")(models.info)
 app.command("doctor", short_help="Show this machine and the engines that run on it.")(doctor.doctor)
 app.command("compile")(compile.compile_bundle)
+basis.app.command("create")(create.create)
 basis.app.command("sharpen")(sharpen.sharpen)
 app.add_typer(basis.app, name="basis")
 app.command("embed")(embed.embed)

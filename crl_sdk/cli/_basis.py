@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from crl_sdk.basis._basis import Basis
-from crl_sdk.basis._build import (
-    DEFAULT_MERGE_THRESHOLD,
-    edit_basis,
-)
+from crl_sdk.basis._build import edit_basis
+from crl_sdk.basis._curated import curated_lists, require_curated
 from crl_sdk.basis._directory import BasisDirectory
-from crl_sdk.basis._generate import GeneratedTexts
-from crl_sdk.basis._generation_options import DEFAULT_OPTIONS
-from crl_sdk.basis._methods import DEFAULT_METHOD, Method, find_method
-from crl_sdk.cli import _generation as generation
-from crl_sdk.cli import _text_vectors as text_vectors
+from crl_sdk.basis._methods import find_method
 from crl_sdk.cli._console import JsonOption, note, out, print_facts, print_json, warn
 from crl_sdk.cli._options import (
     DEFAULT_BASES,
@@ -33,182 +29,10 @@ from crl_sdk.cli._options import (
 )
 from crl_sdk.errors import BasisError, CrlError, InvalidInputError
 from crl_sdk.model._bundle import ModelBundle
-from crl_sdk.projection._projection import Post
 from crl_sdk.storage._atomic_files import make_directory
 from crl_sdk.storage._checksummed_safetensors import SUFFIX
 
 app = typer.Typer(help="Make, edit and show bases.", no_args_is_help=True)
-
-
-TextOption = Annotated[
-    list[str] | None, typer.Option("--text", "-t", help="A text; may be repeated.")
-]
-
-
-@app.command("create")
-def create(
-    criterion: Annotated[str, typer.Argument(help="What matters, in words, such as `color`.")],
-    texts: Annotated[
-        Path | None, typer.Option(help="Your own texts: a UTF-8 file with one text per line.")
-    ] = None,
-    text: TextOption = None,
-    vectors: Annotated[
-        Path | None,
-        typer.Option(
-            help="File of text embeddings, .npz or .parquet, in place of a text tower: arrays "
-            "text:CRITERION and words:CRITERION, or a bank of words (docs/EVAL.md). --text and "
-            "--texts choose words of the bank."
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="With --vectors: name of the model that made the embeddings, such as "
-            "openai/clip-vit-base-patch32. Needed unless the file has a fingerprint."
-        ),
-    ] = None,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Template with one {} for the text; may be repeated to average over several. "
-            "Default: what the bundle recommends."
-        ),
-    ] = None,
-    method: Annotated[
-        Method | None,
-        typer.Option(
-            help="Projection method, see docs/PROJECTIONS.md. Default: contrastive, or cosine with "
-            "two texts."
-        ),
-    ] = None,
-    against: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Another criterion whose texts should count less: the name or file of its basis; "
-            "may be repeated."
-        ),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A criterion to disregard, whose directions are removed: the name or file of its "
-            "basis; may be repeated."
-        ),
-    ] = None,
-    post: Annotated[
-        Post, typer.Option(help="Row normalisation of the conditional embedding.")
-    ] = "l2",
-    merge: Annotated[
-        float,
-        typer.Option(help="Cosine from which two texts are merged; 1 merges equal texts only."),
-    ] = DEFAULT_MERGE_THRESHOLD,
-    llm: generation.LlmOption = None,
-    hint: generation.HintOption = "",
-    example: generation.ExampleOption = None,
-    include: generation.IncludeOption = None,
-    exclude: generation.ExcludeOption = None,
-    count: generation.CountOption = DEFAULT_OPTIONS.count,
-    answers: generation.AnswersOption = DEFAULT_OPTIONS.max_answers,
-    seed: generation.SeedOption = 0,
-    form: generation.FormOption = "auto",
-    threads: generation.ThreadsOption = None,
-    accept_unsure: generation.AcceptUnsureOption = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the texts; write nothing.")
-    ] = False,
-    bundle: BundleOption = None,
-    bases: BasesOption = DEFAULT_BASES,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing basis.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Make a basis. A local language model writes its texts, or you give them.
-
-    Give your own texts with --texts or --text. `crl embed --criteria` then knows the basis.
-    """
-    given = [*(text or []), *(read_texts(texts) if texts is not None else [])]
-    _check_sources(
-        given, vectors, model, prompt, asks_model=bool(hint or example or include or exclude)
-    )
-    if vectors is None:
-        opened = open_bundle(bundle)
-        fingerprint = opened.fingerprint
-    else:
-        fingerprint = text_vectors.fingerprint(vectors, model)
-    path = BasisDirectory(bases).path_of(criterion, fingerprint)
-    if path.exists() and not (overwrite or dry_run):
-        raise BasisError(f"{path}: exists already; pass --overwrite to replace it")
-    basis_options: dict[str, Any] = {
-        "method": method, "post": post, "merge_threshold": merge,
-        "against": [load_basis(bases, name, fingerprint, bundle) for name in against or ()],
-        "ignore": [load_basis(bases, name, fingerprint, bundle) for name in ignore or ()],
-    }  # fmt: skip
-    if method == "ignore" and not given:
-        given = [text for other in basis_options.pop("ignore") for text in other.texts]
-        if not given:
-            raise InvalidInputError(
-                "the method ignore needs the criterion to disregard: pass --ignore NAME, or its "
-                "texts with --text or --texts"
-            )
-    if vectors is not None:
-        basis = text_vectors.make_basis(vectors, criterion, given, fingerprint, basis_options)
-    else:
-        warn_without_background(opened, method or DEFAULT_METHOD)
-        with open_embedder(opened) as embedder:
-            source: list[str] | GeneratedTexts = given
-            if not given:
-                options = generation.read_options(
-                    hint=hint, example=example, include=include, exclude=exclude, count=count,
-                    answers=answers, seed=seed, form=form, accept_unsure=accept_unsure or dry_run,
-                )  # fmt: skip
-                source = generation.generate_texts(
-                    embedder,
-                    criterion,
-                    llm,
-                    prompts=prompt or None,
-                    options=options,
-                    threads=threads,
-                )
-                if dry_run or not as_json:
-                    generation.print_texts(source, bundle, bases, as_json=as_json)
-                if dry_run:
-                    return
-            provenance = {"texts": "given by the user"} if given else None
-            basis = embedder.create_basis(
-                criterion, source, prompts=prompt or None, provenance=provenance, **basis_options
-            )
-    if not dry_run:
-        save(basis, path)
-    print_basis(basis, path, as_json)
-
-
-def _check_sources(
-    given: Sequence[str],
-    vectors: Path | None,
-    model: str | None,
-    prompt: Sequence[str] | None,
-    *,
-    asks_model: bool,
-) -> None:
-    """Refuse options that contradict each other.
-
-    Args:
-        given: The user's own texts.
-        vectors: File of text embeddings, or None.
-        model: Name of the model of that file, or None.
-        prompt: Prompts, or None.
-        asks_model: Whether there are options of the language model.
-    """
-    if given and asks_model:
-        raise InvalidInputError(
-            "--hint, --example, --include and --exclude are for texts of the language model: leave "
-            "them out with --text and --texts"
-        )
-    if model is not None and vectors is None:
-        raise InvalidInputError("--model names the model of --vectors FILE: pass both or neither")
-    if vectors is not None and (prompt or asks_model):
-        raise InvalidInputError(
-            "--vectors needs no model: leave out --prompt and the options of the language model"
-        )
 
 
 @app.command("edit")
@@ -218,6 +42,10 @@ def edit(
     remove: Annotated[
         list[str] | None, typer.Option(help="A text to remove; may be repeated.")
     ] = None,
+    in_editor: Annotated[
+        bool,
+        typer.Option("--edit", help="Change the texts in your editor ($EDITOR), one on each line."),
+    ] = False,
     bundle: BundleOption = None,
     bases: BasesOption = DEFAULT_BASES,
     as_json: JsonOption = False,
@@ -227,11 +55,16 @@ def edit(
     The basis is made again with the same prompts, method and other criteria, whose bases are read
     from --bases. What it learnt from images is lost: sharpen it again.
     """
-    if not add and not remove:
-        raise InvalidInputError("expected --add TEXT or --remove TEXT")
+    if not (add or remove or in_editor):
+        raise InvalidInputError("expected --add TEXT, --remove TEXT or --edit")
     opened = open_bundle(bundle)
     basis = load_basis(bases, criterion, opened.fingerprint, bundle)
     path = BasisDirectory(bases).path_of(criterion, opened.fingerprint)
+    if in_editor:
+        add, remove = _edit_texts(basis, add or (), remove or ())
+    if not add and not remove:
+        note("the texts are as they were: nothing was changed")
+        return
     roles = {
         role: [
             load_basis(bases, name, opened.fingerprint, bundle)
@@ -254,6 +87,30 @@ def edit(
     print_basis(changed, path, as_json)
 
 
+def _edit_texts(
+    basis: Basis, add: Sequence[str], remove: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Let the user change the texts in an editor. Returns the texts to add and to remove.
+
+    Raises:
+        InvalidInputError: If the editor cannot be run.
+    """
+    before = [*basis.texts, *(text for text in add if text not in basis.texts)]
+    offered = "".join(f"{text}\n" for text in before if text not in remove)
+    try:
+        changed = click.edit(offered, extension=".txt", require_save=False)
+    except click.ClickException as error:
+        raise InvalidInputError(
+            f"the editor cannot be run ({error.message}): set $EDITOR, or use --add and --remove"
+        ) from error
+    lines = offered if changed is None else changed
+    after = [line.strip() for line in lines.splitlines() if line.strip()]
+    return (
+        [text for text in after if text not in basis.texts],
+        [text for text in basis.texts if text not in after],
+    )
+
+
 @app.command("show")
 def show(
     name: Annotated[str, typer.Argument(help="Name of a basis, or a basis file.")],
@@ -272,6 +129,31 @@ def show(
     is_file = name.endswith(SUFFIX)
     path = Path(name) if is_file else BasisDirectory(bases).path_of(name, basis.fingerprint)
     print_basis(basis, path, as_json)
+
+
+@app.command("curated")
+def curated(
+    name: Annotated[
+        str, typer.Argument(help="Criterion of a list. Without it, all lists are named.")
+    ] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Show the lists of texts that were written by hand.
+
+    `crl basis create NAME --curated` makes a basis of one. To change it first, write it to a file:
+    `crl basis curated color > color.txt`, and then `crl basis create color --texts color.txt`.
+    """
+    lists = [require_curated(name)] if name else list(curated_lists().values())
+    if as_json:
+        print_json({each.name: asdict(each) for each in lists})
+    elif name:
+        typer.echo("\n".join(lists[0].texts))
+    else:
+        table = Table("list", "texts", "other names", "begins with")
+        for each in lists:
+            names, texts = ", ".join(each.aliases), ", ".join(each.texts[:4])
+            table.add_row(each.name, str(len(each.texts)), names, texts)
+        out.print(table)
 
 
 @app.command("list")

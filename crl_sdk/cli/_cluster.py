@@ -16,6 +16,7 @@ from crl_sdk.cli import _generation as generation
 from crl_sdk.cli._console import JsonOption, note, out, print_json, spinner, warn
 from crl_sdk.cli._options import (
     DEFAULT_BASES,
+    AgainstOption,
     BasesOption,
     BundleOption,
     DecodeOption,
@@ -80,6 +81,7 @@ def cluster(
     texts: TextsOption = None,
     prompt: PromptOption = None,
     llm: generation.LlmOption = None,
+    against: AgainstOption = None,
     bundle: BundleOption = None,
     bases: BasesOption = DEFAULT_BASES,
     engine: EngineOption = "auto",
@@ -113,6 +115,7 @@ def cluster(
         basis = model.find_or_make_basis(
             criterion, bases, images.fingerprint,
             file=basis_file, texts=texts, prompt=prompt, llm=llm,
+            against=against or (),
         )  # fmt: skip
     require_same_model(images, [basis])
     with spinner("grouping …"):

@@ -244,6 +244,7 @@ def _make_bases(
                 )
                 if basis is not None:
                     bases[name] = basis
+            bases = _against_each_other(embedder, bases, given.prompt)
         for name, words in given.words.items():
             true = _TRUE_WORDS.format(name)
             bases[true] = embedder.create_basis(true, list(words), prompts=[given.prompt])
@@ -252,6 +253,21 @@ def _make_bases(
             "there is no basis to group by: the language model wrote no texts for any criterion"
         )
     return bases
+
+
+def _against_each_other(
+    embedder: Embedder, bases: dict[str, Basis], prompt: str
+) -> dict[str, Basis]:
+    """Make each basis again so that the texts of the others count less."""
+    if len(bases) < 2:
+        return bases
+    return {
+        name: embedder.create_basis(
+            name, list(basis.texts), prompts=[prompt], provenance=basis.provenance, load=False,
+            against=[other for criterion, other in bases.items() if criterion != name],
+        )
+        for name, basis in bases.items()
+    }  # fmt: skip
 
 
 def _generate_or_reuse(

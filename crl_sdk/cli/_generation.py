@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.table import Table
 
 from crl_sdk._embedder import Embedder
 from crl_sdk._progress import GenerationProgress
+from crl_sdk.basis._asking import ReportProgress
 from crl_sdk.basis._basis import Basis
-from crl_sdk.basis._generate import GeneratedTexts, ReportProgress
+from crl_sdk.basis._curated import find_curated
+from crl_sdk.basis._generate import GeneratedTexts
 from crl_sdk.basis._generation_options import DEFAULT_OPTIONS, Form, GenerationOptions
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.cli._console import note, out, print_json, spinner, warn
@@ -26,7 +31,8 @@ LlmOption = Annotated[
     typer.Option(
         "--llm",
         envvar="CRL_LLM",
-        help="Language model: a GGUF file or hf:OWNER/REPO/FILE.gguf. Default: a small model.",
+        help="Language model: a GGUF file, hf:OWNER/REPO/FILE.gguf, or the URL of an endpoint with "
+        "OpenAI's API, such as http://127.0.0.1:8080/v1. Default: a small model.",
     ),
 ]
 HintOption = Annotated[
@@ -64,11 +70,38 @@ AcceptUnsureOption = Annotated[
     ),
 ]
 FormOption = Annotated[
-    Form, typer.Option(help="Whether the language model continues a list or answers in a chat.")
+    Form,
+    typer.Option(
+        help="How the language model is asked: completion continues example lines and counts "
+        "votes, chat does so in messages, list asks for one long list. Default: what suits it."
+    ),
+]
+MaxWordsOption = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        max=12,
+        help="Largest number of words in a text. From 4 on, articles and apostrophes are allowed.",
+    ),
+]
+AnyScriptOption = Annotated[
+    bool, typer.Option("--any-script", help="Allow letters beyond a to z in texts.")
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(help="Ask as the paper does for one of its data sets, such as clevr4-color."),
 ]
 
 _SHOWN_DROPPED = 12
 """Number of dropped texts that are printed."""
+
+
+def open_llm(llm: str | None, threads: int | None = None) -> LanguageModel:
+    """Load a language model, with the token of an endpoint from the environment.
+
+    The arguments and the errors are those of `LanguageModel.open`.
+    """
+    return LanguageModel.open(llm, threads=threads, token=os.environ.get("CRL_LLM_TOKEN"))
 
 
 def read_options(
@@ -82,6 +115,9 @@ def read_options(
     seed: int,
     form: Form,
     accept_unsure: bool,
+    max_words: int,
+    any_script: bool,
+    subject: str,
 ) -> GenerationOptions:
     """Return the options of the command line as `GenerationOptions`.
 
@@ -92,6 +128,7 @@ def read_options(
         hint=hint, examples=dict(map(_example, example or ())), include=tuple(include or ()),
         exclude=tuple(exclude or ()), count=count,
         max_answers=answers, seed=seed, form=form, accept_unsure=accept_unsure,
+        max_words=max_words, any_script=any_script, subject=subject,
     )  # fmt: skip
 
 
@@ -102,6 +139,7 @@ def generate_texts(
     *,
     prompts: Sequence[str] | None,
     options: GenerationOptions = DEFAULT_OPTIONS,
+    pictures: NDArray[np.floating] | None = None,
     threads: int | None = None,
 ) -> GeneratedTexts:
     """Let the language model write texts, and show its progress and a summary on stderr.
@@ -110,10 +148,13 @@ def generate_texts(
     threads of `LanguageModel.open`.
     """
     embedder.check_generation(criterion, options, prompts=prompts)  # before the model is loaded
-    with _shown_progress() as progress, LanguageModel.open(llm, threads=threads) as opened:
+    if curated := find_curated(criterion):
+        note(f"there is also a list written by hand: crl basis curated {curated.name!r}")
+    with _shown_progress() as progress, open_llm(llm, threads=threads) as opened:
         texts = embedder.generate_texts(
-            criterion, llm=opened, options=options, prompts=prompts, progress=progress
-        )
+            criterion, llm=opened, options=options, prompts=prompts, pictures=pictures,
+            progress=progress,
+        )  # fmt: skip
     name = texts.provenance["model"]["name"]
     note(
         f"{name}: {texts.answers} answers, {len(texts.texts)} texts kept, {len(texts.dropped)} "
@@ -132,6 +173,7 @@ def generate_basis(
     prompts: Sequence[str] | None,
     bundle: Path | None,
     bases: Path,
+    against: Sequence[Basis] = (),
 ) -> Basis:
     """Make a basis with the language model. Show its progress, the texts and what to do next.
 
@@ -142,6 +184,7 @@ def generate_basis(
         prompts: Prompts for the texts; None for the one that the bundle recommends.
         bundle: Bundle on the command line, for the suggested commands.
         bases: Directory of bases, for the suggested commands.
+        against: Bases of other criteria, whose texts count less.
 
     Raises:
         GenerationError: If the language model does not know the criterion.
@@ -150,7 +193,7 @@ def generate_basis(
     kept = ", ".join(f"{each.text} {each.votes}" for each in texts.texts)
     note(f"{criterion}, with votes: {kept}")
     print_next_steps(criterion, bundle, bases)
-    return embedder.create_basis(criterion, texts, prompts=prompts)
+    return embedder.create_basis(criterion, texts, prompts=prompts, against=list(against))
 
 
 def print_texts(texts: GeneratedTexts, bundle: Path | None, bases: Path, *, as_json: bool) -> None:
@@ -165,15 +208,30 @@ def print_texts(texts: GeneratedTexts, bundle: Path | None, bases: Path, *, as_j
     if as_json:
         print_json(asdict(texts))
         return
-    table = Table("text", "votes", "decision", title=texts.criterion, title_justify="left")
+    columns = _columns(texts)
+    table = Table("text", "votes", *columns, "decision", title=texts.criterion,
+                  title_justify="left")  # fmt: skip
     for kept in texts.texts:
-        table.add_row(kept.text, str(kept.votes), "kept")
+        facts = [columns[name].get(kept.text, "") for name in columns]
+        table.add_row(kept.text, str(kept.votes), *facts, "kept")
     for dropped in texts.dropped[:_SHOWN_DROPPED]:
-        table.add_row(dropped.text, str(dropped.votes), dropped.reason, style="dim")
+        facts = [""] * len(columns)
+        table.add_row(dropped.text, str(dropped.votes), *facts, dropped.reason, style="dim")
     out.print(table)
     if len(texts.dropped) > _SHOWN_DROPPED:
         note(f"and {len(texts.dropped) - _SHOWN_DROPPED} more dropped texts with fewer votes")
     print_next_steps(texts.criterion, bundle, bases)
+
+
+def _columns(texts: GeneratedTexts) -> dict[str, dict[str, str]]:
+    """Return what else is known about the kept texts: values by text, by the name of a column."""
+    found = {}
+    if relevance := texts.provenance.get("relevance"):
+        found["relevance"] = {text: f"{value:.1f}" for text, value in relevance.items()}
+    if pictures := texts.provenance.get("pictures"):
+        found["spread"] = {text: f"{value:.3f}" for text, value in pictures["spread"].items()}
+        found["pictures"] = {text: f"{value:.1%}" for text, value in pictures["share"].items()}
+    return found
 
 
 def print_next_steps(criterion: str, bundle: Path | None, bases: Path) -> None:

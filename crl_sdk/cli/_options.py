@@ -73,6 +73,14 @@ OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace files that exist already.")
 ]
 
+AgainstOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Another criterion whose texts should count less: the name or file of its basis; may "
+        "be repeated."
+    ),
+]
+
 DEFAULT_BASES = Path("bases")
 
 

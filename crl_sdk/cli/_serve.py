@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from crl_sdk.basis._gguf import read_metadata
-from crl_sdk.basis._language_model import LanguageModel
+from crl_sdk.basis._endpoint import is_endpoint
+from crl_sdk.basis._gguf import read_header
 from crl_sdk.basis._llm_backend import find_backend
 from crl_sdk.basis._llm_files import find_model
 from crl_sdk.cli import _generation as generation
@@ -137,9 +137,10 @@ def serve(
                 "--tls-client-ca"
             )
         if generate:  # the model itself is loaded when it is needed
-            find_backend()
-            if not str(llm).startswith("hf:"):
-                read_metadata(find_model(llm))
+            if not is_endpoint(llm):
+                find_backend()
+            if not (str(llm).startswith("hf:") or is_endpoint(llm)):
+                read_header(find_model(llm))
         image_limits = ImageLimits(
             formats=parse_formats(formats), max_decode_bytes=max_decode_mb << 20
         )
@@ -158,7 +159,7 @@ def serve(
             shared_memory=shared_memory,
             access_log=access_log,
             otlp=otlp,
-            open_llm=partial(LanguageModel.open, llm) if generate else None,
+            open_llm=partial(generation.open_llm, llm) if generate else None,
         )
         if bundle is None:
             _log.info(

@@ -24,6 +24,8 @@ from crl_sdk.cli._basis import read_texts, save, warn_without_background
 from crl_sdk.cli._console import leave_out, note, progress_bar, warn
 from crl_sdk.cli._options import load_basis, open_embedder
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
+from crl_sdk.model._bundle import ModelBundle
+from crl_sdk.model._fingerprint import require_same_model as require_fingerprints
 from crl_sdk.model._fingerprint import short_fingerprint
 from crl_sdk.model._image_files import find_image_files, printable_path
 from crl_sdk.model._image_formats import parse_formats
@@ -78,7 +80,7 @@ class LazyEmbedder:
 
     def __init__(
         self,
-        bundle: Path | None,
+        bundle: Path | ModelBundle | None,
         engine: str = "auto",
         threads: int | None = None,
         decode: Decode = "exact",
@@ -88,7 +90,7 @@ class LazyEmbedder:
         self._arguments = (bundle, engine, threads, decode)
         self._limits = ImageLimits(formats=parse_formats(formats))
         self._embedder: Embedder | None = None
-        self.bundle = bundle
+        self.bundle = bundle if isinstance(bundle, Path) else None
 
     def __enter__(self) -> LazyEmbedder:
         """Return the object itself."""
@@ -187,6 +189,7 @@ class LazyEmbedder:
         texts: Path | None = None,
         prompt: str | None = None,
         llm: str | None = None,
+        against: Sequence[str] = (),
     ) -> Basis:
         """Return the basis of a criterion.
 
@@ -202,15 +205,19 @@ class LazyEmbedder:
             texts: File of texts.
             prompt: Prompt for the texts; None for the one that the bundle recommends.
             llm: Language model, see `crl_sdk.basis.LanguageModel.open`.
+            against: Other criteria, whose texts count less in a basis that is made: names of bases
+                in `bases`, or basis files.
 
         Raises:
-            InvalidInputError: If `file` and `texts` are both given, or the criterion is missing.
+            InvalidInputError: If `file` and `texts` are both given, the criterion is missing, or
+                `against` is given for a basis that exists.
             BasisError: If the file cannot be read or the language model writes no usable text.
             IntegrityError: If the file is not a basis file.
         """
         if file is not None and texts is not None:
             raise InvalidInputError("expected --basis or --texts, got both: leave one out")
         if file is not None:
+            _refuse_against(against, str(file))
             return Basis.load(file)
         if not criterion.strip():
             raise InvalidInputError(
@@ -222,19 +229,35 @@ class LazyEmbedder:
             warn_without_background(self.embedder.bundle, DEFAULT_METHOD)
             return self.embedder.create_basis(
                 name, read_texts(texts), prompts=prompts,
-                provenance={"texts": "given by the user"},
+                provenance={"texts": "given by the user"}, against=self._load(bases, against),
             )  # fmt: skip
         directory = BasisDirectory(bases)
         if name in directory.criteria(fingerprint):
+            _refuse_against(against, name)
             basis = load_basis(bases, name, fingerprint, self.bundle)
             note(f"{name}: basis {directory.path_of(name, basis.fingerprint)}")
             return basis
         warn_without_background(self.embedder.bundle, DEFAULT_METHOD)
         basis = generation.generate_basis(
-            self.embedder, name, llm, prompts=prompts, bundle=self.bundle, bases=bases
-        )
+            self.embedder, name, llm, prompts=prompts, bundle=self.bundle, bases=bases,
+            against=self._load(bases, against),
+        )  # fmt: skip
         save(basis, directory.path_of(name, basis.fingerprint))
         return basis
+
+    def _load(self, bases: Path, names: Sequence[str]) -> list[Basis]:
+        """Return bases by their names or files."""
+        fingerprint = self.embedder.bundle.fingerprint
+        return [load_basis(bases, name, fingerprint, self.bundle) for name in names]
+
+
+def _refuse_against(against: Sequence[str], name: str) -> None:
+    """Refuse `--against` for a basis that is not made now."""
+    if against:
+        raise InvalidInputError(
+            f"--against is for a basis that is made now, and {name} exists: leave it out, or make "
+            "the basis again with crl basis create --against NAME --overwrite"
+        )
 
 
 def require_tasks(purpose: str) -> None:
@@ -265,6 +288,24 @@ def require_same_model(source: ImageSource, bases: Sequence[Basis]) -> None:
             f"model of the basis, {short_fingerprint(bases[0].fingerprint)}"
         )
     require_one_model(bases, source.fingerprint)
+
+
+def require_fingerprint(name: str, source: ImageSource, fingerprint: str) -> None:
+    """Check that embeddings are those of a model.
+
+    Args:
+        name: Name of the embeddings in the error.
+        source: The embeddings.
+        fingerprint: Fingerprint of the model.
+
+    Raises:
+        BasisMismatchError: If they name another model.
+    """
+    if source.fingerprint is not None:
+        require_fingerprints(
+            name, source.fingerprint, fingerprint, used_with="--bundle",
+            remedy="embed the images with this model: crl embed",
+        )  # fmt: skip
 
 
 def read_label_table(directory: Path, path: Path, column: str) -> dict[Path, str]:

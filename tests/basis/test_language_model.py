@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import string as string_module
 import struct
 import subprocess
 import sys
@@ -15,15 +17,17 @@ import numpy as np
 import pytest
 
 from crl_sdk.basis import _language_model, _llm_files, _xllamacpp
+from crl_sdk.basis._asking import choose_form
 from crl_sdk.basis._generate import generate_texts
 from crl_sdk.basis._generation_options import GenerationOptions
-from crl_sdk.basis._gguf import read_metadata
+from crl_sdk.basis._gguf import read_header
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.basis._llm_backend import Sampling
 from crl_sdk.basis._llm_files import find_model
-from crl_sdk.basis._llm_requests import GRAMMAR, compose_completion
+from crl_sdk.basis._llm_requests import compose_completion, few_shot_lines, make_grammar
 from crl_sdk.errors import CrlError, GenerationError, InvalidInputError, MissingDependencyError
 
+GRAMMAR = make_grammar(GenerationOptions(), long=False)
 BACKENDS = ("llama-cpp-python", "xllamacpp")
 
 
@@ -152,7 +156,10 @@ def test_the_metadata_is_what_llama_cpp_reads():
     import llama_cpp
 
     theirs = llama_cpp.Llama(str(find_model(None)), vocab_only=True, verbose=False).metadata
-    ours = read_metadata(find_model(None))
+    header = read_header(find_model(None))
+    assert header.parameters == 134_515_008
+    assert header.chat_template == theirs["tokenizer.chat_template"]
+    ours = header.metadata
     assert {"general.architecture", "general.name", "tokenizer.chat_template"} <= set(ours)
     for key, value in ours.items():
         shown = str(value).lower() if isinstance(value, bool) else value
@@ -294,17 +301,45 @@ def test_a_gguf_file_anywhere_on_the_disk(tmp_path, backend):
         described = opened.describe()
         assert described["file"] == "mine.gguf" and len(described["sha256"]) == 64
         assert opened.source == str(path)
-        assert not opened.follows_instructions  # it has a template, but is too small
+        assert described["name"] == opened.name == "mine"
+        assert described["parameters"] == 134_515_008
+        assert opened.chats and opened.tells_likelihoods
+        assert repr(opened) == f"LanguageModel('mine', {str(path)!r})"
 
 
 def test_answers_obey_the_grammar_and_follow_the_seed(model):
-    prompt = compose_completion("color", GenerationOptions(), 0)
+    options = GenerationOptions()
+    prompt = compose_completion("color", options, few_shot_lines("color", options, 0))
     draws = [
         model.complete(prompt, GRAMMAR, Sampling(0.9, seed, max_tokens=24)) for seed in (1, 2, 1)
     ]
     assert draws[0] == draws[2] != draws[1]
     for draw in draws:
-        assert set(draw) <= set("abcdefghijklmnopqrstuvwxyz0123456789 ,-\n")
+        assert set(draw) <= set(f"{string_module.ascii_letters}{string_module.digits} ,-\n")
+
+
+@pytest.mark.parametrize(
+    ("max_words", "any_script", "prompt", "allowed"),
+    [(6, False, "place: in a kitchen, at the doctor's, on the 2nd floor,", r"[\w' -]+"),
+     (3, True, "цвет: красный, синий,", r"[^,]+"), (12, True, "色：赤, 青,", r"[^,]+")],
+)  # fmt: skip
+def test_the_wider_grammars_are_ones(model, max_words, any_script, prompt, allowed):
+    """llama-cpp-python ends the process at a malformed grammar."""
+    options = GenerationOptions(max_words=max_words, any_script=any_script)
+    for long in (False, True):
+        answer = model.complete(
+            prompt, make_grammar(options, long=long), Sampling(0.7, 3, max_tokens=40)
+        )
+        assert answer
+        for text in answer.rstrip("\n").split(","):
+            assert re.fullmatch(allowed, text) or not text
+            assert len(text.replace("-", " ").split()) <= max_words
+
+
+def test_the_default_model_is_asked_by_completion(model):
+    """It has a chat template, and follows no instructions."""
+    form, scores = choose_form(model)
+    assert form == "completion" and scores["completion"] > scores["list"]
 
 
 def test_the_chat_form_goes_through_the_models_template(model):
@@ -317,9 +352,9 @@ def test_the_chat_form_goes_through_the_models_template(model):
 
 
 def test_a_prompt_longer_than_the_context_is_an_error(model):
-    with pytest.raises(GenerationError, match=r"(llama-cpp-python|xllamacpp) failed \(.*1024"):
+    with pytest.raises(GenerationError, match=r"(llama-cpp-python|xllamacpp) failed \(.*2048"):
         model.complete("red, " * 2000, GRAMMAR, Sampling(0.5, 1))
-    with pytest.raises(GenerationError, match=r"(llama-cpp-python|xllamacpp) failed \(.*1024"):
+    with pytest.raises(GenerationError, match=r"(llama-cpp-python|xllamacpp) failed \(.*2048"):
         model.log_likelihoods("red, " * 2000, ["blue"])
     assert model.log_likelihoods("red,", ["blue"])[0] < 0  # it goes on working
 

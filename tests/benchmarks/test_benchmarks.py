@@ -26,7 +26,7 @@ def test_embed_latency():
 class Fluent:
     """A language model that knows shapes and colours, and says nothing of use on the rest."""
 
-    name, follows_instructions = "fluent", False
+    name, chats, tells_likelihoods = "fluent", False, True
     tokens, seconds = 0, 0.0
 
     def complete(self, prompt, grammar, sampling, on_token=None):

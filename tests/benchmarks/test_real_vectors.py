@@ -9,6 +9,7 @@ import pytest
 
 from crl_benchmarks import (
     demo_world_set,
+    picture_votes,
     real_vector_dtypes,
     real_vector_sets,
     real_vector_texts,
@@ -228,3 +229,15 @@ def test_an_absent_noun_is_named(folder):
     np.savez(path, **arrays)
     with pytest.raises(real_vectors.InvalidInputError, match="kitten"):
         list(real_vector_sets.read_cases(folder))
+
+
+def test_pictures_vote(folder):
+    table = picture_votes.markdown(real_vector_sets.read_cases(folder))
+    rows = [line.split(" | ") for line in table.splitlines()[2:]]
+    assert {row[1] for row in rows} == set(real_vector_sets.CONDITIONS)
+    assert all(row[3] == "0%" for row in rows if row[1] == "clean")
+
+
+def test_pictures_vote_without_the_files(tmp_path, capsys):
+    picture_votes.main(["--data", str(tmp_path)])
+    assert "is missing, nothing was measured" in capsys.readouterr().out

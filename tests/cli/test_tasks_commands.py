@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from crl_sdk import Basis, Embedder, demo_bundle
 from crl_sdk.cli import _sources, app
-from crl_sdk.errors import BasisMismatchError, CrlError
+from crl_sdk.errors import BasisMismatchError, CrlError, InvalidInputError
 from crl_sdk.tasks import FewShotClassifier
 from support import basis_file, generated_texts
 
@@ -140,6 +140,19 @@ def test_the_language_models_basis_is_made_once_and_kept(crl, folder, tmp_path, 
         assert told["texts"] == list(COLOURS)
     assert asked == ["main color"]
     assert Basis.load(basis_file("bases", "main color")).texts == COLOURS
+
+
+def test_a_basis_is_made_against_another(crl, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        Embedder, "generate_texts", lambda _, criterion, **__: generated_texts(criterion, COLOURS)
+    )
+    crl("basis", "create", "shape", "--text", "square", "--text", "circle", "--text", "star")
+    asked = ("cluster", folder, "--criterion", "main color", "--against", "shape", "--json")
+    crl(*asked)
+    basis = Basis.load(basis_file("bases", "main color"))
+    assert basis.provenance["against"] == ["shape"]
+    with pytest.raises(InvalidInputError, match="--against is for a basis that is made now"):
+        crl(*asked, "--overwrite")
 
 
 def test_file_names_are_neither_markup_nor_html(crl, folder, colours, tmp_path):

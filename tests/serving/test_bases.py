@@ -296,7 +296,7 @@ def test_a_kill_at_any_moment_leaves_whole_bases(embedder, tmp_path):
 class Scripted:
     """A language model that writes texts for moods and nothing else."""
 
-    name, follows_instructions = "scripted", False
+    name, chats, tells_likelihoods = "scripted", False, True
     tokens, seconds = 0, 0.0
 
     def complete(self, prompt, grammar, sampling, on_token=None):
