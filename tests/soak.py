@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import psutil
@@ -120,10 +121,10 @@ class Load:
         self.wrong: list[str] = []
         self.calm = -1
 
-    def run(self, address: str, faults: Faults, stop: threading.Event) -> None:
-        """Call until the event is set."""
+    def run(self, address: str, faults: Faults, stop: threading.Event, pause: float) -> None:
+        """Call until the event is set, with a pause in seconds after each call."""
         with Client(address, ClientOptions(timeout=60, retries=0)) as client:
-            while not stop.is_set():
+            while not stop.wait(pause):
                 began = faults.now
                 try:
                     self._call(client)
@@ -264,6 +265,21 @@ def obeying_modes() -> list[str] | None:
     return command if works else None
 
 
+def start(
+    stack: ExitStack, obeying: list[str], bases: Path, model: Path | None, log: IO[str]
+) -> tuple[subprocess.Popen[str], str]:
+    """Start a server, which is killed with the stack; return it and its address."""
+    command = [*obeying, sys.executable, "-m", "crl_sdk", "serve"]
+    command += ["--address", "127.0.0.1:0", "--bases", str(bases), "--cache-mb", "1"]
+    command += ["--generate", "--llm", str(model)] if model is not None else []
+    server = stack.enter_context(
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    )
+    stack.callback(server.kill)
+    assert server.stdout is not None
+    return server, json.loads(server.stdout.readline())["address"]
+
+
 def soak(seconds: float, fault_seconds: float, generate: bool) -> list[str]:
     """Run a server under load and faults; print what came of it.
 
@@ -283,17 +299,9 @@ def soak(seconds: float, fault_seconds: float, generate: bool) -> list[str]:
         small = stack.enter_context(disk_of_its_own(bases))
         log = stack.enter_context((folder / "log").open("w+"))
         obeying = obeying_modes()
-        command = [*(obeying or []), sys.executable, "-m", "crl_sdk", "serve"]
-        command += ["--address", "127.0.0.1:0", "--bases", str(bases), "--cache-mb", "1"]
         if generate:
             shutil.copyfile(find_model(None), model)
-            command += ["--generate", "--llm", str(model)]
-        server = stack.enter_context(
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        )
-        stack.callback(server.kill)
-        assert server.stdout is not None
-        address = json.loads(server.stdout.readline())["address"]
+        server, address = start(stack, obeying or [], bases, model if generate else None, log)
         with Client(address) as client:
             client.create_basis("color", ["red", "green", "blue"])
         slow = (OverloadedError, DeadlineError)
@@ -312,8 +320,10 @@ def soak(seconds: float, fault_seconds: float, generate: bool) -> list[str]:
         if generate:
             known.append(Fault("lost model", lambda: lost_model(model), (GenerationError,)))
         running = loads(generate)
+        pause = 0.1 if generate else 0.0  # the language model needs a processor
         threads = [
-            threading.Thread(target=each.run, args=(address, faults, stop)) for each in running
+            threading.Thread(target=each.run, args=(address, faults, stop, pause))
+            for each in running
         ]
         for thread in threads:
             thread.start()
