@@ -161,12 +161,16 @@ def generate_texts(
             f"{said}. Try a hint or an example line, a larger model, or texts of your own"
         )
     mean = _mean_relevance(texts, relevant)
+    near: dict[str, float] = {}
     voted: dict[str, Any] = {}
     if embed_text is not None:
         rows = embed_with_prompts([c.text for c in texts], prompts, embed_text)
         if options.spread > 0:
-            texts, outliers, rows = _drop_outliers(texts, rows, background, options, trust)
-            dropped = [*dropped, *outliers]
+            near = _similarities(texts, rows, background)
+            distance = MIN_DISTANCE if background is None else MIN_CENTRED_DISTANCE
+            stays = _find_outliers(texts, near, trust, options.spread, distance)
+            dropped = [*dropped, *stays.outliers]
+            texts, rows = [texts[i] for i in stays.kept], rows[stays.kept]
         if pictures is not None:
             votes = vote(rows, pictures, background)
             texts, unfit, voted = _drop_unfit(texts, votes, options)
@@ -185,6 +189,7 @@ def generate_texts(
             "options": {k: v for k, v in asdict(options).items() if k != "form"},
             "votes": {c.text: c.votes for c in kept},
             **_describe_relevance(kept, relevant, mean),
+            "similarity": {c.text: round(near[c.text], 3) for c in kept if c.text in near},
             **voted,
             "dropped": [asdict(d) for d in dropped],
         },
@@ -321,31 +326,52 @@ def _describe_relevance(
     }
 
 
-def _drop_outliers(
+def _similarities(
+    texts: Sequence[RankedText], rows: NDArray[np.float32], background: NDArray[np.floating] | None
+) -> dict[str, float]:
+    """Return the mean similarity of each text to the others, weighted by their votes."""
+    weights = np.array([max(c.votes, 1) for c in texts], np.float32)
+    near = similarity_to_others(rows, weights, background)
+    return {each.text: float(value) for each, value in zip(texts, near, strict=True)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Outliers:
+    """Which texts are near the others.
+
+    Attributes:
+        kept: Positions of those that are.
+        outliers: Those that are not.
+    """
+
+    kept: list[int]
+    outliers: list[DroppedText]
+
+
+def _find_outliers(
     texts: Sequence[RankedText],
-    rows: NDArray[np.float32],
-    background: NDArray[np.floating] | None,
-    options: GenerationOptions,
+    near: Mapping[str, float],
     trust: _Trust,
-) -> tuple[list[RankedText], list[DroppedText], NDArray[np.float32]]:
-    """Drop texts with few votes that are far from the others in the embedding space.
+    spread: float,
+    distance: float,
+) -> _Outliers:
+    """Find texts with few votes that are far from the others in the embedding space.
 
     A text with many votes stays, because the vision-language model may know it better than the
     others.
     """
-    weights = np.array([max(c.votes, 1) for c in texts], np.float32)
-    near = similarity_to_others(rows, weights, background)
-    distance = MIN_DISTANCE if background is None else MIN_CENTRED_DISTANCE
-    cut = outlier_cut(near, options.spread, distance)
-    kept = [i for i, each in enumerate(texts) if near[i] >= cut or trust.is_sure(each)]
+    cut = outlier_cut(np.array([near[each.text] for each in texts]), spread, distance)
+    kept = [i for i, each in enumerate(texts) if near[each.text] >= cut or trust.is_sure(each)]
+    stays = set(kept)
     outliers = [
         DroppedText(
-            each.text, each.votes, f"far from the others: similarity {near[i]:.3f}, cut {cut:.3f}"
+            each.text, each.votes,
+            f"far from the others: similarity {near[each.text]:.3f}, cut {cut:.3f}",
         )
         for i, each in enumerate(texts)
-        if i not in set(kept)
-    ]
-    return [texts[i] for i in kept], outliers, rows[kept]
+        if i not in stays
+    ]  # fmt: skip
+    return _Outliers(kept, outliers)
 
 
 def _drop_unfit(

@@ -228,6 +228,8 @@ def _columns(texts: GeneratedTexts) -> dict[str, dict[str, str]]:
     found = {}
     if relevance := texts.provenance.get("relevance"):
         found["relevance"] = {text: f"{value:.1f}" for text, value in relevance.items()}
+    if similarity := texts.provenance.get("similarity"):
+        found["similarity"] = {text: f"{value:.2f}" for text, value in similarity.items()}
     if pictures := texts.provenance.get("pictures"):
         found["spread"] = {text: f"{value:.3f}" for text, value in pictures["spread"].items()}
         found["pictures"] = {text: f"{value:.1%}" for text, value in pictures["share"].items()}

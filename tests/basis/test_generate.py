@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from crl_sdk.basis._generate import generate_texts, similarity_to_others
 from crl_sdk.basis._generation_options import GenerationOptions
 from crl_sdk.basis._llm_requests import compose_chat, compose_completion, few_shot_lines
-from crl_sdk.basis._votes import text_key
+from crl_sdk.basis._votes import VoteCounter, text_key
 from crl_sdk.errors import CriterionError, GenerationError, InvalidInputError
 from support import Scripted
 
@@ -86,6 +86,12 @@ def test_the_users_own_texts_come_first_and_theirs_to_leave_out_go():
         ("teal", 0), ("Green", 2), ("blue", 2), ("pink", 2),
     ]  # fmt: skip
     assert [(d.text, d.reason) for d in found.dropped] == [("red", "excluded by the user")]
+
+
+def test_a_text_in_other_cases_widths_and_scripts_is_counted_once():
+    counter = VoteCounter()
+    counter.add(["Red", "red", "\uff32\uff25\uff24", "the reds", "\u8d64", "\u8d64"])
+    assert [(each.text, each.votes) for each in counter.ranking()] == [("Red", 1), ("\u8d64", 1)]
 
 
 def test_it_stops_when_answers_add_nothing_and_says_how_often_it_asked():

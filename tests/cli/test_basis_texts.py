@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -133,3 +137,34 @@ def test_texts_are_edited_in_an_editor(crl, monkeypatch, tmp_path):
     editor(monkeypatch, tmp_path, ': > "$1"')
     crl("basis", "edit", "color", "--edit", ok=False)  # a basis needs texts
     assert set(Basis.load(basis_file("bases", "color")).texts) == {"red", "purple", "yellow"}
+
+
+@pytest.mark.parametrize("stage", ["connecting", "answering", "language model"])
+def test_ctrl_c_leaves_nothing(tmp_path, stage):
+    """Interrupt the command while it waits for an endpoint, or while the model writes."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        connections: list[socket.socket] = []
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        command = [sys.executable, "-m", "crl_sdk", "basis", "create", "color"]
+        if stage != "language model":  # a model that is named is not asked for
+            command += ["--llm", url if stage == "connecting" else f"{url}#model"]
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "COLUMNS": "200"},
+        )  # fmt: skip
+        try:
+            if stage == "language model":
+                while "language model: answer" not in process.stderr.readline():
+                    assert process.poll() is None
+            else:
+                connections.append(silent.accept()[0])
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            for each in connections:
+                each.close()
+    assert process.returncode == 130 and "Traceback" not in said
+    assert not list(tmp_path.rglob("*.safetensors"))
