@@ -87,9 +87,8 @@ class GeneratedTexts:
     def reasons(self) -> tuple[str, ...]:
         """Reasons why the model hardly knows the criterion; empty if it does."""
         found = []
-        if self.provenance.get("form") != "list" and all(
-            each.votes < SURE * self.answers for each in self.texts
-        ):
+        sure = self.provenance.get("sure_share", SURE) * self.answers
+        if self.provenance.get("form") != "list" and all(each.votes < sure for each in self.texts):
             found.append("no text is in a quarter of its answers")
         if self.provenance.get("mean_relevance", MIN_RELEVANCE) < MIN_RELEVANCE:
             found.append("it does not find its own texts likely for this criterion")
@@ -186,6 +185,7 @@ def generate_texts(
             "texts": "generated",
             "model": description,
             **describe(answers),
+            "sure_share": round(trust.sure_share, 3),
             "options": {k: v for k, v in asdict(options).items() if k != "form"},
             "votes": {c.text: c.votes for c in kept},
             **_describe_relevance(kept, relevant, mean),
@@ -245,6 +245,11 @@ class _Trust:
         shares = sorted((self._share(each) for each in self._votes.ranking()), reverse=True)
         typical = float(np.mean(shares[:TYPICAL_TEXTS])) if shares else 0.0
         self._scale = min(1.0, TYPICAL * typical / LIKELY)
+
+    @property
+    def sure_share(self) -> float:
+        """Share of the answers from which a text is sure."""
+        return SURE * self._scale
 
     def is_sure(self, candidate: RankedText) -> bool:
         """Return whether a text is kept whatever else is known about it."""

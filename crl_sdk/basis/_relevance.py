@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from crl_sdk.basis._language_model import LanguageModel
 
-MIN_RELEVANCE = 2.0
+MIN_RELEVANCE = 1.0
 """Mean relevance, weighted by votes, below which the model is unsure of its texts, in nats."""
 
 _QUESTION, _NEUTRAL = "Examples of {}:", "Examples of things:"
