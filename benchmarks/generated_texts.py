@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from crl_benchmarks.everyday_values import DEVELOPMENT
 from crl_sdk.basis._generate import generate_texts
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.errors import GenerationError
@@ -15,7 +16,6 @@ CRITERIA = (
     "mood", "season", "animal habitat", "time of day", "material", "art style", "age", "weather",
     "viewpoint", "occasion", "plant disease", "damage", "emotion", "clothing", "food", "vehicle",
 )  # fmt: skip
-TUNED_ON = ("mood", "season", "time of day", "material", "weather", "vehicle")
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
             "takes it, good or bad, with votes of at most 24 answers. Nothing is edited, and the "
             "filter in the space of a vision-language model is off, since the demo model knows "
             "none of these words. The generator was tuned while looking at "
-            f"{', '.join(TUNED_ON)}.\n\n"
+            f"{', '.join(DEVELOPMENT)}.\n\n"
             "Made by `python -m crl_benchmarks.generated_texts`."
         )
         for criterion in CRITERIA:
