@@ -78,9 +78,8 @@ def limit_libraries(environment: MutableMapping[str, str]) -> None:
 def sleeping_openmp() -> Iterator[None]:
     """Let the OpenMP runtime that a block loads put its threads to sleep while they wait.
 
-    By default they wait in busy loops. Beside two busy processes, four answers of the default
-    language model in two threads took more than 80 s, and 16 s with sleeping threads. The setting
-    of the user counts, and runtimes that were loaded before are not changed.
+    By default they wait in busy loops, which takes the processors from other processes. The
+    setting of the user counts, and runtimes that were loaded before are not changed.
     """
     if _WAIT in os.environ:
         yield

@@ -63,15 +63,12 @@ def _json_texts(answer: str) -> list[str] | None:
     return texts or None
 
 
-def _strings(value: Any) -> Iterable[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for each in value:
-            if isinstance(each, str):
-                yield each
-            elif isinstance(each, dict):
-                yield from (v for v in list(each.values())[:1] if isinstance(v, str))
+def _strings(values: list[Any]) -> Iterable[str]:
+    """Yield the strings of a list, and the first value of each object in it."""
+    for each in values:
+        text = next(iter(each.values()), None) if isinstance(each, dict) else each
+        if isinstance(text, str):
+            yield text
 
 
 def _line_texts(answer: str) -> list[str]:

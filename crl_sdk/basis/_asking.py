@@ -81,10 +81,7 @@ def ask(
     if form == "auto":
         form, probe = choose_form(llm)
     asking = _Asking(criterion, llm, options, form, progress)
-    if form == "list":
-        asking.ask_for_lists()
-    else:
-        asking.ask_for_votes()
+    asking.run()
     return Answers(form, asking.votes, asking.seeds, asking.grammar, probe)
 
 
@@ -106,10 +103,7 @@ def choose_form(llm: LanguageModel) -> tuple[Form, dict[str, int]]:
 def _try(llm: LanguageModel, form: Form) -> int:
     """Return how many of the common values of `PROBE` one answer names."""
     asking = _Asking(PROBE, llm, replace(DEFAULT_OPTIONS, max_answers=1), form, None)
-    if form == "list":
-        asking.ask_for_lists()
-    else:
-        asking.ask_for_votes()
+    asking.run()
     known = {text_key(text) for text in curated_lists()[PROBE].texts[:COMMON_TEXTS]}
     return len(known & set(asking.votes.votes))
 
@@ -127,7 +121,6 @@ class _Asking:
     ) -> None:
         self._criterion, self._options, self._form = criterion, options, form
         self._ask = llm.complete if form == "completion" else llm.chat
-        self._max_words = options.max_words
         long = form == "list"
         self.grammar = make_grammar(options, long=long)
         self._max_tokens = max_tokens(options, long=long)
@@ -150,7 +143,14 @@ class _Asking:
 
         return on_token
 
-    def ask_for_votes(self) -> None:
+    def run(self) -> None:
+        """Ask in the form until further answers add nothing."""
+        if self._form == "list":
+            self._ask_for_lists()
+        else:
+            self._ask_for_votes()
+
+    def _ask_for_votes(self) -> None:
         """Ask for short lists until answers add no text that two of them name."""
         options = self._options
         compose = compose_chat if self._form == "chat" else compose_completion
@@ -164,7 +164,7 @@ class _Asking:
             now = sum(count >= 2 for count in self.votes.votes.values())
             unchanged, trusted = (0, now) if now > trusted else (unchanged + 1, trusted)
 
-    def ask_for_lists(self) -> None:
+    def _ask_for_lists(self) -> None:
         """Ask for a long list, and for more until hardly anything new comes."""
         options = self._options
         while len(self.seeds) < options.max_answers and len(self.votes.votes) < options.count:
@@ -184,7 +184,7 @@ class _Asking:
         )  # fmt: skip
         said = self._ask(request, self.grammar, sampling, self._on_token)
         self.seeds.append(seed)
-        return read_answer(said, self._max_words)
+        return read_answer(said, options.max_words)
 
 
 def describe(answers: Answers) -> dict[str, Any]:

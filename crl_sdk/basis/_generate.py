@@ -167,9 +167,9 @@ def generate_texts(
         if options.spread > 0:
             near = _similarities(texts, rows, background)
             distance = MIN_DISTANCE if background is None else MIN_CENTRED_DISTANCE
-            stays = _find_outliers(texts, near, trust, options.spread, distance)
-            dropped = [*dropped, *stays.outliers]
-            texts, rows = [texts[i] for i in stays.kept], rows[stays.kept]
+            stays, outliers = _find_outliers(texts, near, trust, options.spread, distance)
+            dropped = [*dropped, *outliers]
+            texts, rows = [texts[i] for i in stays], rows[stays]
         if pictures is not None:
             votes = vote(rows, pictures, background)
             texts, unfit, voted = _drop_unfit(texts, votes, options)
@@ -340,27 +340,14 @@ def _similarities(
     return {each.text: float(value) for each, value in zip(texts, near, strict=True)}
 
 
-@dataclass(frozen=True, slots=True)
-class _Outliers:
-    """Which texts are near the others.
-
-    Attributes:
-        kept: Positions of those that are.
-        outliers: Those that are not.
-    """
-
-    kept: list[int]
-    outliers: list[DroppedText]
-
-
 def _find_outliers(
     texts: Sequence[RankedText],
     near: Mapping[str, float],
     trust: _Trust,
     spread: float,
     distance: float,
-) -> _Outliers:
-    """Find texts with few votes that are far from the others in the embedding space.
+) -> tuple[list[int], list[DroppedText]]:
+    """Return the positions of the texts near the others, and the texts far from them.
 
     A text with many votes stays, because the vision-language model may know it better than the
     others.
@@ -376,7 +363,7 @@ def _find_outliers(
         for i, each in enumerate(texts)
         if i not in stays
     ]  # fmt: skip
-    return _Outliers(kept, outliers)
+    return kept, outliers
 
 
 def _drop_unfit(

@@ -27,9 +27,8 @@ SMALL_BYTES = 500_000_000
 """Size below which a model runs in one thread.
 
 The threads of llama.cpp wait for each other after each layer. With the default model a second
-thread saves a quarter of the time on two idle cores (2.0 s in place of 2.7 s for four answers).
-Beside two busy processes it doubles the time (16 s in place of 8 s), though its threads sleep while
-they wait.
+thread makes four answers slower, on idle cores and more so beside busy processes
+(benchmarks/results/busy-machine.md), though its threads sleep while they wait.
 """
 
 _several_threads = ForkGuard(
