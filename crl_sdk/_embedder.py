@@ -24,10 +24,12 @@ from crl_sdk._processors import count_processors
 from crl_sdk.basis._asking import ReportProgress
 from crl_sdk.basis._basis import Basis
 from crl_sdk.basis._build import DEFAULT_MERGE_THRESHOLD, build_basis, check_options
+from crl_sdk.basis._curated import CuratedList
 from crl_sdk.basis._generate import GeneratedTexts, generate_texts
 from crl_sdk.basis._generation_options import DEFAULT_OPTIONS, GenerationOptions
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.basis._methods import Method
+from crl_sdk.basis._picture_votes import require_pictures
 from crl_sdk.engines._contract import ImageEngine, TextEngine
 from crl_sdk.errors import (
     ImageBatchError,
@@ -261,6 +263,7 @@ class Embedder:
         merge_threshold: float = DEFAULT_MERGE_THRESHOLD,
         against: str | Basis | Sequence[str | Basis] = (),
         ignore: str | Basis | Sequence[str | Basis] = (),
+        pictures: NDArray[np.floating] | None = None,
         progress: ReportProgress | None = None,
         load: bool = True,
     ) -> Basis:
@@ -284,6 +287,8 @@ class Embedder:
                 bases.
             ignore: Criteria to disregard, whose directions are removed from the map: names of
                 loaded bases, or bases.
+            pictures: Universal embeddings of at least 20 pictures of yours, shape (n, d), such as
+                `embed(…).universal`. Texts that fit none of them best are dropped.
             progress: Called after each token of the language model.
             load: Whether to load the basis, so that `embed` knows its criterion.
 
@@ -308,11 +313,12 @@ class Embedder:
         prompts = self._prompts(prompts)
         self.check_generation(
             criterion, options, prompts=prompts, method=method, post=post,
-            merge_threshold=merge_threshold, against=others, ignore=ignored,
+            merge_threshold=merge_threshold, against=others, ignore=ignored, pictures=pictures,
         )  # fmt: skip
         texts = self.generate_texts(
-            criterion, llm=llm, options=options, prompts=prompts, progress=progress
-        )
+            criterion, llm=llm, options=options, prompts=prompts, pictures=pictures,
+            progress=progress,
+        )  # fmt: skip
         return self.create_basis(
             criterion, texts, prompts=prompts, method=method, post=post,
             merge_threshold=merge_threshold, against=others, ignore=ignored, load=load,
@@ -329,6 +335,7 @@ class Embedder:
         merge_threshold: float = DEFAULT_MERGE_THRESHOLD,
         against: str | Basis | Sequence[str | Basis] = (),
         ignore: str | Basis | Sequence[str | Basis] = (),
+        pictures: NDArray[np.floating] | None = None,
     ) -> None:
         """Check the arguments of `generate_basis` at once, before a language model is loaded.
 
@@ -348,6 +355,8 @@ class Embedder:
             method=method, post=post, merge_threshold=merge_threshold,
             against=self._each_basis(against), ignore=self._each_basis(ignore),
         )  # fmt: skip
+        if pictures is not None:
+            require_pictures(pictures, self.bundle.embedding_dim)
         if options.include:
             tokenizer = self._tokenizer or self.bundle.tokenizer()
             tokenizer.encode([each.replace("{}", text) for each in checked
@@ -391,7 +400,7 @@ class Embedder:
             ForkError: If this process was forked after the embedder had been made.
         """
         self._lifetime.require()
-        self.check_generation(criterion, options, prompts=prompts)
+        self.check_generation(criterion, options, prompts=prompts, pictures=pictures)
         return generate_texts(
             criterion, llm, options, embed_text=self.embed_text,
             background=self.bundle.background, prompts=self._prompts(prompts), pictures=pictures,
@@ -401,7 +410,7 @@ class Embedder:
     def create_basis(
         self,
         criterion: str,
-        texts: Sequence[str] | GeneratedTexts,
+        texts: Sequence[str] | GeneratedTexts | CuratedList,
         *,
         prompts: Sequence[str] | None = None,
         method: Method | None = None,
@@ -417,7 +426,8 @@ class Embedder:
 
         Args:
             criterion: What the texts describe, such as `color`.
-            texts: Short descriptive texts, such as `red` and `green`; or generated texts.
+            texts: Short descriptive texts, such as `red` and `green`; generated texts; or a
+                list of `crl_sdk.basis.curated_lists()`.
             prompts: Templates with one `{}` for the text. Embeddings are averaged over all of
                 them. None for the prompt that the bundle recommends.
             method: Projection method, one of `crl_sdk.basis.METHODS`. None for `contrastive`, or
@@ -428,7 +438,8 @@ class Embedder:
                 bases.
             ignore: Criteria to disregard, whose directions are removed from the map: names of
                 loaded bases, or bases.
-            provenance: JSON values to store with the basis, beside those of generated texts.
+            provenance: JSON values to store with the basis, beside those of generated texts and
+                of curated lists.
             load: Whether to load the basis, so that `embed` knows its criterion.
             check: Called before each batch of texts. What it raises ends the call, and is raised
                 here.
@@ -446,6 +457,9 @@ class Embedder:
         if isinstance(texts, GeneratedTexts):
             provenance = {**texts.provenance, **(provenance or {})}
             texts = [each.text for each in texts.texts]
+        elif isinstance(texts, CuratedList):
+            provenance = {**texts.provenance, **(provenance or {})}
+            texts = texts.texts
         basis = build_basis(
             criterion, texts, partial(self.embed_text, check=check),
             fingerprint=self.bundle.fingerprint,

@@ -11,7 +11,7 @@ from PIL import Image
 
 from crl_export.demo.dataset import TEST_SEED, read_labels, write_dataset
 from crl_sdk import AsyncClient, Client, Embedder, ModelBundle, demo_bundle
-from crl_sdk.basis import BasisDirectory, GenerationOptions, GenerationProgress
+from crl_sdk.basis import BasisDirectory, GenerationOptions, GenerationProgress, curated_lists
 from crl_sdk.basis._build import build_basis
 from crl_sdk.errors import (
     BasisMismatchError,
@@ -338,3 +338,9 @@ def test_objects_print_what_they_are(embedder, bases, image_files):
     with Client("localhost:50051") as client:
         assert repr(client) == "Client('localhost:50051')"
     assert repr(AsyncClient("localhost:50051")) == "AsyncClient('localhost:50051')"
+
+
+def test_a_curated_list_is_recorded_as_one(embedder):
+    basis = embedder.create_basis("season", curated_lists()["season"], load=False)
+    assert "spring" in basis.texts
+    assert basis.provenance["texts"] == "curated" and basis.provenance["list"] == "season"

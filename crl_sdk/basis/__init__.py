@@ -11,6 +11,7 @@ from crl_sdk._progress import GenerationProgress
 if TYPE_CHECKING:
     from crl_sdk.basis._basis import Basis, MergedText
     from crl_sdk.basis._build import DEFAULT_PROMPT, build_basis, edit_basis
+    from crl_sdk.basis._curated import CuratedList, curated_lists, find_curated
     from crl_sdk.basis._directory import BasisDirectory
     from crl_sdk.basis._from_vectors import build_basis_from_vectors
     from crl_sdk.basis._generate import GeneratedTexts, generate_texts
@@ -31,6 +32,7 @@ __all__ = [
     "PROJECTION_METHODS",
     "Basis",
     "BasisDirectory",
+    "CuratedList",
     "GeneratedTexts",
     "GenerationOptions",
     "GenerationProgress",
@@ -41,7 +43,9 @@ __all__ = [
     "RankedText",
     "build_basis",
     "build_basis_from_vectors",
+    "curated_lists",
     "edit_basis",
+    "find_curated",
     "generate_texts",
     "make_projection",
     "normalise_criterion",
@@ -52,6 +56,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "_basis": ("Basis", "MergedText"),
         "_build": ("DEFAULT_PROMPT", "build_basis", "edit_basis"),
+        "_curated": ("CuratedList", "curated_lists", "find_curated"),
         "_directory": ("BasisDirectory",),
         "_from_vectors": ("build_basis_from_vectors",),
         "_generate": ("GeneratedTexts", "generate_texts"),

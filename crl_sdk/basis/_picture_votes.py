@@ -45,6 +45,34 @@ class PictureVotes:
     count: int
 
 
+def require_pictures(pictures: NDArray[np.floating], dim: int) -> None:
+    """Check that pictures can vote.
+
+    Args:
+        pictures: Universal embeddings of the pictures.
+        dim: Length d of the model's embeddings.
+
+    Raises:
+        InvalidInputError: If they are not finite rows of length d, or are fewer than
+            `MIN_PICTURES`.
+    """
+    shape = np.shape(pictures)
+    if len(shape) != 2 or shape[1] != dim:
+        raise InvalidInputError(
+            f"expected universal embeddings of pictures of shape (n, {dim}), got {shape}"
+        )
+    if shape[0] < MIN_PICTURES:
+        raise InvalidInputError(
+            f"expected at least {MIN_PICTURES} pictures to vote, got {shape[0]}"
+        )
+    if not np.isfinite(pictures).all():
+        bad = int(np.flatnonzero(~np.isfinite(pictures).all(axis=1))[0])
+        raise InvalidInputError(
+            f"expected finite embeddings of pictures, row {bad} has NaN or infinity: leave out "
+            "pictures that could not be embedded"
+        )
+
+
 def vote(
     texts: NDArray[np.floating],
     pictures: NDArray[np.floating],
@@ -59,12 +87,9 @@ def vote(
             the texts is subtracted.
 
     Raises:
-        InvalidInputError: If there are fewer than `MIN_PICTURES` pictures.
+        InvalidInputError: If the pictures cannot vote, see `require_pictures`.
     """
-    if len(pictures) < MIN_PICTURES:
-        raise InvalidInputError(
-            f"expected at least {MIN_PICTURES} pictures to vote, got {len(pictures)}"
-        )
+    require_pictures(pictures, texts.shape[1])
     common = (texts if background is None else background).mean(axis=0, dtype=np.float64)
     rows = normalise_rows(np.asarray(texts - common, np.float32), "l2")
     similarity = (pictures - pictures.mean(axis=0)) @ rows.T

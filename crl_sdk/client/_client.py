@@ -284,8 +284,9 @@ class AsyncClient:
     async def create_basis(
         self,
         criterion: str,
-        texts: Sequence[str],
+        texts: Sequence[str] = (),
         *,
+        curated: bool = False,
         prompts: Sequence[str] = (),
         method: str | None = None,
         post: str | None = None,
@@ -298,6 +299,8 @@ class AsyncClient:
         Args:
             criterion: Name of the criterion that the texts describe.
             texts: Short descriptive texts.
+            curated: Whether to use the list of the criterion that comes with the server, such as
+                that of `color`, instead of `texts`. It was written by hand.
             prompts: Text templates with one `{}` each. Empty for the prompt that the server's
                 bundle recommends.
             method: Projection method, see docs/PROJECTIONS.md. None for the default.
@@ -313,8 +316,8 @@ class AsyncClient:
             Description of the basis.
 
         Raises:
-            InvalidInputError: If a criterion, text, prompt or method is malformed, or if `method`
-                and `against` do not fit together.
+            InvalidInputError: If a criterion, text, prompt or method is malformed, if `method` and
+                `against` do not fit together, or if there is no curated list of the criterion.
             UnknownCriterionError: If the server has no basis of one of `against` or `ignore`.
             BasisExistsError: If the criterion has a basis and `replace` is False.
         """
@@ -322,7 +325,7 @@ class AsyncClient:
         given = basis_pb2.BasisTexts(
             criterion=criterion, texts=texts, prompts=prompts, method=method or "",
             post=post or "", against=_one_or_many(against),
-            ignore=_one_or_many(ignore),
+            ignore=_one_or_many(ignore), curated=curated,
         )  # fmt: skip
         return await self._put(basis_pb2.PutBasisRequest(texts=given, no_replace=not replace))
 
@@ -350,6 +353,11 @@ class AsyncClient:
         seed: int = 0,
         against: str | Sequence[str] = (),
         ignore: str | Sequence[str] = (),
+        form: str = "auto",
+        max_words: int | None = None,
+        any_script: bool = False,
+        subject: str = "",
+        pictures: NDArray[np.floating] | None = None,
         accept_unsure: bool = False,
         replace: bool = True,
         progress: Callable[[GenerationProgress], None] | None = None,
@@ -370,6 +378,14 @@ class AsyncClient:
             seed: Seed of the language model. Equal seeds give equal texts.
             against: Other criteria whose texts should count less, see `create_basis`.
             ignore: Criteria to disregard, see `create_basis`.
+            form: How to ask: `completion`, `chat` or `list`, see docs/BASES.md. `auto` lets the
+                server find out what suits its language model.
+            max_words: Maximum number of words in a text. None for the server's default.
+            any_script: Whether texts may have letters beyond a to z.
+            subject: What the values describe, such as `the color of objects`, for language models
+                that answer messages.
+            pictures: Universal embeddings of at least 20 pictures of yours, shape (n, d), such as
+                `embed(…).universal`. Texts that fit none of them best are left out.
             accept_unsure: Whether to make the basis even if the language model hardly knows the
                 criterion.
             replace: Whether to replace the basis that the criterion has already.
@@ -387,13 +403,17 @@ class AsyncClient:
             UnknownCriterionError: If the server has no basis of one of `against` or `ignore`.
         """
         _check_lists(prompts=prompts, include=include, exclude=exclude)
-        for name, value, bits in (("count", count or 0, 32), ("seed", seed, 64)):
+        for name, value, bits in (
+            ("count", count or 0, 32), ("max_words", max_words or 0, 32), ("seed", seed, 64),
+        ):  # fmt: skip
             if not 0 <= value < 2**bits:
                 raise InvalidInputError(f"expected {name} from 0 to 2**{bits} - 1, got {value}")
         request = basis_pb2.GenerateBasisRequest(
             criterion=criterion, hint=hint, prompts=prompts, count=count or 0, include=include,
             exclude=exclude, seed=seed, no_replace=not replace, against=_one_or_many(against),
-            ignore=_one_or_many(ignore),
+            ignore=_one_or_many(ignore), form=form, max_words=max_words or 0,
+            any_script=any_script, subject=subject,
+            pictures=b"" if pictures is None else np.asarray(pictures, "<f4").tobytes(),
             accept_unsure=accept_unsure,
         )  # fmt: skip
         metadata = self._connection.metadata

@@ -7,10 +7,15 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from crl_sdk._progress import GenerationProgress
 from crl_sdk.basis._basis import Basis
-from crl_sdk.basis._generation_options import DEFAULT_OPTIONS, GenerationOptions
+from crl_sdk.basis._curated import require_curated
+from crl_sdk.basis._generation_options import DEFAULT_OPTIONS, Form, GenerationOptions
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.basis._methods import METHODS
 from crl_sdk.errors import (
@@ -87,7 +92,7 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
             return basis_pb2.PutBasisResponse(info=_to_info(stored), replaced=replaced)
 
         async def work() -> basis_pb2.PutBasisResponse:
-            rows = texts.check(request.texts.texts, request.texts.prompts)
+            rows = texts.check(_texts(request.texts)[0], request.texts.prompts)
             remaining = context.time_remaining()
             deadline = None if remaining is None else time.monotonic() + remaining
             return await texts.run(rows, deadline, put)
@@ -159,7 +164,12 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
             seed=request.seed,
             count=request.count or DEFAULT_OPTIONS.count,
             accept_unsure=request.accept_unsure,
+            form=cast("Form", request.form or DEFAULT_OPTIONS.form),
+            max_words=request.max_words or DEFAULT_OPTIONS.max_words,
+            any_script=request.any_script,
+            subject=request.subject,
         )
+        pictures = self._read_pictures(request.pictures)
         sent_at = 0.0
 
         def report(progress: GenerationProgress) -> None:
@@ -181,14 +191,16 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
         prompts = tuple(request.prompts) or None
         against, ignore = self._select(request.against), self._select(request.ignore)
         self._pipeline.embedder.check_generation(
-            request.criterion, options, prompts=prompts, against=against, ignore=ignore
-        )
+            request.criterion, options, prompts=prompts, against=against, ignore=ignore,
+            pictures=pictures,
+        )  # fmt: skip
         if request.no_replace:  # `put` checks it again, but the language model takes a minute
             self._pipeline.bases.require_new(request.criterion)
         with self._open_language_model() as llm:
             basis = self._pipeline.embedder.generate_basis(
                 request.criterion, llm=llm, options=options,
-                prompts=prompts, against=against, ignore=ignore, progress=report, load=False,
+                prompts=prompts, against=against, ignore=ignore, pictures=pictures,
+                progress=report, load=False,
             )  # fmt: skip
         stored, replaced = self._pipeline.bases.put(basis, replace=not request.no_replace)
         return basis_pb2.PutBasisResponse(info=_to_info(stored), replaced=replaced)
@@ -212,21 +224,46 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
             raise InvalidInputError(
                 f"expected a method of {METHODS} and a post of {POSTS}, got {method!r} and {post!r}"
             )
+        texts, provenance = _texts(request)
         return self._pipeline.embedder.create_basis(
             request.criterion,
-            list(request.texts),
+            texts,
             prompts=tuple(request.prompts) or None,
             method=method,
             post=post,
             against=self._select(request.against),
             ignore=self._select(request.ignore),
-            provenance={"texts": "given by a client"},
+            provenance=provenance,
             load=False,
             check=check,
         )
 
+    def _read_pictures(self, data: bytes) -> NDArray[np.float32] | None:
+        """Return the universal embeddings in a message, shape (n, d); None if there are none."""
+        if not data:
+            return None
+        dim = self._pipeline.embedder.bundle.embedding_dim
+        if len(data) % (4 * dim):
+            raise InvalidInputError(
+                f"expected pictures of {dim} float32 numbers each, {4 * dim:,} bytes, got "
+                f"{len(data):,} bytes in all: send universal embeddings of this server's model"
+            )
+        return np.frombuffer(data, "<f4").reshape(-1, dim)
+
     def _select(self, criteria: Sequence[str]) -> list[Basis]:
         return [stored.basis for stored in self._pipeline.bases.select(criteria)]
+
+
+def _texts(request: basis_pb2.BasisTexts) -> tuple[list[str], dict[str, Any]]:
+    """Return the texts that a request gives or names, and their provenance."""
+    if not request.curated:
+        return list(request.texts), {"texts": "given by a client"}
+    if request.texts:
+        raise InvalidInputError(
+            "expected texts or `curated`, got both: leave the texts out, or clear `curated`"
+        )
+    curated = require_curated(request.criterion)
+    return list(curated.texts), curated.provenance
 
 
 def _to_info(stored: StoredBasis) -> basis_pb2.BasisInfo:

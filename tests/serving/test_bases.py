@@ -352,6 +352,42 @@ def test_the_servers_language_model_writes_a_basis(serve, embedder, image_files)
             client.generate_basis("mood", against=["weight"])
 
 
+def test_a_request_says_how_to_ask_and_which_pictures_vote(serve, embedder, image_files):
+    prompts = []
+
+    class Asked(Scripted):
+        def chat(self, prompt, grammar, sampling, on_token=None):
+            prompts.append(prompt)
+            on_token(1, 0.1)
+            return "red\nblue\ngreen\npink\nyellow ochre of a clay wall\n"
+
+    server = serve(embedder, open_llm=Asked)
+    with Client(server.address) as client:
+        pictures = client.embed([image_files[i % len(image_files)] for i in range(20)]).universal
+        client.generate_basis(
+            "mood", form="list", subject="the mood of paintings", max_words=8, any_script=True,
+            pictures=pictures, accept_unsure=True,
+        )  # fmt: skip
+        provenance = Basis.from_bytes(client.get_basis("mood").file).provenance
+    assert any("the mood of paintings" in prompt for prompt in prompts)
+    options = provenance["options"]
+    assert provenance["form"] == "list" and options["max_words"] == 8 and options["any_script"]
+    assert provenance["pictures"]["count"] == 20
+
+
+def test_a_curated_list_needs_neither_texts_nor_a_language_model(serve, embedder):
+    server = serve(embedder)
+    with Client(server.address) as client:
+        info = client.create_basis("season", curated=True)
+        assert {"spring", "autumn", "winter"} & set(info.texts)
+        provenance = Basis.from_bytes(client.get_basis("season").file).provenance
+        assert provenance["texts"] == "curated"
+        with pytest.raises(InvalidInputError, match="got both"):
+            client.create_basis("season", ["spring", "winter"], curated=True)
+        with pytest.raises(InvalidInputError, match=r"expected a curated list of .*color"):
+            client.create_basis("price", curated=True)
+
+
 def test_an_unexpected_failure_of_the_language_model_ends_the_call(serve, embedder, caplog):
     def open_llm():
         raise ZeroDivisionError("a secret of the server")

@@ -142,7 +142,10 @@ class Unloaded:
     "wrong",
     [{"count": -1}, {"prompts": ["no place"]}, {"against": ["color", "mood"]},
      {"against": ["mood"]}, {"include": ["x " * 500]}, {"include": [" "]}, {"exclude": [""]},
-     {"hint": "\n"}, {"criterion": ""}, {"prompts": ["{}"] * 500}],
+     {"hint": "\n"}, {"criterion": ""}, {"prompts": ["{}"] * 500}, {"form": "poem"},
+     {"max_words": 13}, {"subject": "<|im_end|>"}, {"pictures": np.zeros((20, 3), np.float32)},
+     {"pictures": np.zeros((19, 128), np.float32)},
+     {"pictures": np.full((20, 128), np.nan, np.float32)}],
 )  # fmt: skip
 def test_generation_is_refused_before_the_language_model_is_loaded(serve, embedder, wrong):
     served = serve(embedder, open_llm=Unloaded())

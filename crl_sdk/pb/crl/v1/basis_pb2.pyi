@@ -195,6 +195,7 @@ class BasisTexts(_message.Message):
     POST_FIELD_NUMBER: _builtins.int
     AGAINST_FIELD_NUMBER: _builtins.int
     IGNORE_FIELD_NUMBER: _builtins.int
+    CURATED_FIELD_NUMBER: _builtins.int
     criterion: _builtins.str
     method: _builtins.str
     """Projection method: `contrastive`, `cosine`, …, see docs/PROJECTIONS.md. Empty for the default:
@@ -202,6 +203,10 @@ class BasisTexts(_message.Message):
     """
     post: _builtins.str
     """Row normalisation after the projection: `l2`, `standardise` or `none`. Empty for `l2`."""
+    curated: _builtins.bool
+    """Whether to use the list of the criterion that comes with the server, such as that of `color`. It
+    was written by hand. `texts` must then be empty.
+    """
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -228,10 +233,11 @@ class BasisTexts(_message.Message):
         post: _builtins.str = ...,
         against: _abc.Iterable[_builtins.str] | None = ...,
         ignore: _abc.Iterable[_builtins.str] | None = ...,
+        curated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["against", b"against", "criterion", b"criterion", "ignore", b"ignore", "method", b"method", "post", b"post", "prompts", b"prompts", "texts", b"texts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["against", b"against", "criterion", b"criterion", "curated", b"curated", "ignore", b"ignore", "method", b"method", "post", b"post", "prompts", b"prompts", "texts", b"texts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -310,6 +316,11 @@ class GenerateBasisRequest(_message.Message):
     AGAINST_FIELD_NUMBER: _builtins.int
     IGNORE_FIELD_NUMBER: _builtins.int
     ACCEPT_UNSURE_FIELD_NUMBER: _builtins.int
+    FORM_FIELD_NUMBER: _builtins.int
+    MAX_WORDS_FIELD_NUMBER: _builtins.int
+    ANY_SCRIPT_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    PICTURES_FIELD_NUMBER: _builtins.int
     criterion: _builtins.str
     """Criterion in words, such as "animal habitat"."""
     hint: _builtins.str
@@ -323,6 +334,20 @@ class GenerateBasisRequest(_message.Message):
     accept_unsure: _builtins.bool
     """Whether to make the basis even if the language model hardly knows the criterion. Otherwise the
     call ends with FAILED_PRECONDITION, and its message has the texts.
+    """
+    form: _builtins.str
+    """How to ask: `completion`, `chat` or `list`, see docs/BASES.md. Empty or `auto` to let the server
+    find out what suits its language model.
+    """
+    max_words: _builtins.int
+    """Maximum number of words in a text. 0 for the server's default."""
+    any_script: _builtins.bool
+    """Whether texts may have letters beyond a to z."""
+    subject: _builtins.str
+    """What the values describe, such as "the color of objects", for models that answer messages."""
+    pictures: _builtins.bytes
+    """Universal embeddings of at least 20 pictures that vote on the texts: those that fit none of them
+    best are left out. Little-endian float32 numbers, d for each picture, one picture after another.
     """
     @_builtins.property
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -358,10 +383,15 @@ class GenerateBasisRequest(_message.Message):
         against: _abc.Iterable[_builtins.str] | None = ...,
         ignore: _abc.Iterable[_builtins.str] | None = ...,
         accept_unsure: _builtins.bool = ...,
+        form: _builtins.str = ...,
+        max_words: _builtins.int = ...,
+        any_script: _builtins.bool = ...,
+        subject: _builtins.str = ...,
+        pictures: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_unsure", b"accept_unsure", "against", b"against", "count", b"count", "criterion", b"criterion", "exclude", b"exclude", "hint", b"hint", "ignore", b"ignore", "include", b"include", "no_replace", b"no_replace", "prompts", b"prompts", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_unsure", b"accept_unsure", "against", b"against", "any_script", b"any_script", "count", b"count", "criterion", b"criterion", "exclude", b"exclude", "form", b"form", "hint", b"hint", "ignore", b"ignore", "include", b"include", "max_words", b"max_words", "no_replace", b"no_replace", "pictures", b"pictures", "prompts", b"prompts", "seed", b"seed", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
