@@ -72,7 +72,7 @@ demo-model: $(VENV)/.dev ## train and export the demo model: under an hour on 2 
 eval-demo: $(VENV)/.demo ## clustering table of the demo model on 3,000 held-out scenes
 	$(BIN)/python -m crl_export.demo evaluate
 
-eval-bases: $(VENV)/.demo ## quality of generated bases on the demo world: 15 minutes
+eval-bases: $(VENV)/.demo ## quality of generated bases on the demo world: 20 minutes
 	$(BIN)/python -m crl_benchmarks.basis_quality --out benchmarks/results/basis-quality
 
 eval: $(VENV)/.demo ## comparison of the projection methods on the demo world: 18 minutes

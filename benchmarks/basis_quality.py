@@ -1,9 +1,9 @@
 """Quality of generated bases, measured on the demo world, whose right answers are known.
 
 `python -m crl_benchmarks.basis_quality [--llm FILE.gguf …]` generates bases under several seeds. It
-compares them with the world's own words, with random words and with the universal embedding, by
-clustering and by classification from ten examples per value. The generator was tuned on other
-criteria (season, mood, material, time of day, vehicle, weather).
+compares them with the world's own words, with the curated lists, with random words and with the
+universal embedding, by clustering and by classification from ten examples per value. *Together*
+means that the bases of all factors are made against each other, as `crl demo` does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from crl_export.demo.lexicon import OFF_TOPIC, SYNONYMS
 from crl_export.demo.world import CRITERIA
 from crl_sdk import Embedder, demo_bundle
 from crl_sdk.basis._basis import Basis
+from crl_sdk.basis._curated import require_curated
 from crl_sdk.basis._generation_options import GenerationOptions
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.basis._votes import text_key
@@ -157,10 +158,9 @@ def generated(
     llm: LanguageModel,
     options: GenerationOptions,
     seeds: Sequence[int],
-) -> dict[str, Any]:
-    """Measure generated bases under several seeds. A refusal scores as the universal embedding."""
-    scores: list[Score] = []
-    lists: list[list[str]] = []
+) -> list[Basis | None]:
+    """Generate a basis under each seed. None stands for a refusal."""
+    bases: list[Basis | None] = []
     for seed in seeds:
         try:
             basis = world.embedder.generate_basis(
@@ -168,12 +168,44 @@ def generated(
                 prompts=(NEUTRAL_PROMPT,), load=False,
             )  # fmt: skip
         except GenerationError:
-            lists.append([])
-            scores.append(world.score_universal(factor))
+            bases.append(None)
         else:
-            lists.append(list(basis.provenance["votes"]))
-            scores.append(world.score_basis(factor, basis))
+            bases.append(basis)
+    return bases
+
+
+def score_generated(world: World, factor: str, bases: Sequence[Basis | None]) -> dict[str, Any]:
+    """Measure generated bases. A refusal scores as the universal embedding."""
+    scores = [
+        world.score_universal(factor) if basis is None else world.score_basis(factor, basis)
+        for basis in bases
+    ]
+    lists = [[] if basis is None else list(basis.provenance["votes"]) for basis in bases]
     return {"scores": [asdict(score) for score in scores], "texts": lists}
+
+
+def made_together(
+    world: World, bases: Mapping[str, Sequence[Basis | None]]
+) -> dict[str, list[Basis | None]]:
+    """Make the bases of all factors against each other, seed by seed.
+
+    Args:
+        world: The demo world.
+        bases: Generated bases of each factor, one for each seed.
+    """
+    together: dict[str, list[Basis | None]] = {factor: [] for factor in bases}
+    for of_seed in zip(*bases.values(), strict=True):
+        named = dict(zip(bases, of_seed, strict=True))
+        for factor, basis in named.items():
+            others = [each for name, each in named.items() if name != factor and each is not None]
+            together[factor].append(
+                basis
+                and world.embedder.create_basis(
+                    AS_SAID[factor], list(basis.provenance["votes"]), prompts=(NEUTRAL_PROMPT,),
+                    against=others, provenance={"votes": basis.provenance["votes"]}, load=False,
+                )
+            )  # fmt: skip
+    return together
 
 
 def scored(
@@ -204,24 +236,30 @@ def evaluate(
         Scores per seed and texts, by factor and source, as JSON values.
     """
     results: dict[str, Any] = {}
+    made: dict[str, dict[str, list[Basis | None]]] = {name: {} for name in models}
     with Embedder.open(demo_bundle()) as embedder:
         world = World(embedder, images, splits)
         for factor in CRITERIA:
-            own = own_words(factor)
+            curated = require_curated(AS_SAID[factor]).texts
             rows = results[factor] = {
                 "universal": {"scores": [asdict(world.score_universal(factor))]},
-                "own words": scored(world, factor, [own]),
+                "own words": scored(world, factor, [own_words(factor)]),
+                "curated list": scored(world, factor, [curated]),
             }
             for name, model in models.items():
-                variants = {"": GenerationOptions()} | (HELPED.get(factor, {}) if helped else {})
-                for help_, options in variants.items():
-                    source = f"{name}, {help_}" if help_ else name
-                    rows[source] = generated(world, factor, model, options, seeds)
+                made[name][factor] = generated(world, factor, model, GenerationOptions(), seeds)
+                rows[name] = score_generated(world, factor, made[name][factor])
+                for help_, options in HELPED.get(factor, {}).items() if helped else ():
+                    bases = generated(world, factor, model, options, seeds)
+                    rows[f"{name}, {help_}"] = score_generated(world, factor, bases)
             size = max(2, round(np.mean([s["texts"] for s in rows[next(iter(models))]["scores"]])))
             shuffled = [np.random.default_rng(seed).permutation(OFF_TOPIC) for seed in seeds]
             words = [[str(word) for word in order[:size]] for order in shuffled]
             # not merged: the embeddings of words the model does not know are nearly equal
             rows["random words"] = scored(world, factor, words, merge_threshold=1.0)
+        for name, bases_of in made.items():
+            for factor, bases in made_together(world, bases_of).items():
+                results[factor][f"{name}, together"] = score_generated(world, factor, bases)
     return results
 
 

@@ -53,9 +53,10 @@ def test_basis_quality():
     assert basis_quality.gain(results["colour"], "fluent") > 0.7
     assert basis_quality.gain(results["colour"], "random words") < 0.7
     (refused,) = results["count"]["fluent"]["scores"]
+    assert basis_quality.gain(results["colour"], "fluent, together") > 0.7
     (universal,) = results["count"]["universal"]["scores"]
     assert refused == universal  # no texts, no gain
-    assert basis_quality.as_table(results).count("| shape |") == 4
+    assert basis_quality.as_table(results).count("| shape |") == 6
     assert basis_quality.values_named("shape", ["Rounded", "stars", "cone"]) == 2
 
 
