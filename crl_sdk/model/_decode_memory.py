@@ -22,13 +22,16 @@ _BITS, _SAMPLES, _ROWS, _TILE_WIDTH, _TILE_HEIGHT = 258, 277, 278, 322, 323
 """Tags of TIFF files."""
 
 
-def estimate_decode_bytes(image: Image.Image, *, turned: bool, plain: bool) -> int:
+def estimate_decode_bytes(
+    image: Image.Image, *, turned: bool, plain: bool, copied: bool = False
+) -> int:
     """Return about how many bytes it takes to decode an opened image and to convert it.
 
     Args:
         image: Image whose header was read.
         turned: Whether its orientation is changed, for which it is copied.
         plain: Whether it is of the mode L or RGB and opaque, so that it is not converted.
+        copied: Whether its pixels are copied twice, without padding, to be resized.
     """
     pixels = image.width * image.height
     bands = len(image.getbands())
@@ -43,6 +46,7 @@ def estimate_decode_bytes(image: Image.Image, *, turned: bool, plain: bool) -> i
         decoder = bands * _PROGRESSIVE
     blocks = _tiff_block_bytes(image) if form == "TIFF" else 0
     return max(
+        pixels * (3 if grey else 10) if copied else 0,
         pixels * (source + max(decoder, source if turned else 0, converted)),
         pixels * source + blocks,
     )

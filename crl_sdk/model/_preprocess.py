@@ -7,6 +7,7 @@ of open_clip bit for bit. Scaling to floats, mean and std are part of the export
 from __future__ import annotations
 
 import io
+import math
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from crl_sdk._budget import Budget
 from crl_sdk._image_bytes import check_bytes, read_image_file
 from crl_sdk.errors import ImageError, ImageTooLargeError
 from crl_sdk.model._decode_memory import estimate_decode_bytes
+from crl_sdk.model._fast_resize import resize_part
 from crl_sdk.model._image_colours import is_plain, note_raw_mode, to_plain
 from crl_sdk.model._image_formats import DEFAULT_FORMATS, check_formats, check_icon, identify
 
@@ -27,7 +29,7 @@ ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[
 """An image: a path, the bytes of a file, a Pillow image, or an array; see `load_pixels`."""
 
 Decode: TypeAlias = Literal["exact", "fast"]
-"""How JPEGs are decoded, see `load_pixels`."""
+"""How images are decoded and resized, see `load_pixels`."""
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _ORIENTATION = 0x0112
@@ -49,6 +51,10 @@ _TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What brings an image with an orientation upright."""
+
+FAST_SIZE = 2.5
+"""Smallest size, as a multiple of the model's input, at which `fast` decodes a JPEG. `make
+bench-photos` shows the drift."""
 
 _CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
@@ -130,10 +136,10 @@ def load_pixels(
         spec: Preprocessing of the model.
         limits: Limits above which an image is refused.
         source: Name of the image in error messages; the path by default.
-        decode: `exact` decodes as in the training of the models. `fast` lets libjpeg decode large
-            JPEGs at a half, a quarter or an eighth of their size, but no smaller than the model's
-            input, and resizes only the part that is not cropped. The pixels differ slightly, see
-            benchmarks/LOG.md.
+        decode: `exact` decodes and resizes as in the training of the models. `fast` lets libjpeg
+            decode large JPEGs at a half, a quarter or an eighth of their size, but no smaller than
+            `FAST_SIZE` times the model's input, and resizes only the part that is not cropped, with
+            vector instructions. The pixels differ slightly, see docs/IMAGES.md.
         budget: Bound on the memory of the images that are decoded at once. None for no bound.
 
     Returns:
@@ -155,14 +161,12 @@ def load_pixels(
     try:
         _check_size(opened.size, spec, limits, name)
         try:
-            draft = None
-            if decode == "fast" and opened.format in ("JPEG", "MPO"):
-                draft = _shrink_while_decoding(opened, spec)
-            needed = _check_decode_bytes(opened, limits, name)
+            fast = decode == "fast"
+            shrunk = _shrink_while_decoding(opened, spec) if fast else None
+            needed = _check_decode_bytes(opened, limits, name, copied=fast)
             with nullcontext() if budget is None else budget.reserve(needed):
-                if draft is not None:
-                    return _load_fast(opened, draft, spec)
-                return fit(_upright(opened, data), spec)
+                image = _upright(opened, data)
+                return _fit_fast(image, spec, shrunk) if fast else fit(image, spec)
         except ImageError:
             raise
         except MemoryError as error:
@@ -220,56 +224,68 @@ def fit(image: Image.Image, spec: PreprocessSpec) -> NDArray[np.uint8]:
     return np.ascontiguousarray(image.convert("RGB"), dtype=np.uint8)
 
 
-class _Draft(NamedTuple):
-    """How a JPEG will be decoded.
+class _Shrunk(NamedTuple):
+    """How libjpeg shrinks an image.
 
     Attributes:
-        orientation: EXIF orientation.
-        across: Width of the whole upright image in pixels of the reduced one. It may be fractional,
-            because the last column of the reduced image can cover fewer pixels.
+        size: Width and height of the whole image, upright, before it is shrunk.
+        across: Width of the whole upright image in pixels of the shrunk one. It may be fractional,
+            because the last column of the shrunk image can cover fewer pixels.
         down: Height, likewise.
-        width: Width that the image is scaled to.
-        height: Height that the image is scaled to.
+        x: First column of the shrunk image in its own pixels: not 0 if the fractional one is first.
+        y: First row, likewise.
     """
 
-    orientation: int | None
+    size: tuple[int, int]
     across: float
     down: float
-    width: int
-    height: int
+    x: float
+    y: float
 
 
-def _shrink_while_decoding(opened: Image.Image, spec: PreprocessSpec) -> _Draft:
-    """Let libjpeg decode a JPEG at a reduced size, no smaller than the model's input."""
+def _shrink_while_decoding(opened: Image.Image, spec: PreprocessSpec) -> _Shrunk | None:
+    """Let libjpeg decode a JPEG at a reduced size; return None for other formats."""
+    if opened.format not in ("JPEG", "MPO"):
+        return None
     orientation = opened.getexif().get(_ORIENTATION)
     turned = orientation in _TURNED
-    width, height = resized_size(opened.size[::-1] if turned else opened.size, spec)
+    size = opened.size[::-1] if turned else opened.size
+    width, height = (math.ceil(side * FAST_SIZE) for side in resized_size(size, spec))
     drafted = opened.draft(None, (height, width) if turned else (width, height))
     across, down = drafted[1][2:] if drafted is not None else opened.size
+    x = opened.width - across
+    y = opened.height - down
     if turned:
-        across, down = down, across
-    return _Draft(orientation, across, down, width, height)
+        across, down, x, y = down, across, y, x
+    return _Shrunk(
+        size,
+        across,
+        down,
+        x if orientation in _MIRRORED else 0,
+        y if orientation in _FLIPPED else 0,
+    )
 
 
-def _load_fast(opened: Image.Image, draft: _Draft, spec: PreprocessSpec) -> NDArray[np.uint8]:
-    """Decode a JPEG at a reduced size, then resize the part that is not cropped."""
-    orientation, across, down, width, height = draft
-    image = _upright(opened, None).convert("RGB")
-    x = image.width - across if orientation in _MIRRORED else 0.0
-    y = image.height - down if orientation in _FLIPPED else 0.0
-    left, top = _crop_offset(width, spec.width), _crop_offset(height, spec.height)
+def _fit_fast(
+    image: Image.Image, spec: PreprocessSpec, shrunk: _Shrunk | None
+) -> NDArray[np.uint8]:
+    """Do what `fit` does, for the part that is not cropped and with a faster filter."""
+    size, across, down, x, y = shrunk or _Shrunk(image.size, *image.size, 0, 0)
+    width, height = resized_size(size, spec)
+    filter_ = _interpolation(spec)
     if width < spec.width or height < spec.height:  # padded, not cropped
-        whole = (x, y, x + across, y + down)
-        return fit(image.resize((width, height), _interpolation(spec), box=whole), spec)
+        box = (x, y, x + across, y + down)
+        return fit(resize_part(image, (width, height), box, filter_), spec)
+    left, top = _crop_offset(width, spec.width), _crop_offset(height, spec.height)
     per_x, per_y = across / width, down / height
-    kept = (
+    box = (
         x + left * per_x,
         y + top * per_y,
         min(x + (left + spec.width) * per_x, image.width),
         min(y + (top + spec.height) * per_y, image.height),
     )
-    resized = image.resize((spec.width, spec.height), _interpolation(spec), box=kept)
-    return np.ascontiguousarray(resized, dtype=np.uint8)
+    resized = resize_part(image, (spec.width, spec.height), box, filter_)
+    return np.ascontiguousarray(resized.convert("RGB"), dtype=np.uint8)
 
 
 def resized_size(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int]:
@@ -367,13 +383,16 @@ def _out_of_memory(what: str, name: str) -> ImageError:
     )
 
 
-def _check_decode_bytes(opened: Image.Image, limits: ImageLimits, name: str) -> int:
+def _check_decode_bytes(
+    opened: Image.Image, limits: ImageLimits, name: str, *, copied: bool
+) -> int:
     """Return about how many bytes decoding takes, if the limit allows it."""
     told = opened.format != "PNG" or "exif" in opened.info  # else `getexif` would load a PNG file
     needed = estimate_decode_bytes(
         opened,
         turned=told and opened.getexif().get(_ORIENTATION) in _TRANSPOSITIONS,
         plain=is_plain(opened),
+        copied=copied,
     )
     if needed > limits.max_decode_bytes:
         needed_mib, most_mib = needed / 2**20, limits.max_decode_bytes / 2**20
