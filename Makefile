@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 DATA ?= ../shared/data/real-vectors
 
-.PHONY: demo test test-slow test-gpu docs-test soak fuzz walks notebooks check types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-project bench-peers load clean
+.PHONY: demo test test-slow test-gpu docs-test soak fuzz walks notebooks check types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-photos bench-project bench-peers load clean
 
 demo: $(VENV)/.demo ## from criteria in words to named groups of images, with a report
 	$(BIN)/crl demo
@@ -96,6 +96,14 @@ compile-table: $(VENV)/.dev ## TensorRT plans and kernels compiled without a GPU
 bench: $(VENV)/.dev ## cost of conditional embeddings over plain CLIP, and of the service over both
 	$(BIN)/python -m crl_benchmarks.embed_latency
 	$(BIN)/python -m crl_benchmarks.service_overhead
+
+VIT_B_32 := build/bench/ViT-B-32
+
+$(VIT_B_32): $(VENV)/.dev
+	$(BIN)/crl export ViT-B-32 --pretrained none --precision fp32,int8 --out $@
+
+bench-photos: $(VENV)/.dev | $(VIT_B_32) ## photographs of 224² to 48 megapixels, decoded exactly and fast: 10 minutes
+	$(BIN)/python -m crl_benchmarks.photos $(VIT_B_32) --data ../shared/data/cards-photos --out benchmarks/results/photos
 
 bench-project: $(VENV)/.dev ## projection of 1 M stored embeddings: 3 minutes, 10 GB of memory
 	$(BIN)/python -m crl_benchmarks.reprojection --rounds 3 --out benchmarks/results/reprojection

@@ -52,7 +52,8 @@ ThreadsOption = Annotated[
 DecodeOption = Annotated[
     Decode,
     typer.Option(
-        help="fast lets libjpeg shrink large JPEGs while decoding; embeddings change slightly."
+        help="fast shrinks large JPEGs while decoding, and resizes with vector instructions; "
+        "embeddings change less than in int8."
     ),
 ]
 FormatsOption = Annotated[

@@ -8,11 +8,15 @@ done in the other order. It has no wheels for Linux on ARM. `make bench-photos` 
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 from PIL import Image
 
+cykooz: Any
 try:
-    import cykooz_resizer as cykooz
+    import cykooz_resizer
+
+    cykooz = cykooz_resizer
 except ImportError:  # no wheel for this platform
     cykooz = None
 
@@ -36,6 +40,8 @@ def resize_part(
     Returns:
         Image of the same mode.
     """
+    if size == image.size and box == (0, 0, *size):
+        return image
     if cykooz is None:
         return image.resize(size, resampling, box=box)
     pixel = cykooz.PixelType.U8 if image.mode == "L" else cykooz.PixelType.U8x3

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from crl_benchmarks import (
     basis_quality,
+    photos,
     projection_tables,
     projections,
     service_load,
     service_overhead,
 )
 from crl_benchmarks.embed_latency import CRITERIA, measure
-from crl_sdk import ModelBundle, demo_bundle
+from crl_sdk import Embedder, ModelBundle, demo_bundle
 from support import log_likelihoods
 
 
@@ -141,3 +143,18 @@ def test_reprojection(tmp_path):
     moved = 4 * 3000 * (64 + 15) / 1e9
     assert document["cases"][0]["gigabytes_moved"] == round(moved, 3)
     assert reprojection.markdown(document).count("| 3 × 5, float32 |") == 2
+
+
+def test_photographs(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    small = photos.small_photographs(None)
+    rng = np.random.default_rng(0)
+    made = photos.make_photographs(small, (900, 700), 2, rng)
+    with Embedder.open(demo_bundle()) as demo:
+        rows = photos.measure((900, 700), made, {"demo": demo}, demo, rounds=1)
+    exact, fast, pillow = rows
+    assert exact.levels == (0, 0) and exact.drift["demo"] == (0, 0)
+    for row in (fast, pillow):
+        assert 0 < row.levels[0] < 1 and row.drift["demo"][0] < 1e-3
+    assert photos.as_table(rows).count("900 × 700") == 3
