@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,15 @@ import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from crl_export.clip_model import ClipModel
+from crl_export.equalisation import equalise
+from crl_export.graph_products import Feeds
 from crl_export.graphs import ImageGraph
+from crl_export.sensitivity import choose_float_products
+from crl_sdk.model._parity import images
 from crl_sdk.model._preprocess import PreprocessSpec
+
+_CALIBRATION_IMAGES, _CALIBRATION_SEED = 8, 1
+"""Images that show the ranges of activations."""
 
 
 def half_graph(model: ClipModel, spec: PreprocessSpec) -> ImageGraph:
@@ -29,10 +37,12 @@ def half_graph(model: ClipModel, spec: PreprocessSpec) -> ImageGraph:
 def quantise(fp32: Path, int8: Path, spec: PreprocessSpec) -> None:
     """Write an int8 image graph: weights quantised per channel, activations in every run.
 
-    Matrix products with constant weights become int8. The projection, whose weight is an input,
-    stays in fp32. If patches are embedded by a matrix product (`crl_export.vit`), that product
-    takes the bytes of the pixels, so that the image is not rounded. Convolutions stay in fp32:
-    ONNX Runtime's dynamic ConvInteger was slower than its fp32 convolution on the CPUs measured.
+    Matrix products with constant weights become int8. Outliers of their inputs are spread first
+    (`crl_export.equalisation`), and products that lose too much stay in float32
+    (`crl_export.sensitivity`). So does the projection, whose weight is an input. If patches are
+    embedded by a matrix product (`crl_export.vit`), that product takes the bytes of the pixels, so
+    that the image is not rounded. Convolutions stay in float32: ONNX Runtime's dynamic ConvInteger
+    was slower than its fp32 convolution on the CPUs measured.
 
     Args:
         fp32: Path of the fp32 graph.
@@ -41,6 +51,24 @@ def quantise(fp32: Path, int8: Path, spec: PreprocessSpec) -> None:
     """
     model = onnx.load(fp32)
     patches = _patch_product(model.graph)
+    skip = [] if patches is None else [patches.name]
+    feeds = _calibration_feeds(model.graph, spec)
+    equalise(model, feeds, skip=skip)
+    quantise_products(model, int8, skip=[*skip, *choose_float_products(model, feeds, skip=skip)])
+    if patches is not None:
+        quantised = onnx.load(int8)
+        _multiply_bytes(quantised.graph, patches.name, spec)
+        onnx.save(quantised, int8)
+
+
+def quantise_products(model: onnx.ModelProto, path: Path, *, skip: Sequence[str] = ()) -> None:
+    """Write a graph whose matrix products with constant weights are in int8.
+
+    Args:
+        model: The graph in float32. It is changed.
+        path: Path of the graph to write.
+        skip: Names of nodes of products that stay in float32.
+    """
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)  # it recommends a preprocessing that gains nothing here
@@ -48,18 +76,25 @@ def quantise(fp32: Path, int8: Path, spec: PreprocessSpec) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             quantize_dynamic(
                 model,
-                int8,
+                path,
                 op_types_to_quantize=["MatMul", "Gemm"],
                 per_channel=True,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=[patches.name] if patches is not None else None,
+                nodes_to_exclude=list(skip),
             )
     finally:
         root.setLevel(level)
-    if patches is not None:
-        quantised = onnx.load(int8)
-        _multiply_bytes(quantised.graph, patches.name, spec)
-        onnx.save(quantised, int8)
+
+
+def _calibration_feeds(graph: onnx.GraphProto, spec: PreprocessSpec) -> Feeds:
+    """Return typical inputs of an image graph, which are not those that parity is measured on."""
+    weight = next(each for each in graph.input if each.name == "weight")
+    dim = weight.type.tensor_type.shape.dim[0].dim_value
+    return {
+        "image": images(spec, _CALIBRATION_IMAGES, seed=_CALIBRATION_SEED),
+        "weight": np.zeros((dim, 1), np.float32),
+        "bias": np.zeros(1, np.float32),
+    }
 
 
 def _patch_product(graph: onnx.GraphProto) -> onnx.NodeProto | None:
