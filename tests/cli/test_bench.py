@@ -277,7 +277,7 @@ def test_a_secured_server(serve, embedder, tmp_path, capsys, monkeypatch):
     tls = ServerTls(tmp_path / "server.pem", tmp_path / "server.key")
     server = serve(embedder, tls=tls, tokens=(token,))
     address = server.address.replace("127.0.0.1", "localhost")
-    options = {**DEFAULTS, "concurrency": "1", "seconds": 0.3, "authority": tmp_path / "ca.pem"}
+    options = {**DEFAULTS, "concurrency": "1", "seconds": 2, "authority": tmp_path / "ca.pem"}
     with pytest.raises(AccessError, match="Bearer TOKEN"):
         bench(address, **options)
     monkeypatch.setenv("CRL_TOKEN", token.secret)
@@ -294,7 +294,7 @@ def test_a_server_that_asks_for_a_certificate(serve, embedder, tmp_path, capsys)
         issued.private_key_pem.write_to_path(tmp_path / f"{name}.key")
     tls = ServerTls(tmp_path / "server.pem", tmp_path / "server.key", tmp_path / "ca.pem")
     address = serve(embedder, tls=tls).address.replace("127.0.0.1", "localhost")
-    options = {**DEFAULTS, "concurrency": "1", "seconds": 0.3}
+    options = {**DEFAULTS, "concurrency": "1", "seconds": 2}
     pair = {"certificate": tmp_path / "client.pem", "key": tmp_path / "client.key"}
     for wrong, error, words in [
         ({}, ServiceError, "--authority"),
