@@ -34,7 +34,9 @@ def half_graph(model: ClipModel, spec: PreprocessSpec) -> ImageGraph:
     return ImageGraph(copy.deepcopy(model), spec, torch.float16)
 
 
-def quantise(fp32: Path, int8: Path, spec: PreprocessSpec) -> None:
+def quantise(
+    fp32: Path, int8: Path, spec: PreprocessSpec, *, against_outliers: bool = True
+) -> None:
     """Write an int8 image graph: weights quantised per channel, activations in every run.
 
     Matrix products with constant weights become int8. Outliers of their inputs are spread first
@@ -48,13 +50,17 @@ def quantise(fp32: Path, int8: Path, spec: PreprocessSpec) -> None:
         fp32: Path of the fp32 graph.
         int8: Path of the graph to write.
         spec: Preprocessing, which gives the mean of the pixels.
+        against_outliers: Whether to spread outliers and to leave products in float32. Without it,
+            benchmarks show what that changes.
     """
     model = onnx.load(fp32)
     patches = _patch_product(model.graph)
     skip = [] if patches is None else [patches.name]
-    feeds = _calibration_feeds(model.graph, spec)
-    equalise(model, feeds, skip=skip)
-    quantise_products(model, int8, skip=[*skip, *choose_float_products(model, feeds, skip=skip)])
+    if against_outliers:
+        feeds = _calibration_feeds(model.graph, spec)
+        equalise(model, feeds, skip=skip)
+        skip += choose_float_products(model, feeds, skip=skip)
+    quantise_products(model, int8, skip=skip)
     if patches is not None:
         quantised = onnx.load(int8)
         _multiply_bytes(quantised.graph, patches.name, spec)
