@@ -132,7 +132,9 @@ class Embedder:
 
         Args:
             bundle: Directory that `crl export` wrote, or `crl_sdk.demo_bundle()`.
-            engine: `auto` chooses the engine and logs the choice. Any other value is a name that
+            engine: `auto` chooses the engine and logs the choice. `fastest` first compares and
+                times all engines, unless that was done on this machine; it takes a minute. Any
+                other value is a name that
                 `crl doctor` lists, or the beginning of one: `onnx/cpu/int8`, `onnx/cuda`,
                 `tensorrt-rtx`. No other engine is used in its place.
             threads: Number of threads of one engine run on a CPU; None for one per physical core.

@@ -23,6 +23,14 @@ pytest_plugins = ["server_fixtures"]
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 200)}
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests neither read nor write the records of engines of this machine's user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CRL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def embedder() -> Iterator[Embedder]:
     """The demo model, opened once; tests must not leave bases in it."""

@@ -6,10 +6,11 @@ import msgspec
 from rich.markup import escape
 from rich.table import Table
 
-from crl_sdk.cli._console import JsonOption, out, print_facts, print_json
-from crl_sdk.cli._options import BundleOption, open_bundle
+from crl_sdk.cli._console import JsonOption, note, out, print_facts, print_json
+from crl_sdk.cli._options import BundleOption, command, open_bundle
 from crl_sdk.engines._family import EngineCandidate
 from crl_sdk.engines._machine import Machine, inspect_machine
+from crl_sdk.engines._ranking import has_records
 from crl_sdk.engines._selection import choose_engine, list_candidates
 from crl_sdk.errors import EngineError
 from crl_sdk.model._bundle import ModelBundle
@@ -32,6 +33,13 @@ def doctor(bundle: BundleOption = None, as_json: JsonOption = False) -> None:
         return
     print_facts("this machine", _facts(machine))
     out.print(_table(opened, engines))
+    if not any(each.measured for each in engines):
+        again = command("verify", str(opened.path), "--all")
+        others = "; records of other machines or versions are ignored"
+        note(
+            f"the engines were not measured here{others if has_records(opened) else ''}: {again} "
+            "lets auto take the fastest that agrees"
+        )
 
 
 def _facts(machine: Machine) -> dict[str, object]:
@@ -66,6 +74,7 @@ def _record(candidate: EngineCandidate) -> dict[str, object]:
         "engine": str(candidate.name),
         "usable": candidate.usable,
         "automatic": candidate.automatic,
+        "measured": candidate.measured,
         "reason": candidate.reason,
     }
 

@@ -36,8 +36,8 @@ BasesOption = Annotated[
 EngineOption = Annotated[
     str,
     typer.Option(
-        help="auto, or a name from `crl doctor` or the start of one: onnx/cpu/int8, onnx/cuda, "
-        "tensorrt-rtx."
+        help="auto; fastest, which first measures all engines once; or a name from `crl doctor` or "
+        "the start of one: onnx/cpu/int8, onnx/cuda, tensorrt-rtx."
     ),
 ]
 BakedOption = Annotated[

@@ -22,12 +22,16 @@ class EngineCandidate:
         usable: Whether it can run here.
         automatic: Whether `auto` may choose it.
         reason: Why it can run, why it cannot, or why `auto` does not choose it.
+        starts_slowly: Whether its first start takes minutes, so that it is not tried on its own.
+        measured: Whether it was compared and timed on this machine.
     """
 
     name: EngineName
     usable: bool
     automatic: bool
     reason: str
+    starts_slowly: bool = False
+    measured: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,7 @@ class EngineFamily:
             compiled into it. None if the runtime has no such engines.
         tolerances: By precision, how far embeddings may be from the fp32 graph's. A runtime that
             computes in a precision that no graph has adds its own.
+        automatic_tolerances: The same for engines that `auto` may choose, where that is stricter.
     """
 
     runtime: str
@@ -56,3 +61,8 @@ class EngineFamily:
     open: Callable[[ModelBundle, EngineName, int | None], ImageEngine]
     open_baked: Callable[[ModelBundle, EnginePattern, Basis], ImageEngine] | None = None
     tolerances: Mapping[str, Tolerance] = field(default_factory=lambda: TOLERANCES)
+    automatic_tolerances: Mapping[str, Tolerance] = field(default_factory=dict)
+
+    def automatic_tolerance(self, precision: str) -> Tolerance:
+        """Return how far embeddings may be from the fp32 graph's for `auto` to choose an engine."""
+        return self.automatic_tolerances.get(precision, self.tolerances[precision])

@@ -280,6 +280,7 @@ def _candidate(
         usable=usable,
         automatic=automatic,
         reason=reason,
+        starts_slowly=device not in ("cpu", "cuda"),
     )
 
 
@@ -308,4 +309,5 @@ ONNX = EngineFamily(
     packages=("onnxruntime", "onnxruntime-gpu"),
     list_candidates=_list_candidates,
     open=_open,
+    automatic_tolerances={"int8": _INT8},
 )

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from crl_sdk.basis._basis import Basis
 from crl_sdk.engines import _registry as registry
 from crl_sdk.engines._contract import ImageEngine, TextEngine
 from crl_sdk.engines._engine_name import EngineName, EnginePattern
 from crl_sdk.engines._family import EngineCandidate
-from crl_sdk.engines._hardware import inspect_hardware
+from crl_sdk.engines._hardware import Hardware, inspect_hardware
 from crl_sdk.engines._onnx import OnnxTextEngine
 from crl_sdk.engines._onnx_providers import Device
+from crl_sdk.engines._ranking import (
+    Ranking,
+    apply_ranking,
+    check_engine,
+    rank_engines,
+    read_ranking,
+    write_ranking,
+)
 from crl_sdk.errors import EngineError, InvalidInputError
 from crl_sdk.model._bundle import ModelBundle
 
 _log = logging.getLogger(__name__)
+
+FASTEST = "fastest"
+"""Name that stands for the fastest engine by measurement, see `open_engine`."""
 
 _ONNX_CUDA = EnginePattern("onnx", "cuda")
 
@@ -24,15 +35,54 @@ _ONNX_CUDA = EnginePattern("onnx", "cuda")
 def list_candidates(bundle: ModelBundle) -> list[EngineCandidate]:
     """Return the engines of a bundle; `auto` chooses the first that is usable and automatic.
 
-    On a GPU, `auto` prefers TensorRT plans that `crl verify` found correct on its architecture,
-    then ONNX Runtime's CUDA provider. On a CPU it chooses ONNX Runtime: in int8 if the processor
-    multiplies bytes fast and the export recorded a good enough parity, else in fp32.
+    If the engines were measured on this machine (`crl verify BUNDLE --all`), those that agree with
+    the CPU's fp32 graph come first, fastest first.
 
+    Otherwise `auto` prefers, on a GPU, TensorRT plans that `crl verify` found correct on its
+    architecture, then ONNX Runtime's CUDA provider. On a CPU it chooses ONNX Runtime: in int8 if
+    the processor multiplies bytes fast and the export recorded a good enough parity, else in fp32.
     The other engines must be asked for by name. ONNX Runtime's TensorRT providers compile for
     minutes at their first start, plans that nobody verified may be wrong, and a bundle records
     how far from fp32 its graphs are in ONNX Runtime only.
     """
     hardware = inspect_hardware()
+    found = _list_unmeasured(bundle, hardware)
+    ranking = read_ranking(bundle, hardware)
+    return found if ranking is None else apply_ranking(found, ranking)
+
+
+def measure_engines(
+    bundle: ModelBundle,
+    *,
+    seconds: float = 2.0,
+    threads: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Ranking:
+    """Compare and time all engines of a bundle on this machine, and keep the record for `auto`.
+
+    Args:
+        bundle: Verified bundle.
+        seconds: Time to spend on each engine and batch size.
+        threads: Number of threads of a run on a CPU; None for one per physical core.
+        progress: Function that is called with a description of each step.
+
+    Raises:
+        EngineError: If not even the CPU's graph runs, or the record cannot be kept.
+    """
+    hardware = inspect_hardware()
+    candidates = _list_unmeasured(bundle, hardware)
+    ranking = rank_engines(
+        bundle, candidates, hardware, seconds=seconds, threads=threads, progress=progress
+    )
+    path = write_ranking(bundle, ranking)
+    _log.info("the engines were measured, see %s", path)
+    for each in ranking.engines:
+        if not each.agrees:
+            _log.warning("engine %s is skipped: %s", each.engine, each.reason)
+    return ranking
+
+
+def _list_unmeasured(bundle: ModelBundle, hardware: Hardware) -> list[EngineCandidate]:
     return [
         candidate
         for family in registry.FAMILIES
@@ -82,9 +132,13 @@ def open_engine(
 
     Args:
         bundle: Verified bundle.
-        engine: Name of the engine, its beginning, or `auto`; see `choose_engine`.
+        engine: Name of the engine, its beginning, or `auto`; see `choose_engine`. `fastest` first
+            measures all engines, unless that was done on this machine.
         threads: Number of threads of a run on a CPU; None for one per physical core.
         baked: Basis that must be compiled into the engine. Only TensorRT plans have one.
+
+    `auto` on a GPU runs blank and fixed pictures first and compares them with the CPU, unless the
+    engine was measured here; an engine that fails is skipped with a warning.
 
     Raises:
         InvalidInputError: If no engine of this bundle has such a name.
@@ -94,9 +148,28 @@ def open_engine(
     """
     if baked is not None:
         return _open_baked(bundle, engine, baked)
-    chosen = choose_engine(list_candidates(bundle), engine)
-    _log.info("engine %s: %s (%s)", engine, chosen.name, chosen.reason)
-    return registry.family_of(chosen.name).open(bundle, chosen.name, threads)
+    if engine == FASTEST:
+        if read_ranking(bundle, inspect_hardware()) is None:
+            measure_engines(bundle, threads=threads)
+        engine = "auto"
+    candidates = list_candidates(bundle)
+    while True:
+        chosen = choose_engine(candidates, engine)
+        opened: ImageEngine | None = None
+        try:
+            opened = registry.family_of(chosen.name).open(bundle, chosen.name, threads)
+            if engine == "auto" and chosen.name.device != "cpu" and not chosen.measured:
+                check_engine(bundle, opened)
+        except EngineError as error:
+            if opened is not None:
+                opened.close()
+            if engine != "auto" or chosen.name.device == "cpu":
+                raise
+            _log.warning("engine %s is skipped: %s", chosen.name, error)
+            candidates = [each for each in candidates if each is not chosen]
+        else:
+            _log.info("engine %s: %s (%s)", engine, chosen.name, chosen.reason)
+            return opened
 
 
 def open_text_engine(

@@ -15,8 +15,10 @@ from crl_sdk.engines import _selection as selection
 from crl_sdk.engines._engine_name import EngineName
 from crl_sdk.engines._family import EngineCandidate, EngineFamily
 from crl_sdk.engines._hardware import Gpu, Hardware
+from crl_sdk.engines._onnx import OnnxImageEngine
 from crl_sdk.engines._selection import choose_engine, list_candidates, open_engine
 from crl_sdk.errors import EngineError, InvalidInputError
+from crl_sdk.model._parity import Tolerance
 
 GPU = (Gpu(name="one", architecture="sm89", memory=2**33),)
 NONE = ((), "expected an NVIDIA driver (libcuda.so.1), found none")
@@ -170,11 +172,14 @@ def test_openvino_needs_the_fp32_graph(bundle):
 class FakeEngine:
     name = EngineName("fake", "npu", "int4")
 
-    def __init__(self, threads):
-        self.threads = threads
+    def __init__(self, bundle, threads):
+        self.threads, self._engine = threads, OnnxImageEngine.open(bundle)
+
+    def run(self, *arguments):
+        return self._engine.run(*arguments)
 
     def close(self):
-        pass
+        self._engine.close()
 
 
 FAKE = EngineFamily(
@@ -188,7 +193,8 @@ FAKE = EngineFamily(
             reason=f"runs {bundle.manifest.name}",
         )
     ],
-    open=lambda bundle, name, threads: FakeEngine(threads),
+    open=lambda bundle, name, threads: FakeEngine(bundle, threads),
+    tolerances={"int4": Tolerance(cosine_mean=0.9)},
 )
 
 
