@@ -23,6 +23,7 @@ from crl_sdk.engines._onnx_providers import (
     provider_options,
 )
 from crl_sdk.engines._onnx_sessions import open_session
+from crl_sdk.engines._processor import BYTE_PRODUCTS
 from crl_sdk.errors import EngineError, InvalidInputError
 from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.model._manifest import PRECISIONS, Precision
@@ -30,9 +31,6 @@ from crl_sdk.model._parity import Tolerance, failures
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-
-_BYTE_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8")
-"""Instruction sets that multiply bytes fast. Without one, int8 is not faster than fp32 on a CPU."""
 
 _INT8 = Tolerance(cosine_mean=0.999, centred_cosine_min=0.99)
 """Parity that the bundle must have recorded for its int8 graph, if `auto` may choose it."""
@@ -286,10 +284,10 @@ def _candidate(
 
 def _int8_on_cpu(bundle: ModelBundle, hardware: Hardware) -> tuple[bool, str]:
     """Return whether `auto` may choose int8 on this processor, and why or why not."""
-    found = [name for name in hardware.features if name in _BYTE_PRODUCTS]
+    found = [name for name in hardware.features if name in BYTE_PRODUCTS]
     parity = next(graph.parity for graph in bundle.manifest.images if graph.precision == "int8")
     if not found:
-        return False, f"must be chosen by name: no {', '.join(_BYTE_PRODUCTS)} here to make it fast"
+        return False, f"must be chosen by name: no {', '.join(BYTE_PRODUCTS)} here to make it fast"
     if missed := failures(parity, _INT8):
         return False, f"must be chosen by name: recorded parity with fp32 {', '.join(missed)}"
     return True, f"fast with {found[0]}; recorded cosine with fp32 {parity.cosine_mean:.5f}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from crl_sdk.engines._onnx_providers import (
     cuda_options,
     plugin_library,
 )
+from crl_sdk.engines._processor import BYTE_PRODUCTS, find_features
 from crl_sdk.errors import EngineError, InvalidInputError, MissingDependencyError
 from crl_sdk.model._manifest import Precision
 
@@ -25,10 +27,19 @@ _SPIN = "20"
 millisecond keeps cores from the threads that decode images; not waiting at all makes single images
 slower (benchmarks/LOG.md). Older releases ignore the setting."""
 
-_WIDE_SUMS = "1"
-"""Multiply bytes without overflow on x86 processors that have no VNNI. There, ONNX Runtime's
-default adds pairs of products in 16 bits: sums above 32,767 are cut, and int8 embeddings are wrong
-(a cosine of 0.88 with fp32 less the mean, where 0.99 is right). Other processors ignore it."""
+
+def needs_wide_sums(machine: str, features: Sequence[str]) -> bool:
+    """Return whether ONNX Runtime must be told to add products of bytes without overflow.
+
+    On x86 processors without VNNI and AMX, its default adds pairs of products in 16 bits. Sums
+    above 32,767 are cut there, and int8 embeddings are wrong (a cosine of 0.88 with fp32 less the
+    mean, where 0.99 is right). On processors with VNNI the setting makes int8 half as fast.
+
+    Args:
+        machine: Architecture, as `platform.machine()` names it.
+        features: Instruction sets of the processor; empty if they are not known.
+    """
+    return machine.lower() in ("x86_64", "amd64") and not set(BYTE_PRODUCTS) & set(features)
 
 
 def open_session(
@@ -68,7 +79,8 @@ def open_session(
     session_options.inter_op_num_threads = 1
     session_options.enable_mem_pattern = False  # it would keep memory for each batch size
     session_options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN)
-    session_options.add_session_config_entry("session.x64quantprecision", _WIDE_SUMS)
+    if needs_wide_sums(platform.machine(), find_features()):
+        session_options.add_session_config_entry("session.x64quantprecision", "1")
     if device == "cpu" and precision == "fp16":
         # The layout pass (NchwcTransformer) of ONNX Runtime 1.32 crashes on half-precision ViTs,
         # and its blocked convolutions are for fp32 only.

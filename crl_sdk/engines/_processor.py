@@ -16,6 +16,10 @@ _FEATURES = (
 """Linux's names of the instruction sets that matter to inference, of x86-64 and then of Arm."""
 
 
+BYTE_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8")
+"""Instruction sets of x86 processors that multiply bytes fast, and add the products in 32 bits."""
+
+
 def find_features() -> tuple[str, ...]:
     """Return the instruction sets that matter to inference; empty where the system hides them."""
     words = set(re.sub(r"^(?!flags|Features).*$", "", _read(), flags=re.MULTILINE).split())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from crl_benchmarks import (
     basis_quality,
+    int8_outliers,
     photos,
     projection_tables,
     projections,
@@ -14,7 +16,9 @@ from crl_benchmarks import (
     service_overhead,
 )
 from crl_benchmarks.embed_latency import CRITERIA, measure
+from crl_export.graphs import export_text_graph
 from crl_sdk import Embedder, ModelBundle, demo_bundle
+from crl_sdk.model import _parity as parity
 from support import log_likelihoods
 
 
@@ -158,3 +162,44 @@ def test_photographs(tmp_path):
     for row in (fast, pillow):
         assert 0 < row.levels[0] < 1 and row.drift["demo"][0] < 1e-3
     assert photos.as_table(rows).count("900 × 700") == 3
+
+
+def test_precisions_on_weights_with_outliers(tmp_path):
+    """The tower that normalises after each step, with one layer of random weights."""
+    rng = np.random.default_rng(0)
+    width, layer = 24, "encoder.layer.0"
+    shapes = {
+        "embeddings.word_embeddings.weight": (50, width),
+        "embeddings.position_embeddings.weight": (16, width),
+        "embeddings.token_type_embeddings.weight": (2, width),
+    }
+    for name, (rows, columns) in {
+        f"{layer}.attention.self.query": (width, width),
+        f"{layer}.attention.self.key": (width, width),
+        f"{layer}.attention.self.value": (width, width),
+        f"{layer}.attention.output.dense": (width, width),
+        f"{layer}.intermediate.dense": (2 * width, width),
+        f"{layer}.output.dense": (width, 2 * width),
+    }.items():
+        shapes |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+    for name in ("embeddings", f"{layer}.attention.output", f"{layer}.output"):
+        shapes |= {f"{name}.LayerNorm.weight": (width,), f"{name}.LayerNorm.bias": (width,)}
+    weights = {
+        name: torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+        for name, shape in shapes.items()
+    }
+    weights["embeddings.LayerNorm.weight"][3] *= 100
+
+    def encode(texts):
+        return np.array([[1 + len(text) % 40, 7, 5, 0] for text in texts], np.int64)
+
+    model = int8_outliers.MiniLm(weights, layers=1, heads=2).eval()
+    export_text_graph(model, torch.from_numpy(encode(parity.TEXTS)), tmp_path / "graph.onnx")
+    rows = int8_outliers.token_rows(
+        "tiny", None, tmp_path / "graph.onnx", encode, folder=tmp_path, batches=[2], rounds=1
+    )
+    fp32, plain, spread = rows
+    assert fp32.parity.cosine_min == pytest.approx(1) and fp32.times[2] > 0
+    assert spread.parity.cosine_mean > plain.parity.cosine_mean
+    assert plain.ratios[2] == 1
+    assert int8_outliers.as_table(rows).count("| tiny | trained |") == 3
