@@ -160,8 +160,8 @@ def test_options_in_the_prose_exist():
     assert not wrong, "\n".join(wrong)
 
 
-def test_environment_variables_are_read_by_the_command_line():
-    source = "".join(path.read_text() for path in (ROOT / "crl_sdk/cli").glob("*.py"))
+def test_environment_variables_are_read():
+    source = "".join(path.read_text() for path in (ROOT / "crl_sdk").rglob("*.py"))
     for page in FOR_USERS:
         for name in re.findall(r"\bCRL_[A-Z]+\b", read(page)):
             assert f'"{name}"' in source, f"{page.name}: nothing reads {name}"
