@@ -56,6 +56,9 @@ FAST_SIZE = 2.5
 """Smallest size, as a multiple of the model's input, at which `fast` decodes a JPEG. `make
 bench-photos` shows the drift."""
 
+_JPEG = b"\xff\xd8\xff"
+"""First bytes of every JPEG."""
+
 _CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
@@ -368,9 +371,10 @@ def _open(data: Any, limits: ImageLimits, name: str) -> Image.Image:
                 f"{found.lower()} (ImageLimits.formats), or send {', '.join(DEFAULT_FORMATS)}",
                 source=name,
             ) from error
+        jpeg = ": a damaged JPEG, or one without 8 bits per value" if data[:3] == _JPEG else ""
         raise ImageError(
             f"not a readable image: expected {', '.join(limits.formats)}, got {len(data)} bytes "
-            f"starting with {data[:8]!r}",
+            f"starting with {data[:8]!r}{jpeg}",
             source=name,
         ) from error
 

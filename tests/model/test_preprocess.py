@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import zlib
@@ -300,6 +301,20 @@ def test_fast_decoding_of_unusual_jpegs(kind, progressive, subsampling, resizer)
     data = encode(image, "JPEG", progressive=progressive, subsampling=subsampling)
     exact, fast = (load_pixels(data, SPEC, decode=way) for way in ("exact", "fast"))
     assert np.abs(exact.astype(int) - fast).mean() < 1.0
+
+
+TWELVE_BITS = (
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAIBAQEBAQIBAQECAgICAgQDAgICAgUEBAMEBgUGBgYFBgYGBwkIBgcJBwYG"
+    "CAsICQoKCgoKBggLDAsKDAkKCgr/wQALDAAIAAgBAREA/8QAFAABAAAAAAAAAAAAAAAAAAAACP/EABwQAAAGAwAAAAAA"
+    "AAAAAAAAAAALDio2SFRkcv/aAAgBAQAAPwA/luKbjYEwvxq286g//9k="
+)
+"""A grey JPEG of 8 × 8 pixels with 12 bits per value, by libjpeg-turbo through imagecodecs."""
+
+
+@pytest.mark.parametrize("decode", ["exact", "fast"])
+def test_a_jpeg_of_twelve_bits_is_refused(decode):
+    with pytest.raises(ImageError, match="a damaged JPEG, or one without 8 bits per value"):
+        load_pixels(base64.b64decode(TWELVE_BITS), SPEC, decode=decode)
 
 
 def test_fast_decoding_refuses_what_exact_decoding_refuses():
