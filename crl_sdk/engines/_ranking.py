@@ -184,7 +184,10 @@ def rank_engines(
                 tried[name] = _compare(engine, expected, pixels)
             except CrlError as error:
                 tried[name] = RankedEngine(
-                    engine=name, agrees=False, failed=True, reason=f"failed here: {error}"
+                    engine=name,
+                    agrees=False,
+                    failed=True,
+                    reason=f"failed here: {error}; crl verify {bundle.path} --all tries again",
                 )
         timed = {name: each for name, each in opened.items() if tried[name].parity is not None}
         for batch in BATCHES:

@@ -74,11 +74,8 @@ def measure_engines(
     ranking = rank_engines(
         bundle, candidates, hardware, seconds=seconds, threads=threads, progress=progress
     )
-    path = write_ranking(bundle, ranking)
-    _log.info("the engines were measured, see %s", path)
-    for each in ranking.engines:
-        if not each.agrees:
-            _log.warning("engine %s is skipped: %s", each.engine, each.reason)
+    _log_skipped(ranking)
+    _log.info("the engines were measured, see %s", write_ranking(bundle, ranking))
     return ranking
 
 
@@ -130,15 +127,16 @@ def open_engine(
 ) -> ImageEngine:
     """Open the image engine that a name selects, and log which one and why.
 
+    `auto` skips an engine that does not load, with a warning, if there is another. On a GPU it also
+    runs blank and fixed pictures first and compares them with the CPU, unless the engine was
+    measured here.
+
     Args:
         bundle: Verified bundle.
         engine: Name of the engine, its beginning, or `auto`; see `choose_engine`. `fastest` first
             measures all engines, unless that was done on this machine.
         threads: Number of threads of a run on a CPU; None for one per physical core.
         baked: Basis that must be compiled into the engine. Only TensorRT plans have one.
-
-    `auto` on a GPU runs blank and fixed pictures first and compares them with the CPU, unless the
-    engine was measured here; an engine that fails is skipped with a warning.
 
     Raises:
         InvalidInputError: If no engine of this bundle has such a name.
@@ -148,28 +146,57 @@ def open_engine(
     """
     if baked is not None:
         return _open_baked(bundle, engine, baked)
+    hardware = inspect_hardware()
+    candidates = _list_unmeasured(bundle, hardware)
+    ranking = read_ranking(bundle, hardware)
     if engine == FASTEST:
-        if read_ranking(bundle, inspect_hardware()) is None:
-            measure_engines(bundle, threads=threads)
+        if ranking is None:
+            ranking = rank_engines(bundle, candidates, hardware, threads=threads)
+            _keep(bundle, ranking)
         engine = "auto"
-    candidates = list_candidates(bundle)
+    if ranking is not None:
+        candidates = apply_ranking(candidates, ranking)
     while True:
         chosen = choose_engine(candidates, engine)
-        opened: ImageEngine | None = None
         try:
-            opened = registry.family_of(chosen.name).open(bundle, chosen.name, threads)
-            if engine == "auto" and chosen.name.device != "cpu" and not chosen.measured:
-                check_engine(bundle, opened)
+            opened = _open(bundle, chosen, threads, check=engine == "auto")
         except EngineError as error:
-            if opened is not None:
-                opened.close()
-            if engine != "auto" or chosen.name.device == "cpu":
+            candidates = [each for each in candidates if each is not chosen]
+            if engine != "auto" or not any(each.usable and each.automatic for each in candidates):
                 raise
             _log.warning("engine %s is skipped: %s", chosen.name, error)
-            candidates = [each for each in candidates if each is not chosen]
         else:
             _log.info("engine %s: %s (%s)", engine, chosen.name, chosen.reason)
             return opened
+
+
+def _open(
+    bundle: ModelBundle, chosen: EngineCandidate, threads: int | None, *, check: bool
+) -> ImageEngine:
+    """Open an engine, and check it if it is on a GPU and was not measured here."""
+    opened = registry.family_of(chosen.name).open(bundle, chosen.name, threads)
+    if check and chosen.name.device != "cpu" and not chosen.measured:
+        try:
+            check_engine(bundle, opened)
+        except EngineError:
+            opened.close()
+            raise
+    return opened
+
+
+def _keep(bundle: ModelBundle, ranking: Ranking) -> None:
+    """Keep a record if that is possible, and log which engines are skipped."""
+    try:
+        _log.info("the engines were measured, see %s", write_ranking(bundle, ranking))
+    except EngineError as error:
+        _log.warning("%s", error)
+    _log_skipped(ranking)
+
+
+def _log_skipped(ranking: Ranking) -> None:
+    for each in ranking.engines:
+        if not each.agrees:
+            _log.warning("engine %s is skipped: %s", each.engine, each.reason)
 
 
 def open_text_engine(

@@ -226,6 +226,40 @@ def test_where_no_record_can_be_kept(bundle, tmp_path, monkeypatch):
         measure_engines(bundle, seconds=0.01)
 
 
+def test_fastest_needs_no_record(bundle, tmp_path, monkeypatch, caplog):
+    (bundle.path / "engines").write_text("in the way")
+    (tmp_path / "cache").write_text("in the way")
+    real = selection.rank_engines
+    monkeypatch.setattr(
+        selection, "rank_engines", lambda *a, **o: real(*a, **{**o, "seconds": 0.01})
+    )
+    with caplog.at_level(logging.WARNING):
+        opened = open_engine(bundle, "fastest")
+    assert opened.name.device == "cpu" and "set CRL_CACHE" in caplog.text
+
+
+def test_auto_skips_what_does_not_load_if_there_is_another(bundle, monkeypatch, caplog):
+    found = measure_engines(bundle, seconds=0.01)
+    first = next(each for each in found.engines if each.engine == "openvino/cpu/fp32")
+    ranking.write_ranking(bundle, structs.replace(found, engines=(first,)))
+    monkeypatch.setattr(
+        registry, "FAMILIES",
+        tuple(
+            changed(each, open=refuse) if each.runtime == "openvino" else each
+            for each in registry.FAMILIES
+        ),
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        assert open_engine(bundle).name.runtime == "onnx"
+    assert "engine openvino/cpu/fp32 is skipped: it is gone" in caplog.text
+    with pytest.raises(EngineError, match="it is gone"):
+        open_engine(bundle, "openvino/cpu/fp32")
+
+
+def refuse(bundle, name, threads):
+    raise EngineError("it is gone")
+
+
 def test_the_bundle_of_the_package_is_not_changed(tmp_path):
     measure_engines(ModelBundle.open(demo_bundle()), seconds=0.01)
     assert not (demo_bundle() / "engines").exists()
