@@ -68,7 +68,7 @@ def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
 def replace_constant(
     graph: onnx.GraphProto, node: onnx.NodeProto, at: int, values: NDArray[Any], name: str
 ) -> None:
-    """Give a node a constant input of its own. Others may share the one that it had."""
+    """Replace a constant input of a node, which other nodes may share, by one of its own."""
     tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(values), name)
     graph.initializer.append(tensor)
     node.input[at] = name
