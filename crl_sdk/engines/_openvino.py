@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -103,7 +104,7 @@ class OpenVinoImageEngine:
             "ENABLE_CPU_PINNING": False,  # not faster, and image decoding needs the cores too
         }
         try:
-            core = runtime.Core()
+            core = _core(runtime)
             tower = _tower(runtime, core.read_model(graph))
             compiled = core.compile_model(tower, "CPU", options)
             actual = compiled.get_property("INFERENCE_PRECISION_HINT")
@@ -195,6 +196,20 @@ def _load() -> Any:
         else:
             sys.modules[_TELEMETRY] = known  # type: ignore[assignment]
     return openvino
+
+
+_cores: dict[int, Any] = {}
+"""OpenVINO's core of each process that has made one."""
+
+
+def _core(runtime: Any) -> Any:
+    """Return the core of this process, which is never freed.
+
+    A core sets a stack for signals and restores the one before when it is freed. If cores are not
+    freed in reverse order, that one is freed memory, and the next signal ends the process.
+    """
+    core = _cores.get(os.getpid())
+    return core if core is not None else _cores.setdefault(os.getpid(), runtime.Core())
 
 
 def _tower(runtime: Any, model: openvino.Model) -> openvino.Model:

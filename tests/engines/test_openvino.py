@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -160,6 +161,7 @@ def test_the_precision_that_openvino_would_use_is_checked(bundle, monkeypatch):
                 model, device, {**options, "INFERENCE_PRECISION_HINT": "f32"}
             )
 
+    monkeypatch.setattr(module, "_cores", {})
     other = SimpleNamespace(Core=Core, Model=runtime.Model, Type=runtime.Type)
     monkeypatch.setattr(module, "find_features", lambda: ("amx_bf16",))
     monkeypatch.setattr(module, "_load", lambda: other)
@@ -204,3 +206,26 @@ def test_the_command_verifies_it(capsys):
         out_file=None, kernel=False, as_json=False,
     )  # fmt: skip
     assert "agrees with fp32" in capsys.readouterr().out
+
+
+SIGNAL = """
+import faulthandler, gc, os, signal
+faulthandler.enable()
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+from crl_sdk import ModelBundle, demo_bundle
+from crl_sdk.engines import open_engine
+bundle = ModelBundle.open(demo_bundle())
+engines = [open_engine(bundle, "openvino/cpu/fp32") for _ in range(2)]
+while engines:
+    engines.pop(0).close()
+    gc.collect()
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs signals of POSIX")
+def test_a_signal_is_handled_after_engines_were_closed():
+    """With a core for each engine, the stack of signals was freed memory by then."""
+    run = [sys.executable, "-c", SIGNAL]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
