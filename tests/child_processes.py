@@ -68,18 +68,6 @@ def ask_with_a_new_client(address):
         return client.model().name
 
 
-def ask_in_forked_children(address):
-    """Ask with a client, in forked children with it and with new ones, and with it again."""
-    with Client(address) as client:
-        shared["client"] = client
-        return {
-            "name": client.model().name,
-            "the parent's": in_child("fork", ask_with_the_parents),
-            "a new one": in_child("fork", ask_with_a_new_client, address),
-            "again": client.model().name,
-        }
-
-
 def log_likelihoods_of_the_parents():
     return shared["llm"].log_likelihoods("A:", ["b"])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -18,10 +17,6 @@ from crl_sdk import Embedder, demo_bundle
 # they start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# gRPC's handlers of fork stop and start its threads in the parent too. In a process that runs
-# servers, as this one does, they have crashed it. No test uses gRPC in a child of this process.
-os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
 
 pytest_plugins = ["server_fixtures"]
 

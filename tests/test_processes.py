@@ -14,10 +14,10 @@ from child_processes import (
     IMAGE,
     SECONDS,
     Embedded,
-    ask_in_forked_children,
     ask_with,
     ask_with_a_new_client,
     ask_with_several_threads,
+    ask_with_the_parents,
     embed_here,
     embed_with,
     embed_with_the_parents,
@@ -113,15 +113,19 @@ def test_what_cannot_be_sent_to_another_process():
 
 
 def test_clients_in_children(address):
-    """The parent is a fresh process: forking one that runs servers of gRPC may crash it."""
-    said = in_child("spawn", ask_in_forked_children, address)
-    assert said["the parent's"].startswith(
-        "ForkError: the client was made before this process was forked"
-    )
-    assert said["a new one"].startswith("ForkError: gRPC was used before this process was forked")
-    assert said["again"] == said["name"]
-    for method in ("spawn", "forkserver"):
-        assert in_child(method, ask_with_a_new_client, address) == said["name"]
+    with Client(address) as client:
+        name = client.model().name
+        shared["client"] = client
+        try:
+            said = in_child("fork", ask_with_the_parents)
+        finally:
+            shared.clear()
+        assert said.startswith("ForkError: the client was made before this process was forked")
+        said = in_child("fork", ask_with_a_new_client, address)
+        assert said.startswith("ForkError: gRPC was used before this process was forked")
+        for method in ("spawn", "forkserver"):
+            assert in_child(method, ask_with_a_new_client, address) == name
+        assert client.model().name == name
 
 
 def test_a_language_model_of_the_parent():
