@@ -198,8 +198,8 @@ def _load() -> Any:
     return openvino
 
 
-_cores: dict[int, Any] = {}
-"""OpenVINO's core of each process that has made one."""
+_cores: dict[tuple[int, Any], Any] = {}
+"""OpenVINO's core of each process that has made one, by process and class."""
 
 
 def _core(runtime: Any) -> Any:
@@ -208,8 +208,9 @@ def _core(runtime: Any) -> Any:
     A core sets a stack for signals and restores the one before when it is freed. If cores are not
     freed in reverse order, that one is freed memory, and the next signal ends the process.
     """
-    core = _cores.get(os.getpid())
-    return core if core is not None else _cores.setdefault(os.getpid(), runtime.Core())
+    key = os.getpid(), runtime.Core
+    core = _cores.get(key)
+    return core if core is not None else _cores.setdefault(key, runtime.Core())
 
 
 def _tower(runtime: Any, model: openvino.Model) -> openvino.Model:

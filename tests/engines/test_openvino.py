@@ -161,7 +161,6 @@ def test_the_precision_that_openvino_would_use_is_checked(bundle, monkeypatch):
                 model, device, {**options, "INFERENCE_PRECISION_HINT": "f32"}
             )
 
-    monkeypatch.setattr(module, "_cores", {})
     other = SimpleNamespace(Core=Core, Model=runtime.Model, Type=runtime.Type)
     monkeypatch.setattr(module, "find_features", lambda: ("amx_bf16",))
     monkeypatch.setattr(module, "_load", lambda: other)
