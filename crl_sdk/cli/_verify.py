@@ -113,7 +113,8 @@ def _print_ranking(ranking: Ranking) -> None:
         verdict = "agrees" if each.agrees else escape(each.reason)
         table.add_row(each.engine, *times, f"{best:.0f}" if best else "", cosine, verdict)
     out.print(table)
-    note(f"auto takes {ranking.engines[0].engine} here from now on")
+    if ranking.agrees:
+        note(f"auto takes {ranking.engines[0].engine} here from now on")
 
 
 def _print_kernel(record: KernelVerification) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import get_args
 
@@ -82,11 +84,7 @@ def inspect_machine() -> Machine:
         cuda=hardware.cuda,
         runtimes={runtime: _describe_runtime(runtime) for runtime in get_args(PlanRuntime)},
         providers=find_providers(),
-        packages={
-            name: found
-            for name in ("numpy", *packages, *_PACKAGES)
-            if (found := _find_version(name))
-        },
+        packages=find_versions(("numpy", *packages, *_PACKAGES)),
     )
 
 
@@ -97,8 +95,10 @@ def _describe_runtime(runtime: PlanRuntime) -> str:
         return str(error)
 
 
-def _find_version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
+def find_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed, by name."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
@@ -28,6 +27,7 @@ from crl_sdk.engines import _registry as registry
 from crl_sdk.engines._contract import ImageEngine
 from crl_sdk.engines._family import EngineCandidate
 from crl_sdk.engines._hardware import Gpu, Hardware
+from crl_sdk.engines._machine import find_versions
 from crl_sdk.engines._onnx import OnnxImageEngine
 from crl_sdk.engines._processor import find_processor_name
 from crl_sdk.errors import CrlError, EngineError
@@ -228,13 +228,7 @@ def check_engine(bundle: ModelBundle, engine: ImageEngine) -> None:
 
 def find_conditions(bundle: ModelBundle, hardware: Hardware) -> Conditions:
     """Return what a record of this bundle on this machine holds for."""
-    packages = {"crl-embeddings": __version__}
-    for family in registry.FAMILIES:
-        for package in family.packages:
-            try:
-                packages[package] = version(package)
-            except PackageNotFoundError:
-                continue
+    runtimes = [package for family in registry.FAMILIES for package in family.packages]
     files = bundle.manifest.files
     return Conditions(
         processor=find_processor_name(),
@@ -242,7 +236,7 @@ def find_conditions(bundle: ModelBundle, hardware: Hardware) -> Conditions:
         features=hardware.features,
         gpus=hardware.gpus,
         cuda=hardware.cuda,
-        packages=packages,
+        packages={"crl-embeddings": __version__, **find_versions(runtimes)},
         graphs={graph.file: files[graph.file].sha256 for graph in bundle.manifest.images},
     )
 
@@ -277,6 +271,8 @@ def read_ranking(bundle: ModelBundle, hardware: Hardware) -> Ranking | None:
 
     A record that cannot be read is reported in the log and ignored.
     """
+    if not has_records(bundle):
+        return None
     conditions = find_conditions(bundle, hardware)
     for directory in _directories(bundle):
         path = directory / f"{conditions.key}.json"

@@ -149,7 +149,7 @@ def test_reprojection(tmp_path):
     assert reprojection.markdown(document).count("| 3 × 5, float32 |") == 2
 
 
-def test_photographs(tmp_path):
+def test_photographs():
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
     small = photos.small_photographs(None)

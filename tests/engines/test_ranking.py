@@ -42,14 +42,13 @@ class Accelerator:
     """An engine on a device that this machine does not have: the CPU's, with a change."""
 
     def __init__(self, bundle, name, threads, *, change):
-        self.name, self._change, self.closed = name, change, False
+        self.name, self._change = name, change
         self._engine = OnnxImageEngine.open(bundle)
 
     def run(self, *arguments):
         return self._change(*self._engine.run(*arguments))
 
     def close(self):
-        self.closed = True
         self._engine.close()
 
 
