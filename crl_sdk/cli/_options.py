@@ -53,7 +53,7 @@ DecodeOption = Annotated[
     Decode,
     typer.Option(
         help="fast shrinks large JPEGs while decoding, and resizes with vector instructions; "
-        "embeddings change less than in int8."
+        "embeddings change slightly."
     ),
 ]
 FormatsOption = Annotated[
