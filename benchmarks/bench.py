@@ -188,7 +188,8 @@ def engine_rows(
             engine.run(pixels, weight, bias)
             now = time.perf_counter()
             run.offered += 1
-            run.add(Reply("ok"), now - started, now - begins)
+            run.add(Reply("ok"), now - started)
+            run.done.append(now - begins)
             run.seconds = now - begins
         rows.append(_row("engine", batch, run, batch))
     return rows
@@ -287,8 +288,7 @@ def _row(mode: str, load: float, run: Run, batch: int) -> LoadResult:
     thirds = np.histogram(run.done, bins=3, range=(0.0, run.seconds))[0]
     mean = float(thirds.mean())
     chance = 2 * mean**0.5  # random arrivals differ by this much
-    # if a server cannot keep up with an open loop, answers come after the last call was due
-    rate = len(served) / max(run.seconds, max(run.done, default=0.0))
+    rate = run.calls_per_second
     why = _doubt(run, served, lag)
     failed = run.offered - len(served)
     return LoadResult(

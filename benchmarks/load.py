@@ -48,7 +48,10 @@ class Run:
     Attributes:
         seconds: Measured seconds, without warm-up.
         latencies: Latencies in seconds, by outcome.
-        done: End of each successful call, in seconds since the end of the warm-up.
+        done: End of each successful call, in seconds since the end of the warm-up. A closed loop
+            counts the calls that ended in the measured seconds, including those that began before:
+            without them, a slow server would lose one call per caller. An open loop counts the
+            calls that were due in the measured seconds.
         stages: Seconds that the server reports for successful calls, by stage.
         failures: Number of failed calls, by status.
         messages: First message of each status of failed calls.
@@ -69,11 +72,15 @@ class Run:
     offered: int = 0
     cached: list[float] = field(default_factory=list)
 
-    def add(self, reply: Reply, latency: float, done: float) -> None:
-        """Add a call."""
+    @property
+    def calls_per_second(self) -> float:
+        """Successful calls per second. It counts the time up to the last answer of an open loop."""
+        return len(self.done) / max(self.seconds, max(self.done, default=0.0))
+
+    def add(self, reply: Reply, latency: float) -> None:
+        """Add a call whose latency counts."""
         self.latencies.setdefault(reply.outcome, []).append(latency)
         if reply.outcome == "ok":
-            self.done.append(done)
             if reply.cached is not None:
                 self.cached.append(reply.cached)
             for stage, seconds in reply.stages.items():
@@ -118,9 +125,11 @@ async def closed_loop(send: Send, *, callers: int, warm_up: float, seconds: floa
         while (started := time.perf_counter()) < ends:
             reply = await send(number)
             done = time.perf_counter()
+            if reply.outcome == "ok" and begins <= done <= ends:
+                run.done.append(done - begins)
             if begins <= started and done <= ends:
                 run.offered += 1
-                run.add(reply, done - started, done - begins)
+                run.add(reply, done - started)
             if reply.outcome != "ok":
                 await asyncio.sleep(0.001)  # do not flood a server that refuses at once
             number += callers
@@ -153,7 +162,9 @@ async def open_loop(
         done = time.perf_counter()
         if begins <= due:
             run.offered += 1
-            run.add(reply, done - due, done - begins)
+            run.add(reply, done - due)
+            if reply.outcome == "ok":
+                run.done.append(done - begins)
 
     async with _Watch(run, begins, ends):
         number, due = 0, begins - warm_up

@@ -42,7 +42,9 @@ from crl_benchmarks.peers.target_results import check_targets
 from crl_benchmarks.peers.weights import Weights, make_weights
 from crl_sdk import Embedder
 from crl_sdk._processors import count_cores
+from crl_sdk.engines._selection import measure_engines
 from crl_sdk.errors import CrlError, InvalidInputError
+from crl_sdk.model import ModelBundle
 
 SIZE = (640, 480)
 
@@ -107,6 +109,9 @@ def measure(only: frozenset[str], build: Path, *, quick: bool) -> Report:
     environments, pythons = _environments({peer.environment for peer in peers}, build)
     _tell("weights and images")
     given, reference = _inputs(build)
+    _tell("the engines of crl")
+    bundle = ModelBundle.open(given.weights.bundle)
+    ranking = measure_engines(bundle, seconds=0.2 if quick else 2.0, threads=given.threads)
     setup = Setup(environments, pythons, given, reference, logs=build / "logs", tell=_tell)
     engine_schedule = QUICK_ENGINES if quick else engines.EngineSchedule()
     service_schedule = QUICK_SERVICES if quick else services.ServiceSchedule()
@@ -132,6 +137,7 @@ def measure(only: frozenset[str], build: Path, *, quick: bool) -> Report:
         engines=tuple(engine_rows),
         services=tuple(service_rows),
         targets=tuple(check_targets(engine_rows, service_rows)),
+        ranking=ranking.engines,
     )
 
 

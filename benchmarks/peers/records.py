@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from crl_sdk.engines._ranking import RankedEngine
 from crl_sdk.errors import InvalidInputError
 
 SCHEMA = 1
@@ -216,6 +217,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         engines: Measurements of engines.
         services: Measurements of services.
         targets: Results of the targets. The file calls them `verdicts`.
+        ranking: Engines of crl as `crl verify --all` measured them before; `auto` takes the first.
     """
 
     schema: int
@@ -229,6 +231,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     engines: tuple[EngineRow, ...]
     services: tuple[ServiceRow, ...]
     targets: tuple[TargetResult, ...] = msgspec.field(default=(), name="verdicts")
+    ranking: tuple[RankedEngine, ...] = ()
 
 
 def read_report(path: Path) -> Report:

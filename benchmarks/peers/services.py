@@ -243,7 +243,7 @@ def summarise(mode: str, load: float, share: float | None, runs: Sequence[Run]) 
         share=share,
         offered=offered,
         failed=failed,
-        per_second=round(statistics.median(_rate(run) for run in runs), 3),
+        per_second=round(statistics.median(run.calls_per_second for run in runs), 3),
         p50_ms=latency["p50"],
         p99_ms=latency["p99"],
         p99_low_ms=latency["low"],
@@ -385,11 +385,6 @@ def _row(peer: ServicePeer, **known: object) -> ServiceRow:
         },
         ServiceRow,
     )
-
-
-def _rate(run: Run) -> float:
-    """Return the calls served per second, up to the last answer if that came after the end."""
-    return len(run.latencies.get("ok", [])) / max(run.seconds, max(run.done, default=0.0))
 
 
 def _ms(seconds: float | None) -> float | None:

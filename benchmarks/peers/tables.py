@@ -10,6 +10,7 @@ from crl_benchmarks.markdown import table
 from crl_benchmarks.peers.catalogue import CRL_FP32
 from crl_benchmarks.peers.records import EngineRow, Environment, Report, ServiceRow, TargetResult
 from crl_benchmarks.peers.target_results import compared
+from crl_sdk.engines._ranking import BATCHES, RankedEngine
 from crl_sdk.errors import InvalidInputError
 
 BEGIN = "<!-- from benchmarks/results/peers.json, by python -m crl_benchmarks.peers --readme -->"
@@ -40,6 +41,13 @@ def markdown(report: Report) -> str:
              "ratio at 1", "ratio at 16", "cosine min", "start, s", "peak, MB"),
             _engines(report.engines),
         ),
+        "## What `auto` chose among",
+        "The engines of crl, as `crl verify --all` measured them before the comparison: the cosine "
+        "with the CPU's fp32 graph, and the median of a run. `auto` takes the first.",
+        table(
+            ("engine", "agrees", "1, ms", "16, ms", "measured"),
+            _ranking(report.ranking),
+        ),
         "## Services",
         "Closed loops find the throughput; open loops are Poisson arrivals. Memory is the sum of "
         "the peaks of all processes of a service.",
@@ -69,8 +77,8 @@ def readme(report: Report) -> str:
     services = [row for row in report.services if row.counts]
     machine = report.machine
     lines = [
-        f"Random ViT-B/32, 640×480 JPEGs, {machine.get('cores', '?')} cores of "
-        f"{machine.get('processor', '?')} ({machine.get('features', '')}), all in one run "
+        f"Random weights (ViT-B/32), synthetic JPEGs of 640×480, {machine.get('cores', '?')} "
+        f"cores of {machine.get('processor', '?')} ({machine.get('features', '')}), all in one run "
         "(`make bench-peers`; [everything, and what was missed](benchmarks/results/peers.md)).",
         "",
         table(
@@ -166,6 +174,17 @@ def _engines(rows: Sequence[EngineRow]) -> Iterable[Sequence[str]]:
 def _ratio(base: EngineRow | None, row: EngineRow, batch: int) -> str:
     found = compared(row, base, batch) if base is not None else None
     return "" if found is None else f"{found[0]:.2f}"
+
+
+def _ranking(engines: Sequence[RankedEngine]) -> Iterable[Sequence[str]]:
+    for each in engines:
+        times = {run.batch: run.milliseconds for run in each.times}
+        yield (
+            each.engine,
+            "yes" if each.agrees else "no",
+            *(_number(times.get(batch), ".1f") for batch in BATCHES),
+            each.reason,
+        )
 
 
 def _services(rows: Sequence[ServiceRow]) -> Iterable[Sequence[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -168,7 +169,7 @@ def serve(
         with open_embedder(
             bundle or demo_bundle(), engine, threads, baked, decode, image_limits
         ) as embedder:
-            asyncio.run(run(embedder, settings, on_ready=_print_ready_line))
+            asyncio.run(run(embedder, settings, on_ready=_on_ready))
 
 
 @contextmanager
@@ -186,6 +187,16 @@ def _errors_as_log_lines(log_format: str) -> Iterator[None]:
             raise
         _log.exception("crl serve failed")
         raise typer.Exit(1) from error
+
+
+def _on_ready(server: RunningServer) -> None:
+    """Print the ready line, and exempt what was loaded so far from garbage collection.
+
+    A full collection of all modules takes 20 ms, in which nothing else runs.
+    """
+    gc.collect()
+    gc.freeze()
+    _print_ready_line(server)
 
 
 def _print_ready_line(server: RunningServer) -> None:
