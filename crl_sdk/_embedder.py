@@ -225,6 +225,16 @@ class Embedder:
         return self._image_engine.name
 
     @property
+    def max_columns(self) -> int | None:
+        """Largest number of columns of all bases together in one engine run; None for any."""
+        return self._image_engine.max_columns
+
+    @property
+    def baked(self) -> Basis | None:
+        """The basis that is compiled into the engine's plan, the only one that it projects onto."""
+        return self._baked
+
+    @property
     def decode_pool(self) -> Executor:
         """Threads that decode images, one per processor. They end when the embedder is closed."""
         return self._pool
@@ -585,10 +595,32 @@ class Embedder:
             ClosedError: If this embedder is closed.
             ForkError: If this process was forked after the embedder had been made.
         """
+        return self.embed_and_project(pixels, *self._pack([])[:2])[0]
+
+    def embed_and_project(
+        self, pixels: NDArray[np.uint8], weight: NDArray[np.float32], bias: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Embed decoded images and project them onto packed bases, in one engine run.
+
+        Args:
+            pixels: Images from `load_pixels`, shape (n, H, W, 3), uint8.
+            weight: Weights of all bases side by side, shape (d, K) with K >= 0 and at most
+                `max_columns`, float32; see `crl_sdk.projection.pack`.
+            bias: Biases of all bases, shape (K,), float32.
+
+        Returns:
+            Universal embeddings, shape (n, d), float32, unit rows; and the projected columns, shape
+            (n, K), float32, without row normalisation.
+
+        Raises:
+            EngineError: If the engine run fails, or there are too many columns.
+            ClosedError: If this embedder is closed.
+            ForkError: If this process was forked after the embedder had been made.
+        """
         self._lifetime.require()
-        rows = self._image_engine.run(pixels, *self._pack([])[:2])[0]
+        rows, projected = self._image_engine.run(pixels, weight, bias)
         self._note_unfamiliar(rows, least=_RECENT)
-        return rows
+        return rows, projected
 
     def embed_text(
         self,

@@ -20,6 +20,10 @@ class ImageEngine(Protocol):
     def name(self) -> EngineName:
         """Name of the engine, such as `onnx/cpu/fp32`."""
 
+    @property
+    def max_columns(self) -> int | None:
+        """Largest number of columns of a run, all bases together; None for any number."""
+
     def run(
         self,
         pixels: NDArray[np.uint8],

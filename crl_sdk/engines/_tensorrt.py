@@ -160,6 +160,11 @@ class TensorRTImageEngine:
         """See `crl_sdk.engines.ImageEngine.name`."""
         return EngineName(self.plan.spec.runtime, "cuda", self.plan.spec.precision)
 
+    @property
+    def max_columns(self) -> int:
+        """See `crl_sdk.engines.ImageEngine.max_columns`."""
+        return self._columns(0) if self._baked is not None else self.plan.spec.max_columns
+
     def close(self) -> None:
         """Free the GPU's memory. Idempotent. A later run raises `ClosedError`."""
         with self._lock:

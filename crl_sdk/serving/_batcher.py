@@ -16,14 +16,15 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk.errors import EngineError
 
-RunEngine = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+Row = TypeVar("Row")
+"""What the engine returns for one image."""
 
 _PROBE_SECONDS = 1.0
 """Time between two attempts to run an engine that has failed."""
@@ -39,33 +40,33 @@ class DropImage(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class EmbeddedImage:
+class EmbeddedImage(Generic[Row]):
     """What the engine returned for one image.
 
     Attributes:
-        embedding: Universal embedding, shape (d,), float32, unit norm.
+        row: The image's part of the result of the run.
         queue_seconds: Time from submission to the start of the engine run.
         infer_seconds: Duration of the engine run that the image was in.
         batch_size: Number of images in that run.
     """
 
-    embedding: NDArray[np.float32]
+    row: Row
     queue_seconds: float
     infer_seconds: float
     batch_size: int
 
 
 @dataclass(slots=True)
-class _Item:
+class _Item(Generic[Row]):
     """An image in the queue, and the future that receives its `EmbeddedImage`."""
 
     pixels: NDArray[np.uint8]
     deadline: float | None
-    future: asyncio.Future[EmbeddedImage]
+    future: asyncio.Future[EmbeddedImage[Row]]
     submitted: float
 
 
-class Batcher:
+class Batcher(Generic[Row]):
     """A queue in front of an engine, emptied by one thread. Call `start` first and `stop` last.
 
     Clients take turns: a batch takes one image of each waiting client, again and again. A client
@@ -77,7 +78,7 @@ class Batcher:
 
     def __init__(
         self,
-        run: RunEngine,
+        run: Callable[[NDArray[np.uint8]], Sequence[Row]],
         probe: NDArray[np.uint8],
         *,
         drop: DropImage,
@@ -87,8 +88,8 @@ class Batcher:
         """Store the settings.
 
         Args:
-            run: Function from pixels, shape (b, H, W, 3), uint8, to unit embeddings, shape (b, d),
-                float32. Only one thread calls it.
+            run: Function from pixels, shape (b, H, W, 3), uint8, to b rows. Only one thread calls
+                it.
             probe: One image, shape (1, H, W, 3), uint8. It is run after a failure, to find out
                 whether the engine works again.
             drop: Function called for each image whose deadline has passed or whose caller has gone.
@@ -103,7 +104,7 @@ class Batcher:
         self._probe = probe
         self._drop = drop
         self._cpu_turn = cpu_turn
-        self._waiting: OrderedDict[str, deque[_Item]] = OrderedDict()
+        self._waiting: OrderedDict[str, deque[_Item[Row]]] = OrderedDict()
         self._depth = 0
         self._changed = threading.Condition()
         self._stopping = False
@@ -138,10 +139,10 @@ class Batcher:
 
     def submit(
         self, images: Sequence[NDArray[np.uint8]], *, deadline: float | None, client: str
-    ) -> list[asyncio.Future[EmbeddedImage]]:
+    ) -> list[asyncio.Future[EmbeddedImage[Row]]]:
         """Queue images and return a future for each; call it in the event loop. See `enqueue`."""
         assert self._loop is not None, "start the batcher first"
-        futures: list[asyncio.Future[EmbeddedImage]] = [self._loop.create_future() for _ in images]
+        futures: list[asyncio.Future[EmbeddedImage[Row]]] = [self._loop.create_future() for _ in images]
         self.enqueue(images, futures, deadline=deadline, client=client)
         return futures
 
@@ -205,10 +206,10 @@ class Batcher:
             if self.failed is not None:
                 self._probe_engine()
 
-    def _take_batch(self) -> tuple[list[_Item], list[_Item]]:
+    def _take_batch(self) -> tuple[list[_Item[Row]], list[_Item[Row]]]:
         """Take a batch, one image per client in turn; return it and the abandoned images met."""
-        batch: list[_Item] = []
-        abandoned: list[_Item] = []
+        batch: list[_Item[Row]] = []
+        abandoned: list[_Item[Row]] = []
         now = time.monotonic()
         while self._waiting and len(batch) < self.max_batch:
             client, items = self._waiting.popitem(last=False)
@@ -220,11 +221,13 @@ class Batcher:
             (abandoned if late or item.future.cancelled() else batch).append(item)
         return batch, abandoned
 
-    def _run_batch(self, batch: list[_Item]) -> list[tuple[_Item, EmbeddedImage | Exception]]:
+    def _run_batch(
+        self, batch: list[_Item[Row]]
+    ) -> list[tuple[_Item[Row], EmbeddedImage[Row] | Exception]]:
         started = time.monotonic()
         self._running_since = started
         try:
-            embeddings = self._run(np.stack([item.pixels for item in batch]))
+            rows = self._run(np.stack([item.pixels for item in batch]))
         except MemoryError as error:  # not the engine's fault: the next batch may have enough
             return [(item, error) for item in batch]
         except Exception as error:
@@ -239,7 +242,7 @@ class Batcher:
         if self.on_batch is not None:
             self.on_batch(len(batch))
         return [
-            (item, EmbeddedImage(embeddings[i], started - item.submitted, seconds, len(batch)))
+            (item, EmbeddedImage(rows[i], started - item.submitted, seconds, len(batch)))
             for i, item in enumerate(batch)
         ]
 
@@ -254,7 +257,7 @@ class Batcher:
             _log.warning("the engine runs again")
             self.failed = None
 
-    def _deliver(self, outcomes: Sequence[tuple[_Item, EmbeddedImage | Exception]]) -> None:
+    def _deliver(self, outcomes: Sequence[tuple[_Item[Row], EmbeddedImage[Row] | Exception]]) -> None:
         """Resolve the futures of all outcomes in one step of the event loop."""
         if not outcomes or self._loop is None:
             return
