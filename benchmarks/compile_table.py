@@ -28,6 +28,7 @@ from crl_benchmarks.machine import describe_machine
 from crl_export.exporter import export_model
 from crl_export.kernels.ahead import ARCHITECTURES, KINDS, WIDTHS, compile_kernels
 from crl_sdk import __version__, demo_bundle
+from crl_sdk.engines._kernels import best_block, columns_computed
 from crl_sdk.engines._tensorrt_runtime import load_tensorrt
 
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
@@ -218,8 +219,9 @@ def markdown(document: dict[str, Any]) -> str:
         "",
         f"Needed: {needed.flops / 1e9:.0f} GFLOP and {needed.bytes / 1e9:.2f} GB. The kernel does "
         f"{needed.executed / needed.flops:.1f} times the arithmetic, since a basis takes whole "
-        f"blocks of {', '.join(map(str, WIDTHS))} columns, and reads {needed.read_again / 1e9:.1f} GB if no "
-        "cache keeps a row between the bases. Least milliseconds by published peaks, not measured:",
+        f"blocks of {', '.join(map(str, WIDTHS))} columns, and reads "
+        f"{needed.read_again / 1e9:.1f} GB if no cache keeps a row between the bases. "
+        "Least milliseconds by published peaks, not measured:",
         "",
         "| architecture | GPU | memory | arithmetic needed | arithmetic executed |",
         "|---|---|---|---|---|",

@@ -35,7 +35,15 @@ SCHEMA = 1
 SECONDS = 450.0
 """Time after which no further step is begun."""
 
-PACKAGES = ("torch", "triton", "cuda-bindings", "numpy", "onnxruntime-gpu", "onnxruntime", "tensorrt")
+PACKAGES = (
+    "torch",
+    "triton",
+    "cuda-bindings",
+    "numpy",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "tensorrt",
+)
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"
 
@@ -234,9 +242,7 @@ def _measure_host(folder: Path, architectures: list[str]) -> dict[str, Any]:
     try:
         exact = project_rows(rows, projections)
         got = kernel.apply(rows, projections)
-        difference = max(
-            float(np.abs(a - b).max()) for a, b in zip(got, exact, strict=True)
-        )
+        difference = max(float(np.abs(a - b).max()) for a, b in zip(got, exact, strict=True))
         assert difference < 1e-4, f"differs from NumPy by {difference:.2e}"
         times: dict[str, list[float]] = {"kernel": [], "numpy": []}
         for _ in range(7):  # in turns

@@ -76,7 +76,9 @@ def draw(case: Case, seed: int) -> tuple[torch.Tensor, list[Projection]]:
     return torch.from_numpy(x).to(TORCH[case.dtype]), projections
 
 
-def define(x: torch.Tensor, projections: Sequence[Projection], *, unit: bool) -> NDArray[np.float64]:
+def define(
+    x: torch.Tensor, projections: Sequence[Projection], *, unit: bool
+) -> NDArray[np.float64]:
     """Return what the kernel has to compute, by its definition in double precision."""
     rows = x.double().numpy()
     if unit:

@@ -39,13 +39,7 @@ def time_on_gpu(work: Callable[[], object], repeat: int = 20) -> dict[str, float
 
 def measure_peaks(size: int = 8192, megabytes: int = 1024) -> dict[str, Any]:
     """Return the rates of a copy in device memory and of matrix products on this GPU."""
-    source = torch.empty(megabytes << 18, dtype=torch.float32, device="cuda").normal_()
-    target = torch.empty_like(source)
-    copy = time_on_gpu(lambda: target.copy_(source))
-    found: dict[str, Any] = {
-        "copy": {**copy, "gb_per_s": _rate(2 * source.nbytes, copy["p50_ms"], 1e9)}
-    }
-    del source, target
+    found: dict[str, Any] = {"copy": _measure_copy(megabytes)}
     torch.backends.cuda.matmul.allow_tf32 = False
     for dtype in ("fp32", "fp16"):
         left, right = (torch.randn(size, size, device="cuda", dtype=TORCH[dtype]) for _ in range(2))
@@ -56,7 +50,16 @@ def measure_peaks(size: int = 8192, megabytes: int = 1024) -> dict[str, Any]:
     return found
 
 
-def measure_projection(peaks: dict[str, Any], rows: int, columns: int, dtype: str) -> dict[str, Any]:
+def _measure_copy(megabytes: int) -> dict[str, float]:
+    source = torch.empty(megabytes << 18, dtype=torch.float32, device="cuda").normal_()
+    target = torch.empty_like(source)
+    copy = time_on_gpu(lambda: target.copy_(source))
+    return {**copy, "gb_per_s": _rate(2 * source.nbytes, copy["p50_ms"], 1e9)}
+
+
+def measure_projection(
+    peaks: dict[str, Any], rows: int, columns: int, dtype: str
+) -> dict[str, Any]:
     """Time the kernel on stored embeddings, and the same work by torch.
 
     Args:

@@ -185,7 +185,9 @@ def best_block(size: int, blocks: Iterable[tuple[int, bool]]) -> tuple[int, bool
         blocks: Blocks to choose from. One of them is not `single` and takes bases of any size.
     """
     fitting = [each for each in blocks if not each[1] or size <= each[0]]
-    return min(fitting, key=lambda each: (columns_computed(size, each[0], single=each[1]), -each[0]))
+    return min(
+        fitting, key=lambda each: (columns_computed(size, each[0], single=each[1]), -each[0])
+    )
 
 
 def group_segments(

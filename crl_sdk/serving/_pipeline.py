@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk._embedder import Embedder
+from crl_sdk.engines._contract import PipelinedEngine
 from crl_sdk.errors import CrlError, EngineError, ImageError
 from crl_sdk.projection._projection import normalise_rows
 from crl_sdk.projection._row_dtypes import decode_rows, is_row_dtype
@@ -58,15 +59,16 @@ class Pipeline:
         # without columns, the engine embeds and NumPy projects
         self._in_use = BasesInUse(
             embedder.bundle.embedding_dim,
-            0 if self._on_cpu else embedder.max_columns,
+            0 if self._on_cpu else embedder.image_engine.max_columns,
             only=None if embedder.baked is None else embedder.baked.sha256(),
         )
         self.batcher = Batcher(
-            self._run_engine,
+            self._start_engine,
             np.zeros((1, spec.height, spec.width, 3), np.uint8),
             drop=self.admission.drop,
             max_batch=limits.max_batch,
             cpu_turn=self._turns.engine,
+            runs_at_once=2 if isinstance(embedder.image_engine, PipelinedEngine) else 1,
         )
         self.on_result: list[Callable[[EmbedResult], None]] = []
 
@@ -267,11 +269,11 @@ class Pipeline:
             with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
                 futures[0].get_loop().call_soon_threadsafe(resolve)
 
-    def _run_engine(self, pixels: NDArray[np.uint8]) -> list[EngineRow]:
-        """Run the engine with the bases in use; runs in the batcher's thread."""
+    def _start_engine(self, pixels: NDArray[np.uint8]) -> Callable[[], list[EngineRow]]:
+        """Begin an engine run with the bases in use; runs in the batcher's thread."""
         pack = self._in_use.pack  # read once, so that the whole run has the same bases
-        universal, projected = self.embedder.embed_and_project(pixels, pack.weight, pack.bias)
-        return [EngineRow(*rows, pack) for rows in zip(universal, projected, strict=True)]
+        finish = self.embedder.start_run(pixels, pack.weight, pack.bias)
+        return lambda: [EngineRow(*rows, pack) for rows in zip(*finish(), strict=True)]
 
     def _project(
         self, outcomes: Sequence[ImageOutcome], bases: Sequence[StoredBasis]
@@ -289,12 +291,12 @@ class Pipeline:
         for stored in bases:
             projection = stored.basis.projection
             rows = np.full((len(outcomes), projection.output_dim), np.nan, np.float32)
-            columns = {i: outcomes[i].columns_of(stored) for i in good}
-            fused = [i for i in good if columns[i] is not None]
-            rest = [i for i in good if columns[i] is None]
-            if fused:
-                rows[fused] = normalise_rows(np.stack([columns[i] for i in fused]), projection.post)
-            if rest:
+            found = {i: outcomes[i].columns_of(stored) for i in good}
+            columns = {i: each for i, each in found.items() if each is not None}
+            if columns:
+                fused = np.stack(list(columns.values()))
+                rows[list(columns)] = normalise_rows(fused, projection.post)
+            if rest := [i for i in good if i not in columns]:
                 rows[rest] = projection.apply(universal[rest])
             conditional.append(rows)
         return universal, conditional

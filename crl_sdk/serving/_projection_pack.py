@@ -1,7 +1,7 @@
 """The bases that a GPU engine projects onto in the same run that embeds the images.
 
 On a CPU, the server projects each request's rows by the NumPy definition, and no basis goes through
-the engine. On a GPU, one launch computes the columns of all bases that requests currently name. This
+the engine. On a GPU, one run computes the columns of all bases that requests currently name. This
 module knows no transport.
 """
 
@@ -69,8 +69,8 @@ class EngineRow:
 class BasesInUse:
     """Chooses the bases of the next engine run: those that requests named last.
 
-    `use` is called in the event loop, and `pack` is read in the engine's thread. A new pack replaces
-    the old one as a whole, so that a run never sees two versions of a basis.
+    `use` is called in the event loop, and `pack` is read in the engine's thread. A new pack
+    replaces the old one as a whole, so that a run never sees two versions of a basis.
     """
 
     def __init__(self, dim: int, max_columns: int | None, only: str | None = None) -> None:

@@ -42,7 +42,10 @@ def expected(x, weight, bias, sizes, posts, *, unit):
     n=st.integers(1, 40),
     d=st.sampled_from([1, 7, 32, 63, 128]),
     segments=st.lists(
-        st.tuples(st.integers(1, 40) | st.sampled_from([64, 65, 130]), st.sampled_from(sorted(POST_NUMBERS))),
+        st.tuples(
+            st.integers(1, 40) | st.sampled_from([64, 65, 130]),
+            st.sampled_from(sorted(POST_NUMBERS)),
+        ),
         min_size=1,
         max_size=5,
     ),

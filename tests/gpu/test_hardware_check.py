@@ -116,7 +116,12 @@ def test_every_step_runs_whatever_became_of_the_others(capsys):
 
 @pytest.mark.parametrize(
     ("outcomes", "passed"),
-    [(["passed", "skipped"], True), (["passed", "failed"], False), (["skipped"], False), ([], False)],
+    [
+        (["passed", "skipped"], True),
+        (["passed", "failed"], False),
+        (["skipped"], False),
+        ([], False),
+    ],
 )
 def test_a_record_passes_only_if_something_ran(outcomes, passed):
     steps = tuple(check.Step(name="x", outcome=each, seconds=0) for each in outcomes)

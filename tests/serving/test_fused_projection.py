@@ -7,12 +7,12 @@ import asyncio
 import numpy as np
 import pytest
 from server_fixtures import COLOR_TEXTS
-from support import unseen_image
 
 from crl_sdk import AsyncClient, Client
 from crl_sdk.projection import Projection
 from crl_sdk.serving._bases import StoredBasis
 from crl_sdk.serving._projection_pack import BasesInUse, EngineRow, ProjectionPack
+from support import unseen_image
 
 TOLERANCE = 1e-5
 """Largest difference of a fused embedding from the NumPy definition, in float32."""
@@ -147,6 +147,8 @@ def test_a_plan_with_a_basis_compiled_in_projects_onto_no_other():
 
 def test_columns_of_another_version_are_not_taken():
     old, new = stored("a", 3, seed=1), stored("a", 3, seed=2)
-    row = EngineRow(np.ones(8, np.float32), np.arange(3, dtype=np.float32), ProjectionPack.of([new], 8))
+    row = EngineRow(
+        np.ones(8, np.float32), np.arange(3, dtype=np.float32), ProjectionPack.of([new], 8)
+    )
     assert row.columns_of(old) is None
     assert row.columns_of(new).tolist() == [0, 1, 2]
