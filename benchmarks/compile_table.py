@@ -155,8 +155,8 @@ def compile_one(model: str, bundle: Path, precision: str, architecture: str) -> 
 def kernel_rows(folder: Path) -> list[dict[str, Any]]:
     """Compile the projection kernel for every architecture and return its resources."""
     kernels = compile_kernels(folder, [name.replace("_", "") for name in ARCHITECTURES])
-    keys = ("architecture", "embeddings", "unit", "single", "registers", "shared", "scratch",
-            "spilled", "bytes")  # fmt: skip
+    keys = ("architecture", "embeddings", "unit", "columns", "single", "registers", "shared",
+            "scratch", "spilled", "bytes")  # fmt: skip
     return [{key: getattr(each, key) for key in keys} for each in kernels.variants]
 
 
@@ -196,7 +196,7 @@ def markdown(document: dict[str, Any]) -> str:
         "",
         "Registers of a thread, bytes of shared memory of a block (256 threads), scratch and "
         "spilled bytes; the largest of the variants (rows normalised or not, bases within one "
-        "block of columns or not).",
+        "block of columns or not, blocks of 16, 32 or 64 columns).",
         "",
         "| architecture | embeddings | registers | shared | scratch | spilled | cubin, bytes |",
         "|---|---|---|---|---|---|---|",
