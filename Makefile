@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 DATA ?= ../shared/data/real-vectors
 
-.PHONY: demo test test-slow test-gpu docs-test soak fuzz walks notebooks check types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-photos bench-outliers bench-service bench-project bench-peers load clean
+.PHONY: demo test test-slow test-gpu gpu-wheels docs-test soak fuzz walks notebooks check types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-photos bench-outliers bench-service bench-project bench-peers load clean
 
 demo: $(VENV)/.demo ## from criteria in words to named groups of images, with a report
 	$(BIN)/crl demo
@@ -17,6 +17,10 @@ test: $(VENV)/.dev ## all tests except the slow ones
 
 test-slow: $(VENV)/.dev ## tests that take minutes, such as exporting every architecture
 	$(BIN)/pytest -m slow
+
+gpu-wheels: $(VENV)/.dev ## wheels in .whl/ that benchmarks/gpu/check.sh needs and a GPU machine may lack
+	$(BIN)/pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
+	  --implementation cp --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d .whl msgspec
 
 test-gpu: $(VENV)/.dev ## tests that need a GPU; skipped without one
 	$(BIN)/pytest -m gpu

@@ -26,8 +26,9 @@ from typing import Any
 
 from crl_benchmarks.machine import describe_machine
 from crl_export.exporter import export_model
-from crl_export.kernels.ahead import ARCHITECTURES, BLOCKS, compile_kernels
+from crl_export.kernels.ahead import ARCHITECTURES, KINDS, WIDTHS, compile_kernels
 from crl_sdk import __version__, demo_bundle
+from crl_sdk.engines._kernels import best_block, columns_computed
 from crl_sdk.engines._tensorrt_runtime import load_tensorrt
 
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
@@ -89,18 +90,19 @@ def work(rows: int, dim: int, sizes: list[int], bytes_in: int) -> Work:
         sizes: Number of columns of each basis.
         bytes_in: Bytes per element of an embedding.
     """
-    block = BLOCKS["BLOCK_K"]
     columns = sum(sizes)
-    padded = [-(-size // block) * block for size in sizes]
-    passes = 1 if max(sizes) <= block else 2
+    blocks = [best_block(size, KINDS) for size in sizes]
+    computed = [
+        columns_computed(size, width, single=single)
+        for size, (width, single) in zip(sizes, blocks, strict=True)
+    ]
+    passes = sum(done // width for done, (width, _) in zip(computed, blocks, strict=True))
     weights = 4 * (dim + 1) * columns
     return Work(
         flops=2 * rows * dim * columns,
-        executed=passes * 2 * rows * dim * sum(padded),
+        executed=2 * rows * dim * sum(computed),
         bytes=bytes_in * rows * dim + weights + 4 * rows * columns,
-        read_again=passes * bytes_in * rows * dim * sum(each // block for each in padded)
-        + weights
-        + 4 * rows * columns,
+        read_again=passes * bytes_in * rows * dim + weights + 4 * rows * columns,
     )
 
 
@@ -153,8 +155,8 @@ def compile_one(model: str, bundle: Path, precision: str, architecture: str) -> 
 def kernel_rows(folder: Path) -> list[dict[str, Any]]:
     """Compile the projection kernel for every architecture and return its resources."""
     kernels = compile_kernels(folder, [name.replace("_", "") for name in ARCHITECTURES])
-    keys = ("architecture", "embeddings", "unit", "single", "registers", "shared", "scratch",
-            "spilled", "bytes")  # fmt: skip
+    keys = ("architecture", "embeddings", "unit", "columns", "single", "registers", "shared",
+            "scratch", "spilled", "bytes")  # fmt: skip
     return [{key: getattr(each, key) for key in keys} for each in kernels.variants]
 
 
@@ -194,7 +196,7 @@ def markdown(document: dict[str, Any]) -> str:
         "",
         "Registers of a thread, bytes of shared memory of a block (256 threads), scratch and "
         "spilled bytes; the largest of the variants (rows normalised or not, bases within one "
-        "block of columns or not).",
+        "block of columns or not, blocks of 16, 32 or 64 columns).",
         "",
         "| architecture | embeddings | registers | shared | scratch | spilled | cubin, bytes |",
         "|---|---|---|---|---|---|---|",
@@ -217,8 +219,9 @@ def markdown(document: dict[str, Any]) -> str:
         "",
         f"Needed: {needed.flops / 1e9:.0f} GFLOP and {needed.bytes / 1e9:.2f} GB. The kernel does "
         f"{needed.executed / needed.flops:.1f} times the arithmetic, since a basis takes whole "
-        f"blocks of {BLOCKS['BLOCK_K']} columns, and reads {needed.read_again / 1e9:.1f} GB if no "
-        "cache keeps a row between the bases. Least milliseconds by published peaks, not measured:",
+        f"blocks of {', '.join(map(str, WIDTHS))} columns, and reads "
+        f"{needed.read_again / 1e9:.1f} GB if no cache keeps a row between the bases. "
+        "Least milliseconds by published peaks, not measured:",
         "",
         "| architecture | GPU | memory | arithmetic needed | arithmetic executed |",
         "|---|---|---|---|---|",

@@ -30,7 +30,7 @@ from crl_sdk.basis._generation_options import DEFAULT_OPTIONS, GenerationOptions
 from crl_sdk.basis._language_model import LanguageModel
 from crl_sdk.basis._methods import Method
 from crl_sdk.basis._picture_votes import require_pictures
-from crl_sdk.engines._contract import ImageEngine, TextEngine
+from crl_sdk.engines._contract import Finish, ImageEngine, PipelinedEngine, TextEngine
 from crl_sdk.errors import (
     ImageBatchError,
     ImageError,
@@ -223,6 +223,16 @@ class Embedder:
     def engine_name(self) -> EngineName:
         """The parts of `engine`: runtime, device and precision."""
         return self._image_engine.name
+
+    @property
+    def image_engine(self) -> ImageEngine:
+        """The engine that runs the image tower."""
+        return self._image_engine
+
+    @property
+    def baked(self) -> Basis | None:
+        """The basis that is compiled into the engine's plan, the only one that it projects onto."""
+        return self._baked
 
     @property
     def decode_pool(self) -> Executor:
@@ -585,10 +595,46 @@ class Embedder:
             ClosedError: If this embedder is closed.
             ForkError: If this process was forked after the embedder had been made.
         """
+        return self.start_run(pixels, *self._pack([])[:2])()[0]
+
+    def start_run(
+        self, pixels: NDArray[np.uint8], weight: NDArray[np.float32], bias: NDArray[np.float32]
+    ) -> Finish:
+        """Begin an engine run that embeds decoded images and projects them onto packed bases.
+
+        An engine that is a `PipelinedEngine` takes the next run while this one is under way. Other
+        engines finish the run before this method returns.
+
+        Args:
+            pixels: Images from `load_pixels`, shape (n, H, W, 3), uint8.
+            weight: Weights of all bases side by side, shape (d, K) with K >= 0 and at most the
+                engine's `max_columns`, float32; see `crl_sdk.projection.pack`.
+            bias: Biases of all bases, shape (K,), float32.
+
+        Returns:
+            Function that waits for the result and must be called once. It returns universal
+            embeddings, shape (n, d), float32, unit rows; and the projected columns, shape (n, K),
+            float32, without row normalisation.
+
+        Raises:
+            EngineError: If the run cannot be started, or there are too many columns.
+            ClosedError: If this embedder is closed.
+            ForkError: If this process was forked after the embedder had been made.
+        """
         self._lifetime.require()
-        rows = self._image_engine.run(pixels, *self._pack([])[:2])[0]
-        self._note_unfamiliar(rows, least=_RECENT)
-        return rows
+        engine = self._image_engine
+        if isinstance(engine, PipelinedEngine):
+            wait = engine.start(pixels, weight, bias)
+        else:
+            result = engine.run(pixels, weight, bias)
+            wait = lambda: result  # noqa: E731
+
+        def finish() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+            rows, projected = wait()
+            self._note_unfamiliar(rows, least=_RECENT)
+            return rows, projected
+
+        return finish
 
     def embed_text(
         self,

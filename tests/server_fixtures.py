@@ -94,6 +94,8 @@ class FakeEngine:
         self.gate = threading.Event()
         self.gate.set()
 
+    max_columns = None
+
     def close(self):
         self.closed = True
 

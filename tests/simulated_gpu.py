@@ -1,9 +1,10 @@
 """A CUDA driver and a TensorRT, simulated on the CPU, as strict as their documentation.
 
-Queued operations run only when the stream is synchronised, so code that reads results too early
-reads garbage. Every address must lie in allocated memory, every call must come from a thread that
-has entered the context, and memory that is never freed is detected. A test compares the names and
-parameters of the calls with the installed bindings.
+Queued operations run only when a stream or an event is waited for, and then only those that it
+depends on: other streams have not moved. Code that reads results too early, or that forgets to
+order two streams, reads garbage. Every address must lie in allocated memory, every call must come
+from a thread that has entered the context, and memory that is never freed is detected. A test
+compares the names and parameters of the calls with the installed bindings.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ OK = CUresult.CUDA_SUCCESS
 INVALID = CUresult.CUDA_ERROR_INVALID_VALUE
 
 
-SILENT = ("cuStreamSynchronize", "cuGraphLaunch", "cuLaunchKernel", "cuMemcpyHtoDAsync")
+SILENT = (
+    "cuStreamSynchronize", "cuGraphLaunch", "cuLaunchKernel", "cuMemcpyHtoDAsync", "cuEventRecord",
+    "cuEventSynchronize", "cuStreamWaitEvent",
+)  # fmt: skip
 """Calls that return only a status."""
 
 
@@ -43,9 +47,11 @@ class Driver:
     CUdevice_attribute = SimpleNamespace(
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75,
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76,
+        CU_DEVICE_ATTRIBUTE_INTEGRATED=18,
     )
 
-    def __init__(self, capability=(8, 9), memory=1 << 30, kernel=None):
+    def __init__(self, capability=(8, 9), memory=1 << 30, kernel=None, integrated=False):
+        self.integrated, self.events, self.moved = integrated, {}, 0
         self.capability, self.free, self.kernel = capability, memory, kernel
         self.buffers = {}
         self.kinds = {}
@@ -99,7 +105,7 @@ class Driver:
         return OK, self.free
 
     def cuDeviceGetAttribute(self, attrib, dev):
-        return OK, self.capability[attrib - 75]
+        return OK, int(self.integrated) if attrib == 18 else self.capability[attrib - 75]
 
     def cuDevicePrimaryCtxRetain(self, dev):
         self.contexts += 1
@@ -125,13 +131,19 @@ class Driver:
         return self._release(dptr, "device")
 
     def cuMemHostAlloc(self, bytesize, Flags):
-        return self._allocate(bytesize, "host")
+        assert Flags in (0, 2)  # 2: CU_MEMHOSTALLOC_DEVICEMAP
+        return self._allocate(bytesize, "mapped" if Flags else "host")
+
+    def cuMemHostGetDevicePointer(self, p, Flags):
+        assert Flags == 0
+        return (OK, p) if self.kinds[p] == "mapped" else (INVALID, None)
 
     def cuMemFreeHost(self, p):
-        return self._release(p, "host")
+        return self._release(p, self.kinds.get(p))
 
     def cuMemcpyHtoDAsync(self, dstDevice, srcHost, ByteCount, hStream):
         target = self.device(dstDevice, ByteCount)
+        self.moved += ByteCount
         self.put(hStream, lambda: ctypes.memmove(target, srcHost, ByteCount))
         return (OK,)
 
@@ -153,9 +165,35 @@ class Driver:
     def cuStreamSynchronize(self, hStream):
         if hStream in self.recording:
             return (CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)
-        works, self.streams[hStream] = self.streams[hStream], []
-        for work in works:
-            work()
+        self.advance(hStream, len(self.streams[hStream]))
+        return (OK,)
+
+    def cuEventCreate(self, Flags):
+        assert Flags == 2  # CU_EVENT_DISABLE_TIMING
+        name = next(self._names)
+        self.events[name] = None
+        return OK, name
+
+    def cuEventDestroy(self, hEvent):
+        del self.events[hEvent]
+        return (OK,)
+
+    def cuEventRecord(self, hEvent, hStream):
+        self.events[hEvent] = mark = SimpleNamespace(happened=False, stream=hStream)
+        self.put(hStream, lambda: setattr(mark, "happened", True))
+        return (OK,)
+
+    def cuStreamWaitEvent(self, hStream, hEvent, Flags):
+        assert Flags == 0
+        mark = self.events[hEvent]  # as it was recorded last; without a record there is no wait
+        if mark is not None:
+            self.put(hStream, lambda: self.reach(mark))
+        return (OK,)
+
+    def cuEventSynchronize(self, hEvent):
+        mark = self.events[hEvent]
+        if mark is not None:
+            self.reach(mark)
         return (OK,)
 
     def cuStreamBeginCapture(self, hStream, mode):
@@ -218,6 +256,16 @@ class Driver:
 
     # --- helpers ---
 
+    def advance(self, stream, count):
+        """Do the next operations of a stream."""
+        for work in [self.streams[stream].pop(0) for _ in range(count)]:
+            work()
+
+    def reach(self, mark):
+        """Advance the stream in which an event was recorded until it happens, and no further."""
+        while not mark.happened:
+            self.advance(mark.stream, 1)
+
     def put(self, stream, work):
         self.recording.get(stream, self.streams[stream]).append(work)
 
@@ -225,7 +273,9 @@ class Driver:
         """Return an address of device memory; the bytes must lie within one allocation."""
         for start, buffer in self.buffers.items():
             if start <= address and address + size <= start + len(buffer):
-                assert self.kinds[start] == "device", "memory of the host, not of the GPU"
+                assert self.kinds[start] in ("device", "mapped"), (
+                    "memory of the host, not of the GPU"
+                )
                 return address
         raise AssertionError(f"{size} bytes at {address} are not within an allocation")
 
@@ -236,8 +286,8 @@ class Driver:
 
     def nothing_left(self):
         return not (
-            self.buffers or self.streams or self.graphs or self.runnable or self.modules
-            or self.contexts or self.recording
+            self.buffers or self.streams or self.events or self.graphs or self.runnable
+            or self.modules or self.contexts or self.recording
         )  # fmt: skip
 
     def _allocate(self, size, kind):

@@ -5,7 +5,8 @@ Several threads may call an engine at the same time.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,10 @@ class ImageEngine(Protocol):
     @property
     def name(self) -> EngineName:
         """Name of the engine, such as `onnx/cpu/fp32`."""
+
+    @property
+    def max_columns(self) -> int | None:
+        """Largest number of columns of a run, all bases together; None for any number."""
 
     def run(
         self,
@@ -46,6 +51,33 @@ class ImageEngine(Protocol):
 
     def close(self) -> None:
         """Free device memory. Idempotent. A later run raises `ClosedError`."""
+
+
+Finish: TypeAlias = Callable[[], tuple[NDArray[np.float32], NDArray[np.float32]]]
+"""Waits for a started run and returns what `ImageEngine.run` returns. It is called once."""
+
+
+@runtime_checkable
+class PipelinedEngine(ImageEngine, Protocol):
+    """An engine that takes the next images while it still works on the last ones."""
+
+    def start(
+        self,
+        pixels: NDArray[np.uint8],
+        weight: NDArray[np.float32],
+        bias: NDArray[np.float32],
+    ) -> Finish:
+        """Begin a run, see `ImageEngine.run`. Two runs may be under way, a third one waits.
+
+        Returns:
+            Function that waits for the result. It must be called: until then, the run occupies
+            memory that later runs need.
+
+        Raises:
+            EngineError: If the run cannot be started.
+            ClosedError: If the engine is closed.
+            ForkError: If this process was forked after the engine had been opened.
+        """
 
 
 class TextEngine(Protocol):

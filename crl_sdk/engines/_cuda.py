@@ -20,6 +20,12 @@ _log = logging.getLogger(__name__)
 _NON_BLOCKING = 1
 """`CU_STREAM_NON_BLOCKING`: the stream does not wait for the default stream."""
 
+_DISABLE_TIMING = 2
+"""`CU_EVENT_DISABLE_TIMING`: the event only orders work, which is cheaper."""
+
+_DEVICE_MAP = 2
+"""`CU_MEMHOSTALLOC_DEVICEMAP`: the GPU can address the memory."""
+
 _OUT_OF_MEMORY = 2
 """`CUDA_ERROR_OUT_OF_MEMORY`."""
 
@@ -94,7 +100,10 @@ def architecture(device: int = 0) -> str:
 
 
 class CudaDevice:
-    """A GPU with one stream and the memory that was allocated on it.
+    """A GPU with its streams and the memory that was allocated on it.
+
+    Work is put into `stream` unless a method is given another one, from `new_stream`. Streams know
+    nothing of each other: events order their work.
 
     `close` frees all memory, and so does deleting the object. The object uses the primary context,
     as TensorRT does. Any thread may call it, but only one at a time.
@@ -103,6 +112,7 @@ class CudaDevice:
     def __init__(self, cu: Any, device: int, context: Any, stream: Any) -> None:
         """Store the handles. Use `CudaDevice.open` to create a device."""
         self._cu = cu
+        self._device = device
         self._context = context
         self._stream = stream
         releases: list[Callable[[], Any]] = [  # a reference to self would keep it alive
@@ -139,8 +149,67 @@ class CudaDevice:
 
     @property
     def stream(self) -> int:
-        """Handle of the stream, in the form that TensorRT accepts."""
+        """Handle of the main stream, in the form that TensorRT accepts."""
         return int(self._stream)
+
+    @property
+    def is_integrated(self) -> bool:
+        """Whether the GPU has the memory of the processor, as on Jetson.
+
+        Raises:
+            EngineError: If the driver call fails.
+        """
+        attribute = self._cu.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED
+        return bool(
+            check(self._cu.cuDeviceGetAttribute(attribute, self._device), "asking for its memory")
+        )
+
+    def new_stream(self) -> Any:
+        """Return another stream, which lives as long as this object.
+
+        Raises:
+            EngineError: If the driver call fails.
+        """
+        stream = check(self._cu.cuStreamCreate(_NON_BLOCKING), "making a CUDA stream")
+        self._releases.append(partial(self._cu.cuStreamDestroy, stream))
+        return stream
+
+    def new_event(self) -> Any:
+        """Return an event, which lives as long as this object.
+
+        Raises:
+            EngineError: If the driver call fails.
+        """
+        event = check(self._cu.cuEventCreate(_DISABLE_TIMING), "making a CUDA event")
+        self._releases.append(partial(self._cu.cuEventDestroy, event))
+        return event
+
+    def record(self, event: Any, stream: Any = None) -> None:
+        """Let an event happen when a stream has done what was queued in it so far.
+
+        Raises:
+            EngineError: If the driver call fails.
+        """
+        check(self._cu.cuEventRecord(event, self._queue(stream)), "recording a CUDA event")
+
+    def hold(self, stream: Any, event: Any) -> None:
+        """Let a stream do what is queued from now on only after an event.
+
+        Raises:
+            EngineError: If the driver call fails.
+        """
+        check(self._cu.cuStreamWaitEvent(self._queue(stream), event, 0), "ordering CUDA streams")
+
+    def wait_for(self, event: Any) -> None:
+        """Wait until an event has happened.
+
+        Raises:
+            EngineError: If an operation that was queued before it failed.
+        """
+        check(self._cu.cuEventSynchronize(event), "running on the GPU")
+
+    def _queue(self, stream: Any) -> Any:
+        return self._stream if stream is None else stream
 
     def enter(self) -> None:
         """Make the GPU's context current in the calling thread. Call it before other methods.
@@ -188,45 +257,66 @@ class CudaDevice:
         Raises:
             EngineError: If there is not enough memory.
         """
+        return self._host_memory(shape, dtype, flags=0)[0]
+
+    def mapped(self, shape: Sequence[int], dtype: DTypeLike) -> tuple[NDArray[Any], int]:
+        """Return a zeroed array in page-locked memory, and the address by which the GPU uses it.
+
+        On a GPU that has the memory of the processor, nothing is copied then.
+
+        Raises:
+            EngineError: If there is not enough memory, or the GPU cannot address it.
+        """
+        array, pointer = self._host_memory(shape, dtype, flags=_DEVICE_MAP)
+        address = check(self._cu.cuMemHostGetDevicePointer(pointer, 0), "mapping memory")
+        return array, int(address)
+
+    def _host_memory(
+        self, shape: Sequence[int], dtype: DTypeLike, *, flags: int
+    ) -> tuple[NDArray[Any], Any]:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        address = check(
-            self._cu.cuMemHostAlloc(max(size, 1), 0), f"{size:,} bytes of page-locked memory"
+        pointer = check(
+            self._cu.cuMemHostAlloc(max(size, 1), flags), f"{size:,} bytes of page-locked memory"
         )
-        self._releases.append(partial(self._cu.cuMemFreeHost, address))
-        raw = (ctypes.c_uint8 * max(size, 1)).from_address(int(address))
+        self._releases.append(partial(self._cu.cuMemFreeHost, pointer))
+        raw = (ctypes.c_uint8 * max(size, 1)).from_address(int(pointer))
         array: NDArray[Any] = np.ctypeslib.as_array(raw)[:size].view(dtype).reshape(tuple(shape))
         array[...] = 0
-        return array
+        return array, pointer
 
-    def upload(self, target: int, source: NDArray[Any]) -> None:
+    def upload(self, target: int, source: NDArray[Any], stream: Any = None) -> None:
         """Queue a copy of a contiguous array to device memory.
 
         Raises:
             EngineError: If the driver call fails.
         """
         check(
-            self._cu.cuMemcpyHtoDAsync(target, source.ctypes.data, source.nbytes, self._stream),
+            self._cu.cuMemcpyHtoDAsync(
+                target, source.ctypes.data, source.nbytes, self._queue(stream)
+            ),
             "copying to the GPU",
         )
 
-    def download(self, target: NDArray[Any], source: int) -> None:
+    def download(self, target: NDArray[Any], source: int, stream: Any = None) -> None:
         """Queue a copy of device memory to a contiguous array.
 
         Raises:
             EngineError: If the driver call fails.
         """
         check(
-            self._cu.cuMemcpyDtoHAsync(target.ctypes.data, source, target.nbytes, self._stream),
+            self._cu.cuMemcpyDtoHAsync(
+                target.ctypes.data, source, target.nbytes, self._queue(stream)
+            ),
             "copying from the GPU",
         )
 
-    def wait(self) -> None:
-        """Wait until the stream has done everything that was queued.
+    def wait(self, stream: Any = None) -> None:
+        """Wait until a stream has done everything that was queued.
 
         Raises:
             EngineError: If a queued operation failed.
         """
-        check(self._cu.cuStreamSynchronize(self._stream), "running on the GPU")
+        check(self._cu.cuStreamSynchronize(self._queue(stream)), "running on the GPU")
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record the operations that a function queues, as a CUDA graph.

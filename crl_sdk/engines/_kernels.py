@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -29,7 +31,7 @@ from crl_sdk.storage._atomic_files import (
     write_record,
 )
 
-SCHEMA = 1
+SCHEMA = 2
 RECORD = "kernels.json"
 ENTRY = "project_segments"
 
@@ -49,8 +51,9 @@ class KernelVariant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         architecture: Compute capability, such as `sm89`.
         embeddings: Dtype of the input: fp32, fp16 or bf16.
         unit: Whether it divides each row by its L2 norm first.
-        single: Whether it requires that no basis has more than `KernelSet.columns` columns. It is
-            then faster, since no column is computed twice.
+        columns: Number of columns that a block computes at a time.
+        single: Whether it requires that no basis has more than `columns` columns. It is then
+            faster, since no column is computed twice.
         registers: Number of registers of a thread.
         shared: Bytes of shared memory of a block.
         scratch: Bytes of global scratch memory; always 0.
@@ -64,6 +67,7 @@ class KernelVariant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     architecture: str
     embeddings: str
     unit: bool
+    columns: int
     single: bool
     registers: int
     shared: int
@@ -79,7 +83,6 @@ class KernelSet(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         schema: Version of this record's format.
         triton: Version of Triton that compiled them.
         rows: Number of rows that a block computes.
-        columns: Number of columns that a block computes at a time.
         threads: Number of threads of a block.
         variants: Compiled variants.
     """
@@ -87,7 +90,6 @@ class KernelSet(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     schema: int
     triton: str
     rows: int
-    columns: int
     threads: int
     variants: tuple[KernelVariant, ...]
 
@@ -130,6 +132,85 @@ def read_kernels(directory: Path) -> KernelSet:
         if any(Path(name).name != name for name in (each.file, each.ptx)):
             raise PlanError(f"{path}: the file name {each.file!r} leaves the directory; {again}")
     return kernels
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """A launch for some of the segments.
+
+    Attributes:
+        function: Kernel to launch.
+        variant: Its record.
+        first: Number of the first segment.
+        segments: Number of segments.
+    """
+
+    function: Any
+    variant: KernelVariant
+    first: int
+    segments: int
+
+
+class Block(Protocol):
+    """What distinguishes the variants of the kernel: see `KernelVariant`."""
+
+    @property
+    def columns(self) -> int:
+        """Number of columns of a block."""
+
+    @property
+    def single(self) -> bool:
+        """Whether it takes no basis of more columns than a block."""
+
+
+BlockKind = TypeVar("BlockKind", bound=Block)
+
+
+def columns_computed(size: int, columns: int, *, single: bool) -> int:
+    """Return how many columns a kernel computes for a basis of `size` columns.
+
+    Args:
+        size: Number of columns of the basis.
+        columns: Number of columns of a block. Blocks are computed whole.
+        single: Whether the kernel computes each block once. It then takes no basis of more columns.
+    """
+    return -(-size // columns) * columns * (1 if single else 2)
+
+
+def best_block(size: int, blocks: Iterable[tuple[int, bool]]) -> tuple[int, bool]:
+    """Return the block, as `columns` and `single`, that computes the fewest columns for a basis.
+
+    Args:
+        size: Number of columns of the basis.
+        blocks: Blocks to choose from. One of them is not `single` and takes bases of any size.
+    """
+    fitting = [each for each in blocks if not each[1] or size <= each[0]]
+    return min(
+        fitting, key=lambda each: (columns_computed(size, each[0], single=each[1]), -each[0])
+    )
+
+
+def group_segments(
+    sizes: Sequence[int], variants: Sequence[BlockKind]
+) -> list[tuple[BlockKind, int, int]]:
+    """Choose the variant for each basis, and join neighbours of the same variant to one launch.
+
+    Args:
+        sizes: Numbers of columns of the bases.
+        variants: Variants to choose from. One of them takes bases of any size.
+
+    Returns:
+        Launches: the variant, the number of its first basis, and the number of its bases.
+    """
+    by_block = {(each.columns, each.single): each for each in variants}
+    chosen = [by_block[best_block(size, by_block)] for size in sizes]
+    launches = []
+    first = 0
+    for variant, same in groupby(chosen):
+        count = len(list(same))
+        launches.append((variant, first, count))
+        first += count
+    return launches
 
 
 class ProjectionKernel:
@@ -207,46 +288,54 @@ class ProjectionKernel:
                 "expected embeddings (n, d) float32, float16 or bfloat16 and at least one "
                 f"projection, got {embeddings.shape} {embeddings.dtype} and {len(projections)}"
             )
-        weight, bias, slices = pack(projections)
+        # bases of the same width lie side by side, and one launch computes them
+        order = sorted(range(len(projections)), key=lambda i: projections[i].output_dim)
+        packed = [projections[i] for i in order]
+        weight, bias, slices = pack(packed)
         if embeddings.shape[1] != len(weight):
             raise InvalidInputError(
                 f"expected embeddings (n, {len(weight)}), got {embeddings.shape}"
             )
-        single = max(each.output_dim for each in projections) <= self._kernels.columns
         out = np.empty((len(embeddings), weight.shape[1]), np.float32)
         with self._lock:
             self._gpu.enter()
-            function, variant = self._function(dtype, unit=unit, single=single)
-            self._constants(weight, bias, projections)
+            variants = self._variants(dtype, unit=unit)
+            sizes = [each.output_dim for each in packed]
+            launches = [
+                _Launch(self._function(variant), variant, first, count)
+                for variant, first, count in group_segments(sizes, variants)
+            ]
+            self._constants(weight, bias, packed)
             for start in range(0, len(out), _ROWS_AT_ONCE):
                 part = slice(start, start + _ROWS_AT_ONCE)
-                self._launch(function, variant, embeddings[part], out[part], len(projections))
-        return [out[:, each] for each in slices]
+                self._launch(launches, embeddings[part], out[part])
+        return [out[:, slices[order.index(i)]] for i in range(len(projections))]
 
     def _launch(
-        self,
-        function: Any,
-        variant: KernelVariant,
-        rows: NDArray[Any],
-        out: NDArray[np.float32],
-        segments: int,
+        self, launches: Sequence[_Launch], rows: NDArray[Any], out: NDArray[np.float32]
     ) -> None:
         source = np.ascontiguousarray(rows)
         (count, dim), columns = source.shape, out.shape[1]
         x, target = self._buffer("x", source.nbytes), self._buffer("out", out.nbytes)
         self._gpu.upload(x, source)
-        pointers = [x, *(self._buffers[name][0] for name in ("weight", "bias", "starts", "posts"))]
-        arguments: list[tuple[int, Any]] = [(each, ctypes.c_void_p) for each in pointers]
-        arguments += [(each, ctypes.c_int) for each in (count, dim, columns)]
-        arguments.append((target, ctypes.c_void_p))
-        arguments += [(0, ctypes.c_void_p)] * 2  # Triton's scratch memory; the kernel needs none
-        self._gpu.launch(
-            function,
-            grid=(-(-count // self._kernels.rows), segments),
-            threads=self._kernels.threads,
-            shared=variant.shared,
-            arguments=arguments,
-        )
+        addresses = {name: address for name, (address, _) in self._buffers.items()}
+        for each in launches:
+            skipped = each.first * np.dtype(np.int32).itemsize
+            pointers = [
+                x, addresses["weight"], addresses["bias"],
+                addresses["starts"] + skipped, addresses["posts"] + skipped,
+            ]  # fmt: skip
+            arguments: list[tuple[int, Any]] = [(pointer, ctypes.c_void_p) for pointer in pointers]
+            arguments += [(number, ctypes.c_int) for number in (count, dim, columns)]
+            arguments.append((target, ctypes.c_void_p))
+            arguments += [(0, ctypes.c_void_p)] * 2  # Triton's scratch memory; there is none
+            self._gpu.launch(
+                each.function,
+                grid=(-(-count // self._kernels.rows), each.segments),
+                threads=self._kernels.threads,
+                shared=each.variant.shared,
+                arguments=arguments,
+            )
         self._gpu.download(out, target)
         self._gpu.wait()
 
@@ -274,16 +363,20 @@ class ProjectionKernel:
             self._buffers[name] = address, size
         return address
 
-    def _function(self, dtype: str, *, unit: bool, single: bool) -> tuple[Any, KernelVariant]:
-        wanted = (dtype, unit, single)
-        for variant in _fitting(self._kernels, self._architecture):
-            if (variant.embeddings, variant.unit, variant.single) == wanted:
-                break
-        else:
+    def _variants(self, dtype: str, *, unit: bool) -> list[KernelVariant]:
+        found = [
+            variant
+            for variant in _fitting(self._kernels, self._architecture)
+            if (variant.embeddings, variant.unit) == (dtype, unit)
+        ]
+        if all(variant.single for variant in found):
             raise PlanError(
-                f"{self._directory}: no kernel for {dtype} embeddings, unit {unit}, single "
-                f"{single}; compile them again: crl compile BUNDLE --kernel"
+                f"{self._directory}: no kernel for {dtype} embeddings, unit {unit}, and bases of "
+                "any size; compile them again: crl compile BUNDLE --kernel"
             )
+        return found
+
+    def _function(self, variant: KernelVariant) -> Any:
         if variant.file not in self._functions:
             exact = variant.architecture == self._architecture
             name, digest = (
@@ -306,7 +399,7 @@ class ProjectionKernel:
             self._functions[variant.file] = self._gpu.function(
                 image if exact else image + b"\0", ENTRY
             )
-        return self._functions[variant.file], variant
+        return self._functions[variant.file]
 
 
 def _fitting(kernels: KernelSet, architecture: str) -> list[KernelVariant]:

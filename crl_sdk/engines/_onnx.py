@@ -107,6 +107,11 @@ class OnnxImageEngine:
         """See `crl_sdk.engines.ImageEngine.name`."""
         return self._name
 
+    @property
+    def max_columns(self) -> int | None:
+        """See `crl_sdk.engines.ImageEngine.max_columns`."""
+        return COLUMNS[2] if self._profiled else None
+
     def close(self) -> None:
         """Refuse further runs. The session is freed with the last reference to this engine."""
         self._lifetime.closed = True

@@ -128,6 +128,11 @@ class OpenVinoImageEngine:
         """See `crl_sdk.engines.ImageEngine.name`."""
         return self._name
 
+    @property
+    def max_columns(self) -> None:
+        """See `crl_sdk.engines.ImageEngine.max_columns`."""
+        return None
+
     def close(self) -> None:
         """Refuse further runs. The model is freed with the last reference to this engine."""
         self._lifetime.closed = True

@@ -7,8 +7,10 @@ GPU, `crl verify BUNDLE --engine tensorrt-rtx` compares it with the fp32 graph.
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 
 from crl_sdk.basis._basis import Basis
 from crl_sdk.engines import _cuda as cuda
+from crl_sdk.engines._contract import Finish
 from crl_sdk.engines._engine_name import EngineName
 from crl_sdk.engines._tensorrt_plans import (
     Plan,
@@ -27,12 +30,15 @@ from crl_sdk.engines._tensorrt_plans import (
     plans_directory,
 )
 from crl_sdk.engines._tensorrt_runtime import TensorRTRuntime, load_tensorrt
-from crl_sdk.errors import ClosedError, EngineError, PlanError
+from crl_sdk.errors import ClosedError, EngineError, ForkError, PlanError
 from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.model._manifest import Precision
 from crl_sdk.storage._atomic_files import write_atomically
 
 _log = logging.getLogger(__name__)
+
+_LANES = 2
+"""Number of runs that may be under way."""
 
 _MIN_COLUMNS = 64
 """Minimum number of columns of a run, so that few graphs serve all numbers of columns."""
@@ -49,28 +55,35 @@ class _Loaded:
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What a run of one bucket needs: its part of the page-locked memory, and how to start it."""
+    """How to start a run of one bucket, and the context that the graph needs."""
 
-    pixels: NDArray[np.uint8]
-    embedding: NDArray[np.float32]
-    projected: NDArray[np.float32]
     launch: Callable[[], None]
     context: Any
 
 
 @dataclass(frozen=True, slots=True)
-class _Pinned:
-    """Page-locked memory for the largest run.
+class _Lane:
+    """The buffers of one run. While one lane's run computes, the other lane's pixels are copied.
 
     Attributes:
-        pixels: Images, shape (b, H, W, 3), uint8.
-        embedding: Universal embeddings, shape (b, d), float32.
-        projected: Projected columns, shape (b * K,), float32.
+        pixels: Images in page-locked memory, shape (b, H, W, 3), uint8.
+        embedding: Universal embeddings in page-locked memory, shape (b, d), float32.
+        projected: Projected columns in page-locked memory, shape (b * K,), float32.
+        addresses: Addresses of the three in device memory, by the name of the tensor.
+        uploaded: Event: the pixels are in device memory.
+        computed: Event: the results are in device memory.
+        done: Event: the results are in page-locked memory.
+        shapes: Recorded graphs, by number of images and columns.
     """
 
     pixels: NDArray[np.uint8]
     embedding: NDArray[np.float32]
     projected: NDArray[np.float32]
+    addresses: dict[str, int]
+    uploaded: Any
+    computed: Any
+    done: Any
+    shapes: dict[tuple[int, int], _Shape]
 
 
 class TensorRTImageEngine:
@@ -80,8 +93,11 @@ class TensorRTImageEngine:
     More images are split into several runs. The rows beyond b are computed and ignored. The number
     of columns K is rounded up to a bucket in the same way.
 
-    Each bucket has a CUDA graph: copy the pixels from page-locked memory, run the plan, copy the
-    results back. All buckets share the same memory, since only one run is active at a time.
+    Two runs may be under way, each in a lane with buffers of its own. Three streams copy pixels to
+    the GPU, run the plan, and copy results back; events order them, so that the pixels of a run are
+    copied while the run before it computes. Each bucket of a lane has a CUDA graph of its part in
+    the middle. Intermediate results share one memory, since one run computes at a time. A GPU that
+    has the memory of the processor, as on Jetson, uses page-locked memory itself, without copies.
     """
 
     def __init__(
@@ -99,11 +115,14 @@ class TensorRTImageEngine:
         self._loaded: _Loaded | None = loaded
         self._baked = baked
         self._lock = threading.Lock()
-        self._shapes: dict[tuple[int, int], _Shape] = {}
+        self._lanes: tuple[_Lane, ...] = ()
+        self._free: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
+        self._in: Any = None
+        self._out: Any = None
+        self._mapped = False
         self._config: Any = None
         self._cache: Any = None
         self._addresses: dict[str, int] = {}
-        self._pinned: _Pinned | None = None
         self._scratch = 0
         self._weights: NDArray[np.float32] | None = None
 
@@ -160,10 +179,18 @@ class TensorRTImageEngine:
         """See `crl_sdk.engines.ImageEngine.name`."""
         return EngineName(self.plan.spec.runtime, "cuda", self.plan.spec.precision)
 
+    @property
+    def max_columns(self) -> int:
+        """See `crl_sdk.engines.ImageEngine.max_columns`."""
+        return self._columns(0) if self._baked is not None else self.plan.spec.max_columns
+
     def close(self) -> None:
-        """Free the GPU's memory. Idempotent. A later run raises `ClosedError`."""
+        """Free the GPU's memory. Idempotent. Later runs and those under way raise `ClosedError`."""
         with self._lock:
-            self._shapes.clear()  # contexts must go before the engine and the memory they use
+            if self._loaded is not None:
+                self._quiet()
+            for lane in self._lanes:  # contexts must go before the engine and the memory they use
+                lane.shapes.clear()
             self._config = self._cache = self._loaded = None
             self._gpu.close()
 
@@ -175,24 +202,116 @@ class TensorRTImageEngine:
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """See `crl_sdk.engines.ImageEngine.run`."""
         self._check(pixels, weight, bias)
-        rows, columns = len(pixels), weight.shape[1]
-        dim = weight.shape[0]
-        embedding = np.empty((rows, dim), np.float32)
-        projected = np.empty((rows, columns), np.float32)
         most = self.plan.spec.batch[2]
-        with self._lock:
-            self._gpu.enter()
-            for start in range(0, rows, most):
-                part = slice(start, min(start + most, rows))
-                count = part.stop - start
-                shape = self._shape(self._bucket(count), self._columns(columns))
-                self._upload(weight, bias, shape)
-                np.copyto(shape.pixels[:count], pixels[part])
-                shape.launch()
-                self._gpu.wait()
-                embedding[part] = shape.embedding[:count]
-                projected[part] = shape.projected[:count, :columns]
+        embedding = np.empty((len(pixels), len(weight)), np.float32)
+        projected = np.empty((len(pixels), weight.shape[1]), np.float32)
+        under_way: list[tuple[slice, Finish]] = []
+
+        def finish() -> None:
+            part, wait = under_way.pop(0)
+            embedding[part], projected[part] = wait()
+
+        try:
+            for start in range(0, len(pixels), most):
+                part = slice(start, min(start + most, len(pixels)))
+                lane = self._take_lane(wait=not under_way)
+                if lane is None:  # this thread must not wait for a lane while it holds the other
+                    finish()
+                    lane = self._take_lane(wait=True)
+                assert lane is not None
+                under_way.append((part, self._start(lane, pixels[part], weight, bias)))
+            while under_way:
+                finish()
+        finally:
+            for _, wait in under_way:  # after an error: free the lanes
+                with suppress(EngineError, ClosedError):
+                    wait()
         return embedding, projected
+
+    def start(
+        self,
+        pixels: NDArray[np.uint8],
+        weight: NDArray[np.float32],
+        bias: NDArray[np.float32],
+    ) -> Finish:
+        """See `crl_sdk.engines.PipelinedEngine.start`.
+
+        More images than the plan takes are run before it returns.
+        """
+        self._check(pixels, weight, bias)
+        if len(pixels) > self.plan.spec.batch[2] or not len(pixels):
+            result = self.run(pixels, weight, bias)
+            return lambda: result
+        lane = self._take_lane(wait=True)
+        assert lane is not None
+        return self._start(lane, pixels, weight, bias)
+
+    def _take_lane(self, *, wait: bool) -> _Lane | None:
+        """Return a free lane, or None if there is none and the caller does not wait."""
+        try:
+            return self._free.get(block=wait)
+        except queue.Empty:
+            return None
+
+    def _start(
+        self,
+        lane: _Lane,
+        pixels: NDArray[np.uint8],
+        weight: NDArray[np.float32],
+        bias: NDArray[np.float32],
+    ) -> Finish:
+        """Queue a run in a lane, which is free again once the returned function was called."""
+        count, columns = len(pixels), weight.shape[1]
+        gpu = self._gpu
+        try:
+            with self._lock:
+                gpu.enter()
+                bucket, wide = self._bucket(count), self._columns(columns)
+                shape = self._shape(lane, bucket, wide)
+                self._upload(weight, bias, wide)
+                np.copyto(lane.pixels[:count], pixels)
+                self._queue(lane, bucket, wide, shape.launch)
+        except BaseException:
+            self._quiet()  # what was queued still uses the lane
+            self._free.put(lane)
+            raise
+
+        def finish() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+            try:
+                with self._lock:  # so that the memory is not freed meanwhile
+                    gpu.enter()
+                    gpu.wait_for(lane.done)
+                    projected = lane.projected[: bucket * wide].reshape(bucket, wide)
+                    return lane.embedding[:count].copy(), projected[:count, :columns].copy()
+            finally:
+                self._free.put(lane)
+
+        return finish
+
+    def _queue(self, lane: _Lane, bucket: int, columns: int, launch: Callable[[], None]) -> None:
+        """Queue the copy of the pixels, the run and the copies of results, each in its stream."""
+        gpu = self._gpu
+        if self._mapped:
+            launch()
+            gpu.record(lane.done)
+            return
+        gpu.upload(lane.addresses["image"], lane.pixels[:bucket], self._in)
+        gpu.record(lane.uploaded, self._in)
+        gpu.hold(None, lane.uploaded)
+        launch()
+        gpu.record(lane.computed)
+        gpu.hold(self._out, lane.computed)
+        gpu.download(lane.embedding[:bucket], lane.addresses["embedding"], self._out)
+        gpu.download(lane.projected[: bucket * columns], lane.addresses["projected"], self._out)
+        gpu.record(lane.done, self._out)
+
+    def _quiet(self) -> None:
+        """Wait until no run is under way."""
+        # a device that fails runs nothing any more, and a closed one has been waited for
+        with suppress(EngineError, ClosedError, ForkError):
+            self._gpu.enter()
+            for stream in (self._in, None, self._out):
+                self._gpu.wait(stream)
 
     def _check(
         self,
@@ -259,30 +378,43 @@ class TensorRTImageEngine:
 
     def _prepare(self, cache_file: Path) -> None:
         """Allocate all memory, and record the graphs of all batch sizes without columns."""
-        spec = self.plan.spec
-        image, dim = self._tensor("image").shape[1:], self._tensor("embedding").shape[1]
-        most, floats = spec.batch[2], np.dtype(np.float32).itemsize
+        gpu, spec = self._gpu, self.plan.spec
+        dim, floats = self._tensor("embedding").shape[1], np.dtype(np.float32).itemsize
         columns = self._columns(spec.max_columns)
-        sizes = {
-            "image": most * int(np.prod(image)),
-            "embedding": most * dim * floats,
-            "projected": most * columns * floats,
-        }
+        self._mapped = gpu.is_integrated
+        self._in, self._out = gpu.new_stream(), gpu.new_stream()
         if self._baked is None:
-            sizes |= {"weight": dim * columns * floats, "bias": columns * floats}
-        self._addresses = {name: self._gpu.allocate(size, name) for name, size in sizes.items()}
-        self._pinned = _Pinned(
-            self._gpu.pinned((most, *image), np.uint8),
-            self._gpu.pinned((most, dim), np.float32),
-            self._gpu.pinned((most * columns,), np.float32),
-        )
+            sizes = {"weight": dim * columns * floats, "bias": columns * floats}
+            self._addresses = {name: gpu.allocate(size, name) for name, size in sizes.items()}
         size = int(self._engine.device_memory_size_v2)
-        self._scratch = self._gpu.allocate(size, "intermediate results")
+        self._scratch = gpu.allocate(size, "intermediate results")
+        self._lanes = tuple(self._make_lane(dim, columns) for _ in range(_LANES))
         known = self._runtime_config(cache_file)
-        for bucket in self._buckets():
-            self._shape(bucket, self._columns(0))
+        for lane in self._lanes:
+            for bucket in self._buckets():
+                self._shape(lane, bucket, self._columns(0))
+            self._free.put(lane)
         if self._cache is not None:
             self._keep(cache_file, known)
+
+    def _make_lane(self, dim: int, columns: int) -> _Lane:
+        gpu, most = self._gpu, self.plan.spec.batch[2]
+        shapes: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+            "image": ((most, *self._tensor("image").shape[1:]), np.uint8),
+            "embedding": ((most, dim), np.float32),
+            "projected": ((most * columns,), np.float32),
+        }
+        arrays, addresses = {}, {}
+        for name, (shape, dtype) in shapes.items():
+            if self._mapped:
+                arrays[name], addresses[name] = gpu.mapped(shape, dtype)
+            else:
+                arrays[name] = gpu.pinned(shape, dtype)
+                addresses[name] = gpu.allocate(arrays[name].nbytes, name)
+        return _Lane(
+            arrays["image"], arrays["embedding"], arrays["projected"], addresses,
+            gpu.new_event(), gpu.new_event(), gpu.new_event(), {},
+        )  # fmt: skip
 
     def _runtime_config(self, cache_file: Path) -> bytes:
         """Configure TensorRT-RTX, and return the kernels that it compiled for this GPU before."""
@@ -319,26 +451,19 @@ class TensorRTImageEngine:
         except PlanError as error:
             _log.warning("%s; every start compiles the kernels for this GPU again", error)
 
-    def _shape(self, bucket: int, columns: int) -> _Shape:
-        """Return the buffers and the graph of a bucket; the first use records it."""
+    def _shape(self, lane: _Lane, bucket: int, columns: int) -> _Shape:
+        """Return the graph of a bucket in a lane; the first use records it."""
         key = (bucket, columns)
-        if key not in self._shapes:
-            self._shapes[key] = self._record(bucket, columns)
-        return self._shapes[key]
+        if key not in lane.shapes:
+            lane.shapes[key] = self._record(lane, bucket, columns)
+        return lane.shapes[key]
 
-    def _record(self, bucket: int, columns: int) -> _Shape:
-        gpu, addresses, pinned = self._gpu, self._addresses, self._pinned
-        assert pinned is not None  # since `_prepare`
-        context = self._context(bucket, columns)
-        pixels, embedding = pinned.pixels[:bucket], pinned.embedding[:bucket]
-        projected = pinned.projected[: bucket * columns].reshape(bucket, columns)
+    def _record(self, lane: _Lane, bucket: int, columns: int) -> _Shape:
+        gpu, context = self._gpu, self._context(lane, bucket, columns)
 
         def enqueue() -> None:
-            gpu.upload(addresses["image"], pixels)
             if not context.execute_async_v3(gpu.stream):
                 raise EngineError(f"{self.name}: TensorRT refused a run of {bucket} images")
-            gpu.download(embedding, addresses["embedding"])
-            gpu.download(projected, addresses["projected"])
 
         enqueue()  # TensorRT's first run of a shape does work that must not be recorded
         gpu.wait()
@@ -347,9 +472,9 @@ class TensorRTImageEngine:
             launch = gpu.capture(enqueue)
         except EngineError as error:
             _log.warning("%s; runs of %d images go without a CUDA graph, slower", error, bucket)
-        return _Shape(pixels, embedding, projected, launch, context)
+        return _Shape(launch, context)
 
-    def _context(self, bucket: int, columns: int) -> Any:
+    def _context(self, lane: _Lane, bucket: int, columns: int) -> Any:
         """Return a new execution context. Each graph needs one, with the shapes of its bucket."""
         trt = self._tensorrt.module
         context = self._engine.create_execution_context(
@@ -367,19 +492,21 @@ class TensorRTImageEngine:
             shapes |= {"weight": (dim, columns), "bias": (columns,)}
         taken = [context.set_input_shape(name, shape) for name, shape in shapes.items()]
         taken += [
-            context.set_tensor_address(name, address) for name, address in self._addresses.items()
+            context.set_tensor_address(name, address)
+            for name, address in {**self._addresses, **lane.addresses}.items()
         ]
         if not all(taken) or context.infer_shapes():
             raise EngineError(f"{self.name}: TensorRT refused the shapes {shapes}")
         return context
 
-    def _upload(
-        self, weight: NDArray[np.float32], bias: NDArray[np.float32], shape: _Shape
-    ) -> None:
-        """Copy the packed bases to the GPU if they have changed since the last run."""
+    def _upload(self, weight: NDArray[np.float32], bias: NDArray[np.float32], columns: int) -> None:
+        """Copy the packed bases to the GPU if they have changed since the last run.
+
+        The copy is queued behind the runs under way, which still use the bases before.
+        """
         if self._baked is not None:
             return
-        wanted = np.zeros((len(weight) + 1, shape.projected.shape[1]), np.float32)
+        wanted = np.zeros((len(weight) + 1, columns), np.float32)
         wanted[:-1, : weight.shape[1]] = weight
         wanted[-1, : weight.shape[1]] = bias
         if self._weights is not None and np.array_equal(self._weights, wanted):

@@ -15,13 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk._embedder import Embedder
+from crl_sdk.engines._contract import PipelinedEngine
 from crl_sdk.errors import CrlError, EngineError, ImageError
+from crl_sdk.projection._projection import normalise_rows
 from crl_sdk.projection._row_dtypes import decode_rows, is_row_dtype
 from crl_sdk.serving._admission import Admission, ServerLimits
 from crl_sdk.serving._bases import BasisStore, StoredBasis
 from crl_sdk.serving._batcher import Batcher, EmbeddedImage
 from crl_sdk.serving._cache import EmbeddingCache
 from crl_sdk.serving._cpu_turns import CpuTurns, NoTurns
+from crl_sdk.serving._projection_pack import BasesInUse, EngineRow
 from crl_sdk.serving._results import EmbedResult, ImageOutcome, ImageSource, RequestTiming
 from crl_sdk.serving._text_work import TextWork
 
@@ -53,12 +56,19 @@ class Pipeline:
         spec = embedder.bundle.preprocess
         self._on_cpu = embedder.engine_name.device == "cpu"
         self._turns = CpuTurns(limits.max_batch) if self._on_cpu else NoTurns()
+        # without columns, the engine embeds and NumPy projects
+        self._in_use = BasesInUse(
+            embedder.bundle.embedding_dim,
+            0 if self._on_cpu else embedder.image_engine.max_columns,
+            only=None if embedder.baked is None else embedder.baked.sha256(),
+        )
         self.batcher = Batcher(
-            embedder.embed_pixels,
+            self._start_engine,
             np.zeros((1, spec.height, spec.width, 3), np.uint8),
             drop=self.admission.drop,
             max_batch=limits.max_batch,
             cpu_turn=self._turns.engine,
+            runs_at_once=2 if isinstance(embedder.image_engine, PipelinedEngine) else 1,
         )
         self.on_result: list[Callable[[EmbedResult], None]] = []
 
@@ -121,6 +131,7 @@ class Pipeline:
         ]
         if missing:
             with self.admission.admit(len(missing), deadline):
+                self._in_use.use(bases, self.bases.snapshot)
                 await self._compute(missing, deadline, client, timing)
         started = time.monotonic()
         universal, conditional = self._project(outcomes, bases)
@@ -160,7 +171,7 @@ class Pipeline:
         """Decode images in the pool, run them through the engine, and cache the embeddings."""
         started = time.monotonic()
         loop = asyncio.get_running_loop()
-        futures: list[asyncio.Future[EmbeddedImage | ImageError]] = [
+        futures: list[asyncio.Future[EmbeddedImage[EngineRow] | ImageError]] = [
             loop.create_future() for _ in missing
         ]
         decoded: list[NDArray[np.uint8] | Exception] = [EngineError("not decoded")] * len(missing)
@@ -203,8 +214,9 @@ class Pipeline:
             if isinstance(row, ImageError):
                 outcome.error = row
                 continue
-            outcome.embedding = row.embedding
-            self.cache.put(outcome.digest, row.embedding)
+            outcome.engine_row = row.row
+            outcome.embedding = row.row.universal
+            self.cache.put(outcome.digest, outcome.embedding)
             timing.queue_seconds = max(timing.queue_seconds, row.queue_seconds)
             timing.infer_seconds = max(timing.infer_seconds, row.infer_seconds)
             timing.engine_runs += 1 / row.batch_size
@@ -257,10 +269,20 @@ class Pipeline:
             with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
                 futures[0].get_loop().call_soon_threadsafe(resolve)
 
+    def _start_engine(self, pixels: NDArray[np.uint8]) -> Callable[[], list[EngineRow]]:
+        """Begin an engine run with the bases in use; runs in the batcher's thread."""
+        pack = self._in_use.pack  # read once, so that the whole run has the same bases
+        finish = self.embedder.start_run(pixels, pack.weight, pack.bias)
+        return lambda: [EngineRow(*rows, pack) for rows in zip(*finish(), strict=True)]
+
     def _project(
         self, outcomes: Sequence[ImageOutcome], bases: Sequence[StoredBasis]
     ) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
-        """Return universal and conditional embeddings, with NaN in the rows of failed images."""
+        """Return universal and conditional embeddings, with NaN in the rows of failed images.
+
+        Columns that the engine computed are normalised. NumPy projects all other rows: those of
+        cached and stored embeddings, and those whose run had another version of the basis.
+        """
         universal = np.full((len(outcomes), self.embedder.bundle.embedding_dim), np.nan, np.float32)
         good = [i for i, outcome in enumerate(outcomes) if outcome.embedding is not None]
         for i in good:
@@ -269,8 +291,13 @@ class Pipeline:
         for stored in bases:
             projection = stored.basis.projection
             rows = np.full((len(outcomes), projection.output_dim), np.nan, np.float32)
-            if good:
-                rows[good] = projection.apply(universal[good])
+            found = {i: outcomes[i].columns_of(stored) for i in good}
+            columns = {i: each for i, each in found.items() if each is not None}
+            if columns:
+                fused = np.stack(list(columns.values()))
+                rows[list(columns)] = normalise_rows(fused, projection.post)
+            if rest := [i for i in good if i not in columns]:
+                rows[rest] = projection.apply(universal[rest])
             conditional.append(rows)
         return universal, conditional
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from crl_sdk.errors import ImageError
 from crl_sdk.serving._bases import StoredBasis
+from crl_sdk.serving._projection_pack import EngineRow
 
 ImageSource = bytes | NDArray[Any]
 """An encoded image (bytes), pixels (uint8, shape (h, w) or (h, w, channels)), or a stored
@@ -25,12 +26,18 @@ class ImageOutcome:
         error: Reason why the image failed, or None.
         digest: SHA-256 of the encoded bytes or the pixels, 32 bytes; empty for a stored embedding.
         cached: Whether the embedding came from the cache.
+        engine_row: What the engine returned; None for a cached or stored embedding.
     """
 
     embedding: NDArray[np.float32] | None = None
     error: ImageError | None = None
     digest: bytes = b""
     cached: bool = False
+    engine_row: EngineRow | None = None
+
+    def columns_of(self, stored: StoredBasis) -> NDArray[np.float32] | None:
+        """Return the columns of a basis that the engine computed, shape (m,), or None."""
+        return None if self.engine_row is None else self.engine_row.columns_of(stored)
 
 
 @dataclass(slots=True)

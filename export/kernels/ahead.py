@@ -23,7 +23,15 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_120",
 
 DTYPES = ("fp16", "bf16", "fp32")
 
-BLOCKS = {"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_K": 64}
+BLOCKS = {"BLOCK_N": 32, "BLOCK_D": 32}
+
+WIDTHS = (16, 32, 64)
+"""Numbers of columns of a block. A basis of 20 columns takes a block of 32, and one of more than 64
+columns takes several of 64."""
+
+KINDS = (*((columns, True) for columns in WIDTHS), (WIDTHS[-1], False))
+"""Columns of a block and whether it takes a whole basis, for each compiled kernel."""
+
 WARPS = 8
 """With these blocks no register spills on any architecture. With 64 rows or 4 warps some did."""
 
@@ -61,6 +69,7 @@ def compile_kernel(
     weight_dtype: str = "fp32",
     out_dtype: str = "fp32",
     unit: bool = True,
+    columns: int = WIDTHS[-1],
     single: bool = False,
 ) -> CompiledKernel:
     """Compile the kernel for one architecture and one set of dtypes. It needs no GPU.
@@ -71,10 +80,11 @@ def compile_kernel(
         weight_dtype: Dtype of the weights: fp32, or fp16 for tensor cores.
         out_dtype: Dtype of the output, fp32 or fp16.
         unit: Whether to divide each row of the input by its L2 norm first.
-        single: Whether no segment has more than `BLOCKS["BLOCK_K"]` columns.
+        columns: Number of columns of a block, one of `WIDTHS`.
+        single: Whether no segment has more than `columns` columns.
 
     Raises:
-        InvalidInputError: If an architecture or dtype is unknown.
+        InvalidInputError: If an architecture, a dtype or a number of columns is unknown.
         ExportError: If the code needs scratch memory.
     """
     if architecture not in ARCHITECTURES:
@@ -84,12 +94,14 @@ def compile_kernel(
     for name, dtype in (("x", x_dtype), ("weight", weight_dtype), ("out", out_dtype)):
         if dtype not in DTYPES:
             raise InvalidInputError(f"expected {name} in {', '.join(DTYPES)}, got {dtype!r}")
+    if columns not in WIDTHS:
+        raise InvalidInputError(f"expected columns in {WIDTHS}, got {columns}")
     number = int(architecture[3:])
     signature = {
         "x": f"*{x_dtype}", "weight": f"*{weight_dtype}", "bias": "*fp32", "starts": "*i32",
         "posts": "*i32", "n": "i32", "d": "i32", "k": "i32", "out": f"*{out_dtype}",
     }  # fmt: skip
-    constants = {**BLOCKS, "UNIT": unit, "SINGLE": single}
+    constants = {**BLOCKS, "BLOCK_K": columns, "UNIT": unit, "SINGLE": single}
     source = ASTSource(
         fn=project_segments,
         signature={**signature, **dict.fromkeys(constants, "constexpr")},
@@ -144,14 +156,16 @@ def compile_kernels(
             f"expected architectures among {', '.join(known)}, got {', '.join(unknown)}"
         )
     wanted = [name for name in known if name in architectures or not architectures]
-    switches = list(product(wanted, DTYPES, (False, True), (False, True)))
+    switches = list(product(wanted, DTYPES, (False, True), KINDS))
     variants: list[KernelVariant] = []
     files: dict[str, bytes] = {}
-    for done, (architecture, dtype, unit, single) in enumerate(switches):
+    for done, (architecture, dtype, unit, (columns, single)) in enumerate(switches):
         if progress is not None:
             progress(f"{architecture} {dtype}", done, len(switches))
-        kernel = compile_kernel(f"sm_{architecture[2:]}", x_dtype=dtype, unit=unit, single=single)
-        stem = f"{architecture}-{dtype}{'-unit' * unit}{'-single' * single}"
+        kernel = compile_kernel(
+            f"sm_{architecture[2:]}", x_dtype=dtype, unit=unit, columns=columns, single=single
+        )
+        stem = f"{architecture}-{dtype}{'-unit' * unit}-{columns}{'-single' * single}"
         code, ptx = kernel.cubin, kernel.ptx.encode()
         files |= {f"{stem}.cubin": code, f"{stem}.ptx": ptx}
         variants.append(
@@ -162,6 +176,7 @@ def compile_kernels(
                 architecture=architecture,
                 embeddings=dtype,
                 unit=unit,
+                columns=columns,
                 single=single,
                 registers=kernel.registers,
                 shared=kernel.shared,
@@ -174,7 +189,6 @@ def compile_kernels(
         schema=SCHEMA,
         triton=triton.__version__,
         rows=BLOCKS["BLOCK_N"],
-        columns=BLOCKS["BLOCK_K"],
         threads=32 * WARPS,
         variants=tuple(variants),
     )

@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 from simulated_gpu import CUresult, Driver
 
-from crl_export.kernels.ahead import compile_kernels
+from crl_export.kernels.ahead import KINDS, compile_kernels
 from crl_sdk.engines import _cuda as cuda
 from crl_sdk.engines import _kernels as kernels
-from crl_sdk.engines._kernels import POST_NUMBERS, ProjectionKernel, read_kernels
+from crl_sdk.engines._kernels import (
+    POST_NUMBERS,
+    ProjectionKernel,
+    best_block,
+    columns_computed,
+    read_kernels,
+)
 from crl_sdk.errors import ClosedError, EngineError, InvalidInputError, PlanError
 from crl_sdk.projection._projection import Projection, normalise_rows
 
@@ -39,13 +45,14 @@ def numpy_kernel(driver, launch):
         rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     result = rows @ driver.view(weight, (d, k), np.float32) + driver.view(bias, (k,), np.float32)
     ends = driver.view(starts, (segments + 1,), np.int32)
-    assert ends[0] == 0 and ends[-1] == k
     names = {number: post for post, number in POST_NUMBERS.items()}
     for i, post in enumerate(driver.view(posts, (segments,), np.int32)):
-        assert not variant.single or ends[i + 1] - ends[i] <= 64
+        assert not variant.single or ends[i + 1] - ends[i] <= variant.columns
         part = slice(ends[i], ends[i + 1])
         result[:, part] = normalise_rows(result[:, part], names[int(post)])
-    driver.view(out, (n, k), np.float32)[...] = result
+    own = slice(ends[0], ends[-1])
+    driver.view(out, (n, k), np.float32)[:, own] = result[:, own]
+    driver.widths.append((variant.columns, variant.single, segments))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +65,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def driver(folder, monkeypatch):
     simulated = Driver(kernel=numpy_kernel)
-    simulated.kernels = read_kernels(folder)
+    simulated.kernels, simulated.widths = read_kernels(folder), []
     simulated.images = {
         each.file: ((folder / each.file).read_bytes(), (folder / each.ptx).read_bytes() + b"\0")
         for each in simulated.kernels.variants
@@ -87,7 +94,7 @@ def some(n, d, sizes, dtype=np.float32, seed=0):
     ]
 
 
-@pytest.mark.parametrize("sizes", [[3], [5, 64, 2], [65, 7], [200, 1, 9, 30]])
+@pytest.mark.parametrize("sizes", [[3], [5, 64, 2], [65, 7], [200, 1, 9, 30], [20, 17, 33, 20]])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_it_agrees_with_its_specification(driver, folder, sizes, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "_ROWS_AT_ONCE", 50)
@@ -104,6 +111,16 @@ def test_it_agrees_with_its_specification(driver, folder, sizes, dtype, monkeypa
     np.testing.assert_allclose(scaled[0], results[0], atol=4e-3)
     assert kernel.apply(rows[:0], projections)[0].shape == (0, sizes[0])
     kernel.close()
+
+
+def test_each_basis_gets_the_smallest_block_that_holds_it(driver, folder):
+    kernel = ProjectionKernel.open(folder)
+    kernel.apply(*some(3, 64, [20, 64, 7, 150, 16, 21]))
+    assert driver.widths == [(16, True, 2), (32, True, 2), (64, True, 1), (64, False, 1)]
+    kernel.close()
+    computed = [columns_computed(20, width, single=True) for width in (16, 32, 64)]
+    assert computed == [32, 32, 64]  # blocks of 64 columns computed 3.2 times what was needed
+    assert best_block(20, KINDS) == (32, True) and best_block(65, KINDS) == (64, False)
 
 
 def test_memory_is_reused_and_grows(driver, folder):
@@ -165,7 +182,7 @@ def test_missing_and_changed_files_are_errors(driver, folder, tmp_path):
     record = copy / "kernels.json"
     text = record.read_text()
     for edited, words in [
-        (text.replace('"schema": 1', '"schema": 9'), "schema 9"),
+        (text.replace('"schema": 2', '"schema": 9'), "schema 9"),
         (text[:200], "not a readable record"),
         (text.replace('"file": "sm86', '"file": "../sm86'), "leaves the directory"),
     ]:

@@ -103,19 +103,129 @@ def test_every_batch_size_and_number_of_columns_agrees_with_the_reference(gpu, b
     engine.close()
 
 
-def test_one_graph_for_each_bucket_and_none_recorded_twice(gpu, bundle):
+def test_one_graph_for_each_bucket_of_a_lane_and_none_recorded_twice(gpu, bundle):
     engine = TensorRTImageEngine.open(bundle)
-    assert len(gpu.driver.runnable) == 4  # for 1, 2, 4 and 5 images, before the first run
-    for images in (1, 2, 3, 4, 5, 3, 1):
+    # for 1, 2, 4 and 5 images in each of the two lanes, before the first run
+    assert len(gpu.driver.runnable) == 8
+    for images in (1, 2, 3, 4, 5, 3, 1) * 2:
         engine.run(*inputs(bundle, images, 0))
-    assert len(gpu.driver.runnable) == 4 and len(set(gpu.driver.launched)) == 4
+    assert len(gpu.driver.runnable) == 8 and len(set(gpu.driver.launched)) == 8
     before = len(gpu.driver.buffers)
-    for columns in (1, 40, 64):  # one bucket of columns
+    for columns in (1, 40, 64, 64):  # one bucket of columns
         engine.run(*inputs(bundle, 1, columns))
-    assert len(gpu.driver.runnable) == 5
+    assert len(gpu.driver.runnable) == 10
     assert len(gpu.driver.buffers) == before  # all buckets share the memory
     engine.run(*inputs(bundle, 1, 65))
-    assert len(gpu.driver.runnable) == 6
+    assert len(gpu.driver.runnable) == 11
+    engine.close()
+
+
+def start_two(engine, bundle, columns=(7, 7)):
+    """Start two runs before the first one is finished; return what they were given and yielded."""
+    given = [inputs(bundle, 2 + i, columns[i], seed=i) for i in range(2)]
+    finishes = [engine.start(*arrays) for arrays in given]
+    return given, [finish() for finish in finishes]
+
+
+def test_two_runs_are_under_way(gpu, bundle, reference):
+    """The second run's pixels and bases are copied before the first run is finished."""
+    engine = TensorRTImageEngine.open(bundle)
+    for columns in ((7, 7), (7, 70), (0, 64)):
+        given, got = start_two(engine, bundle, columns)
+        for arrays, results in zip(given, got, strict=True):
+            for ours, expected in zip(results, reference.run(*arrays), strict=True):
+                np.testing.assert_allclose(ours, expected, atol=2e-5)
+    engine.close()
+
+
+@pytest.mark.parametrize("missing", ["uploaded", "computed", "done", "bases behind the last run"])
+def test_every_wait_is_needed(gpu, bundle, reference, monkeypatch, missing):
+    """Without one of them, a run reads pixels, bases or results of another one."""
+    engine = TensorRTImageEngine.open(bundle)
+    start_two(engine, bundle)  # records the graphs and leaves stale results to be read
+    hold, wait_for, upload = (
+        getattr(cuda.CudaDevice, name) for name in ("hold", "wait_for", "upload")
+    )
+    if missing in ("uploaded", "computed"):
+        events = [getattr(lane, missing) for lane in engine._lanes]
+        monkeypatch.setattr(
+            cuda.CudaDevice, "hold",
+            lambda self, stream, event: None if event in events else hold(self, stream, event),
+        )  # fmt: skip
+    elif missing == "done":
+        monkeypatch.setattr(cuda.CudaDevice, "wait_for", lambda self, event: None)
+    else:  # bases in another stream, which no run waits for
+
+        def elsewhere(self, target, source, stream=None):
+            other = engine._in if target in engine._addresses.values() else stream
+            upload(self, target, source, other)
+            if other is engine._in and stream is None:
+                self.wait(other)
+
+        monkeypatch.setattr(cuda.CudaDevice, "upload", elsewhere)
+    given = [inputs(bundle, 2 + i, 7, seed=10 + i) for i in range(2)]
+    finishes = [engine.start(*arrays) for arrays in given]
+    got = [finish() for finish in finishes]
+    assert not all(
+        np.allclose(ours, expected, atol=2e-5)
+        for arrays, results in zip(given, got, strict=True)
+        for ours, expected in zip(results, reference.run(*arrays), strict=True)
+    )
+    monkeypatch.setattr(cuda.CudaDevice, "wait_for", wait_for)
+    engine.close()
+
+
+def test_a_third_run_waits_and_a_failed_one_frees_its_lane(gpu, bundle):
+    engine = TensorRTImageEngine.open(bundle)
+    arrays = inputs(bundle, 2, 0)
+    first, second = engine.start(*arrays), engine.start(*arrays)
+    with ThreadPoolExecutor(1) as others:
+        third = others.submit(engine.run, *arrays)
+        assert not third.done()
+        first()
+        third.result(timeout=30)
+        second()
+    gpu.driver.fail["cuEventRecord"] = CUresult.CUDA_ERROR_INVALID_VALUE
+    for _ in range(5):
+        with pytest.raises(EngineError, match="recording a CUDA event"):
+            engine.run(*arrays)
+    gpu.driver.fail.clear()
+    for _ in range(3):
+        engine.run(*inputs(bundle, 2 * MOST + 1, 3))
+    engine.close()
+
+
+def test_many_threads_with_runs_of_several_parts(gpu, bundle, reference):
+    """A thread that holds one lane never waits for the other."""
+    engine = TensorRTImageEngine.open(bundle)
+    given = [inputs(bundle, 3 * MOST, 5, seed=seed) for seed in range(8)]
+    with ThreadPoolExecutor(4) as threads:
+        got = list(threads.map(lambda arrays: engine.run(*arrays), given, timeout=120))
+    for arrays, results in zip(given, got, strict=True):
+        np.testing.assert_allclose(results[1], reference.run(*arrays)[1], atol=2e-5)
+    engine.close()
+
+
+def test_closing_while_a_run_is_under_way(gpu, bundle):
+    engine = TensorRTImageEngine.open(bundle)
+    finish = engine.start(*inputs(bundle, 2, 0))
+    engine.close()
+    with pytest.raises(ClosedError):
+        finish()
+
+
+def test_on_a_gpu_with_the_memory_of_the_processor_nothing_is_copied(gpu, bundle, reference):
+    gpu.driver.integrated = True
+    engine = TensorRTImageEngine.open(bundle)
+    arrays = inputs(bundle, 3, 7)
+    engine.run(*arrays)  # copies the bases
+    before = gpu.driver.moved
+    given, got = start_two(engine, bundle)
+    for (pixels, weight, bias), results in zip(given, got, strict=True):
+        for ours, expected in zip(results, reference.run(pixels, weight, bias), strict=True):
+            np.testing.assert_allclose(ours, expected, atol=2e-5)
+    bases = 2 * 4 * (bundle.embedding_dim + 1) * 64  # each run has other ones
+    assert gpu.driver.moved - before == bases
     engine.close()
 
 
@@ -128,12 +238,12 @@ def test_weights_are_copied_only_when_they_change(gpu, bundle, reference, monkey
     )
     pixels, weight, bias = inputs(bundle, 2, 7)
     engine.run(pixels, weight, bias)
-    assert len(copied) == 4  # weight, bias, and the pixels twice: before and while recording
+    assert len(copied) == 3  # weight, bias and pixels
     engine.run(pixels, weight.copy(), bias.copy())
     assert len(copied) == 4
     weight[3, 2] += 1  # changed in place
     got = engine.run(pixels, weight, bias)[1]
-    assert len(copied) == 6
+    assert len(copied) == 7
     np.testing.assert_allclose(got, reference.run(pixels, weight, bias)[1], atol=2e-5)
     engine.close()
 
@@ -214,21 +324,22 @@ def test_enterprise_tensorrt_uses_the_same_code(gpu, bundle, reference, monkeypa
 @pytest.mark.parametrize(
     "call",
     [
-        "cuStreamCreate", "cuMemAlloc", "cuMemHostAlloc", "cuMemcpyHtoDAsync",
-        "cuStreamSynchronize", "cuGraphLaunch",
+        "cuStreamCreate", "cuEventCreate", "cuMemAlloc", "cuMemHostAlloc", "cuMemcpyHtoDAsync",
+        "cuMemcpyDtoHAsync", "cuStreamSynchronize", "cuEventRecord", "cuGraphLaunch",
     ],
 )  # fmt: skip
 def test_a_driver_that_fails_is_a_typed_error(gpu, bundle, call):
-    if call == "cuGraphLaunch":
+    running = call in ("cuGraphLaunch", "cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "cuEventRecord")
+    if running:
         engine = TensorRTImageEngine.open(bundle)
     gpu.driver.fail[call] = CUresult.CUDA_ERROR_OUT_OF_MEMORY
     with pytest.raises(EngineError, match=r"CUDA_ERROR_OUT_OF_MEMORY.*memory is full"):
-        if call == "cuGraphLaunch":
+        if running:
             engine.run(*inputs(bundle, 1, 0))
         else:
             TensorRTImageEngine.open(bundle)
     gpu.driver.fail.clear()
-    if call == "cuGraphLaunch":
+    if running:
         engine.run(*inputs(bundle, 1, 0))  # it works again when the driver does
         engine.close()
 
@@ -255,7 +366,7 @@ def test_a_deleted_engine_frees_its_memory(gpu, bundle):
 
 def test_an_out_of_memory_error_says_what_the_memory_was_for(gpu, bundle):
     gpu.driver.free = 1000
-    with pytest.raises(EngineError, match=r"image: .* bytes of the GPU's memory"):
+    with pytest.raises(EngineError, match=r"weight: .* bytes of the GPU's memory"):
         TensorRTImageEngine.open(bundle)
 
 

@@ -11,24 +11,17 @@ import torch  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from crl_export.kernels.projection import project_segments  # noqa: E402
+from crl_export.kernels.jitted import launch_jitted  # noqa: E402
 from crl_sdk.basis._methods import PROJECTION_METHODS, make_projection  # noqa: E402
 from crl_sdk.engines._kernels import POST_NUMBERS  # noqa: E402
 from crl_sdk.projection._projection import EPSILON, normalise_rows  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-BLOCKS = {"BLOCK_N": 16, "BLOCK_D": 32, "BLOCK_K": 16}
 
 
 def run(x, weight, bias, sizes, posts, *, unit, out_dtype=torch.float32):
-    starts = torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int32)
-    numbers = torch.tensor([POST_NUMBERS[post] for post in posts], dtype=torch.int32)
-    out = torch.full((len(x), int(starts[-1])), 7.0, dtype=out_dtype)
-    grid = (-(-len(x) // BLOCKS["BLOCK_N"]), len(sizes))
-    project_segments[grid](
-        x, weight, bias, starts, numbers, len(x), x.shape[1], out.shape[1], out,
-        **BLOCKS, UNIT=unit, SINGLE=max(sizes) <= BLOCKS["BLOCK_K"],
-    )  # fmt: skip
+    out = torch.full((len(x), sum(sizes)), 7.0, dtype=out_dtype)
+    launch_jitted(x, weight, bias, sizes, posts, unit=unit, out=out)
     return out.float().numpy()
 
 
@@ -49,7 +42,10 @@ def expected(x, weight, bias, sizes, posts, *, unit):
     n=st.integers(1, 40),
     d=st.sampled_from([1, 7, 32, 63, 128]),
     segments=st.lists(
-        st.tuples(st.integers(1, 40), st.sampled_from(sorted(POST_NUMBERS))),
+        st.tuples(
+            st.integers(1, 40) | st.sampled_from([64, 65, 130]),
+            st.sampled_from(sorted(POST_NUMBERS)),
+        ),
         min_size=1,
         max_size=5,
     ),

@@ -223,7 +223,7 @@ def test_clients_take_turns():
     def run(pixels):
         seen.append(pixels[:, 0, 0, 0].copy())
         time.sleep(0.01)
-        return np.ones((len(pixels), 4), np.float32)
+        return lambda: np.ones((len(pixels), 4), np.float32)
 
     async def work():
         drop = Admission(256, 1024, queued=lambda: 0).drop
@@ -245,7 +245,7 @@ def test_clients_take_turns():
 
 def make_batcher() -> Batcher:
     return Batcher(
-        lambda pixels: np.ones((len(pixels), 4), np.float32),
+        lambda pixels: lambda: np.ones((len(pixels), 4), np.float32),
         np.zeros((1, 2, 2, 3), np.uint8),
         drop=Admission(256, 1024, queued=lambda: 0).drop,
     )

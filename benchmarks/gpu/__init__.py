@@ -1,0 +1,1 @@
+"""The hardware check: what only a GPU can show, in one run of a few minutes."""
