@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -30,6 +31,7 @@ from crl_benchmarks.bench_report import (
     Setting,
     Subject,
 )
+from crl_benchmarks.call_records import CallRecords, Part, PartWriter
 from crl_benchmarks.load import Reply, Run, closed_loop, merge, open_loop
 from crl_benchmarks.machine import find_machine
 from crl_benchmarks.quantiles import PERCENTILES, percentile
@@ -82,6 +84,7 @@ class _Job:
         seconds: Measured seconds.
         seed: Seed of the arrival times, different for each process and run.
         starts: Start time on the wall clock, which all processes share.
+        part: Where to put a record of each call, or None.
     """
 
     target: Target
@@ -91,14 +94,23 @@ class _Job:
     seconds: float
     seed: int
     starts: float
+    part: Part | None = None
 
 
 class Generators:
     """The generator processes, started once for all runs. Use as a context manager."""
 
-    def __init__(self, target: Target, settings: BenchSettings) -> None:
-        """Prepare the processes; they start at the first run."""
-        self._target, self._settings = target, settings
+    def __init__(
+        self, target: Target, settings: BenchSettings, records: CallRecords | None = None
+    ) -> None:
+        """Prepare the processes; they start at the first run.
+
+        Args:
+            target: Server and calls.
+            settings: Settings of each run.
+            records: Where to record each call, or None.
+        """
+        self._target, self._settings, self._records = target, settings, records
         self._seeds = count(1)  # the first call, which `probe` makes, has 0
         context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
         self._pool = ProcessPoolExecutor(settings.processes, mp_context=context)
@@ -134,13 +146,16 @@ class Generators:
         settings = self._settings
         processes = settings.processes if mode == "open" else min(settings.processes, int(load))
         shares = _shares(mode, load, processes)
+        parts: Sequence[Part | None] = [None] * len(shares)
+        if self._records is not None:
+            parts = self._records.begin_run(mode, load, len(shares))
         starts = time.time() + 0.3
         jobs = [
             _Job(
                 self._target, mode, share, settings.warm_up, settings.seconds,
-                next(self._seeds), starts,
+                next(self._seeds), starts, part,
             )
-            for share in shares
+            for share, part in zip(shares, parts, strict=True)
         ]  # fmt: skip
         try:
             run = merge(list(self._pool.map(_generate, jobs)))
@@ -149,6 +164,8 @@ class Generators:
                 "a generator process ended; check that there is enough memory, or use fewer images "
                 "with --count, or fewer --processes"
             ) from error
+        if self._records is not None:
+            self._records.note_problem(run.unrecorded)
         return _row(mode, load, run, self._target.batch)
 
 
@@ -262,7 +279,7 @@ def _generate(job: _Job) -> Run:
     """Make one run in a generator process."""
     time.sleep(max(job.starts - time.time(), 0))
 
-    async def run() -> Run:
+    async def run(record: PartWriter | None) -> Run:
         async with open_target(job.target) as channel:
             send = connect(job.target, channel)
             # processes send different images at the same time, and distinct ones in all runs
@@ -273,13 +290,19 @@ def _generate(job: _Job) -> Run:
 
             if job.mode == "closed":
                 return await closed_loop(
-                    shifted, callers=int(job.load), warm_up=job.warm_up, seconds=job.seconds
-                )
+                    shifted, callers=int(job.load), warm_up=job.warm_up, seconds=job.seconds,
+                    record=record,
+                )  # fmt: skip
             return await open_loop(
-                shifted, rate=job.load, warm_up=job.warm_up, seconds=job.seconds, seed=job.seed
-            )
+                shifted, rate=job.load, warm_up=job.warm_up, seconds=job.seconds, seed=job.seed,
+                record=record,
+            )  # fmt: skip
 
-    return asyncio.run(run())
+    with PartWriter(job.part) if job.part is not None else nullcontext() as record:
+        measured = asyncio.run(run(record))
+    if record is not None:
+        measured.unrecorded = record.problem
+    return measured
 
 
 def _row(mode: str, load: float, run: Run, batch: int) -> LoadResult:

@@ -32,6 +32,9 @@ class Reply:
         message: What the server says about a failed call.
         stages: Seconds that the server reports, by stage.
         cached: Share of the images that the server's cache answered; None if it does not say.
+        images: Number of images of the call.
+        criteria: Criteria of the call.
+        sent_bytes: Size of the request in bytes; 0 if it is not known.
     """
 
     outcome: str
@@ -39,6 +42,33 @@ class Reply:
     message: str = ""
     stages: dict[str, float] = field(default_factory=dict)
     cached: float | None = None
+    images: int = 1
+    criteria: tuple[str, ...] = ()
+    sent_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EndedCall:
+    """A call that has ended. Its times are those of `time.perf_counter`, in seconds.
+
+    Attributes:
+        due: When the call was due. In a closed loop, that is when it was sent.
+        sent: When it was sent.
+        done: When it ended.
+        phase: `warm_up`; `measured` if its latency counts; or `late` if a closed loop ended
+            before it.
+        reply: Its outcome.
+    """
+
+    due: float
+    sent: float
+    done: float
+    phase: str
+    reply: Reply
+
+
+Record = Callable[[EndedCall], None]
+"""Notes a call that has ended. It never raises."""
 
 
 @dataclass(slots=True)
@@ -59,6 +89,7 @@ class Run:
         cpu: Share of one core that the generator used.
         offered: Number of calls that were due.
         cached: Share of the images of each successful call that the server's cache answered.
+        unrecorded: Why calls could not be recorded, else empty.
     """
 
     seconds: float = 0.0
@@ -71,6 +102,7 @@ class Run:
     cpu: float = 0.0
     offered: int = 0
     cached: list[float] = field(default_factory=list)
+    unrecorded: str = ""
 
     @property
     def calls_per_second(self) -> float:
@@ -98,6 +130,7 @@ def merge(runs: list[Run]) -> Run:
         whole.done += run.done
         whole.lags += run.lags
         whole.cached += run.cached
+        whole.unrecorded = whole.unrecorded or run.unrecorded
         for outcome, latencies in run.latencies.items():
             whole.latencies.setdefault(outcome, []).extend(latencies)
         for stage, seconds in run.stages.items():
@@ -108,7 +141,9 @@ def merge(runs: list[Run]) -> Run:
     return whole
 
 
-async def closed_loop(send: Send, *, callers: int, warm_up: float, seconds: float) -> Run:
+async def closed_loop(
+    send: Send, *, callers: int, warm_up: float, seconds: float, record: Record | None = None
+) -> Run:
     """Run callers that call again as soon as they are answered.
 
     Args:
@@ -116,6 +151,7 @@ async def closed_loop(send: Send, *, callers: int, warm_up: float, seconds: floa
         callers: Number of concurrent callers.
         warm_up: Seconds before anything counts.
         seconds: Measured seconds.
+        record: Function that notes each call.
     """
     run = Run(seconds=seconds)
     begins = time.perf_counter() + warm_up
@@ -130,6 +166,9 @@ async def closed_loop(send: Send, *, callers: int, warm_up: float, seconds: floa
             if begins <= started and done <= ends:
                 run.offered += 1
                 run.add(reply, done - started)
+            if record is not None:
+                phase = "warm_up" if started < begins else "measured" if done <= ends else "late"
+                record(EndedCall(started, started, done, phase, reply))
             if reply.outcome != "ok":
                 await asyncio.sleep(0.001)  # do not flood a server that refuses at once
             number += callers
@@ -140,7 +179,13 @@ async def closed_loop(send: Send, *, callers: int, warm_up: float, seconds: floa
 
 
 async def open_loop(
-    send: Send, *, rate: float, warm_up: float, seconds: float, seed: int = 0
+    send: Send,
+    *,
+    rate: float,
+    warm_up: float,
+    seconds: float,
+    seed: int = 0,
+    record: Record | None = None,
 ) -> Run:
     """Send calls at random times that do not depend on earlier calls.
 
@@ -150,6 +195,7 @@ async def open_loop(
         warm_up: Seconds before anything counts.
         seconds: Measured seconds, in which the calls that count are due.
         seed: Seed of the arrival times.
+        record: Function that notes each call.
     """
     run = Run(seconds=seconds)
     begins = time.perf_counter() + warm_up
@@ -158,6 +204,7 @@ async def open_loop(
     tasks: set[asyncio.Task[None]] = set()
 
     async def call(number: int, due: float) -> None:
+        sent = time.perf_counter()
         reply = await send(number)
         done = time.perf_counter()
         if begins <= due:
@@ -165,6 +212,8 @@ async def open_loop(
             run.add(reply, done - due)
             if reply.outcome == "ok":
                 run.done.append(done - begins)
+        if record is not None:
+            record(EndedCall(due, sent, done, "measured" if begins <= due else "warm_up", reply))
 
     async with _Watch(run, begins, ends):
         number, due = 0, begins - warm_up

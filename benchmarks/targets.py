@@ -99,9 +99,9 @@ async def probe(target: Target) -> Subject:
     async with open_target(target) as channel:
         try:
             if target.kind == "kserve":
-                await _infer(target, channel, 0)
+                await _infer(target, channel, _infer_request(target, 0))
                 return await _ask_kserve(target, channel)
-            reply = await _embed(target, channel, 0)
+            reply = await _embed(target, channel, _embed_request(target, 0))
             for number, image in enumerate(reply.images, start=1):
                 if image.code:
                     raise ImageError(image.message, source=f"image {number} of the first call")
@@ -135,21 +135,24 @@ async def _ask_kserve(target: Target, channel: grpc.aio.Channel) -> Subject:
     return Subject(model=target.model, engine=model.platform or None, server=named or None)
 
 
-async def _embed(
-    target: Target, channel: grpc.aio.Channel, number: int
-) -> embedding_pb2.EmbedResponse:
-    request = embedding_pb2.EmbedRequest(
+def _embed_request(target: Target, number: int) -> embedding_pb2.EmbedRequest:
+    return embedding_pb2.EmbedRequest(
         images=[embedding_pb2.Image(encoded=data) for data in _images(target, number)],
         criteria=target.criteria,
     )
+
+
+async def _embed(
+    target: Target, channel: grpc.aio.Channel, request: embedding_pb2.EmbedRequest
+) -> embedding_pb2.EmbedResponse:
     stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
     return await stub.Embed(request, **_options(target))
 
 
 def _crl(target: Target, channel: grpc.aio.Channel) -> Send:
-    async def send(number: int) -> Reply:
+    async def ask(request: embedding_pb2.EmbedRequest) -> Reply:
         try:
-            reply = await _embed(target, channel, number)
+            reply = await _embed(target, channel, request)
         except grpc.aio.AioRpcError as error:
             return failed(error)
         bad = next((each for each in reply.images if each.code), None)
@@ -168,12 +171,19 @@ def _crl(target: Target, channel: grpc.aio.Channel) -> Send:
             cached=sum(each.cached for each in reply.images) / len(reply.images),
         )
 
+    async def send(number: int) -> Reply:
+        request = _embed_request(target, number)
+        reply = await ask(request)
+        reply.images, reply.criteria = len(request.images), tuple(request.criteria)
+        reply.sent_bytes = request.ByteSize()
+        return reply
+
     return send
 
 
-async def _infer(target: Target, channel: grpc.aio.Channel, number: int) -> None:
+def _infer_request(target: Target, number: int) -> kserve_pb2.ModelInferRequest:
     images = _images(target, number)
-    request = kserve_pb2.ModelInferRequest(
+    return kserve_pb2.ModelInferRequest(
         model_name=target.model,
         inputs=[
             kserve_pb2.ModelInferRequest.InferInputTensor(
@@ -182,17 +192,25 @@ async def _infer(target: Target, channel: grpc.aio.Channel, number: int) -> None
         ],
         raw_input_contents=[b"".join(struct.pack("<I", len(image)) + image for image in images)],
     )
+
+
+async def _infer(
+    target: Target, channel: grpc.aio.Channel, request: kserve_pb2.ModelInferRequest
+) -> None:
     stub = kserve_pb2_grpc.GRPCInferenceServiceStub(channel)
     await stub.ModelInfer(request, **_options(target))
 
 
 def _kserve(target: Target, channel: grpc.aio.Channel) -> Send:
     async def send(number: int) -> Reply:
+        request = _infer_request(target, number)
         try:
-            await _infer(target, channel, number)
+            await _infer(target, channel, request)
+            reply = Reply("ok")
         except grpc.aio.AioRpcError as error:
-            return failed(error)
-        return Reply("ok")
+            reply = failed(error)
+        reply.images, reply.sent_bytes = target.batch, request.ByteSize()
+        return reply
 
     return send
 

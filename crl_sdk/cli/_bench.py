@@ -6,7 +6,8 @@ import asyncio
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from crl_benchmarks.bench import BenchSettings
     from crl_benchmarks.bench_objective import Objective
     from crl_benchmarks.bench_report import LoadResult, Report, Setting, Subject
+    from crl_benchmarks.call_records import CallRecords
     from crl_benchmarks.targets import Target
 
 _DEFAULT_BATCHES = "1,8,16,32"
@@ -108,6 +110,9 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option(help="Plot latency over throughput to this .png or .html file.")
     ] = None,
+    requests: Annotated[
+        Path | None, typer.Option(help="Write a record of each call to this .jsonl or .parquet.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure latency, throughput and failures of a server under load.
@@ -125,12 +130,13 @@ def bench(
         "--slo": slo, "--concurrency": concurrency, "--rate": rate, "--images": images,
         "--criteria": criteria, "--kserve-model": kserve_model, "--distinct": distinct,
         "--authority": authority, "--certificate": certificate, "--key": key,
+        "--requests": requests,
     }  # fmt: skip
     of_engines = {
         "--engine": engine != "auto", "--threads": threads, "--batches": batches != _DEFAULT_BATCHES
     }  # fmt: skip
     _check_options(address, bundle, of_servers, of_engines)
-    require_new(out_file, plot, overwrite=overwrite)
+    require_new(out_file, plot, requests, overwrite=overwrite)
     try:
         from crl_benchmarks.bench import BenchSettings, report, server_settings
         from crl_benchmarks.bench_objective import Objective
@@ -139,11 +145,12 @@ def bench(
         from crl_sdk.client._options import ClientSecurity
     except ImportError as error:
         raise MissingDependencyError(error.name or "pillow", "cpu", "crl bench") from error
-    _check_plot(plot)
+    _check_files(plot, requests)
+    command = shlex.join(["crl", *sys.argv[1:]])
 
     settings = BenchSettings(warm_up=warm_up, seconds=seconds, processes=processes)
     objective = Objective.parse(slo) if slo is not None else None
-    ended_early = ""
+    ended_early, records = "", None
     if bundle is not None:
         target, described, rows = _engine(
             bundle, engine, threads, _numbers("--batches", batches, whole=True), settings
@@ -164,13 +171,41 @@ def bench(
             distinct=distinct,
         )
         target, described = asyncio.run(probe(calls)), server_settings(calls, settings)
-        rows, ended_early = _server(calls, settings, loads, objective)
+        with _recorded(requests, command, address) as records:
+            rows, ended_early = _server(calls, settings, loads, objective, records)
     result = objective.conclude(rows) if objective is not None else None
-    command = shlex.join(["crl", *sys.argv[1:]])
     document = report(command, target, described, rows, objective=result, ended_early=ended_early)
     _show(document, out_file, plot, as_json=as_json)
-    if result is not None and result.outcome == "not_judged":
+    unwritten = records is not None and records.failed
+    if unwritten or (result is not None and result.outcome == "not_judged"):
         raise typer.Exit(1)
+
+
+@contextmanager
+def _recorded(path: Path | None, command: str, address: str) -> Iterator[CallRecords | None]:
+    """Yield where calls are recorded, and write the file however the block ends.
+
+    An error of the file is printed and noted, since the report is still to come.
+
+    Args:
+        path: File of the records; None for no records.
+        command: Command line.
+        address: Address of the server.
+    """
+    if path is None:
+        yield None
+        return
+    from crl_benchmarks.call_records import CallRecords
+
+    records = CallRecords(path, command=command, address=address)
+    try:
+        yield records
+    finally:
+        try:
+            if count := records.write():
+                note(f"wrote {path}, {count:,} calls")
+        except CrlError as error:
+            print_error(error, as_json=False)  # stdout has its one document
 
 
 def _check_options(
@@ -195,9 +230,13 @@ def _check_options(
             raise InvalidInputError(f"{name} needs {needed}: leave {name} out")
 
 
-def _check_plot(path: Path | None) -> None:
-    """Check before any work that a plot can be drawn."""
-    if path is None:
+def _check_files(plot: Path | None, requests: Path | None) -> None:
+    """Check before any work that a plot can be drawn and that records can be written."""
+    if requests is not None:
+        from crl_benchmarks.call_records import check_records_path
+
+        check_records_path(requests)
+    if plot is None:
         return
     try:
         import matplotlib  # noqa: F401
@@ -205,7 +244,7 @@ def _check_plot(path: Path | None) -> None:
         raise MissingDependencyError("matplotlib", "bench", "--plot") from error
     from crl_benchmarks.plot import check_plot
 
-    check_plot(path)
+    check_plot(plot)
 
 
 def _loads(concurrency: str, rate: str, *, searched: bool) -> list[tuple[str, float]]:
@@ -276,6 +315,7 @@ def _server(
     settings: BenchSettings,
     loads: list[tuple[str, float]],
     objective: Objective | None,
+    records: CallRecords | None,
 ) -> tuple[list[LoadResult], str]:
     """Return the runs, and why they ended early. What was measured until then is kept."""
     from crl_benchmarks.bench import Generators
@@ -283,7 +323,10 @@ def _server(
     from crl_benchmarks.bench_report import name_load
 
     rows: list[LoadResult] = []
-    with spinner("starting the generators") as status, Generators(target, settings) as generators:
+    with (
+        spinner("starting the generators") as status,
+        Generators(target, settings, records) as generators,
+    ):
 
         def measure(mode: str, load: float) -> LoadResult:
             status.update(name_load(mode, load))

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import math
 import socket
+import subprocess
+import sys
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import trustme
 import typer
 
 from crl_benchmarks.bench import BenchSettings, Generators, _row
-from crl_benchmarks.load import Run
+from crl_benchmarks.call_records import CallRecords, PartWriter, _read_run
+from crl_benchmarks.load import EndedCall, Reply, Run
 from crl_benchmarks.targets import Target
 from crl_sdk import demo_bundle
 from crl_sdk.cli._bench import bench
@@ -22,6 +27,7 @@ from crl_sdk.errors import (
     AccessError,
     CrlError,
     InvalidInputError,
+    MissingDependencyError,
     ServiceError,
     UnknownCriterionError,
 )
@@ -33,7 +39,7 @@ DEFAULTS = {
     "processes": 1, "timeout": 5.0, "out_file": None, "plot": None, "as_json": True,
     "bundle": None, "engine": "auto", "threads": None, "batches": "1,8,16,32", "distinct": False,
     "authority": None, "certificate": None, "key": None, "compare": None,
-    "plain_text_token": False, "overwrite": False,
+    "plain_text_token": False, "overwrite": False, "requests": None,
 }  # fmt: skip
 
 
@@ -79,6 +85,8 @@ def test_what_cannot_be_measured_says_why(server):
         ({"out_file": Path("nowhere/report.json")}, "run mkdir -p nowhere"),
         ({"plot": Path("plot.gif")}, r"png or \.html"),
         ({"plot": Path("nowhere/plot.png")}, "run mkdir -p nowhere"),
+        ({"requests": Path("nowhere/calls.jsonl")}, "run mkdir -p nowhere"),
+        ({"requests": Path("calls.csv")}, r"--requests: expected .* \.jsonl or \.parquet"),
     ]:
         with pytest.raises(InvalidInputError, match=words):
             bench(server.address, **{**DEFAULTS, **wrong})
@@ -101,7 +109,8 @@ def test_an_engine_in_process(capsys, tmp_path):
         bundle = None if address is None else demo_bundle()
         with pytest.raises(InvalidInputError, match="expected either"):
             bench(address, **{**DEFAULTS, "bundle": bundle})
-    for wrong in ({"slo": "p99<50ms"}, {"rate": "5"}, {"distinct": True}, {"criteria": "color"}):
+    for wrong in ({"slo": "p99<50ms"}, {"rate": "5"}, {"distinct": True}, {"criteria": "color"},
+                  {"requests": tmp_path / "calls.jsonl"}):  # fmt: skip
         with pytest.raises(InvalidInputError, match="needs the address of a server"):
             bench(None, **{**options, **wrong})
     with pytest.raises(InvalidInputError, match="expected batch sizes"):
@@ -307,3 +316,132 @@ def test_a_server_that_asks_for_a_certificate(serve, embedder, tmp_path, capsys)
             bench(address, **{**options, **wrong})
     bench(address, **{**options, "authority": tmp_path / "ca.pem", **pair})
     assert json.loads(capsys.readouterr().out)["rows"][0]["served_calls"] > 0
+
+
+def read_calls(path):
+    """Return header and records of a file of --requests."""
+    header, *calls = map(json.loads, path.read_text().splitlines())
+    return header, calls
+
+
+def test_each_call_is_recorded(server, capsys, tmp_path):
+    path = tmp_path / "calls.jsonl"
+    options = {"criteria": "color,shape", "concurrency": "2", "rate": "30", "processes": 2}
+    options |= {"batch": 3, "requests": path, "seconds": 1.0, "warm_up": 0.5}
+    bench(server.address, **{**DEFAULTS, **options})
+    told = json.loads(capsys.readouterr().out)
+    header, calls = read_calls(path)
+    assert header["schema"] == 1 and header["address"] == server.address and header["started"]
+    last = {call["mode"]: call["run"] for call in calls}  # a run may have been repeated
+    for row in told["rows"]:
+        run = [call for call in calls if call["run"] == last[row["mode"]]]
+        measured = [call for call in run if call["phase"] == "measured"]
+        assert len(measured) == row["offered_calls"]
+        assert {call["load"] for call in run} == {row["load"]}
+        assert any(call["phase"] == "warm_up" for call in run)
+        served = [call["latency_ms"] for call in measured if call["outcome"] == "ok"]
+        p50 = next(each for each in row["latency"] if each["percent"] == 50)
+        assert np.median(served) == pytest.approx(p50["latency_ms"], abs=0.01)
+    for call in calls:
+        assert call["images"] == 3 and call["criteria"] == ["color", "shape"]
+        assert (
+            call["status"] == "OK" and call["sent_bytes"] > 3 * 64 and "infer" in call["server_ms"]
+        )
+        assert 0 <= call["due_seconds"] <= call["sent_seconds"] + 1e-6
+        assert call["mode"] != "closed" or call["due_seconds"] == call["sent_seconds"]
+    for run in {call["run"] for call in calls}:
+        due = [call["due_seconds"] for call in calls if call["run"] == run]
+        assert due == sorted(due)
+    assert [each.name for each in tmp_path.iterdir() if "calls" in each.name] == [path.name]
+    with pytest.raises(InvalidInputError, match="--overwrite"):
+        bench(server.address, **{**DEFAULTS, **options})
+
+
+def test_records_as_parquet(server, capsys, tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "calls.parquet"
+    options = {**DEFAULTS, "concurrency": "1", "requests": path}
+    bench(server.address, **options)
+    served = json.loads(capsys.readouterr().out)["rows"][0]["offered_calls"]
+    table = parquet.read_table(path)
+    assert table["phase"].to_pylist().count("measured") >= served
+    assert json.loads(table.schema.metadata[b"crl_bench"])["address"] == server.address
+    assert "infer" in dict(table["server_ms"][0].as_py()) and table["images"][0].as_py() == 1
+    path.unlink()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingDependencyError, match=r"'pyarrow'.*crl-embeddings\[parquet\]"):
+        bench(server.address, **options)
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, BrokenProcessPool])
+def test_records_stay_when_a_run_is_interrupted(server, capsys, monkeypatch, tmp_path, end):
+    path = tmp_path / "calls.jsonl"
+    begin_run = CallRecords.begin_run
+
+    def interrupted(self, mode, load, processes):
+        parts = begin_run(self, mode, load, processes)
+        if load > 1:  # what a dying process leaves: a record, and the beginning of another
+            with PartWriter(parts[0]) as record:
+                record(EndedCall(1.0, 1.0, 1.5, "warm_up", Reply("ok")))
+            with parts[0].path.open("ab") as file:
+                file.write(b'{"run":2,"mode":"clo')
+            raise end
+        return parts
+
+    monkeypatch.setattr(CallRecords, "begin_run", interrupted)
+    options = {**DEFAULTS, "concurrency": "1,2", "requests": path}
+    with pytest.raises(typer.Exit) if end is KeyboardInterrupt else pytest.raises(end):
+        bench(server.address, **options)
+    _, calls = read_calls(path)
+    assert {call["load"] for call in calls} == {1.0, 2.0}
+    assert calls[-1]["latency_ms"] == 500 and calls[-1]["phase"] == "warm_up"
+
+
+def test_a_generator_that_is_killed_leaves_its_records(tmp_path):
+    """At most the calls of its last second are lost."""
+    path = tmp_path / "calls.jsonl"
+    part = CallRecords(path, command="crl bench", address="h:1").begin_run("closed", 1, 1)[0]
+    code = (
+        "import os, signal, time\n"
+        "from pathlib import Path\n"
+        "from crl_benchmarks.call_records import Part, PartWriter\n"
+        "from crl_benchmarks.load import EndedCall, Reply\n"
+        f"record = PartWriter(Part(Path({str(part.path)!r}), 1, 'closed', 1.0, 0.0))\n"
+        "now = time.perf_counter()\n"
+        "for done in (now, now + 2.0, now + 2.5):\n"
+        "    record(EndedCall(done, done, done, 'measured', Reply('ok')))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert len(_read_run([part])) == 2  # the last one was younger than a second
+
+
+def test_records_that_cannot_be_written_do_not_lose_the_report(
+    server, capsys, monkeypatch, tmp_path
+):
+    path = tmp_path / "calls.jsonl"
+
+    def full(file, header, runs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("crl_benchmarks.call_records._write_lines", full)
+    with pytest.raises(typer.Exit) as exit:
+        bench(server.address, **{**DEFAULTS, "concurrency": "1", "requests": path})
+    captured = capsys.readouterr()
+    assert exit.value.exit_code == 1 and json.loads(captured.out)["rows"][0]["served_calls"] > 0
+    told = " ".join(captured.err.split())
+    assert "No space left on device" in told and "The records are in" in told
+    (parts,) = tmp_path.glob(".calls.jsonl.parts-*")
+    assert any(parts.iterdir())
+
+
+def test_a_record_that_cannot_be_kept_is_told(tmp_path):
+    records = CallRecords(tmp_path / "calls.jsonl", command="", address="h:1")
+    part = records.begin_run("closed", 1, 1)[0]
+    with PartWriter(replace(part, path=tmp_path / "nowhere" / "1.jsonl")) as record:
+        record(EndedCall(1.0, 1.0, 1.5, "measured", Reply("ok")))
+    assert "No such file" in record.problem
+    records.note_problem(record.problem)
+    with pytest.raises(InvalidInputError, match="not all calls were recorded"):
+        records.write()
+    assert records.failed
