@@ -10,15 +10,16 @@ import asyncio
 import multiprocessing
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from itertools import count
 
+import msgspec
 import numpy as np
 
 from crl_benchmarks.bench_report import (
@@ -35,6 +36,8 @@ from crl_benchmarks.call_records import CallRecords, Part, PartWriter
 from crl_benchmarks.load import Reply, Run, closed_loop, merge, open_loop
 from crl_benchmarks.machine import find_machine
 from crl_benchmarks.quantiles import PERCENTILES, percentile
+from crl_benchmarks.sampling import Sampling
+from crl_benchmarks.sensors import Reading, Sensors
 from crl_benchmarks.targets import Target, connect, open_target
 from crl_sdk._version import __version__
 from crl_sdk.engines._contract import ImageEngine
@@ -101,7 +104,12 @@ class Generators:
     """The generator processes, started once for all runs. Use as a context manager."""
 
     def __init__(
-        self, target: Target, settings: BenchSettings, records: CallRecords | None = None
+        self,
+        target: Target,
+        settings: BenchSettings,
+        *,
+        records: CallRecords | None = None,
+        sensors: Sensors | None = None,
     ) -> None:
         """Prepare the processes; they start at the first run.
 
@@ -109,8 +117,10 @@ class Generators:
             target: Server and calls.
             settings: Settings of each run.
             records: Where to record each call, or None.
+            sensors: Sensors to read during each run, or None.
         """
         self._target, self._settings, self._records = target, settings, records
+        self._sensors = sensors
         self._seeds = count(1)  # the first call, which `probe` makes, has 0
         context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
         self._pool = ProcessPoolExecutor(settings.processes, mp_context=context)
@@ -157,8 +167,10 @@ class Generators:
             )
             for share, part in zip(shares, parts, strict=True)
         ]  # fmt: skip
+        begins, seconds = starts + settings.warm_up, settings.seconds
         try:
-            run = merge(list(self._pool.map(_generate, jobs)))
+            with _sampled(self._sensors, begins, seconds) as sampling:
+                run = merge(list(self._pool.map(_generate, jobs)))
         except BrokenProcessPool as error:
             raise ServiceError(
                 "a generator process ended; check that there is enough memory, or use fewer images "
@@ -166,7 +178,30 @@ class Generators:
             ) from error
         if self._records is not None:
             self._records.note_problem(run.unrecorded)
-        return _row(mode, load, run, self._target.batch)
+        row = _row(mode, load, run, self._target.batch)
+        return _with_devices(row, self._sensors, sampling)
+
+
+@contextmanager
+def _sampled(
+    sensors: Sensors | None, begins: float, seconds: float
+) -> Iterator[Sampling[list[Reading]] | None]:
+    """Yield the readings of sensors, which are complete at the end of the block."""
+    if sensors is None:
+        yield None
+        return
+    with Sampling(sensors.read, begins=begins, seconds=seconds) as sampling:
+        yield sampling
+
+
+def _with_devices(
+    row: LoadResult, sensors: Sensors | None, sampling: Sampling[list[Reading]] | None
+) -> LoadResult:
+    """Return a row with what the devices of this machine did."""
+    if sensors is None or sampling is None:
+        return row
+    devices = sensors.summarise(sampling.samples, row.images_per_second)
+    return msgspec.structs.replace(row, devices=devices)
 
 
 def engine_rows(
@@ -175,6 +210,8 @@ def engine_rows(
     batches: Sequence[int],
     settings: BenchSettings,
     tell: Callable[[int], None],
+    *,
+    sensors: Sensors | None = None,
 ) -> list[LoadResult]:
     """Time an engine in this process, without decoding and without bases.
 
@@ -184,6 +221,7 @@ def engine_rows(
         batches: Batch sizes.
         settings: Seconds of warm-up and measuring.
         tell: Function that is called with each batch size before it is timed.
+        sensors: Sensors to read during each run, or None.
 
     Returns:
         One result per batch size.
@@ -200,15 +238,16 @@ def engine_rows(
         while time.perf_counter() < begins:
             engine.run(pixels, weight, bias)
         run, begins = Run(lags=[0.0]), time.perf_counter()
-        while run.seconds < settings.seconds or run.offered < 3:
-            started = time.perf_counter()
-            engine.run(pixels, weight, bias)
-            now = time.perf_counter()
-            run.offered += 1
-            run.add(Reply("ok"), now - started)
-            run.done.append(now - begins)
-            run.seconds = now - begins
-        rows.append(_row("engine", batch, run, batch))
+        with _sampled(sensors, time.time(), settings.seconds) as sampling:
+            while run.seconds < settings.seconds or run.offered < 3:
+                started = time.perf_counter()
+                engine.run(pixels, weight, bias)
+                now = time.perf_counter()
+                run.offered += 1
+                run.add(Reply("ok"), now - started)
+                run.done.append(now - begins)
+                run.seconds = now - begins
+        rows.append(_with_devices(_row("engine", batch, run, batch), sensors, sampling))
     return rows
 
 

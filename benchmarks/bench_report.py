@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from crl_benchmarks.machine import Machine
+from crl_benchmarks.sensors import DeviceUse
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.storage._atomic_files import read_record
 
@@ -64,6 +65,7 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
         cached_share: Share of the images that the server's cache answered; None if it does not say.
         quotable: Whether the figures are the server's: the generators were not the bottleneck.
         why: Reason why the run is not quotable, else empty.
+        devices: What the devices of this machine did: power, temperature, clocks.
     """
 
     mode: str
@@ -86,6 +88,7 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     cached_share: float | None
     quotable: bool
     why: str = ""
+    devices: tuple[DeviceUse, ...] = ()
 
     @property
     def shown(self) -> bool:

@@ -10,7 +10,7 @@ from setuptools.command.build_py import build_py
 
 BENCH_MODULES = {
     "__init__", "bench", "bench_compare", "bench_objective", "bench_report", "call_records",
-    "images", "load", "machine", "plot", "quantiles", "targets",
+    "images", "load", "machine", "plot", "quantiles", "sampling", "sensors", "targets",
 }  # fmt: skip
 
 

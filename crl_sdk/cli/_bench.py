@@ -284,6 +284,7 @@ def _engine(
 ) -> tuple[Subject, dict[str, Setting], list[LoadResult]]:
     from crl_benchmarks.bench import engine_rows
     from crl_benchmarks.bench_report import Subject
+    from crl_benchmarks.sensors import Sensors
     from crl_sdk.engines._selection import open_engine
     from crl_sdk.model._bundle import ModelBundle
 
@@ -294,9 +295,11 @@ def _engine(
         opened = open_engine(bundle, engine, threads=threads)
         sizes = [int(each) for each in batches]
         try:
-            rows = engine_rows(
-                bundle, opened, sizes, settings, lambda size: status.update(f"batches of {size}")
-            )
+            with Sensors() as sensors:
+                rows = engine_rows(
+                    bundle, opened, sizes, settings,
+                    lambda size: status.update(f"batches of {size}"), sensors=sensors,
+                )  # fmt: skip
         finally:
             opened.close()
     subject = Subject(
@@ -321,11 +324,13 @@ def _server(
     from crl_benchmarks.bench import Generators
     from crl_benchmarks.bench_objective import search
     from crl_benchmarks.bench_report import name_load
+    from crl_benchmarks.sensors import Sensors
 
     rows: list[LoadResult] = []
     with (
         spinner("starting the generators") as status,
-        Generators(target, settings, records) as generators,
+        Sensors() as sensors,
+        Generators(target, settings, records=records, sensors=sensors) as generators,
     ):
 
         def measure(mode: str, load: float) -> LoadResult:

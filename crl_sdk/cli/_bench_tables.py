@@ -30,6 +30,7 @@ def print_report(report: Report) -> None:
     )
     _print_runs(report.rows)
     _print_stages(report.rows)
+    _print_devices(report.rows)
     for row in report.rows:
         failures = {"RESOURCE_EXHAUSTED": row.rejected_calls, **row.failed_calls}
         remarks = [
@@ -39,6 +40,11 @@ def print_report(report: Report) -> None:
         ]
         remarks += [] if row.steady or not row.served_calls else ["not steady"]
         remarks += [f"not quotable: {row.why}"] if row.why else []
+        remarks += [
+            f"{device.name} throttled ({', '.join(device.throttle_reasons)}): it can be faster"
+            for device in row.devices
+            if device.throttled
+        ]
         if remarks:
             out.print(escape(f"{row.name}: {'; '.join(remarks)}"), soft_wrap=True)
     if report.objective is not None:
@@ -128,6 +134,26 @@ def _print_stages(rows: Iterable[LoadResult]) -> None:
         table.add_row(row.name, *(f"{row.server_p50_ms.get(each, 0.0):.1f}" for each in stages))
     out.print("\nreported by the server, p50 ms:")
     out.print(table)
+
+
+def _print_devices(rows: Iterable[LoadResult]) -> None:
+    """Print power, temperature and clocks of this machine, where they are known."""
+    from crl_benchmarks.bench_report import show_rate
+
+    heads = ("load", "device", "W", "J", "J/image", "max °C", "min MHz")
+    table = _table(*heads)
+    for row in rows:
+        for device in row.devices:
+            values = (
+                device.mean_power_watts, device.energy_joules, device.joules_per_image,
+                device.peak_celsius, device.lowest_clock_mhz,
+            )  # fmt: skip
+            if any(value is not None for value in values):
+                cells = ("-" if value is None else show_rate(value) for value in values)
+                table.add_row(row.name, escape(device.name), *cells)
+    if table.row_count:
+        out.print("\ndevices of this machine in the measured time:")
+        out.print(table)
 
 
 def _table(*headings: str) -> Table:
