@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from itertools import count
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -35,6 +36,7 @@ from crl_benchmarks.bench_report import (
 from crl_benchmarks.call_records import CallRecords, Part, PartWriter
 from crl_benchmarks.load import Reply, Run, closed_loop, merge, open_loop
 from crl_benchmarks.machine import find_machine
+from crl_benchmarks.metrics_page import MetricsPage, summarise
 from crl_benchmarks.quantiles import PERCENTILES, percentile
 from crl_benchmarks.sampling import Sampling
 from crl_benchmarks.sensors import Reading, Sensors
@@ -44,6 +46,8 @@ from crl_sdk.engines._contract import ImageEngine
 from crl_sdk.errors import ServiceError
 from crl_sdk.model import _parity as parity
 from crl_sdk.model._bundle import ModelBundle
+
+T = TypeVar("T")
 
 _BUSY = 0.9
 """Share of a core above which a generator counts as the bottleneck."""
@@ -110,6 +114,7 @@ class Generators:
         *,
         records: CallRecords | None = None,
         sensors: Sensors | None = None,
+        metrics: MetricsPage | None = None,
     ) -> None:
         """Prepare the processes; they start at the first run.
 
@@ -118,9 +123,10 @@ class Generators:
             settings: Settings of each run.
             records: Where to record each call, or None.
             sensors: Sensors to read during each run, or None.
+            metrics: Page of the server's metrics to read during each run, or None.
         """
         self._target, self._settings, self._records = target, settings, records
-        self._sensors = sensors
+        self._sensors, self._metrics = sensors, metrics
         self._seeds = count(1)  # the first call, which `probe` makes, has 0
         context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
         self._pool = ProcessPoolExecutor(settings.processes, mp_context=context)
@@ -169,7 +175,10 @@ class Generators:
         ]  # fmt: skip
         begins, seconds = starts + settings.warm_up, settings.seconds
         try:
-            with _sampled(self._sensors, begins, seconds) as sampling:
+            with (
+                _sampled(self._sensors and self._sensors.read, begins, seconds) as readings,
+                _sampled(self._metrics and self._metrics.scrape, begins, seconds) as scrapes,
+            ):
                 run = merge(list(self._pool.map(_generate, jobs)))
         except BrokenProcessPool as error:
             raise ServiceError(
@@ -179,18 +188,21 @@ class Generators:
         if self._records is not None:
             self._records.note_problem(run.unrecorded)
         row = _row(mode, load, run, self._target.batch)
-        return _with_devices(row, self._sensors, sampling)
+        if scrapes is not None:
+            changed = summarise([scrape for _, scrape in scrapes.samples])
+            row = msgspec.structs.replace(row, server_metrics=changed)
+        return _with_devices(row, self._sensors, readings)
 
 
 @contextmanager
 def _sampled(
-    sensors: Sensors | None, begins: float, seconds: float
-) -> Iterator[Sampling[list[Reading]] | None]:
-    """Yield the readings of sensors, which are complete at the end of the block."""
-    if sensors is None:
+    read: Callable[[], T] | None, begins: float, seconds: float
+) -> Iterator[Sampling[T] | None]:
+    """Yield readings, which are complete at the end of the block."""
+    if read is None:
         yield None
         return
-    with Sampling(sensors.read, begins=begins, seconds=seconds) as sampling:
+    with Sampling(read, begins=begins, seconds=seconds) as sampling:
         yield sampling
 
 
@@ -238,7 +250,8 @@ def engine_rows(
         while time.perf_counter() < begins:
             engine.run(pixels, weight, bias)
         run, begins = Run(lags=[0.0]), time.perf_counter()
-        with _sampled(sensors, time.time(), settings.seconds) as sampling:
+        read = sensors and sensors.read
+        with _sampled(read, time.time(), settings.seconds) as sampling:
             while run.seconds < settings.seconds or run.offered < 3:
                 started = time.perf_counter()
                 engine.run(pixels, weight, bias)

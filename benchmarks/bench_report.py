@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from crl_benchmarks.machine import Machine
+from crl_benchmarks.metrics_page import ServerMetrics
 from crl_benchmarks.sensors import DeviceUse
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.storage._atomic_files import read_record
@@ -66,6 +67,7 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
         quotable: Whether the figures are the server's: the generators were not the bottleneck.
         why: Reason why the run is not quotable, else empty.
         devices: What the devices of this machine did: power, temperature, clocks.
+        server_metrics: What changed on the server's Prometheus page, or None.
     """
 
     mode: str
@@ -89,6 +91,7 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     quotable: bool
     why: str = ""
     devices: tuple[DeviceUse, ...] = ()
+    server_metrics: ServerMetrics | None = None
 
     @property
     def shown(self) -> bool:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from crl_benchmarks.bench_objective import Objective
     from crl_benchmarks.bench_report import LoadResult, Report, Setting, Subject
     from crl_benchmarks.call_records import CallRecords
+    from crl_benchmarks.metrics_page import MetricsPage
     from crl_benchmarks.targets import Target
 
 _DEFAULT_BATCHES = "1,8,16,32"
@@ -113,6 +114,10 @@ def bench(
     requests: Annotated[
         Path | None, typer.Option(help="Write a record of each call to this .jsonl or .parquet.")
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Read the server's Prometheus page too: host:port or a URL."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure latency, throughput and failures of a server under load.
@@ -130,7 +135,7 @@ def bench(
         "--slo": slo, "--concurrency": concurrency, "--rate": rate, "--images": images,
         "--criteria": criteria, "--kserve-model": kserve_model, "--distinct": distinct,
         "--authority": authority, "--certificate": certificate, "--key": key,
-        "--requests": requests,
+        "--requests": requests, "--metrics": metrics,
     }  # fmt: skip
     of_engines = {
         "--engine": engine != "auto", "--threads": threads, "--batches": batches != _DEFAULT_BATCHES
@@ -141,6 +146,7 @@ def bench(
         from crl_benchmarks.bench import BenchSettings, report, server_settings
         from crl_benchmarks.bench_objective import Objective
         from crl_benchmarks.images import read_images, synthetic_jpegs
+        from crl_benchmarks.metrics_page import MetricsPage
         from crl_benchmarks.targets import Target, probe
         from crl_sdk.client._options import ClientSecurity
     except ImportError as error:
@@ -170,9 +176,10 @@ def bench(
             ),
             distinct=distinct,
         )
+        page = MetricsPage(metrics) if metrics is not None else None
         target, described = asyncio.run(probe(calls)), server_settings(calls, settings)
         with _recorded(requests, command, address) as records:
-            rows, ended_early = _server(calls, settings, loads, objective, records)
+            rows, ended_early = _server(calls, settings, loads, objective, records, page)
     result = objective.conclude(rows) if objective is not None else None
     document = report(command, target, described, rows, objective=result, ended_early=ended_early)
     _show(document, out_file, plot, as_json=as_json)
@@ -319,6 +326,7 @@ def _server(
     loads: list[tuple[str, float]],
     objective: Objective | None,
     records: CallRecords | None,
+    page: MetricsPage | None,
 ) -> tuple[list[LoadResult], str]:
     """Return the runs, and why they ended early. What was measured until then is kept."""
     from crl_benchmarks.bench import Generators
@@ -330,7 +338,7 @@ def _server(
     with (
         spinner("starting the generators") as status,
         Sensors() as sensors,
-        Generators(target, settings, records=records, sensors=sensors) as generators,
+        Generators(target, settings, records=records, sensors=sensors, metrics=page) as generators,
     ):
 
         def measure(mode: str, load: float) -> LoadResult:

@@ -16,6 +16,10 @@ from crl_sdk.cli._console import out, print_facts, print_json, warn
 if TYPE_CHECKING:
     from crl_benchmarks.bench_compare import Ratio
     from crl_benchmarks.bench_report import LoadResult, Report
+    from crl_benchmarks.metrics_page import MetricChange
+
+_MOST_METRICS = 40
+"""Number of metrics that are printed. A report has all of them."""
 
 
 def print_report(report: Report) -> None:
@@ -31,6 +35,7 @@ def print_report(report: Report) -> None:
     _print_runs(report.rows)
     _print_stages(report.rows)
     _print_devices(report.rows)
+    _print_metrics(report.rows)
     for row in report.rows:
         failures = {"RESOURCE_EXHAUSTED": row.rejected_calls, **row.failed_calls}
         remarks = [
@@ -45,6 +50,7 @@ def print_report(report: Report) -> None:
             for device in row.devices
             if device.throttled
         ]
+        remarks += _metrics_remarks(row)
         if remarks:
             out.print(escape(f"{row.name}: {'; '.join(remarks)}"), soft_wrap=True)
     if report.objective is not None:
@@ -154,6 +160,45 @@ def _print_devices(rows: Iterable[LoadResult]) -> None:
     if table.row_count:
         out.print("\ndevices of this machine in the measured time:")
         out.print(table)
+
+
+def _print_metrics(rows: Iterable[LoadResult]) -> None:
+    """Print what changed on the server's page of metrics: a line per metric, a column per run."""
+    told = [row for row in rows if row.server_metrics is not None]
+    changed = [row.server_metrics.changed if row.server_metrics else {} for row in told]
+    names = sorted({name for each in changed for name in each})
+    if not names:
+        return
+    table = _table("metric", *(row.name for row in told))
+    for name in names[:_MOST_METRICS]:
+        table.add_row(escape(name), *(_change(each.get(name)) for each in changed))
+    out.print("\nmetrics of the server that changed in the measured time:")
+    out.print(table)
+    if len(names) > _MOST_METRICS:
+        out.print(f"{len(names) - _MOST_METRICS} more are in the JSON report (--json, --out)")
+
+
+def _change(metric: MetricChange | None) -> str:
+    if metric is None:
+        return "-"
+    if metric.kind == "gauge":
+        return f"{metric.low:g} to {metric.high:g}"
+    mean = "" if metric.mean is None else f", mean {metric.mean:.3g}"
+    return f"+{metric.change:g}{mean}"
+
+
+def _metrics_remarks(row: LoadResult) -> list[str]:
+    """Return what to know about the page of metrics in a run."""
+    metrics = row.server_metrics
+    if metrics is None:
+        return []
+    remarks = []
+    if metrics.failed_scrapes:
+        failed = f"{metrics.failed_scrapes} scrapes of the metrics failed"
+        remarks.append(f"{failed} ({metrics.problem})")
+    if metrics.restarted:
+        remarks.append("counters of the server fell: it started again")
+    return remarks
 
 
 def _table(*headings: str) -> Table:

@@ -20,6 +20,7 @@ import typer
 from crl_benchmarks.bench import BenchSettings, Generators, _row
 from crl_benchmarks.call_records import CallRecords, PartWriter, _read_run
 from crl_benchmarks.load import EndedCall, Reply, Run
+from crl_benchmarks.metrics_page import MetricsPage, Scrape
 from crl_benchmarks.targets import Target
 from crl_sdk import demo_bundle
 from crl_sdk.cli._bench import bench
@@ -40,6 +41,7 @@ DEFAULTS = {
     "bundle": None, "engine": "auto", "threads": None, "batches": "1,8,16,32", "distinct": False,
     "authority": None, "certificate": None, "key": None, "compare": None,
     "plain_text_token": False, "overwrite": False, "requests": None,
+    "metrics": None,
 }  # fmt: skip
 
 
@@ -445,3 +447,41 @@ def test_a_record_that_cannot_be_kept_is_told(tmp_path):
     with pytest.raises(InvalidInputError, match="not all calls were recorded"):
         records.write()
     assert records.failed
+
+
+def test_the_metrics_of_a_server(serve, embedder, capsys):
+    server = serve(embedder, metrics_address="127.0.0.1:0")
+    options = {"concurrency": "2", "distinct": True, "metrics": server.metrics_address}
+    bench(server.address, **{**DEFAULTS, **options, "seconds": 1.5})
+    metrics = json.loads(capsys.readouterr().out)["rows"][0]["server_metrics"]
+    assert metrics["scrapes"] >= 3 and metrics["failed_scrapes"] == 0
+    changed = metrics["changed"]
+    assert changed['crl_images_total{outcome="embedded"}']["change"] > 0
+    assert changed["crl_batch_size"]["change"] > 0 and changed["crl_batch_size"]["mean"] >= 1
+    bench(server.address, **{**DEFAULTS, **options, "as_json": False})
+    told = capsys.readouterr().out
+    assert "metrics of the server" in told and "crl_batch_size" in told
+
+
+def test_a_page_of_metrics_that_goes_away_does_not_lose_the_report(
+    serve, embedder, capsys, monkeypatch
+):
+    server = serve(embedder, metrics_address="127.0.0.1:0")
+    scrape, scrapes = MetricsPage.scrape, []
+
+    def gone(self):
+        scrapes.append(scrape(self) if len(scrapes) < 2 else Scrape(problem="connection refused"))
+        return scrapes[-1]
+
+    monkeypatch.setattr(MetricsPage, "scrape", gone)
+    options = {"concurrency": "1", "as_json": False, "metrics": server.metrics_address}
+    bench(server.address, **{**DEFAULTS, **options})
+    told = " ".join(capsys.readouterr().out.split())
+    assert "1 caller" in told and "scrapes of the metrics failed (connection refused)" in told
+
+
+def test_metrics_are_checked_before_any_call(server):
+    options = {"concurrency": "1", "metrics": "127.0.0.1:1"}
+    with pytest.raises(ServiceError, match="expected a Prometheus page"):
+        bench(server.address, **{**DEFAULTS, **options})
+    assert not server.pipeline.cache.misses
