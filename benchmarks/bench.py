@@ -23,6 +23,7 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
+from crl_benchmarks.arrivals import Burst
 from crl_benchmarks.bench_report import (
     LOAD_UNITS,
     SCHEMA,
@@ -72,11 +73,13 @@ class BenchSettings:
         warm_up: Seconds before anything counts.
         seconds: Measured seconds.
         processes: Number of generator processes.
+        burst: Bursts of the rate of open loops, or None.
     """
 
     warm_up: float = 2.0
     seconds: float = 10.0
     processes: int = 1
+    burst: Burst | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ class _Job:
         seed: Seed of the arrival times, different for each process and run.
         starts: Start time on the wall clock, which all processes share.
         part: Where to put a record of each call, or None.
+        burst: Bursts of the rate of an open loop, or None.
     """
 
     target: Target
@@ -102,6 +106,7 @@ class _Job:
     seed: int
     starts: float
     part: Part | None = None
+    burst: Burst | None = None
 
 
 class Generators:
@@ -169,7 +174,7 @@ class Generators:
         jobs = [
             _Job(
                 self._target, mode, share, settings.warm_up, settings.seconds,
-                next(self._seeds), starts, part,
+                next(self._seeds), starts, part, settings.burst,
             )
             for share, part in zip(shares, parts, strict=True)
         ]  # fmt: skip
@@ -187,7 +192,8 @@ class Generators:
             ) from error
         if self._records is not None:
             self._records.note_problem(run.unrecorded)
-        row = _row(mode, load, run, self._target.batch)
+        uneven = mode == "open" and settings.burst is not None
+        row = _row(mode, load, run, self._target.batch, uneven=uneven)
         if scrapes is not None:
             changed = summarise([scrape for _, scrape in scrapes.samples])
             row = msgspec.structs.replace(row, server_metrics=changed)
@@ -257,7 +263,7 @@ def engine_rows(
                 engine.run(pixels, weight, bias)
                 now = time.perf_counter()
                 run.offered += 1
-                run.add(Reply("ok"), now - started)
+                run.add(Reply("ok"), now - started, started - begins)
                 run.done.append(now - begins)
                 run.seconds = now - begins
         rows.append(_with_devices(_row("engine", batch, run, batch), sensors, sampling))
@@ -266,7 +272,7 @@ def engine_rows(
 
 def server_settings(target: Target, settings: BenchSettings) -> dict[str, Setting]:
     """Return the settings of a server's measurement for the report."""
-    return {
+    described: dict[str, Setting] = {
         "address": target.address,
         "api": target.kind,
         "criteria": list(target.criteria),
@@ -279,6 +285,9 @@ def server_settings(target: Target, settings: BenchSettings) -> dict[str, Settin
         "measured_seconds": settings.seconds,
         "generator_processes": settings.processes,
     }
+    if settings.burst is not None:
+        described["burst"] = str(settings.burst)
+    return described
 
 
 def report(
@@ -347,7 +356,7 @@ def _generate(job: _Job) -> Run:
                 )  # fmt: skip
             return await open_loop(
                 shifted, rate=job.load, warm_up=job.warm_up, seconds=job.seconds, seed=job.seed,
-                record=record,
+                burst=job.burst, record=record,
             )  # fmt: skip
 
     with PartWriter(job.part) if job.part is not None else nullcontext() as record:
@@ -357,11 +366,13 @@ def _generate(job: _Job) -> Run:
     return measured
 
 
-def _row(mode: str, load: float, run: Run, batch: int) -> LoadResult:
+def _row(mode: str, load: float, run: Run, batch: int, *, uneven: bool = False) -> LoadResult:
+    """Return the result of a run. An uneven run is steady if it serves calls when they are due."""
     served = sorted(run.latencies.get("ok", []))
     lag = float(np.percentile(run.lags, 90)) if run.lags else run.seconds  # it never woke
     thirds = np.histogram(run.done, bins=3, range=(0.0, run.seconds))[0]
     mean = float(thirds.mean())
+    wanted = np.histogram(run.due, bins=3, range=(0.0, run.seconds))[0] if uneven else mean
     chance = 2 * mean**0.5  # random arrivals differ by this much
     rate = run.calls_per_second
     why = _doubt(run, served, lag)
@@ -387,7 +398,7 @@ def _row(mode: str, load: float, run: Run, batch: int) -> LoadResult:
         server_p50_ms={
             stage: _short(float(np.median(seconds)) * 1e3) for stage, seconds in run.stages.items()
         },
-        steady=mean > 0 and float(np.abs(thirds - mean).max()) <= max(_STEADY * mean, chance),
+        steady=mean > 0 and float(np.abs(thirds - wanted).max()) <= max(_STEADY * mean, chance),
         generator_cpu_share=_short(run.cpu),
         generator_late_ms=_short(lag * 1e3),
         cached_share=_short(float(np.mean(run.cached))) if run.cached else None,

@@ -10,10 +10,12 @@ core it uses.
 from __future__ import annotations
 
 import asyncio
-import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
+
+from crl_benchmarks.arrivals import Burst, arrivals
 
 Send = Callable[[int], Awaitable["Reply"]]
 """Sends call number n and returns its outcome. It never raises."""
@@ -82,6 +84,9 @@ class Run:
             counts the calls that ended in the measured seconds, including those that began before:
             without them, a slow server would lose one call per caller. An open loop counts the
             calls that were due in the measured seconds.
+        due: When each successful call whose latency counts was due, in seconds since the end of the
+            warm-up and in the order of `latencies["ok"]`. In a closed loop, that is when it was
+            sent.
         stages: Seconds that the server reports for successful calls, by stage.
         failures: Number of failed calls, by status.
         messages: First message of each status of failed calls.
@@ -95,6 +100,7 @@ class Run:
     seconds: float = 0.0
     latencies: dict[str, list[float]] = field(default_factory=dict)
     done: list[float] = field(default_factory=list)
+    due: list[float] = field(default_factory=list)
     stages: dict[str, list[float]] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
     messages: dict[str, str] = field(default_factory=dict)
@@ -109,10 +115,17 @@ class Run:
         """Successful calls per second. It counts the time up to the last answer of an open loop."""
         return len(self.done) / max(self.seconds, max(self.done, default=0.0))
 
-    def add(self, reply: Reply, latency: float) -> None:
-        """Add a call whose latency counts."""
+    def add(self, reply: Reply, latency: float, due: float) -> None:
+        """Add a call whose latency counts.
+
+        Args:
+            reply: Outcome of the call.
+            latency: Latency in seconds.
+            due: When it was due, in seconds since the end of the warm-up.
+        """
         self.latencies.setdefault(reply.outcome, []).append(latency)
         if reply.outcome == "ok":
+            self.due.append(due)
             if reply.cached is not None:
                 self.cached.append(reply.cached)
             for stage, seconds in reply.stages.items():
@@ -128,6 +141,7 @@ def merge(runs: list[Run]) -> Run:
     for run in runs:
         whole.offered += run.offered
         whole.done += run.done
+        whole.due += run.due
         whole.lags += run.lags
         whole.cached += run.cached
         whole.unrecorded = whole.unrecorded or run.unrecorded
@@ -165,7 +179,7 @@ async def closed_loop(
                 run.done.append(done - begins)
             if begins <= started and done <= ends:
                 run.offered += 1
-                run.add(reply, done - started)
+                run.add(reply, done - started, started - begins)
             if record is not None:
                 phase = "warm_up" if started < begins else "measured" if done <= ends else "late"
                 record(EndedCall(started, started, done, phase, reply))
@@ -185,45 +199,70 @@ async def open_loop(
     warm_up: float,
     seconds: float,
     seed: int = 0,
+    burst: Burst | None = None,
     record: Record | None = None,
 ) -> Run:
     """Send calls at random times that do not depend on earlier calls.
 
     Args:
         send: Function that sends a call.
-        rate: Mean number of calls per second.
+        rate: Mean number of calls per second, between bursts if there are any.
         warm_up: Seconds before anything counts.
         seconds: Measured seconds, in which the calls that count are due.
         seed: Seed of the arrival times.
+        burst: Bursts of the rate, or None.
+        record: Function that notes each call.
+    """
+    dues = takewhile(
+        lambda due: due < warm_up + seconds, arrivals(rate, seed=seed, warm_up=warm_up, burst=burst)
+    )
+    calls = ((due, due >= warm_up) for due in dues)
+    return await timed_loop(send, calls, warm_up=warm_up, seconds=seconds, record=record)
+
+
+async def timed_loop(
+    send: Send,
+    calls: Iterable[tuple[float, bool]],
+    *,
+    warm_up: float,
+    seconds: float,
+    record: Record | None = None,
+) -> Run:
+    """Send calls at given times, whether or not earlier calls were answered.
+
+    Args:
+        send: Function that sends a call.
+        calls: When each call is due, in seconds since the start and in order, and whether it
+            counts.
+        warm_up: Seconds before the measured time.
+        seconds: Measured seconds.
         record: Function that notes each call.
     """
     run = Run(seconds=seconds)
-    begins = time.perf_counter() + warm_up
-    ends = begins + seconds
-    arrivals = random.Random(seed)
+    starts = time.perf_counter()
+    begins = starts + warm_up
     tasks: set[asyncio.Task[None]] = set()
 
-    async def call(number: int, due: float) -> None:
+    async def call(number: int, due: float, counts: bool) -> None:
         sent = time.perf_counter()
         reply = await send(number)
         done = time.perf_counter()
-        if begins <= due:
+        if counts:
             run.offered += 1
-            run.add(reply, done - due)
+            run.add(reply, done - due, due - begins)
             if reply.outcome == "ok":
                 run.done.append(done - begins)
         if record is not None:
-            record(EndedCall(due, sent, done, "measured" if begins <= due else "warm_up", reply))
+            record(EndedCall(due, sent, done, "measured" if counts else "warm_up", reply))
 
-    async with _Watch(run, begins, ends):
-        number, due = 0, begins - warm_up
-        while (due := due + arrivals.expovariate(rate)) < ends:
+    async with _Watch(run, begins, begins + seconds):
+        for number, (after, counts) in enumerate(calls):
+            due = starts + after
             if (early := due - time.perf_counter()) > 0:
                 await asyncio.sleep(early)
-            task = asyncio.create_task(call(number, due))
+            task = asyncio.create_task(call(number, due, counts))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
-            number += 1
         await asyncio.gather(*tasks)
     return run
 

@@ -21,6 +21,7 @@ from crl_sdk.errors import CrlError, InvalidInputError, MissingDependencyError, 
 from crl_sdk.storage._atomic_files import write_record
 
 if TYPE_CHECKING:
+    from crl_benchmarks.arrivals import Burst
     from crl_benchmarks.bench import BenchSettings
     from crl_benchmarks.bench_objective import Objective
     from crl_benchmarks.bench_report import LoadResult, Report, Setting, Subject
@@ -118,6 +119,13 @@ def bench(
         str | None,
         typer.Option(help="Read the server's Prometheus page too: host:port or a URL."),
     ] = None,
+    burst: Annotated[
+        str | None,
+        typer.Option(
+            help="Bursts in the open loop, as FACTOR:SECONDS:EVERY: 4:2:10 is four times the rate "
+            "during 2 in every 10 seconds."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure latency, throughput and failures of a server under load.
@@ -135,7 +143,7 @@ def bench(
         "--slo": slo, "--concurrency": concurrency, "--rate": rate, "--images": images,
         "--criteria": criteria, "--kserve-model": kserve_model, "--distinct": distinct,
         "--authority": authority, "--certificate": certificate, "--key": key,
-        "--requests": requests, "--metrics": metrics,
+        "--requests": requests, "--metrics": metrics, "--burst": burst,
     }  # fmt: skip
     of_engines = {
         "--engine": engine != "auto", "--threads": threads, "--batches": batches != _DEFAULT_BATCHES
@@ -154,7 +162,10 @@ def bench(
     _check_files(plot, requests)
     command = shlex.join(["crl", *sys.argv[1:]])
 
-    settings = BenchSettings(warm_up=warm_up, seconds=seconds, processes=processes)
+    settings = BenchSettings(
+        warm_up=warm_up, seconds=seconds, processes=processes,
+        burst=_burst(burst, opened=bool(rate or slo)),
+    )  # fmt: skip
     objective = Objective.parse(slo) if slo is not None else None
     ended_early, records = "", None
     if bundle is not None:
@@ -252,6 +263,17 @@ def _check_files(plot: Path | None, requests: Path | None) -> None:
     from crl_benchmarks.plot import check_plot
 
     check_plot(plot)
+
+
+def _burst(text: str | None, *, opened: bool) -> Burst | None:
+    """Return the bursts of open loops, if there are any."""
+    from crl_benchmarks.arrivals import Burst
+
+    if text is None:
+        return None
+    if not opened:
+        raise InvalidInputError("--burst needs an open loop: add --rate or --slo")
+    return Burst.parse(text)
 
 
 def _loads(concurrency: str, rate: str, *, searched: bool) -> list[tuple[str, float]]:

@@ -6,6 +6,7 @@ import asyncio
 import io
 import math
 import time
+from itertools import takewhile
 
 import msgspec
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from crl_benchmarks import bench, targets
+from crl_benchmarks.arrivals import Burst, arrivals
 from crl_benchmarks.bench import BenchSettings, report, server_settings
 from crl_benchmarks.bench_compare import compare, find_differences
 from crl_benchmarks.bench_objective import Objective, search
@@ -61,6 +63,65 @@ def test_calls_come_at_the_rate_and_at_random():
     assert run.offered < len(sent)  # those of the warm-up are not counted
     gaps = np.diff(sent)
     assert 0.5 < gaps.std() / gaps.mean() < 1.6  # exponential: 1
+
+
+@pytest.mark.parametrize("text", ["", "4", "4:2", "4:2:10:1", "x:2:10", "0:2:10", "4:0:10",
+                                  "4:10:10", "4:2:inf", "nan:2:10", "-4:2:10"])  # fmt: skip
+def test_bursts_of_another_form(text):
+    with pytest.raises(InvalidInputError, match="such as 4:2:10"):
+        Burst.parse(text)
+
+
+def test_bursts_have_their_rates_and_are_random():
+    burst = Burst.parse("5:2:10")
+    assert str(burst) == "5:2:10"
+    dues = np.array(
+        list(takewhile(lambda due: due < 1003, arrivals(10, seed=1, warm_up=3, burst=burst)))
+    )
+    inside = (dues - 3) % 10 < 2  # the first burst begins with the measured time
+    assert inside.sum() == pytest.approx(200 * 50, rel=0.05)
+    assert (~inside).sum() == pytest.approx(803 * 10, rel=0.05)
+    counts = np.histogram(dues[inside], bins=np.arange(3, 1003, 10))[0]
+    assert 0.7 < counts.var() / counts.mean() < 1.3  # Poisson: 1
+    gaps = np.diff(dues[~inside])
+    gaps = gaps[gaps < 2]  # without those over a burst
+    assert gaps.std() / gaps.mean() == pytest.approx(1, abs=0.1)  # exponential: 1
+
+
+def test_without_bursts_arrivals_are_those_of_one_rate():
+    even = Burst(1.0, 2.0, 10.0)
+    for due, same in zip(arrivals(7, seed=3), arrivals(7, seed=3, burst=even), strict=False):
+        assert due == pytest.approx(same)
+        if due > 100:
+            break
+
+
+def test_a_burst_counts_from_when_its_calls_were_due():
+    """A server that answers one call at a time makes a burst wait, and the loop sees it."""
+    door = asyncio.Lock()
+
+    async def send(number):
+        async with door:
+            await asyncio.sleep(0.01)
+        return Reply("ok")
+
+    burst = Burst.parse("8:0.5:1")
+    run = asyncio.run(open_loop(send, rate=25, warm_up=0, seconds=1, seed=5, burst=burst))
+    assert 70 < run.offered < 160  # 112 are expected
+    assert len(run.due) == len(run.latencies["ok"]) == run.offered
+    late = [latency for due, latency in zip(run.due, run.latencies["ok"], strict=True)
+            if 0.3 < due < 0.5]  # fmt: skip
+    assert late and min(late) > 0.02  # the burst asks for twice what is served
+
+
+def test_an_uneven_run_is_steady_if_it_serves_calls_when_they_are_due():
+    due = [*np.linspace(0, 0.3, 90), *np.linspace(0.4, 0.99, 20)]
+    run = Run(seconds=1, offered=110, latencies={"ok": [0.001] * 110}, lags=[0.0])
+    run.due, run.done = due, [each + 0.001 for each in due]
+    assert bench._row("open", 20, run, 1, uneven=True).steady
+    assert not bench._row("open", 20, run, 1).steady
+    run.done = [each + 0.5 for each in due]
+    assert not bench._row("open", 20, run, 1, uneven=True).steady
 
 
 def test_callers_wait_for_their_answers_and_failures_are_apart():

@@ -41,7 +41,7 @@ DEFAULTS = {
     "bundle": None, "engine": "auto", "threads": None, "batches": "1,8,16,32", "distinct": False,
     "authority": None, "certificate": None, "key": None, "compare": None,
     "plain_text_token": False, "overwrite": False, "requests": None,
-    "metrics": None,
+    "metrics": None, "burst": None,
 }  # fmt: skip
 
 
@@ -85,6 +85,8 @@ def test_what_cannot_be_measured_says_why(server):
         ({"batches": "1"}, "--batches needs --bundle"),
         ({"compare": ("a", "b")}, "--compare alone"),
         ({"out_file": Path("nowhere/report.json")}, "run mkdir -p nowhere"),
+        ({"rate": "5", "burst": "4:2"}, "FACTOR:SECONDS:EVERY"),
+        ({"concurrency": "1", "burst": "4:2:10"}, "--burst needs an open loop: add --rate or"),
         ({"plot": Path("plot.gif")}, r"png or \.html"),
         ({"plot": Path("nowhere/plot.png")}, "run mkdir -p nowhere"),
         ({"requests": Path("nowhere/calls.jsonl")}, "run mkdir -p nowhere"),
@@ -485,3 +487,16 @@ def test_metrics_are_checked_before_any_call(server):
     with pytest.raises(ServiceError, match="expected a Prometheus page"):
         bench(server.address, **{**DEFAULTS, **options})
     assert not server.pipeline.cache.misses
+
+
+def test_bursts_of_calls(server, capsys, tmp_path):
+    options = {"rate": "20", "burst": "6:0.5:1", "seconds": 2.0, "requests": tmp_path / "a.jsonl"}
+    bench(server.address, **{**DEFAULTS, **options, "processes": 2})
+    told = json.loads(capsys.readouterr().out)
+    assert told["settings"]["burst"] == "6:0.5:1" and told["rows"][0]["load"] == 20
+    _, calls = read_calls(tmp_path / "a.jsonl")
+    last = [c["due_seconds"] for c in calls if c["run"] == calls[-1]["run"]]
+    measured = [c for c in calls if c["run"] == calls[-1]["run"] and c["phase"] == "measured"]
+    inside = sum((c["due_seconds"] - last[0]) % 1 < 0.55 for c in measured)
+    assert len(measured) > 80  # 140 are expected, and 40 without bursts
+    assert inside > 0.6 * len(measured)
