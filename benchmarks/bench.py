@@ -35,7 +35,8 @@ from crl_benchmarks.bench_report import (
     Subject,
 )
 from crl_benchmarks.call_records import CallRecords, Part, PartWriter
-from crl_benchmarks.load import Reply, Run, closed_loop, merge, open_loop
+from crl_benchmarks.calls import Trace, TracedCall
+from crl_benchmarks.load import Reply, Run, closed_loop, merge, open_loop, timed_loop
 from crl_benchmarks.machine import find_machine
 from crl_benchmarks.metrics_page import MetricsPage, summarise
 from crl_benchmarks.quantiles import PERCENTILES, percentile
@@ -74,12 +75,14 @@ class BenchSettings:
         seconds: Measured seconds.
         processes: Number of generator processes.
         burst: Bursts of the rate of open loops, or None.
+        trace: Trace to replay, or None. `warm_up` and `seconds` are then its own.
     """
 
     warm_up: float = 2.0
     seconds: float = 10.0
     processes: int = 1
     burst: Burst | None = None
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ class _Job:
 
     Attributes:
         target: Server and calls.
-        mode: `closed` or `open`.
+        mode: `closed`, `open` or `replay`.
         load: Number of callers (closed) or calls per second (open).
         warm_up: Seconds before anything counts.
         seconds: Measured seconds.
@@ -96,6 +99,7 @@ class _Job:
         starts: Start time on the wall clock, which all processes share.
         part: Where to put a record of each call, or None.
         burst: Bursts of the rate of an open loop, or None.
+        calls: Calls to replay.
     """
 
     target: Target
@@ -107,6 +111,7 @@ class _Job:
     starts: float
     part: Part | None = None
     burst: Burst | None = None
+    calls: tuple[TracedCall, ...] = ()
 
 
 class Generators:
@@ -147,9 +152,12 @@ class Generators:
     def measure(self, mode: str, load: float) -> LoadResult:
         """Make a run, and repeat it up to twice if it was not steady.
 
+        A trace is replayed once.
+
         Args:
-            mode: `closed` or `open`.
-            load: Number of callers (closed) or calls per second (open).
+            mode: `closed`, `open` or `replay`.
+            load: Number of callers (closed), calls per second (open), or factor of the recorded
+                speed (replay).
 
         Returns:
             The result of the last attempt.
@@ -157,7 +165,7 @@ class Generators:
         Raises:
             ServiceError: If a generator process ended.
         """
-        for _ in range(_ATTEMPTS):
+        for _ in range(1 if mode == "replay" else _ATTEMPTS):
             row = self._measure(mode, load)
             if row.steady or not row.served_calls:
                 break
@@ -165,7 +173,9 @@ class Generators:
 
     def _measure(self, mode: str, load: float) -> LoadResult:
         settings = self._settings
-        processes = settings.processes if mode == "open" else min(settings.processes, int(load))
+        traced = settings.trace.calls if settings.trace is not None else ()
+        most = {"closed": int(load), "replay": len(traced)}.get(mode, settings.processes)
+        processes = min(settings.processes, most)
         shares = _shares(mode, load, processes)
         parts: Sequence[Part | None] = [None] * len(shares)
         if self._records is not None:
@@ -174,9 +184,9 @@ class Generators:
         jobs = [
             _Job(
                 self._target, mode, share, settings.warm_up, settings.seconds,
-                next(self._seeds), starts, part, settings.burst,
+                next(self._seeds), starts, part, settings.burst, traced[i::processes],
             )
-            for share, part in zip(shares, parts, strict=True)
+            for i, (share, part) in enumerate(zip(shares, parts, strict=True))
         ]  # fmt: skip
         begins, seconds = starts + settings.warm_up, settings.seconds
         try:
@@ -192,8 +202,9 @@ class Generators:
             ) from error
         if self._records is not None:
             self._records.note_problem(run.unrecorded)
-        uneven = mode == "open" and settings.burst is not None
-        row = _row(mode, load, run, self._target.batch, uneven=uneven)
+        uneven = mode == "replay" or (mode == "open" and settings.burst is not None)
+        images = run.done_images / len(run.done) if run.done else self._target.batch
+        row = _row(mode, load, run, images, uneven=uneven)
         if scrapes is not None:
             changed = summarise([scrape for _, scrape in scrapes.samples])
             row = msgspec.structs.replace(row, server_metrics=changed)
@@ -287,6 +298,9 @@ def server_settings(target: Target, settings: BenchSettings) -> dict[str, Settin
     }
     if settings.burst is not None:
         described["burst"] = str(settings.burst)
+    if settings.trace is not None:
+        described["images_per_call"] = "as recorded"
+        described["replay"] = str(settings.trace.path)
     return described
 
 
@@ -330,6 +344,8 @@ def report(
 
 
 def _shares(mode: str, load: float, count: int) -> list[float]:
+    if mode == "replay":
+        return [load] * count
     if mode == "open":
         return [load / count] * count
     whole, rest = divmod(int(load), count)
@@ -347,8 +363,14 @@ def _generate(job: _Job) -> Run:
             first = job.seed * (2**40 if job.target.distinct else 7919)
 
             async def shifted(number: int) -> Reply:
-                return await send(first + number)
+                call = job.calls[number].call if job.calls else job.target.call
+                return await send(first + number, call)
 
+            if job.calls:
+                timed = [(each.due, each.counts) for each in job.calls]
+                return await timed_loop(
+                    shifted, timed, warm_up=job.warm_up, seconds=job.seconds, record=record
+                )
             if job.mode == "closed":
                 return await closed_loop(
                     shifted, callers=int(job.load), warm_up=job.warm_up, seconds=job.seconds,
@@ -366,8 +388,17 @@ def _generate(job: _Job) -> Run:
     return measured
 
 
-def _row(mode: str, load: float, run: Run, batch: int, *, uneven: bool = False) -> LoadResult:
-    """Return the result of a run. An uneven run is steady if it serves calls when they are due."""
+def _row(mode: str, load: float, run: Run, images: float, *, uneven: bool = False) -> LoadResult:
+    """Return the result of a run.
+
+    Args:
+        mode: Mode of the run.
+        load: Its load.
+        run: Its measurements.
+        images: Mean number of images of a call.
+        uneven: Whether calls are due unevenly. The run is then steady if it serves them in the
+            third of its time in which they are due.
+    """
     served = sorted(run.latencies.get("ok", []))
     lag = float(np.percentile(run.lags, 90)) if run.lags else run.seconds  # it never woke
     thirds = np.histogram(run.done, bins=3, range=(0.0, run.seconds))[0]
@@ -390,7 +421,7 @@ def _row(mode: str, load: float, run: Run, batch: int, *, uneven: bool = False) 
         },
         messages=run.messages,
         calls_per_second=_short(rate),
-        images_per_second=_short(rate * batch),
+        images_per_second=_short(rate * images),
         latency=tuple(_figure(served, 0, percent) for percent in PERCENTILES if served),
         latency_of_all_calls=tuple(
             _figure(served, failed, percent) for percent in PERCENTILES if run.offered

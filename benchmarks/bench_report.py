@@ -16,7 +16,12 @@ from crl_sdk.storage._atomic_files import read_record
 
 SCHEMA = 3
 
-LOAD_UNITS = {"closed": "callers", "open": "calls/s", "engine": "images"}
+LOAD_UNITS = {
+    "closed": "callers",
+    "open": "calls/s",
+    "engine": "images",
+    "replay": "times the recorded speed",
+}
 """Unit of `LoadResult.load`, by mode."""
 
 MOSTLY_CACHED = 0.05
@@ -46,8 +51,9 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     """Result of one run.
 
     Attributes:
-        mode: `closed` or `open`, or `engine` for runs in this process.
-        load: Number of callers (closed), calls per second (open), or images per run (engine).
+        mode: `closed`, `open` or `replay`, or `engine` for runs in this process.
+        load: Number of callers (closed), calls per second (open), factor of the recorded speed
+            (replay), or images per run (engine).
         load_unit: Unit of `load`.
         measured_seconds: Measured seconds.
         offered_calls: Number of calls that were due.

@@ -84,6 +84,7 @@ class Run:
             counts the calls that ended in the measured seconds, including those that began before:
             without them, a slow server would lose one call per caller. An open loop counts the
             calls that were due in the measured seconds.
+        done_images: Images of the calls in `done`.
         due: When each successful call whose latency counts was due, in seconds since the end of the
             warm-up and in the order of `latencies["ok"]`. In a closed loop, that is when it was
             sent.
@@ -98,6 +99,7 @@ class Run:
     """
 
     seconds: float = 0.0
+    done_images: int = 0
     latencies: dict[str, list[float]] = field(default_factory=dict)
     done: list[float] = field(default_factory=list)
     due: list[float] = field(default_factory=list)
@@ -141,6 +143,7 @@ def merge(runs: list[Run]) -> Run:
     for run in runs:
         whole.offered += run.offered
         whole.done += run.done
+        whole.done_images += run.done_images
         whole.due += run.due
         whole.lags += run.lags
         whole.cached += run.cached
@@ -177,6 +180,7 @@ async def closed_loop(
             done = time.perf_counter()
             if reply.outcome == "ok" and begins <= done <= ends:
                 run.done.append(done - begins)
+                run.done_images += reply.images
             if begins <= started and done <= ends:
                 run.offered += 1
                 run.add(reply, done - started, started - begins)
@@ -252,6 +256,7 @@ async def timed_loop(
             run.add(reply, done - due, due - begins)
             if reply.outcome == "ok":
                 run.done.append(done - begins)
+                run.done_images += reply.images
         if record is not None:
             record(EndedCall(due, sent, done, "measured" if counts else "warm_up", reply))
 

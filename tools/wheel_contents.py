@@ -10,8 +10,8 @@ from setuptools.command.build_py import build_py
 
 BENCH_MODULES = {
     "__init__", "arrivals", "bench", "bench_compare", "bench_objective", "bench_report",
-    "call_records", "images", "load", "machine", "metrics_page", "plot", "quantiles", "sampling",
-    "sensors", "targets",
+    "call_records", "calls", "images", "load", "machine", "metrics_page", "plot", "quantiles",
+    "sampling", "sensors", "targets",
 }  # fmt: skip
 
 

@@ -26,10 +26,13 @@ if TYPE_CHECKING:
     from crl_benchmarks.bench_objective import Objective
     from crl_benchmarks.bench_report import LoadResult, Report, Setting, Subject
     from crl_benchmarks.call_records import CallRecords
+    from crl_benchmarks.calls import Trace
     from crl_benchmarks.metrics_page import MetricsPage
     from crl_benchmarks.targets import Target
 
 _DEFAULT_BATCHES = "1,8,16,32"
+_WARM_UP = 2.0
+_SECONDS = 10.0
 
 
 def bench(
@@ -67,8 +70,12 @@ def bench(
     slo: Annotated[
         str | None, typer.Option(help="Find the highest rate that meets this, such as 'p99<50ms'.")
     ] = None,
-    warm_up: Annotated[float, typer.Option(min=0, help="Seconds before anything counts.")] = 2.0,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Measured seconds of each run.")] = 10.0,
+    warm_up: Annotated[
+        float, typer.Option(min=0, help="Seconds before anything counts.")
+    ] = _WARM_UP,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="Measured seconds of each run.")
+    ] = _SECONDS,
     processes: Annotated[int, typer.Option(min=1, help="Number of load generators.")] = 1,
     timeout: Annotated[
         float, typer.Option(min=0.001, help="Time limit of a call in seconds.")
@@ -126,6 +133,13 @@ def bench(
             "during 2 in every 10 seconds."
         ),
     ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(help="Send the calls of this file of --requests (.jsonl) at their times."),
+    ] = None,
+    speed: Annotated[
+        float, typer.Option(min=0.001, max=1000, help="With --replay: 2 is twice as fast.")
+    ] = 1.0,
     as_json: JsonOption = False,
 ) -> None:
     """Measure latency, throughput and failures of a server under load.
@@ -143,16 +157,23 @@ def bench(
         "--slo": slo, "--concurrency": concurrency, "--rate": rate, "--images": images,
         "--criteria": criteria, "--kserve-model": kserve_model, "--distinct": distinct,
         "--authority": authority, "--certificate": certificate, "--key": key,
-        "--requests": requests, "--metrics": metrics, "--burst": burst,
+        "--requests": requests, "--metrics": metrics, "--burst": burst, "--replay": replay,
     }  # fmt: skip
     of_engines = {
         "--engine": engine != "auto", "--threads": threads, "--batches": batches != _DEFAULT_BATCHES
     }  # fmt: skip
+    planned = {
+        "--concurrency": concurrency, "--rate": rate, "--slo": slo, "--burst": burst,
+        "--criteria": criteria, "--batch": batch != 1, "--warm-up": warm_up != _WARM_UP,
+        "--seconds": seconds != _SECONDS,
+    }  # fmt: skip
     _check_options(address, bundle, of_servers, of_engines)
+    _check_replay(replay, speed, planned)
     require_new(out_file, plot, requests, overwrite=overwrite)
     try:
         from crl_benchmarks.bench import BenchSettings, report, server_settings
         from crl_benchmarks.bench_objective import Objective
+        from crl_benchmarks.calls import read_trace
         from crl_benchmarks.images import read_images, synthetic_jpegs
         from crl_benchmarks.metrics_page import MetricsPage
         from crl_benchmarks.targets import Target, probe
@@ -166,6 +187,8 @@ def bench(
         warm_up=warm_up, seconds=seconds, processes=processes,
         burst=_burst(burst, opened=bool(rate or slo)),
     )  # fmt: skip
+    if trace := read_trace(replay, speed=speed) if replay is not None else None:
+        settings = _settings_of(trace, processes)
     objective = Objective.parse(slo) if slo is not None else None
     ended_early, records = "", None
     if bundle is not None:
@@ -174,12 +197,15 @@ def bench(
         )
     elif address is not None:
         loads = _loads(concurrency, rate, searched=objective is not None)
+        named = tuple(part.strip() for part in criteria.split(",") if part.strip())
+        if trace is not None:
+            loads, batch, named = [("replay", speed)], trace.most_images, trace.criteria
         calls = Target(
             address=address,
             images=read_images(images) if images else synthetic_jpegs(count, _size(size)),
             kind=api,
             batch=batch,
-            criteria=tuple(part.strip() for part in criteria.split(",") if part.strip()),
+            criteria=named,
             model=kserve_model,
             timeout=timeout,
             security=ClientSecurity(
@@ -263,6 +289,32 @@ def _check_files(plot: Path | None, requests: Path | None) -> None:
     from crl_benchmarks.plot import check_plot
 
     check_plot(plot)
+
+
+def _check_replay(path: Path | None, speed: float, planned: Mapping[str, object]) -> None:
+    """Refuse options that a trace decides, and a speed without a trace.
+
+    Args:
+        path: File of the trace.
+        speed: Factor of the recorded speed.
+        planned: Options of other loads by name; one that was not given is false.
+    """
+    if path is None:
+        if speed != 1:
+            raise InvalidInputError("--speed needs --replay: add --replay, or leave --speed out")
+        return
+    for name, value in planned.items():
+        if value:
+            raise InvalidInputError(f"--replay: the trace decides {name}: leave {name} out")
+
+
+def _settings_of(trace: Trace, processes: int) -> BenchSettings:
+    """Return settings with the times of a trace."""
+    from crl_benchmarks.bench import BenchSettings
+
+    return BenchSettings(
+        warm_up=trace.warm_up, seconds=trace.seconds, processes=processes, trace=trace
+    )
 
 
 def _burst(text: str | None, *, opened: bool) -> Burst | None:

@@ -373,9 +373,9 @@ def test_distinct_images_have_the_same_pixels():
     drawn = np.arange(64 * 48 * 3, dtype=np.uint8).reshape(48, 64, 3)
     files = [*synthetic_jpegs(2, (64, 48)), png(drawn), png(drawn[..., 0])]
     target = Target("h:1", files, batch=2, distinct=True)
-    sent = [data for number in range(8) for data in targets._images(target, number)]
+    sent = [data for number in range(8) for data in targets._images(target, number, 2)]
     assert len(set(sent)) == 16
-    again = targets._images(Target("h:1", files, batch=2, distinct=True), 0)
+    again = targets._images(Target("h:1", files, batch=2, distinct=True), 0, 2)
     assert not set(again) & set(sent)  # another run sends other images
     for i, data in enumerate(sent):
         pixels, original = (Image.open(io.BytesIO(each)) for each in (data, files[i % 4]))

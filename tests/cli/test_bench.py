@@ -41,7 +41,7 @@ DEFAULTS = {
     "bundle": None, "engine": "auto", "threads": None, "batches": "1,8,16,32", "distinct": False,
     "authority": None, "certificate": None, "key": None, "compare": None,
     "plain_text_token": False, "overwrite": False, "requests": None,
-    "metrics": None, "burst": None,
+    "metrics": None, "burst": None, "replay": None, "speed": 1.0,
 }  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def test_what_cannot_be_measured_says_why(server):
         ({"rate": "x"}, "--rate"),
         ({"size": "640"}, "--size"),
         ({"slo": "fast"}, "p99<50ms"),
-        ({"api": "kserve", "kserve_model": "crl.color", "criteria": "color"}, "--criteria"),
+        ({"api": "kserve", "kserve_model": "crl.color", "criteria": "color"}, "without criteria"),
         ({"batches": "1"}, "--batches needs --bundle"),
         ({"compare": ("a", "b")}, "--compare alone"),
         ({"out_file": Path("nowhere/report.json")}, "run mkdir -p nowhere"),
@@ -500,3 +500,63 @@ def test_bursts_of_calls(server, capsys, tmp_path):
     inside = sum((c["due_seconds"] - last[0]) % 1 < 0.55 for c in measured)
     assert len(measured) > 80  # 140 are expected, and 40 without bursts
     assert inside > 0.6 * len(measured)
+
+
+def write_trace(path, *lines):
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def test_a_trace_is_replayed(server, capsys, tmp_path):
+    criteria = [["color"], ["color", "shape"], []]
+    phases = ["warm_up"] * 5 + ["measured"] * 15
+    calls = [
+        {
+            "due_seconds": 10 + i / 10,
+            "images": 1 + i % 3,
+            "phase": phase,
+            "criteria": criteria[i % 3],
+        }
+        for i, phase in enumerate(phases)
+    ]
+    trace, path = write_trace(tmp_path / "trace.jsonl", *reversed(calls)), tmp_path / "again.jsonl"
+    options = {"replay": trace, "speed": 2.0, "warm_up": 2.0, "seconds": 10.0}
+    bench(server.address, **{**DEFAULTS, **options, "requests": path})
+    told = json.loads(capsys.readouterr().out)
+    (row,) = told["rows"]
+    assert (row["mode"], row["load"], row["load_unit"]) == ("replay", 2, "times the recorded speed")
+    assert row["offered_calls"] == row["served_calls"] == 15 and not row["failed_calls"]
+    assert row["measured_seconds"] == pytest.approx(0.7)
+    images = sum(call["images"] for call in calls[5:]) / 15
+    assert row["images_per_second"] == pytest.approx(row["calls_per_second"] * images, rel=1e-3)
+    assert told["settings"]["replay"] == str(trace)
+    assert told["settings"]["warm_up_seconds"] == pytest.approx(0.25)
+    assert told["settings"]["criteria"] == ["color", "shape"]
+    _, again = read_calls(path)
+    sent = [(call["images"], call["criteria"], call["phase"]) for call in again]
+    assert sent == [(call["images"], call["criteria"], call["phase"]) for call in calls]
+    assert all(call["sent_seconds"] >= call["due_seconds"] - 1e-6 for call in again)
+    assert np.diff([call["due_seconds"] for call in again]) == pytest.approx(0.05, abs=1e-5)
+    options |= {"replay": path, "processes": 3, "as_json": False}
+    bench(server.address, **{**DEFAULTS, **options})
+    assert "2 times the recorded speed" in capsys.readouterr().out
+
+
+def test_what_a_trace_decides_is_not_given_beside_it(server, tmp_path):
+    trace = write_trace(tmp_path / "trace.jsonl", {"due_seconds": 0, "criteria": ["color"]})
+    given = {**DEFAULTS, "warm_up": 2.0, "seconds": 10.0, "replay": trace}
+    for wrong, words in [
+        ({"rate": "5"}, "the trace decides --rate"),
+        ({"slo": "p99<50ms"}, "the trace decides --slo"),
+        ({"criteria": "color"}, "the trace decides --criteria"),
+        ({"batch": 2}, "the trace decides --batch"),
+        ({"seconds": 5.0}, "the trace decides --seconds"),
+        ({"replay": None, "speed": 2.0}, "--speed needs --replay"),
+        ({"replay": tmp_path / "none.jsonl"}, "cannot be read .* crl bench --requests"),
+        ({"api": "kserve", "kserve_model": "crl.color"}, "without criteria"),
+    ]:
+        with pytest.raises(InvalidInputError, match=words):
+            bench(server.address, **{**given, **wrong})
+    unknown = write_trace(tmp_path / "b.jsonl", {"due_seconds": 0, "criteria": ["nothing such"]})
+    with pytest.raises(UnknownCriterionError, match="nothing such"):
+        bench(server.address, **{**given, "replay": unknown})
