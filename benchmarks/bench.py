@@ -27,6 +27,7 @@ from crl_benchmarks.arrivals import Burst
 from crl_benchmarks.bench_report import (
     LOAD_UNITS,
     SCHEMA,
+    CallKind,
     Figure,
     LoadResult,
     ObjectiveResult,
@@ -35,7 +36,8 @@ from crl_benchmarks.bench_report import (
     Subject,
 )
 from crl_benchmarks.call_records import CallRecords, Part, PartWriter
-from crl_benchmarks.calls import Trace, TracedCall
+from crl_benchmarks.calls import Call, Mix, Trace, TracedCall
+from crl_benchmarks.images import describe_sizes
 from crl_benchmarks.load import Reply, Run, closed_loop, merge, open_loop, timed_loop
 from crl_benchmarks.machine import find_machine
 from crl_benchmarks.metrics_page import MetricsPage, summarise
@@ -76,6 +78,7 @@ class BenchSettings:
         processes: Number of generator processes.
         burst: Bursts of the rate of open loops, or None.
         trace: Trace to replay, or None. `warm_up` and `seconds` are then its own.
+        mix: Criteria of calls that differ, or None.
     """
 
     warm_up: float = 2.0
@@ -83,6 +86,7 @@ class BenchSettings:
     processes: int = 1
     burst: Burst | None = None
     trace: Trace | None = None
+    mix: Mix | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,7 @@ class _Job:
         part: Where to put a record of each call, or None.
         burst: Bursts of the rate of an open loop, or None.
         calls: Calls to replay.
+        mix: Criteria of calls that differ, or None.
     """
 
     target: Target
@@ -112,6 +117,7 @@ class _Job:
     part: Part | None = None
     burst: Burst | None = None
     calls: tuple[TracedCall, ...] = ()
+    mix: Mix | None = None
 
 
 class Generators:
@@ -185,6 +191,7 @@ class Generators:
             _Job(
                 self._target, mode, share, settings.warm_up, settings.seconds,
                 next(self._seeds), starts, part, settings.burst, traced[i::processes],
+                settings.mix,
             )
             for i, (share, part) in enumerate(zip(shares, parts, strict=True))
         ]  # fmt: skip
@@ -289,7 +296,7 @@ def server_settings(target: Target, settings: BenchSettings) -> dict[str, Settin
         "criteria": list(target.criteria),
         "images_per_call": target.batch,
         "different_images": len(target.images),
-        "median_image_bytes": int(np.median([len(data) for data in target.images])),
+        **describe_sizes(target.images),
         "distinct": target.distinct,
         "timeout_seconds": target.timeout,
         "warm_up_seconds": settings.warm_up,
@@ -298,6 +305,8 @@ def server_settings(target: Target, settings: BenchSettings) -> dict[str, Settin
     }
     if settings.burst is not None:
         described["burst"] = str(settings.burst)
+    if settings.mix is not None:
+        described["mix"] = str(settings.mix)
     if settings.trace is not None:
         described["images_per_call"] = "as recorded"
         described["replay"] = str(settings.trace.path)
@@ -362,8 +371,12 @@ def _generate(job: _Job) -> Run:
             # processes send different images at the same time, and distinct ones in all runs
             first = job.seed * (2**40 if job.target.distinct else 7919)
 
+            mixed = job.mix.draw(job.seed) if job.mix is not None else [job.target.criteria]
+
             async def shifted(number: int) -> Reply:
-                call = job.calls[number].call if job.calls else job.target.call
+                call = Call(job.target.batch, mixed[number % len(mixed)])
+                if job.calls:
+                    call = job.calls[number].call
                 return await send(first + number, call)
 
             if job.calls:
@@ -435,7 +448,28 @@ def _row(mode: str, load: float, run: Run, images: float, *, uneven: bool = Fals
         cached_share=_short(float(np.mean(run.cached))) if run.cached else None,
         quotable=not why,
         why=why,
+        kinds=_kinds(run),
     )
+
+
+def _kinds(run: Run) -> tuple[CallKind, ...]:
+    """Return the calls of a run by what they ask for, unless all ask for the same."""
+    if len(run.offered_kinds) < 2:
+        return ()
+    found = []
+    for (images, criteria), offered in run.offered_kinds.items():
+        served = sorted(run.kinds.get((images, criteria), []))
+        found.append(
+            CallKind(
+                name=Call(images, criteria).name,
+                criteria=criteria,
+                images=images,
+                offered_calls=offered,
+                served_calls=len(served),
+                latency=tuple(_figure(served, 0, percent) for percent in PERCENTILES if served),
+            )
+        )
+    return tuple(sorted(found, key=lambda kind: -kind.offered_calls))
 
 
 def _doubt(run: Run, served: Sequence[float], lag: float) -> str:

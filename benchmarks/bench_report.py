@@ -47,6 +47,26 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     high_ms: float | None
 
 
+class CallKind(msgspec.Struct, frozen=True, kw_only=True):
+    """Latency of the calls that ask for the same.
+
+    Attributes:
+        name: Criteria and number of images, such as `color+shape, 1 image`.
+        criteria: Criteria.
+        images: Number of images.
+        offered_calls: Number of calls that were due.
+        served_calls: Number of successful calls.
+        latency: Percentiles of the latency of successful calls; empty if there are none.
+    """
+
+    name: str
+    criteria: tuple[str, ...]
+    images: int
+    offered_calls: int
+    served_calls: int
+    latency: tuple[Figure, ...]
+
+
 class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     """Result of one run.
 
@@ -74,6 +94,8 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
         why: Reason why the run is not quotable, else empty.
         devices: What the devices of this machine did: power, temperature, clocks.
         server_metrics: What changed on the server's Prometheus page, or None.
+        kinds: The same calls by what they ask for, the most frequent kind first; empty if all ask
+            for the same.
     """
 
     mode: str
@@ -98,6 +120,7 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     why: str = ""
     devices: tuple[DeviceUse, ...] = ()
     server_metrics: ServerMetrics | None = None
+    kinds: tuple[CallKind, ...] = ()
 
     @property
     def shown(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +12,9 @@ import msgspec
 from crl_benchmarks.call_records import SCHEMA
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.storage._json import decode_json
+
+_DRAWN = 16384
+"""Number of calls of a mix that are drawn. They repeat then."""
 
 _SHORTEST = 0.1
 """Least number of measured seconds of a trace, which may have a single call."""
@@ -33,6 +37,56 @@ class Call:
         """The criteria and the number of images, such as `color+shape, 2 images`."""
         images = "1 image" if self.images == 1 else f"{self.images} images"
         return f"{'+'.join(self.criteria) or 'no criteria'}, {images}"
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """Criteria of calls, and how often each combination comes.
+
+    Attributes:
+        kinds: The combinations of criteria.
+        weights: Weight of each.
+    """
+
+    kinds: tuple[tuple[str, ...], ...]
+    weights: tuple[float, ...]
+
+    def __str__(self) -> str:
+        """Return the form that `parse` reads."""
+        pairs = zip(self.kinds, self.weights, strict=True)
+        return ",".join(f"{'+'.join(names)}:{weight:g}" for names, weight in pairs)
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """All criteria of its calls."""
+        return tuple(dict.fromkeys(name for names in self.kinds for name in names))
+
+    @classmethod
+    def parse(cls, text: str) -> Mix:
+        """Parse text such as `color:3,shape:1,color+shape:1`.
+
+        Raises:
+            InvalidInputError: If the text has another form.
+        """
+        kinds, weights = [], []
+        for part in text.split(","):
+            named, _, weight = part.rpartition(":")
+            kinds.append(tuple(name.strip() for name in named.split("+")))
+            try:
+                weights.append(float(weight))
+            except ValueError:
+                weights.append(0.0)
+        known = all(all(names) and len(set(names)) == len(names) for names in kinds)
+        if not known or len(set(kinds)) < len(kinds) or not all(0 < w < 1e9 for w in weights):
+            raise InvalidInputError(
+                "--mix: expected different criteria with weights, such as "
+                f"color:3,shape:1,color+shape:1; got {text!r}"
+            )
+        return cls(tuple(kinds), tuple(weights))
+
+    def draw(self, seed: int) -> list[tuple[str, ...]]:
+        """Return the criteria of the first calls of a run. The same seed gives the same ones."""
+        return random.Random(seed).choices(self.kinds, self.weights, k=_DRAWN)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,9 @@ from crl_benchmarks.arrivals import Burst, arrivals
 Send = Callable[[int], Awaitable["Reply"]]
 """Sends call number n and returns its outcome. It never raises."""
 
+Kind = tuple[int, tuple[str, ...]]
+"""What a call asks for: the number of its images, and its criteria."""
+
 _TICK = 0.01
 """Seconds between two measurements of the event loop's lag."""
 
@@ -96,6 +99,8 @@ class Run:
         offered: Number of calls that were due.
         cached: Share of the images of each successful call that the server's cache answered.
         unrecorded: Why calls could not be recorded, else empty.
+        kinds: Latencies of successful calls in seconds, by kind.
+        offered_kinds: Number of calls that were due, by kind.
     """
 
     seconds: float = 0.0
@@ -111,6 +116,8 @@ class Run:
     offered: int = 0
     cached: list[float] = field(default_factory=list)
     unrecorded: str = ""
+    kinds: dict[Kind, list[float]] = field(default_factory=dict)
+    offered_kinds: dict[Kind, int] = field(default_factory=dict)
 
     @property
     def calls_per_second(self) -> float:
@@ -125,8 +132,11 @@ class Run:
             latency: Latency in seconds.
             due: When it was due, in seconds since the end of the warm-up.
         """
+        kind = (reply.images, reply.criteria)
         self.latencies.setdefault(reply.outcome, []).append(latency)
+        self.offered_kinds[kind] = self.offered_kinds.get(kind, 0) + 1
         if reply.outcome == "ok":
+            self.kinds.setdefault(kind, []).append(latency)
             self.due.append(due)
             if reply.cached is not None:
                 self.cached.append(reply.cached)
@@ -150,6 +160,10 @@ def merge(runs: list[Run]) -> Run:
         whole.unrecorded = whole.unrecorded or run.unrecorded
         for outcome, latencies in run.latencies.items():
             whole.latencies.setdefault(outcome, []).extend(latencies)
+        for kind, latencies in run.kinds.items():
+            whole.kinds.setdefault(kind, []).extend(latencies)
+        for kind, count in run.offered_kinds.items():
+            whole.offered_kinds[kind] = whole.offered_kinds.get(kind, 0) + count
         for stage, seconds in run.stages.items():
             whole.stages.setdefault(stage, []).extend(seconds)
         for why, count in run.failures.items():

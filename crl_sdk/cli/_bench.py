@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from crl_benchmarks.bench_objective import Objective
     from crl_benchmarks.bench_report import LoadResult, Report, Setting, Subject
     from crl_benchmarks.call_records import CallRecords
-    from crl_benchmarks.calls import Trace
+    from crl_benchmarks.calls import Mix, Trace
     from crl_benchmarks.metrics_page import MetricsPage
     from crl_benchmarks.targets import Target
 
@@ -140,6 +140,10 @@ def bench(
     speed: Annotated[
         float, typer.Option(min=0.001, max=1000, help="With --replay: 2 is twice as fast.")
     ] = 1.0,
+    mix: Annotated[
+        str | None,
+        typer.Option(help="Criteria of calls with weights, such as color:3,shape:1,color+shape:1."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure latency, throughput and failures of a server under load.
@@ -158,14 +162,15 @@ def bench(
         "--criteria": criteria, "--kserve-model": kserve_model, "--distinct": distinct,
         "--authority": authority, "--certificate": certificate, "--key": key,
         "--requests": requests, "--metrics": metrics, "--burst": burst, "--replay": replay,
+        "--mix": mix,
     }  # fmt: skip
     of_engines = {
         "--engine": engine != "auto", "--threads": threads, "--batches": batches != _DEFAULT_BATCHES
     }  # fmt: skip
     planned = {
         "--concurrency": concurrency, "--rate": rate, "--slo": slo, "--burst": burst,
-        "--criteria": criteria, "--batch": batch != 1, "--warm-up": warm_up != _WARM_UP,
-        "--seconds": seconds != _SECONDS,
+        "--criteria": criteria, "--mix": mix, "--batch": batch != 1,
+        "--warm-up": warm_up != _WARM_UP, "--seconds": seconds != _SECONDS,
     }  # fmt: skip
     _check_options(address, bundle, of_servers, of_engines)
     _check_replay(replay, speed, planned)
@@ -185,7 +190,7 @@ def bench(
 
     settings = BenchSettings(
         warm_up=warm_up, seconds=seconds, processes=processes,
-        burst=_burst(burst, opened=bool(rate or slo)),
+        burst=_burst(burst, opened=bool(rate or slo)), mix=_mix(mix, criteria),
     )  # fmt: skip
     if trace := read_trace(replay, speed=speed) if replay is not None else None:
         settings = _settings_of(trace, processes)
@@ -198,6 +203,7 @@ def bench(
     elif address is not None:
         loads = _loads(concurrency, rate, searched=objective is not None)
         named = tuple(part.strip() for part in criteria.split(",") if part.strip())
+        named = settings.mix.criteria if settings.mix is not None else named
         if trace is not None:
             loads, batch, named = [("replay", speed)], trace.most_images, trace.criteria
         calls = Target(
@@ -326,6 +332,17 @@ def _burst(text: str | None, *, opened: bool) -> Burst | None:
     if not opened:
         raise InvalidInputError("--burst needs an open loop: add --rate or --slo")
     return Burst.parse(text)
+
+
+def _mix(text: str | None, criteria: str) -> Mix | None:
+    """Return the criteria of calls that differ, if they do."""
+    from crl_benchmarks.calls import Mix
+
+    if text is None:
+        return None
+    if criteria:
+        raise InvalidInputError("--mix names the criteria of each call: leave --criteria out")
+    return Mix.parse(text)
 
 
 def _loads(concurrency: str, rate: str, *, searched: bool) -> list[tuple[str, float]]:

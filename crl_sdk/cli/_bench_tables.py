@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from crl_benchmarks.bench_report import LoadResult, Report
     from crl_benchmarks.metrics_page import MetricChange
 
+_MOST_KINDS = 12
+"""Number of kinds of calls that are printed for a run. A report has all of them."""
+
 _MOST_METRICS = 40
 """Number of metrics that are printed. A report has all of them."""
 
@@ -33,6 +36,7 @@ def print_report(report: Report) -> None:
         report.command, {key.replace("_", " "): show_setting(value) for key, value in facts.items()}
     )
     _print_runs(report.rows)
+    _print_kinds(report.rows)
     _print_stages(report.rows)
     _print_devices(report.rows)
     _print_metrics(report.rows)
@@ -127,6 +131,25 @@ def _print_runs(rows: Iterable[LoadResult]) -> None:
     if open_ended:
         needed = ", ".join(f"p{each:g} {values_needed(each):,}" for each in sorted(open_ended))
         out.print(f"?: too few calls for an upper bound, which needs: {needed}")
+
+
+def _print_kinds(rows: Iterable[LoadResult]) -> None:
+    """Print the latency by what calls ask for, if they ask for different things."""
+    from crl_benchmarks.bench_report import show_latency
+    from crl_benchmarks.quantiles import PERCENTILES
+
+    names = [f"p{percent:g}" for percent in PERCENTILES]
+    table = _table("load", "calls", "served", f"{names[0]} ms", *names[1:])
+    for row in rows:
+        for kind in row.kinds[:_MOST_KINDS] if row.shown else ():
+            cells = [show_latency(each) for each in kind.latency] or ["-"] * len(names)
+            served = f"{kind.served_calls:,} of {kind.offered_calls:,}"
+            table.add_row(row.name, escape(kind.name), served, *cells)
+        if row.shown and len(row.kinds) > _MOST_KINDS:
+            table.add_row(row.name, f"{len(row.kinds) - _MOST_KINDS} more kinds", *["-"] * 5)
+    if table.row_count:
+        out.print("\nby what the calls ask for:")
+        out.print(table)
 
 
 def _print_stages(rows: Iterable[LoadResult]) -> None:

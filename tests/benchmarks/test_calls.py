@@ -1,4 +1,4 @@
-"""Traces: which calls are sent, and when."""
+"""What calls ask for: mixes and traces."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from crl_benchmarks.calls import Call, read_trace
+from crl_benchmarks.calls import Call, Mix, read_trace
+from crl_benchmarks.images import describe_sizes, synthetic_jpegs
 from crl_sdk.errors import InvalidInputError
 
 
@@ -86,3 +87,35 @@ def test_a_trace_of_another_schema_or_without_calls(write, tmp_path):
         read_trace(write({"due_seconds": 0, "phase": "warm_up"}))
     with pytest.raises(InvalidInputError, match="cannot be read"):
         read_trace(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "color", "color:", "color:0", "color:-1", "color:x", ":1",
+                                  "color+:1", "color:1,", "color:1,color:2", "color+color:1",
+                                  "color:nan", "color:inf"])  # fmt: skip
+def test_mixes_of_another_form(text):
+    with pytest.raises(InvalidInputError, match=r"--mix: expected .* color:3,shape:1,color\+shape"):
+        Mix.parse(text)
+
+
+def test_a_mix_comes_in_its_proportions_and_the_same_again():
+    mix = Mix.parse("color:3, animal habitat : 1,color+animal habitat:0.5")
+    assert mix.criteria == ("color", "animal habitat")
+    assert str(mix) == "color:3,animal habitat:1,color+animal habitat:0.5"
+    assert Mix.parse(str(mix)) == mix
+    drawn = mix.draw(4)
+    assert drawn == mix.draw(4) != mix.draw(5)
+    assert drawn.count(("color",)) / len(drawn) == pytest.approx(3 / 4.5, abs=0.02)
+    assert drawn.count(("color", "animal habitat")) / len(drawn) == pytest.approx(1 / 9, abs=0.02)
+
+
+def test_sizes_of_images_are_counted():
+    images = [each for width in range(30, 40) for each in synthetic_jpegs(1, (width, 20))]
+    told = describe_sizes([*images, *images[:1], b"no image"])
+    assert told["image_sizes"][0] == "30x20: 2"
+    assert told["image_sizes"][-2:] == ["2 other sizes: 2", "not readable: 1"]
+    assert (told["smallest_image_pixels"], told["largest_image_pixels"]) == (600, 780)
+    assert told["smallest_image_bytes"] == len(b"no image")
+    assert describe_sizes([b"xx", b"yyyy"]) == {
+        "image_sizes": ["not readable: 2"], "median_image_bytes": 3,
+        "smallest_image_bytes": 2, "largest_image_bytes": 4,
+    }  # fmt: skip

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import trustme
 import typer
+from PIL import Image
 
 from crl_benchmarks.bench import BenchSettings, Generators, _row
 from crl_benchmarks.call_records import CallRecords, PartWriter, _read_run
@@ -42,6 +43,7 @@ DEFAULTS = {
     "authority": None, "certificate": None, "key": None, "compare": None,
     "plain_text_token": False, "overwrite": False, "requests": None,
     "metrics": None, "burst": None, "replay": None, "speed": 1.0,
+    "mix": None,
 }  # fmt: skip
 
 
@@ -85,6 +87,9 @@ def test_what_cannot_be_measured_says_why(server):
         ({"batches": "1"}, "--batches needs --bundle"),
         ({"compare": ("a", "b")}, "--compare alone"),
         ({"out_file": Path("nowhere/report.json")}, "run mkdir -p nowhere"),
+        ({"mix": "color"}, "color:3,shape:1"),
+        ({"mix": "color:1", "criteria": "shape"}, "leave --criteria out"),
+        ({"mix": "color:1", "api": "kserve", "kserve_model": "crl.color"}, "without criteria"),
         ({"rate": "5", "burst": "4:2"}, "FACTOR:SECONDS:EVERY"),
         ({"concurrency": "1", "burst": "4:2:10"}, "--burst needs an open loop: add --rate or"),
         ({"plot": Path("plot.gif")}, r"png or \.html"),
@@ -560,3 +565,40 @@ def test_what_a_trace_decides_is_not_given_beside_it(server, tmp_path):
     unknown = write_trace(tmp_path / "b.jsonl", {"due_seconds": 0, "criteria": ["nothing such"]})
     with pytest.raises(UnknownCriterionError, match="nothing such"):
         bench(server.address, **{**given, "replay": unknown})
+
+
+def test_a_mix_of_criteria(server, capsys, tmp_path):
+    path = tmp_path / "calls.jsonl"
+    options = {"mix": "color:3,shape:1,color+shape:1", "rate": "60", "seconds": 2.0}
+    bench(server.address, **{**DEFAULTS, **options, "requests": path})
+    told = json.loads(capsys.readouterr().out)
+    (row,) = told["rows"]
+    assert told["settings"]["mix"] == options["mix"]
+    assert row["kinds"][0]["name"] == "color, 1 image"
+    offered = {tuple(kind["criteria"]): kind["offered_calls"] for kind in row["kinds"]}
+    assert offered.keys() == {("color",), ("shape",), ("color", "shape")}
+    assert sum(offered.values()) == row["offered_calls"]
+    assert 0.4 < offered["color",] / row["offered_calls"] < 0.8
+    for kind in row["kinds"]:
+        assert kind["served_calls"] <= kind["offered_calls"]
+        assert kind["latency"][0]["latency_ms"] > 0
+    _, calls = read_calls(path)
+    last = [call for call in calls if call["run"] == calls[-1]["run"]]
+    sent = [tuple(call["criteria"]) for call in last if call["phase"] == "measured"]
+    assert {names: sent.count(names) for names in offered} == offered
+    with pytest.raises(UnknownCriterionError, match="nothing such"):  # before any load
+        bench(server.address, **{**DEFAULTS, "mix": "color:1,nothing such:1"})
+    bench(server.address, **{**DEFAULTS, **options, "as_json": False})
+    told = capsys.readouterr().out
+    assert "by what the calls ask for" in told and "color+shape, 1 image" in told
+
+
+def test_the_sizes_of_images_are_told(server, capsys, tmp_path):
+    for i, size in enumerate([(64, 48), (64, 48), (200, 100)]):
+        Image.new("RGB", size, (i, 0, 0)).save(tmp_path / f"{i}.png")
+    bench(server.address, **{**DEFAULTS, "concurrency": "1", "images": tmp_path})
+    told = json.loads(capsys.readouterr().out)["settings"]
+    assert told["image_sizes"] == ["64x48: 2", "200x100: 1"]
+    assert told["median_image_pixels"] == told["smallest_image_pixels"] == 64 * 48
+    assert told["largest_image_pixels"] == 20000
+    assert told["largest_image_bytes"] > told["median_image_bytes"]
