@@ -7,6 +7,7 @@ a generator was the bottleneck is marked as not quotable.
 from __future__ import annotations
 
 import asyncio
+import math
 import multiprocessing
 import platform
 import time
@@ -33,6 +34,7 @@ from crl_benchmarks.bench_report import (
     ObjectiveResult,
     Report,
     Setting,
+    Slice,
     Subject,
 )
 from crl_benchmarks.call_records import CallRecords, Part, PartWriter
@@ -66,6 +68,9 @@ _STEADY = 0.1
 """A run is steady if the calls served in each third differ from the mean by at most this share."""
 
 _ATTEMPTS = 3
+
+_MOST_SLICES = 600
+"""Number of slices of a long run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,6 +454,26 @@ def _row(mode: str, load: float, run: Run, images: float, *, uneven: bool = Fals
         quotable=not why,
         why=why,
         kinds=_kinds(run),
+        slices=_slices(run),
+    )
+
+
+def _slices(run: Run) -> tuple[Slice, ...]:
+    """Return the successful calls of a run by the time at which they were due."""
+    length = min(max(run.seconds / _MOST_SLICES, 1.0), run.seconds / 10)
+    count = max(math.ceil(run.seconds / length - 1e-9), 1) if length else 0
+    slices: list[list[float]] = [[] for _ in range(count)]
+    for due, latency in zip(run.due, run.latencies.get("ok", []), strict=False):
+        slices[min(max(int(due / length), 0), count - 1)].append(latency)
+    return tuple(
+        Slice(
+            begin_seconds=_short(i * length),
+            length_seconds=_short(min(length, run.seconds - i * length)),
+            served_calls=len(latencies),
+            p50_ms=_short(float(np.percentile(latencies, 50)) * 1e3) if latencies else None,
+            p99_ms=_short(float(np.percentile(latencies, 99)) * 1e3) if latencies else None,
+        )
+        for i, latencies in enumerate(slices)
     )
 
 

@@ -47,6 +47,24 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     high_ms: float | None
 
 
+class Slice(msgspec.Struct, frozen=True, kw_only=True):
+    """The successful calls that were due in a part of the measured time.
+
+    Attributes:
+        begin_seconds: Beginning of the part, in seconds since the end of the warm-up.
+        length_seconds: Its length.
+        served_calls: Number of the calls.
+        p50_ms: Median of their latency; None without calls.
+        p99_ms: 99th percentile of their latency; None without calls.
+    """
+
+    begin_seconds: float
+    length_seconds: float
+    served_calls: int
+    p50_ms: float | None
+    p99_ms: float | None
+
+
 class CallKind(msgspec.Struct, frozen=True, kw_only=True):
     """Latency of the calls that ask for the same.
 
@@ -96,6 +114,8 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
         server_metrics: What changed on the server's Prometheus page, or None.
         kinds: The same calls by what they ask for, the most frequent kind first; empty if all ask
             for the same.
+        slices: The same calls by the time at which they were due: each second, or tenths of a run
+            below ten seconds. In a closed loop, a call is due when it is sent.
     """
 
     mode: str
@@ -121,6 +141,7 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[DeviceUse, ...] = ()
     server_metrics: ServerMetrics | None = None
     kinds: tuple[CallKind, ...] = ()
+    slices: tuple[Slice, ...] = ()
 
     @property
     def shown(self) -> bool:

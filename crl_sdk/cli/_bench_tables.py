@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
     from crl_benchmarks.bench_compare import Ratio
     from crl_benchmarks.bench_report import LoadResult, Report
     from crl_benchmarks.metrics_page import MetricChange
+
+_BLOCKS, _BLOCKS_OF_A_LINE = "▁▂▃▄▅▆▇█", 60
+"""What latency over time is drawn with, and how many of them fit into a line."""
+
+_FEW_CALLS = 5
+"""The median of fewer calls is no sign that a part of a run was slower …"""
+
+_SLOW = 1.5
+"""… than the whole, by this factor."""
 
 _MOST_KINDS = 12
 """Number of kinds of calls that are printed for a run. A report has all of them."""
@@ -54,7 +64,7 @@ def print_report(report: Report) -> None:
             for device in row.devices
             if device.throttled
         ]
-        remarks += _metrics_remarks(row)
+        remarks += [*_metrics_remarks(row), *_slices_remarks(row)]
         if remarks:
             out.print(escape(f"{row.name}: {'; '.join(remarks)}"), soft_wrap=True)
     if report.objective is not None:
@@ -222,6 +232,27 @@ def _metrics_remarks(row: LoadResult) -> list[str]:
     if metrics.restarted:
         remarks.append("counters of the server fell: it started again")
     return remarks
+
+
+def _slices_remarks(row: LoadResult) -> list[str]:
+    """Return the median over the time of a run as blocks, if it says more than the whole."""
+    from crl_benchmarks.bench_report import find_figure, show_ms
+
+    width = math.ceil(len(row.slices) / _BLOCKS_OF_A_LINE) or 1
+    groups = [row.slices[i : i + width] for i in range(0, len(row.slices), width)]
+    medians = [max((each.p50_ms or 0.0 for each in group), default=0.0) for group in groups]
+    counted = [each.p50_ms or 0.0 for each in row.slices if each.served_calls >= _FEW_CALLS]
+    whole = find_figure(row.latency, 50.0).latency_ms
+    if not row.shown or not whole or not counted:
+        return []
+    if row.steady and max(counted) < _SLOW * whole:
+        return []
+    highest = max(medians)
+    blocks = "".join(
+        _BLOCKS[min(int(median / highest * len(_BLOCKS)), len(_BLOCKS) - 1)] for median in medians
+    )
+    seconds = sum(each.length_seconds for each in groups[0])
+    return [f"p50 each {seconds:.3g} s: {blocks}, at most {show_ms(highest)} ms"]
 
 
 def _table(*headings: str) -> Table:

@@ -32,6 +32,7 @@ from crl_benchmarks.load import Reply, Run, closed_loop, merge, open_loop
 from crl_benchmarks.plot import check_plot, write_plot
 from crl_benchmarks.quantiles import percentile, values_needed
 from crl_benchmarks.targets import Target
+from crl_sdk.cli._bench_tables import print_report
 from crl_sdk.errors import InvalidInputError
 
 
@@ -307,6 +308,43 @@ def test_figures_of_few_calls_are_marked():
     few = bench._row("open", 9, Run(seconds=1, offered=28, latencies={"ok": [0.0123] * 28}), 1)
     shown = {each.percent: show_latency(each) for each in few.latency}
     assert shown == {50.0: "12.3", 90.0: "12.3?", 99.0: "12.3?", 99.9: "12.3?"}
+
+
+def sliced(seconds, latency):
+    """A run with ten calls per second whose latency depends on when they are due."""
+    due = [i / 10 for i in range(int(seconds * 10))]
+    run = Run(seconds=seconds, offered=len(due), lags=[0.0], due=due, done=due)
+    run.latencies = {"ok": [latency(each) for each in due]}
+    return bench._row("open", 10, run, 1)
+
+
+def test_slices_show_when_a_run_was_slow():
+    told = sliced(12, lambda due: 0.5 if 3 <= due < 5 else 0.01)
+    assert [each.begin_seconds for each in told.slices] == list(range(12))
+    assert all(each.length_seconds == 1 and each.served_calls == 10 for each in told.slices)
+    assert [each.p50_ms for each in told.slices] == [*[10] * 3, *[500] * 2, *[10] * 7]
+    assert told.slices[3].p99_ms == 500
+    short = sliced(2, lambda due: due).slices
+    assert [each.begin_seconds for each in short] == pytest.approx([i / 5 for i in range(10)])
+    assert sum(each.served_calls for each in short) == 20
+    long = sliced(900, lambda due: 0.01).slices
+    assert len(long) == 600 and {each.length_seconds for each in long} == {1.5}
+    uneven = sliced(10.5, lambda due: 0.01).slices
+    assert len(uneven) == 11 and uneven[-1].length_seconds == pytest.approx(0.5)
+    empty = bench._row("closed", 1, Run(seconds=1, lags=[0.0]), 1).slices
+    assert len(empty) == 10 and all(each.p50_ms is None for each in empty)
+
+
+def test_a_slow_part_of_a_run_is_drawn(capsys):
+    rows = [sliced(12, lambda due: 0.5 if 3 <= due < 5 else 0.01), sliced(12, lambda due: 0.01),
+            sliced(120, lambda due: 0.5 if due < 2 else 0.01)]  # fmt: skip
+    about = Subject(model="clip")
+    print_report(report("crl bench", about, {}, rows))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "p50 each" in line]
+    assert lines == [
+        "10 calls/s: p50 each 1 s: ▁▁▁██▁▁▁▁▁▁▁, at most 500 ms",
+        f"10 calls/s: p50 each 2 s: █{'▁' * 59}, at most 500 ms",
+    ]
 
 
 def test_a_failed_call_never_ends_in_the_percentiles_of_all_calls():
