@@ -29,6 +29,7 @@ from crl_benchmarks.bench_report import (
     LOAD_UNITS,
     SCHEMA,
     CallKind,
+    ColdStart,
     Figure,
     LoadResult,
     ObjectiveResult,
@@ -293,6 +294,37 @@ def engine_rows(
     return rows
 
 
+async def measure_cold(target: Target, calls: int) -> ColdStart:
+    """Make the first calls of a new connection, one after the other.
+
+    Args:
+        target: Server and calls.
+        calls: Number of calls.
+    """
+    latencies: list[float | None] = []
+    failed: dict[str, int] = {}
+    first: dict[str, float] = {}
+    async with open_target(target) as channel:
+        send = connect(target, channel)
+        for number in range(1, calls + 1):  # `probe` sends number 0
+            started = time.perf_counter()
+            reply = await send(number, target.call)
+            latency = _short((time.perf_counter() - started) * 1e3)
+            latencies.append(latency if reply.outcome == "ok" else None)
+            if number == 1:
+                first = {stage: _short(value * 1e3) for stage, value in reply.stages.items()}
+            if reply.outcome != "ok":
+                failed[reply.why] = failed.get(reply.why, 0) + 1
+    later = [each for each in latencies[1:] if each is not None]
+    return ColdStart(
+        calls_ms=tuple(latencies),
+        failed_calls=failed,
+        first_server_ms=first,
+        later_p50_ms=_short(float(np.median(later))) if later else None,
+        later_max_ms=max(later, default=None),
+    )
+
+
 def server_settings(target: Target, settings: BenchSettings) -> dict[str, Setting]:
     """Return the settings of a server's measurement for the report."""
     described: dict[str, Setting] = {
@@ -326,6 +358,7 @@ def report(
     *,
     objective: ObjectiveResult | None = None,
     ended_early: str = "",
+    cold: ColdStart | None = None,
 ) -> Report:
     """Return a report of runs.
 
@@ -336,6 +369,7 @@ def report(
         rows: Results of the runs.
         objective: Result of a search.
         ended_early: Why not all runs were made.
+        cold: The first calls of a new connection.
     """
     cached = [row.cached_share for row in rows if row.cached_share is not None]
     return Report(
@@ -354,6 +388,7 @@ def report(
         rows=tuple(rows),
         objective=objective,
         ended_early=ended_early,
+        cold=cold,
     )
 
 

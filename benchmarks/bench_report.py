@@ -195,6 +195,28 @@ class ObjectiveResult(msgspec.Struct, frozen=True, kw_only=True):
     best: LoadResult | None
 
 
+class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
+    """The first calls of a new connection, one after the other and without a warm-up.
+
+    The connection is cold. Whether the server is depends on what it did before.
+
+    Attributes:
+        calls_ms: Latency of each call in order; None for a call that failed. The first one includes
+            the connection itself, with TLS if it is used.
+        failed_calls: Number of failures, by status.
+        first_server_ms: Milliseconds that the server reports for the first call, by stage; empty if
+            it failed, or if the server does not say.
+        later_p50_ms: Median of the successful calls after the first; None if there are none.
+        later_max_ms: Maximum of these.
+    """
+
+    calls_ms: tuple[float | None, ...]
+    failed_calls: dict[str, int]
+    first_server_ms: dict[str, float]
+    later_p50_ms: float | None
+    later_max_ms: float | None
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """All runs of a command, with what is needed to repeat it.
 
@@ -211,6 +233,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         rows: Results of the runs.
         objective: Result of the search, or None.
         ended_early: Why not all runs were made, else empty.
+        cold: The first calls of a new connection, or None.
     """
 
     schema: int
@@ -224,6 +247,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     rows: tuple[LoadResult, ...]
     objective: ObjectiveResult | None = None
     ended_early: str = ""
+    cold: ColdStart | None = None
 
 
 def find_figure(figures: Sequence[Figure], percent: float) -> Figure:

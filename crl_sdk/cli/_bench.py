@@ -144,6 +144,10 @@ def bench(
         str | None,
         typer.Option(help="Criteria of calls with weights, such as color:3,shape:1,color+shape:1."),
     ] = None,
+    cold: Annotated[
+        int | None,
+        typer.Option(min=1, help="Time this many first calls of a new connection, before any run."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure latency, throughput and failures of a server under load.
@@ -162,7 +166,7 @@ def bench(
         "--criteria": criteria, "--kserve-model": kserve_model, "--distinct": distinct,
         "--authority": authority, "--certificate": certificate, "--key": key,
         "--requests": requests, "--metrics": metrics, "--burst": burst, "--replay": replay,
-        "--mix": mix,
+        "--mix": mix, "--cold": cold,
     }  # fmt: skip
     of_engines = {
         "--engine": engine != "auto", "--threads": threads, "--batches": batches != _DEFAULT_BATCHES
@@ -176,7 +180,7 @@ def bench(
     _check_replay(replay, speed, planned)
     require_new(out_file, plot, requests, overwrite=overwrite)
     try:
-        from crl_benchmarks.bench import BenchSettings, report, server_settings
+        from crl_benchmarks.bench import BenchSettings, measure_cold, report, server_settings
         from crl_benchmarks.bench_objective import Objective
         from crl_benchmarks.calls import read_trace
         from crl_benchmarks.images import read_images, synthetic_jpegs
@@ -195,13 +199,13 @@ def bench(
     if trace := read_trace(replay, speed=speed) if replay is not None else None:
         settings = _settings_of(trace, processes)
     objective = Objective.parse(slo) if slo is not None else None
-    ended_early, records = "", None
+    ended_early, records, started = "", None, None
     if bundle is not None:
         target, described, rows = _engine(
             bundle, engine, threads, _numbers("--batches", batches, whole=True), settings
         )
     elif address is not None:
-        loads = _loads(concurrency, rate, searched=objective is not None)
+        loads = _loads(concurrency, rate, searched=objective is not None or cold is not None)
         named = tuple(part.strip() for part in criteria.split(",") if part.strip())
         named = settings.mix.criteria if settings.mix is not None else named
         if trace is not None:
@@ -220,11 +224,15 @@ def bench(
             distinct=distinct,
         )
         page = MetricsPage(metrics) if metrics is not None else None
+        started = asyncio.run(measure_cold(calls, cold)) if cold is not None else None
         target, described = asyncio.run(probe(calls)), server_settings(calls, settings)
         with _recorded(requests, command, address) as records:
             rows, ended_early = _server(calls, settings, loads, objective, records, page)
     result = objective.conclude(rows) if objective is not None else None
-    document = report(command, target, described, rows, objective=result, ended_early=ended_early)
+    document = report(
+        command, target, described, rows,
+        objective=result, ended_early=ended_early, cold=started,
+    )  # fmt: skip
     _show(document, out_file, plot, as_json=as_json)
     unwritten = records is not None and records.failed
     if unwritten or (result is not None and result.outcome == "not_judged"):

@@ -16,7 +16,7 @@ from crl_sdk.cli._console import out, print_facts, print_json, warn
 
 if TYPE_CHECKING:
     from crl_benchmarks.bench_compare import Ratio
-    from crl_benchmarks.bench_report import LoadResult, Report
+    from crl_benchmarks.bench_report import ColdStart, LoadResult, Report
     from crl_benchmarks.metrics_page import MetricChange
 
 _BLOCKS, _BLOCKS_OF_A_LINE = "▁▂▃▄▅▆▇█", 60
@@ -45,7 +45,9 @@ def print_report(report: Report) -> None:
     print_facts(
         report.command, {key.replace("_", " "): show_setting(value) for key, value in facts.items()}
     )
-    _print_runs(report.rows)
+    _print_cold(report.cold)
+    if report.rows:
+        _print_runs(report.rows)
     _print_kinds(report.rows)
     _print_stages(report.rows)
     _print_devices(report.rows)
@@ -118,6 +120,28 @@ def _cached(report: Report) -> str:
             "its engine: pass --distinct"
         )
     return ""
+
+
+def _print_cold(cold: ColdStart | None) -> None:
+    """Print the latency of the first calls of a new connection."""
+    from crl_benchmarks.bench_report import show_ms
+
+    if cold is None:
+        return
+    first = "failed" if cold.calls_ms[0] is None else f"{show_ms(cold.calls_ms[0])} ms"
+    if total := cold.first_server_ms.get("total"):
+        first += f" ({show_ms(total)} ms in the server)"
+    told = f"first call of a new connection: {first}"
+    if cold.later_p50_ms is not None and cold.later_max_ms is not None:
+        told += (
+            f"; the next {len(cold.calls_ms) - 1}: p50 {show_ms(cold.later_p50_ms)} ms, "
+            f"at most {show_ms(cold.later_max_ms)} ms"
+        )
+    if cold.failed_calls:
+        failed = ", ".join(f"{count:,} with {why}" for why, count in cold.failed_calls.items())
+        told += f"; failed: {failed}"
+    out.print(escape(told), soft_wrap=True)
+    out.print("The server may have been warm: start it again to measure its own first call.")
 
 
 def _print_runs(rows: Iterable[LoadResult]) -> None:

@@ -18,6 +18,7 @@ import trustme
 import typer
 from PIL import Image
 
+from crl_benchmarks import targets
 from crl_benchmarks.bench import BenchSettings, Generators, _row
 from crl_benchmarks.call_records import CallRecords, PartWriter, _read_run
 from crl_benchmarks.load import EndedCall, Reply, Run
@@ -43,7 +44,7 @@ DEFAULTS = {
     "authority": None, "certificate": None, "key": None, "compare": None,
     "plain_text_token": False, "overwrite": False, "requests": None,
     "metrics": None, "burst": None, "replay": None, "speed": 1.0,
-    "mix": None,
+    "mix": None, "cold": None,
 }  # fmt: skip
 
 
@@ -602,3 +603,51 @@ def test_the_sizes_of_images_are_told(server, capsys, tmp_path):
     assert told["median_image_pixels"] == told["smallest_image_pixels"] == 64 * 48
     assert told["largest_image_pixels"] == 20000
     assert told["largest_image_bytes"] > told["median_image_bytes"]
+
+
+def test_the_first_calls_of_a_new_connection(server, capsys):
+    asked = []
+    server.pipeline.on_result.append(lambda result: asked.append(len(result.images)))
+    options = {**DEFAULTS, "criteria": "color", "cold": 5, "batch": 2, "distinct": True}
+    bench(server.address, **options)
+    told = json.loads(capsys.readouterr().out)
+    cold = told["cold"]
+    assert len(cold["calls_ms"]) == 5 and min(cold["calls_ms"]) > 0 and not cold["failed_calls"]
+    assert 0 < cold["first_server_ms"]["total"] <= cold["calls_ms"][0]
+    assert cold["later_p50_ms"] == pytest.approx(np.median(cold["calls_ms"][1:]), rel=1e-4)
+    assert cold["later_max_ms"] == max(cold["calls_ms"][1:])
+    assert told["rows"] == [] and asked == [2] * 6  # five calls, then the one that asks who answers
+    assert not server.pipeline.cache.hits
+    bench(server.address, **{**options, "concurrency": "1", "cold": 1, "as_json": False})
+    told = capsys.readouterr().out
+    assert "first call of a new connection:" in told and "ms in the server" in told
+    assert "The server may have been warm" in told and "1 caller" in told
+    bench(server.address, **{**options, "as_json": False})
+    told = capsys.readouterr().out
+    assert "; the next 4: p50 " in told and "images/s" not in told
+    with pytest.raises(UnknownCriterionError):
+        bench(server.address, **{**options, "criteria": "nothing such"})
+
+
+def test_first_calls_that_fail_are_told(server, capsys, monkeypatch):
+    """A server that is still starting refuses the first calls."""
+    connect, left = targets.connect, [Reply("error", "UNAVAILABLE", "starting")] * 2
+
+    def connected(target, channel):
+        send = connect(target, channel)
+
+        async def failing(number, call):
+            return left.pop() if left else await send(number, call)
+
+        return failing
+
+    monkeypatch.setattr("crl_benchmarks.bench.connect", connected)
+    options = {**DEFAULTS, "cold": 4}
+    bench(server.address, **options)
+    cold = json.loads(capsys.readouterr().out)["cold"]
+    assert cold["calls_ms"][:2] == [None, None] and cold["failed_calls"] == {"UNAVAILABLE": 2}
+    assert cold["first_server_ms"] == {} and cold["later_p50_ms"] > 0
+    left += [Reply("error", "UNAVAILABLE", "starting")]
+    bench(server.address, **{**options, "as_json": False})
+    told = " ".join(capsys.readouterr().out.split())
+    assert "first call of a new connection: failed" in told and "1 with UNAVAILABLE" in told
