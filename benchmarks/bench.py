@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -202,10 +202,12 @@ class Generators:
             for i, (share, part) in enumerate(zip(shares, parts, strict=True))
         ]  # fmt: skip
         begins, seconds = starts + settings.warm_up, settings.seconds
+        read = self._sensors.read if self._sensors is not None else None
+        scrape = self._metrics.scrape if self._metrics is not None else None
         try:
             with (
-                _sampled(self._sensors and self._sensors.read, begins, seconds) as readings,
-                _sampled(self._metrics and self._metrics.scrape, begins, seconds) as scrapes,
+                _sampled(read, begins, seconds) as readings,
+                _sampled(scrape, begins, seconds) as scrapes,
             ):
                 run = merge(list(self._pool.map(_generate, jobs)))
         except BrokenProcessPool as error:
@@ -280,7 +282,7 @@ def engine_rows(
         while time.perf_counter() < begins:
             engine.run(pixels, weight, bias)
         run, begins = Run(lags=[0.0]), time.perf_counter()
-        read = sensors and sensors.read
+        read = sensors.read if sensors is not None else None
         with _sampled(read, time.time(), settings.seconds) as sampling:
             while run.seconds < settings.seconds or run.offered < 3:
                 started = time.perf_counter()
@@ -434,7 +436,8 @@ def _generate(job: _Job) -> Run:
                 burst=job.burst, record=record,
             )  # fmt: skip
 
-    with PartWriter(job.part) if job.part is not None else nullcontext() as record:
+    with ExitStack() as stack:
+        record = stack.enter_context(PartWriter(job.part)) if job.part is not None else None
         measured = asyncio.run(run(record))
     if record is not None:
         measured.unrecorded = record.problem
