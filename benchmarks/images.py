@@ -97,6 +97,6 @@ def _find_size(data: bytes) -> tuple[int, int] | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an image may be larger than Pillow likes
             with Image.open(io.BytesIO(data)) as image:
-                return image.size
+                return image.width, image.height
     except Exception:  # Pillow's readers raise many types
         return None

@@ -9,7 +9,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from crl_benchmarks.bench import BenchSettings, _sampled, engine_rows
+from crl_benchmarks.bench import BenchSettings, _sampled, engine_rows, report
+from crl_benchmarks.bench_report import Subject
 from crl_benchmarks.sampling import Sampling
 from crl_benchmarks.sensors import Sensors
 from crl_sdk import ModelBundle, demo_bundle
@@ -286,10 +287,7 @@ def test_a_run_says_what_its_devices_did(tmp_path, capsys, monkeypatch):
     processor = used(row.devices, "processor")
     assert processor.peak_celsius == 88 and processor.throttled
     assert used(row.devices, "rapl").mean_power_watts == 0  # the counter of this test stands still
-    report = SimpleNamespace(
-        rows=[row], command="crl bench", target={}, settings={}, objective=None, cached_share=None
-    )
-    print_report(report)
+    print_report(report("crl bench", Subject(), {}, [row]))
     told = " ".join(capsys.readouterr().out.split())
     assert "processor throttled (temperature): it can be faster" in told
     assert "devices of this machine" in told and "88" in told
