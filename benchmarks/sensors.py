@@ -32,6 +32,10 @@ _NVML_REASONS = {
 or whose clocks somebody has set, does not throttle."""
 
 
+_HIGHEST_MHZ = 20_000
+"""No GPU has so many MHz, and none so few kHz."""
+
+
 class DeviceUse(msgspec.Struct, frozen=True, kw_only=True):
     """What a device of this machine did in the measured time. What is not known is None.
 
@@ -341,18 +345,19 @@ class _Jetson:
             raise _AbsentError("the connection to the service of jetson-stats ended")
         milliwatts = jetson.power.get("tot", {}).get("power")
         degrees = [zone["temp"] for zone in jetson.temperature.values() if zone.get("online", True)]
-        clocks = [
-            gpu["freq"]["cur"] / (1 if gpu.get("power_control") == "nvml" else 1e3)  # kHz
-            for gpu in jetson.gpu.values()
-            if gpu.get("freq", {}).get("cur")
-        ]
+        clocks = [gpu.get("freq", {}).get("cur") or 0 for gpu in jetson.gpu.values()]
         kibibytes = jetson.memory.get("RAM", {}).get("used")
         return Reading(
             watts=None if milliwatts is None else milliwatts / 1e3,
             celsius=max(degrees, default=None),
-            mhz=min(clocks, default=None),
+            mhz=min((_to_mhz(clock) for clock in clocks if clock), default=None),
             memory_bytes=None if kibibytes is None else int(kibibytes) * 1024,
         )
+
+
+def _to_mhz(clock: float) -> float:
+    """Return the clock of a GPU in MHz. jetson-stats says kHz, or MHz if it asks NVML."""
+    return clock / 1e3 if clock > _HIGHEST_MHZ else clock
 
 
 def _find_jtop(opened: ExitStack) -> Iterator[_Sensor]:

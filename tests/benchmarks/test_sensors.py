@@ -222,7 +222,11 @@ class FakeJetson:
 
     power = {"rail": {}, "tot": {"power": 12500, "avg": 9000}}  # noqa: RUF012
     temperature = {"CPU": {"temp": 55.5, "online": True}, "CV": {"temp": -256.0, "online": False}}  # noqa: RUF012
-    gpu = {"ga10b": {"type": "integrated", "freq": {"cur": 918000}}}  # noqa: RUF012
+    gpu = {  # noqa: RUF012
+        "ga10b": {"type": "integrated", "freq": {"cur": 918000}},  # kHz
+        "Thor": {"type": "integrated", "freq": {"cur": 1575}, "power_control": "nvml"},  # MHz
+        "off": {"type": "integrated", "freq": {"cur": 0}},
+    }
     memory = {"RAM": {"used": 2048}}  # noqa: RUF012
 
     def __init__(self, interval):
