@@ -7,38 +7,54 @@ a generator was the bottleneck is marked as not quotable.
 from __future__ import annotations
 
 import asyncio
+import math
 import multiprocessing
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from itertools import count
+from typing import TypeVar
 
+import msgspec
 import numpy as np
 
+from crl_benchmarks.arrivals import Burst
 from crl_benchmarks.bench_report import (
     LOAD_UNITS,
     SCHEMA,
+    CallKind,
+    ColdStart,
     Figure,
     LoadResult,
     ObjectiveResult,
     Report,
     Setting,
+    Slice,
     Subject,
 )
-from crl_benchmarks.load import Reply, Run, closed_loop, merge, open_loop
+from crl_benchmarks.call_records import CallRecords, Part, PartWriter
+from crl_benchmarks.calls import Call, Mix, Trace, TracedCall
+from crl_benchmarks.images import describe_sizes
+from crl_benchmarks.load import Reply, Run, closed_loop, merge, open_loop, timed_loop
 from crl_benchmarks.machine import find_machine
+from crl_benchmarks.metrics_page import MetricsPage, summarise
 from crl_benchmarks.quantiles import PERCENTILES, percentile
+from crl_benchmarks.sampling import Sampling
+from crl_benchmarks.sensors import Reading, Sensors
 from crl_benchmarks.targets import Target, connect, open_target
 from crl_sdk._version import __version__
 from crl_sdk.engines._contract import ImageEngine
 from crl_sdk.errors import ServiceError
 from crl_sdk.model import _parity as parity
 from crl_sdk.model._bundle import ModelBundle
+
+T = TypeVar("T")
 
 _BUSY = 0.9
 """Share of a core above which a generator counts as the bottleneck."""
@@ -54,6 +70,9 @@ _STEADY = 0.1
 
 _ATTEMPTS = 3
 
+_MOST_SLICES = 600
+"""Number of slices of a long run."""
+
 
 @dataclass(frozen=True, slots=True)
 class BenchSettings:
@@ -63,11 +82,17 @@ class BenchSettings:
         warm_up: Seconds before anything counts.
         seconds: Measured seconds.
         processes: Number of generator processes.
+        burst: Bursts of the rate of open loops, or None.
+        trace: Trace to replay, or None. `warm_up` and `seconds` are then its own.
+        mix: Criteria of calls that differ, or None.
     """
 
     warm_up: float = 2.0
     seconds: float = 10.0
     processes: int = 1
+    burst: Burst | None = None
+    trace: Trace | None = None
+    mix: Mix | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +101,16 @@ class _Job:
 
     Attributes:
         target: Server and calls.
-        mode: `closed` or `open`.
+        mode: `closed`, `open` or `replay`.
         load: Number of callers (closed) or calls per second (open).
         warm_up: Seconds before anything counts.
         seconds: Measured seconds.
         seed: Seed of the arrival times, different for each process and run.
         starts: Start time on the wall clock, which all processes share.
+        part: Where to put a record of each call, or None.
+        burst: Bursts of the rate of an open loop, or None.
+        calls: Calls to replay.
+        mix: Criteria of calls that differ, or None.
     """
 
     target: Target
@@ -91,14 +120,35 @@ class _Job:
     seconds: float
     seed: int
     starts: float
+    part: Part | None = None
+    burst: Burst | None = None
+    calls: tuple[TracedCall, ...] = ()
+    mix: Mix | None = None
 
 
 class Generators:
     """The generator processes, started once for all runs. Use as a context manager."""
 
-    def __init__(self, target: Target, settings: BenchSettings) -> None:
-        """Prepare the processes; they start at the first run."""
-        self._target, self._settings = target, settings
+    def __init__(
+        self,
+        target: Target,
+        settings: BenchSettings,
+        *,
+        records: CallRecords | None = None,
+        sensors: Sensors | None = None,
+        metrics: MetricsPage | None = None,
+    ) -> None:
+        """Prepare the processes; they start at the first run.
+
+        Args:
+            target: Server and calls.
+            settings: Settings of each run.
+            records: Where to record each call, or None.
+            sensors: Sensors to read during each run, or None.
+            metrics: Page of the server's metrics to read during each run, or None.
+        """
+        self._target, self._settings, self._records = target, settings, records
+        self._sensors, self._metrics = sensors, metrics
         self._seeds = count(1)  # the first call, which `probe` makes, has 0
         context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
         self._pool = ProcessPoolExecutor(settings.processes, mp_context=context)
@@ -114,9 +164,12 @@ class Generators:
     def measure(self, mode: str, load: float) -> LoadResult:
         """Make a run, and repeat it up to twice if it was not steady.
 
+        A trace is replayed once.
+
         Args:
-            mode: `closed` or `open`.
-            load: Number of callers (closed) or calls per second (open).
+            mode: `closed`, `open` or `replay`.
+            load: Number of callers (closed), calls per second (open), or factor of the recorded
+                speed (replay).
 
         Returns:
             The result of the last attempt.
@@ -124,7 +177,7 @@ class Generators:
         Raises:
             ServiceError: If a generator process ended.
         """
-        for _ in range(_ATTEMPTS):
+        for _ in range(1 if mode == "replay" else _ATTEMPTS):
             row = self._measure(mode, load)
             if row.steady or not row.served_calls:
                 break
@@ -132,24 +185,67 @@ class Generators:
 
     def _measure(self, mode: str, load: float) -> LoadResult:
         settings = self._settings
-        processes = settings.processes if mode == "open" else min(settings.processes, int(load))
+        traced = settings.trace.calls if settings.trace is not None else ()
+        most = {"closed": int(load), "replay": len(traced)}.get(mode, settings.processes)
+        processes = min(settings.processes, most)
         shares = _shares(mode, load, processes)
+        parts: Sequence[Part | None] = [None] * len(shares)
+        if self._records is not None:
+            parts = self._records.begin_run(mode, load, len(shares))
         starts = time.time() + 0.3
         jobs = [
             _Job(
                 self._target, mode, share, settings.warm_up, settings.seconds,
-                next(self._seeds), starts,
+                next(self._seeds), starts, part, settings.burst, traced[i::processes],
+                settings.mix,
             )
-            for share in shares
+            for i, (share, part) in enumerate(zip(shares, parts, strict=True))
         ]  # fmt: skip
+        begins, seconds = starts + settings.warm_up, settings.seconds
+        read = self._sensors.read if self._sensors is not None else None
+        scrape = self._metrics.scrape if self._metrics is not None else None
         try:
-            run = merge(list(self._pool.map(_generate, jobs)))
+            with (
+                _sampled(read, begins, seconds) as readings,
+                _sampled(scrape, begins, seconds) as scrapes,
+            ):
+                run = merge(list(self._pool.map(_generate, jobs)))
         except BrokenProcessPool as error:
             raise ServiceError(
                 "a generator process ended; check that there is enough memory, or use fewer images "
                 "with --count, or fewer --processes"
             ) from error
-        return _row(mode, load, run, self._target.batch)
+        if self._records is not None:
+            self._records.note_problem(run.unrecorded)
+        uneven = mode == "replay" or (mode == "open" and settings.burst is not None)
+        images = run.done_images / len(run.done) if run.done else self._target.batch
+        row = _row(mode, load, run, images, uneven=uneven)
+        if scrapes is not None:
+            changed = summarise([scrape for _, scrape in scrapes.samples])
+            row = msgspec.structs.replace(row, server_metrics=changed)
+        return _with_devices(row, self._sensors, readings)
+
+
+@contextmanager
+def _sampled(
+    read: Callable[[], T] | None, begins: float, seconds: float
+) -> Iterator[Sampling[T] | None]:
+    """Yield readings, which are complete at the end of the block."""
+    if read is None:
+        yield None
+        return
+    with Sampling(read, begins=begins, seconds=seconds) as sampling:
+        yield sampling
+
+
+def _with_devices(
+    row: LoadResult, sensors: Sensors | None, sampling: Sampling[list[Reading]] | None
+) -> LoadResult:
+    """Return a row with what the devices of this machine did."""
+    if sensors is None or sampling is None:
+        return row
+    devices = sensors.summarise(sampling.samples, row.images_per_second)
+    return msgspec.structs.replace(row, devices=devices)
 
 
 def engine_rows(
@@ -158,6 +254,8 @@ def engine_rows(
     batches: Sequence[int],
     settings: BenchSettings,
     tell: Callable[[int], None],
+    *,
+    sensors: Sensors | None = None,
 ) -> list[LoadResult]:
     """Time an engine in this process, without decoding and without bases.
 
@@ -167,6 +265,7 @@ def engine_rows(
         batches: Batch sizes.
         settings: Seconds of warm-up and measuring.
         tell: Function that is called with each batch size before it is timed.
+        sensors: Sensors to read during each run, or None.
 
     Returns:
         One result per batch size.
@@ -183,33 +282,74 @@ def engine_rows(
         while time.perf_counter() < begins:
             engine.run(pixels, weight, bias)
         run, begins = Run(lags=[0.0]), time.perf_counter()
-        while run.seconds < settings.seconds or run.offered < 3:
-            started = time.perf_counter()
-            engine.run(pixels, weight, bias)
-            now = time.perf_counter()
-            run.offered += 1
-            run.add(Reply("ok"), now - started)
-            run.done.append(now - begins)
-            run.seconds = now - begins
-        rows.append(_row("engine", batch, run, batch))
+        read = sensors.read if sensors is not None else None
+        with _sampled(read, time.time(), settings.seconds) as sampling:
+            while run.seconds < settings.seconds or run.offered < 3:
+                started = time.perf_counter()
+                engine.run(pixels, weight, bias)
+                now = time.perf_counter()
+                run.offered += 1
+                run.add(Reply("ok"), now - started, started - begins)
+                run.done.append(now - begins)
+                run.seconds = now - begins
+        rows.append(_with_devices(_row("engine", batch, run, batch), sensors, sampling))
     return rows
+
+
+async def measure_cold(target: Target, calls: int) -> ColdStart:
+    """Make the first calls of a new connection, one after the other.
+
+    Args:
+        target: Server and calls.
+        calls: Number of calls.
+    """
+    latencies: list[float | None] = []
+    failed: dict[str, int] = {}
+    first: dict[str, float] = {}
+    async with open_target(target) as channel:
+        send = connect(target, channel)
+        for number in range(1, calls + 1):  # `probe` sends number 0
+            started = time.perf_counter()
+            reply = await send(number, target.call)
+            latency = _short((time.perf_counter() - started) * 1e3)
+            latencies.append(latency if reply.outcome == "ok" else None)
+            if number == 1:
+                first = {stage: _short(value * 1e3) for stage, value in reply.stages.items()}
+            if reply.outcome != "ok":
+                failed[reply.why] = failed.get(reply.why, 0) + 1
+    later = [each for each in latencies[1:] if each is not None]
+    return ColdStart(
+        calls_ms=tuple(latencies),
+        failed_calls=failed,
+        first_server_ms=first,
+        later_p50_ms=_short(float(np.median(later))) if later else None,
+        later_max_ms=max(later, default=None),
+    )
 
 
 def server_settings(target: Target, settings: BenchSettings) -> dict[str, Setting]:
     """Return the settings of a server's measurement for the report."""
-    return {
+    described: dict[str, Setting] = {
         "address": target.address,
         "api": target.kind,
         "criteria": list(target.criteria),
         "images_per_call": target.batch,
         "different_images": len(target.images),
-        "median_image_bytes": int(np.median([len(data) for data in target.images])),
+        **describe_sizes(target.images),
         "distinct": target.distinct,
         "timeout_seconds": target.timeout,
         "warm_up_seconds": settings.warm_up,
         "measured_seconds": settings.seconds,
         "generator_processes": settings.processes,
     }
+    if settings.burst is not None:
+        described["burst"] = str(settings.burst)
+    if settings.mix is not None:
+        described["mix"] = str(settings.mix)
+    if settings.trace is not None:
+        described["images_per_call"] = "as recorded"
+        described["replay"] = str(settings.trace.path)
+    return described
 
 
 def report(
@@ -220,6 +360,7 @@ def report(
     *,
     objective: ObjectiveResult | None = None,
     ended_early: str = "",
+    cold: ColdStart | None = None,
 ) -> Report:
     """Return a report of runs.
 
@@ -230,6 +371,7 @@ def report(
         rows: Results of the runs.
         objective: Result of a search.
         ended_early: Why not all runs were made.
+        cold: The first calls of a new connection.
     """
     cached = [row.cached_share for row in rows if row.cached_share is not None]
     return Report(
@@ -248,10 +390,13 @@ def report(
         rows=tuple(rows),
         objective=objective,
         ended_early=ended_early,
+        cold=cold,
     )
 
 
 def _shares(mode: str, load: float, count: int) -> list[float]:
+    if mode == "replay":
+        return [load] * count
     if mode == "open":
         return [load / count] * count
     whole, rest = divmod(int(load), count)
@@ -262,31 +407,59 @@ def _generate(job: _Job) -> Run:
     """Make one run in a generator process."""
     time.sleep(max(job.starts - time.time(), 0))
 
-    async def run() -> Run:
+    async def run(record: PartWriter | None) -> Run:
         async with open_target(job.target) as channel:
             send = connect(job.target, channel)
             # processes send different images at the same time, and distinct ones in all runs
             first = job.seed * (2**40 if job.target.distinct else 7919)
 
-            async def shifted(number: int) -> Reply:
-                return await send(first + number)
+            mixed = job.mix.draw(job.seed) if job.mix is not None else [job.target.criteria]
 
+            async def shifted(number: int) -> Reply:
+                call = Call(job.target.batch, mixed[number % len(mixed)])
+                if job.calls:
+                    call = job.calls[number].call
+                return await send(first + number, call)
+
+            if job.calls:
+                timed = [(each.due, each.counts) for each in job.calls]
+                return await timed_loop(
+                    shifted, timed, warm_up=job.warm_up, seconds=job.seconds, record=record
+                )
             if job.mode == "closed":
                 return await closed_loop(
-                    shifted, callers=int(job.load), warm_up=job.warm_up, seconds=job.seconds
-                )
+                    shifted, callers=int(job.load), warm_up=job.warm_up, seconds=job.seconds,
+                    record=record,
+                )  # fmt: skip
             return await open_loop(
-                shifted, rate=job.load, warm_up=job.warm_up, seconds=job.seconds, seed=job.seed
-            )
+                shifted, rate=job.load, warm_up=job.warm_up, seconds=job.seconds, seed=job.seed,
+                burst=job.burst, record=record,
+            )  # fmt: skip
 
-    return asyncio.run(run())
+    with ExitStack() as stack:
+        record = stack.enter_context(PartWriter(job.part)) if job.part is not None else None
+        measured = asyncio.run(run(record))
+    if record is not None:
+        measured.unrecorded = record.problem
+    return measured
 
 
-def _row(mode: str, load: float, run: Run, batch: int) -> LoadResult:
+def _row(mode: str, load: float, run: Run, images: float, *, uneven: bool = False) -> LoadResult:
+    """Return the result of a run.
+
+    Args:
+        mode: Mode of the run.
+        load: Its load.
+        run: Its measurements.
+        images: Mean number of images of a call.
+        uneven: Whether calls are due unevenly. The run is then steady if it serves them in the
+            third of its time in which they are due.
+    """
     served = sorted(run.latencies.get("ok", []))
     lag = float(np.percentile(run.lags, 90)) if run.lags else run.seconds  # it never woke
     thirds = np.histogram(run.done, bins=3, range=(0.0, run.seconds))[0]
     mean = float(thirds.mean())
+    wanted = np.histogram(run.due, bins=3, range=(0.0, run.seconds))[0] if uneven else mean
     chance = 2 * mean**0.5  # random arrivals differ by this much
     rate = run.calls_per_second
     why = _doubt(run, served, lag)
@@ -304,7 +477,7 @@ def _row(mode: str, load: float, run: Run, batch: int) -> LoadResult:
         },
         messages=run.messages,
         calls_per_second=_short(rate),
-        images_per_second=_short(rate * batch),
+        images_per_second=_short(rate * images),
         latency=tuple(_figure(served, 0, percent) for percent in PERCENTILES if served),
         latency_of_all_calls=tuple(
             _figure(served, failed, percent) for percent in PERCENTILES if run.offered
@@ -312,13 +485,54 @@ def _row(mode: str, load: float, run: Run, batch: int) -> LoadResult:
         server_p50_ms={
             stage: _short(float(np.median(seconds)) * 1e3) for stage, seconds in run.stages.items()
         },
-        steady=mean > 0 and float(np.abs(thirds - mean).max()) <= max(_STEADY * mean, chance),
+        steady=mean > 0 and float(np.abs(thirds - wanted).max()) <= max(_STEADY * mean, chance),
         generator_cpu_share=_short(run.cpu),
         generator_late_ms=_short(lag * 1e3),
         cached_share=_short(float(np.mean(run.cached))) if run.cached else None,
         quotable=not why,
         why=why,
+        kinds=_kinds(run),
+        slices=_slices(run),
     )
+
+
+def _slices(run: Run) -> tuple[Slice, ...]:
+    """Return the successful calls of a run by the time at which they were due."""
+    length = min(max(run.seconds / _MOST_SLICES, 1.0), run.seconds / 10)
+    count = max(math.ceil(run.seconds / length - 1e-9), 1) if length else 0
+    slices: list[list[float]] = [[] for _ in range(count)]
+    for due, latency in zip(run.due, run.latencies.get("ok", []), strict=False):
+        slices[min(max(int(due / length), 0), count - 1)].append(latency)
+    return tuple(
+        Slice(
+            begin_seconds=_short(i * length),
+            length_seconds=_short(min(length, run.seconds - i * length)),
+            served_calls=len(latencies),
+            p50_ms=_short(float(np.percentile(latencies, 50)) * 1e3) if latencies else None,
+            p99_ms=_short(float(np.percentile(latencies, 99)) * 1e3) if latencies else None,
+        )
+        for i, latencies in enumerate(slices)
+    )
+
+
+def _kinds(run: Run) -> tuple[CallKind, ...]:
+    """Return the calls of a run by what they ask for, unless all ask for the same."""
+    if len(run.offered_kinds) < 2:
+        return ()
+    found = []
+    for (images, criteria), offered in run.offered_kinds.items():
+        served = sorted(run.kinds.get((images, criteria), []))
+        found.append(
+            CallKind(
+                name=Call(images, criteria).name,
+                criteria=criteria,
+                images=images,
+                offered_calls=offered,
+                served_calls=len(served),
+                latency=tuple(_figure(served, 0, percent) for percent in PERCENTILES if served),
+            )
+        )
+    return tuple(sorted(found, key=lambda kind: -kind.offered_calls))
 
 
 def _doubt(run: Run, served: Sequence[float], lag: float) -> str:

@@ -46,7 +46,7 @@ def find_differences(first: Report, second: Report) -> list[str]:
         ("the objective", *(each.objective.objective if each.objective else "none"
                             for each in (first, second))),
         ("the number of cores", first.machine.cores, second.machine.cores),
-        *((key.replace("_", " "), first.settings.get(key), second.settings.get(key))
+        *((key.replace("_", " "), *(each.settings.get(key, "none") for each in (first, second)))
           for key in sorted({*first.settings, *second.settings} - _MAY_DIFFER)),
     ):  # fmt: skip
         if one != other:

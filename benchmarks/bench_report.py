@@ -9,12 +9,19 @@ from pathlib import Path
 import msgspec
 
 from crl_benchmarks.machine import Machine
+from crl_benchmarks.metrics_page import ServerMetrics
+from crl_benchmarks.sensors import DeviceUse
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.storage._atomic_files import read_record
 
 SCHEMA = 3
 
-LOAD_UNITS = {"closed": "callers", "open": "calls/s", "engine": "images"}
+LOAD_UNITS = {
+    "closed": "callers",
+    "open": "calls/s",
+    "engine": "images",
+    "replay": "times the recorded speed",
+}
 """Unit of `LoadResult.load`, by mode."""
 
 MOSTLY_CACHED = 0.05
@@ -40,12 +47,51 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     high_ms: float | None
 
 
+class Slice(msgspec.Struct, frozen=True, kw_only=True):
+    """The successful calls that were due in a part of the measured time.
+
+    Attributes:
+        begin_seconds: Beginning of the part, in seconds since the end of the warm-up.
+        length_seconds: Its length.
+        served_calls: Number of the calls.
+        p50_ms: Median of their latency; None without calls.
+        p99_ms: 99th percentile of their latency; None without calls.
+    """
+
+    begin_seconds: float
+    length_seconds: float
+    served_calls: int
+    p50_ms: float | None
+    p99_ms: float | None
+
+
+class CallKind(msgspec.Struct, frozen=True, kw_only=True):
+    """Latency of the calls that ask for the same.
+
+    Attributes:
+        name: Criteria and number of images, such as `color+shape, 1 image`.
+        criteria: Criteria.
+        images: Number of images.
+        offered_calls: Number of calls that were due.
+        served_calls: Number of successful calls.
+        latency: Percentiles of the latency of successful calls; empty if there are none.
+    """
+
+    name: str
+    criteria: tuple[str, ...]
+    images: int
+    offered_calls: int
+    served_calls: int
+    latency: tuple[Figure, ...]
+
+
 class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     """Result of one run.
 
     Attributes:
-        mode: `closed` or `open`, or `engine` for runs in this process.
-        load: Number of callers (closed), calls per second (open), or images per run (engine).
+        mode: `closed`, `open` or `replay`, or `engine` for runs in this process.
+        load: Number of callers (closed), calls per second (open), factor of the recorded speed
+            (replay), or images per run (engine).
         load_unit: Unit of `load`.
         measured_seconds: Measured seconds.
         offered_calls: Number of calls that were due.
@@ -64,6 +110,12 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
         cached_share: Share of the images that the server's cache answered; None if it does not say.
         quotable: Whether the figures are the server's: the generators were not the bottleneck.
         why: Reason why the run is not quotable, else empty.
+        devices: What the devices of this machine did: power, temperature, clocks.
+        server_metrics: What changed on the server's Prometheus page, or None.
+        kinds: The same calls by what they ask for, the most frequent kind first; empty if all ask
+            for the same.
+        slices: The same calls by the time at which they were due: each second, or tenths of a run
+            below ten seconds. In a closed loop, a call is due when it is sent.
     """
 
     mode: str
@@ -86,6 +138,10 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     cached_share: float | None
     quotable: bool
     why: str = ""
+    devices: tuple[DeviceUse, ...] = ()
+    server_metrics: ServerMetrics | None = None
+    kinds: tuple[CallKind, ...] = ()
+    slices: tuple[Slice, ...] = ()
 
     @property
     def shown(self) -> bool:
@@ -139,6 +195,28 @@ class ObjectiveResult(msgspec.Struct, frozen=True, kw_only=True):
     best: LoadResult | None
 
 
+class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
+    """The first calls of a new connection, one after the other and without a warm-up.
+
+    The connection is cold. Whether the server is depends on what it did before.
+
+    Attributes:
+        calls_ms: Latency of each call in order; None for a call that failed. The first one includes
+            the connection itself, with TLS if it is used.
+        failed_calls: Number of failures, by status.
+        first_server_ms: Milliseconds that the server reports for the first call, by stage; empty if
+            it failed, or if the server does not say.
+        later_p50_ms: Median of the successful calls after the first; None if there are none.
+        later_max_ms: Maximum of these.
+    """
+
+    calls_ms: tuple[float | None, ...]
+    failed_calls: dict[str, int]
+    first_server_ms: dict[str, float]
+    later_p50_ms: float | None
+    later_max_ms: float | None
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """All runs of a command, with what is needed to repeat it.
 
@@ -155,6 +233,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         rows: Results of the runs.
         objective: Result of the search, or None.
         ended_early: Why not all runs were made, else empty.
+        cold: The first calls of a new connection, or None.
     """
 
     schema: int
@@ -168,6 +247,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     rows: tuple[LoadResult, ...]
     objective: ObjectiveResult | None = None
     ended_early: str = ""
+    cold: ColdStart | None = None
 
 
 def find_figure(figures: Sequence[Figure], percent: float) -> Figure:

@@ -10,13 +10,18 @@ core it uses.
 from __future__ import annotations
 
 import asyncio
-import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
+
+from crl_benchmarks.arrivals import Burst, arrivals
 
 Send = Callable[[int], Awaitable["Reply"]]
 """Sends call number n and returns its outcome. It never raises."""
+
+Kind = tuple[int, tuple[str, ...]]
+"""What a call asks for: the number of its images, and its criteria."""
 
 _TICK = 0.01
 """Seconds between two measurements of the event loop's lag."""
@@ -32,6 +37,9 @@ class Reply:
         message: What the server says about a failed call.
         stages: Seconds that the server reports, by stage.
         cached: Share of the images that the server's cache answered; None if it does not say.
+        images: Number of images of the call.
+        criteria: Criteria of the call.
+        sent_bytes: Size of the request in bytes; 0 if it is not known.
     """
 
     outcome: str
@@ -39,6 +47,33 @@ class Reply:
     message: str = ""
     stages: dict[str, float] = field(default_factory=dict)
     cached: float | None = None
+    images: int = 1
+    criteria: tuple[str, ...] = ()
+    sent_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EndedCall:
+    """A call that has ended. Its times are those of `time.perf_counter`, in seconds.
+
+    Attributes:
+        due: When the call was due. In a closed loop, that is when it was sent.
+        sent: When it was sent.
+        done: When it ended.
+        phase: `warm_up`; `measured` if its latency counts; or `late` if a closed loop ended
+            before it.
+        reply: Its outcome.
+    """
+
+    due: float
+    sent: float
+    done: float
+    phase: str
+    reply: Reply
+
+
+Record = Callable[[EndedCall], None]
+"""Notes a call that has ended. It never raises."""
 
 
 @dataclass(slots=True)
@@ -52,6 +87,10 @@ class Run:
             counts the calls that ended in the measured seconds, including those that began before:
             without them, a slow server would lose one call per caller. An open loop counts the
             calls that were due in the measured seconds.
+        done_images: Images of the calls in `done`.
+        due: When each successful call whose latency counts was due, in seconds since the end of the
+            warm-up and in the order of `latencies["ok"]`. In a closed loop, that is when it was
+            sent.
         stages: Seconds that the server reports for successful calls, by stage.
         failures: Number of failed calls, by status.
         messages: First message of each status of failed calls.
@@ -59,11 +98,16 @@ class Run:
         cpu: Share of one core that the generator used.
         offered: Number of calls that were due.
         cached: Share of the images of each successful call that the server's cache answered.
+        unrecorded: Why calls could not be recorded, else empty.
+        kinds: Latencies of successful calls in seconds, by kind.
+        offered_kinds: Number of calls that were due, by kind.
     """
 
     seconds: float = 0.0
+    done_images: int = 0
     latencies: dict[str, list[float]] = field(default_factory=dict)
     done: list[float] = field(default_factory=list)
+    due: list[float] = field(default_factory=list)
     stages: dict[str, list[float]] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
     messages: dict[str, str] = field(default_factory=dict)
@@ -71,16 +115,29 @@ class Run:
     cpu: float = 0.0
     offered: int = 0
     cached: list[float] = field(default_factory=list)
+    unrecorded: str = ""
+    kinds: dict[Kind, list[float]] = field(default_factory=dict)
+    offered_kinds: dict[Kind, int] = field(default_factory=dict)
 
     @property
     def calls_per_second(self) -> float:
         """Successful calls per second. It counts the time up to the last answer of an open loop."""
         return len(self.done) / max(self.seconds, max(self.done, default=0.0))
 
-    def add(self, reply: Reply, latency: float) -> None:
-        """Add a call whose latency counts."""
+    def add(self, reply: Reply, latency: float, due: float) -> None:
+        """Add a call whose latency counts.
+
+        Args:
+            reply: Outcome of the call.
+            latency: Latency in seconds.
+            due: When it was due, in seconds since the end of the warm-up.
+        """
+        kind = (reply.images, reply.criteria)
         self.latencies.setdefault(reply.outcome, []).append(latency)
+        self.offered_kinds[kind] = self.offered_kinds.get(kind, 0) + 1
         if reply.outcome == "ok":
+            self.kinds.setdefault(kind, []).append(latency)
+            self.due.append(due)
             if reply.cached is not None:
                 self.cached.append(reply.cached)
             for stage, seconds in reply.stages.items():
@@ -96,10 +153,17 @@ def merge(runs: list[Run]) -> Run:
     for run in runs:
         whole.offered += run.offered
         whole.done += run.done
+        whole.done_images += run.done_images
+        whole.due += run.due
         whole.lags += run.lags
         whole.cached += run.cached
+        whole.unrecorded = whole.unrecorded or run.unrecorded
         for outcome, latencies in run.latencies.items():
             whole.latencies.setdefault(outcome, []).extend(latencies)
+        for kind, latencies in run.kinds.items():
+            whole.kinds.setdefault(kind, []).extend(latencies)
+        for kind, count in run.offered_kinds.items():
+            whole.offered_kinds[kind] = whole.offered_kinds.get(kind, 0) + count
         for stage, seconds in run.stages.items():
             whole.stages.setdefault(stage, []).extend(seconds)
         for why, count in run.failures.items():
@@ -108,7 +172,9 @@ def merge(runs: list[Run]) -> Run:
     return whole
 
 
-async def closed_loop(send: Send, *, callers: int, warm_up: float, seconds: float) -> Run:
+async def closed_loop(
+    send: Send, *, callers: int, warm_up: float, seconds: float, record: Record | None = None
+) -> Run:
     """Run callers that call again as soon as they are answered.
 
     Args:
@@ -116,6 +182,7 @@ async def closed_loop(send: Send, *, callers: int, warm_up: float, seconds: floa
         callers: Number of concurrent callers.
         warm_up: Seconds before anything counts.
         seconds: Measured seconds.
+        record: Function that notes each call.
     """
     run = Run(seconds=seconds)
     begins = time.perf_counter() + warm_up
@@ -127,9 +194,13 @@ async def closed_loop(send: Send, *, callers: int, warm_up: float, seconds: floa
             done = time.perf_counter()
             if reply.outcome == "ok" and begins <= done <= ends:
                 run.done.append(done - begins)
+                run.done_images += reply.images
             if begins <= started and done <= ends:
                 run.offered += 1
-                run.add(reply, done - started)
+                run.add(reply, done - started, started - begins)
+            if record is not None:
+                phase = "warm_up" if started < begins else "measured" if done <= ends else "late"
+                record(EndedCall(started, started, done, phase, reply))
             if reply.outcome != "ok":
                 await asyncio.sleep(0.001)  # do not flood a server that refuses at once
             number += callers
@@ -140,41 +211,77 @@ async def closed_loop(send: Send, *, callers: int, warm_up: float, seconds: floa
 
 
 async def open_loop(
-    send: Send, *, rate: float, warm_up: float, seconds: float, seed: int = 0
+    send: Send,
+    *,
+    rate: float,
+    warm_up: float,
+    seconds: float,
+    seed: int = 0,
+    burst: Burst | None = None,
+    record: Record | None = None,
 ) -> Run:
     """Send calls at random times that do not depend on earlier calls.
 
     Args:
         send: Function that sends a call.
-        rate: Mean number of calls per second.
+        rate: Mean number of calls per second, between bursts if there are any.
         warm_up: Seconds before anything counts.
         seconds: Measured seconds, in which the calls that count are due.
         seed: Seed of the arrival times.
+        burst: Bursts of the rate, or None.
+        record: Function that notes each call.
+    """
+    dues = takewhile(
+        lambda due: due < warm_up + seconds, arrivals(rate, seed=seed, warm_up=warm_up, burst=burst)
+    )
+    calls = ((due, due >= warm_up) for due in dues)
+    return await timed_loop(send, calls, warm_up=warm_up, seconds=seconds, record=record)
+
+
+async def timed_loop(
+    send: Send,
+    calls: Iterable[tuple[float, bool]],
+    *,
+    warm_up: float,
+    seconds: float,
+    record: Record | None = None,
+) -> Run:
+    """Send calls at given times, whether or not earlier calls were answered.
+
+    Args:
+        send: Function that sends a call.
+        calls: When each call is due, in seconds since the start and in order, and whether it
+            counts.
+        warm_up: Seconds before the measured time.
+        seconds: Measured seconds.
+        record: Function that notes each call.
     """
     run = Run(seconds=seconds)
-    begins = time.perf_counter() + warm_up
-    ends = begins + seconds
-    arrivals = random.Random(seed)
+    starts = time.perf_counter()
+    begins = starts + warm_up
     tasks: set[asyncio.Task[None]] = set()
 
-    async def call(number: int, due: float) -> None:
+    async def call(number: int, due: float, counts: bool) -> None:
+        sent = time.perf_counter()
         reply = await send(number)
         done = time.perf_counter()
-        if begins <= due:
+        if counts:
             run.offered += 1
-            run.add(reply, done - due)
+            run.add(reply, done - due, due - begins)
             if reply.outcome == "ok":
                 run.done.append(done - begins)
+                run.done_images += reply.images
+        if record is not None:
+            record(EndedCall(due, sent, done, "measured" if counts else "warm_up", reply))
 
-    async with _Watch(run, begins, ends):
-        number, due = 0, begins - warm_up
-        while (due := due + arrivals.expovariate(rate)) < ends:
+    async with _Watch(run, begins, begins + seconds):
+        for number, (after, counts) in enumerate(calls):
+            due = starts + after
             if (early := due - time.perf_counter()) > 0:
                 await asyncio.sleep(early)
-            task = asyncio.create_task(call(number, due))
+            task = asyncio.create_task(call(number, due, counts))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
-            number += 1
         await asyncio.gather(*tasks)
     return run
 

@@ -51,7 +51,7 @@ def _draw(report: Report, form: str) -> bytes:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    names = {"closed": "closed loop", "open": "open loop", "engine": "engine"}
+    names = {"closed": "closed loop", "open": "open loop", "engine": "engine", "replay": "replay"}
     for mode, name in names.items():
         rows = [row for row in report.rows if row.mode == mode and row.shown]
         rows.sort(key=lambda row: row.load)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import secrets
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 
 from crl_benchmarks.bench_report import Subject
-from crl_benchmarks.load import Reply, Send
+from crl_benchmarks.calls import Call
+from crl_benchmarks.load import Reply
 from crl_sdk.client._connection import open_channel, typed_error
 from crl_sdk.client._options import ClientOptions, ClientSecurity
 from crl_sdk.errors import DeadlineError, ImageError, InvalidInputError
@@ -23,6 +24,9 @@ _JPEG = b"\xff\xd8"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_HEADER = len(_PNG) + 25
 """Bytes of a PNG up to the end of its header: signature, and a chunk with 13 bytes of data."""
+
+SendCall = Callable[[int, Call], Awaitable[Reply]]
+"""Sends call number n, which asks for something, and returns its outcome. It never raises."""
 
 _FULL = (grpc.StatusCode.RESOURCE_EXHAUSTED,)
 
@@ -35,8 +39,8 @@ class Target:
         address: Address as `host:port` or `unix:PATH`.
         kind: API of the server, `crl` or `kserve`.
         images: Encoded images; each call sends the next ones.
-        batch: Number of images per call.
-        criteria: Criteria of each call, for `crl`.
+        batch: Number of images per call; the largest one if they differ.
+        criteria: Criteria of each call, for `crl`; all of them if they differ.
         model: Name of the model, for `kserve`.
         timeout: Time limit of a call in seconds.
         security: Token and TLS files.
@@ -56,6 +60,11 @@ class Target:
     distinct: bool = False
     mark: bytes = field(default_factory=lambda: secrets.token_bytes(8))
 
+    @property
+    def call(self) -> Call:
+        """What each call asks for, unless they differ."""
+        return Call(self.batch, self.criteria)
+
     def __post_init__(self) -> None:
         """Check the fields against each other.
 
@@ -69,7 +78,8 @@ class Target:
             )
         if self.kind == "kserve" and self.criteria:
             raise InvalidInputError(
-                "--criteria: not allowed with --api kserve; name a model such as crl.color instead"
+                "--api kserve: expected calls without criteria; name a model such as crl.color "
+                "with --kserve-model instead"
             )
         others = sum(not data.startswith((_JPEG, _PNG)) for data in self.images)
         if self.distinct and others:
@@ -85,7 +95,7 @@ def open_target(target: Target) -> grpc.aio.Channel:
     return open_channel(target.address, options)
 
 
-def connect(target: Target, channel: grpc.aio.Channel) -> Send:
+def connect(target: Target, channel: grpc.aio.Channel) -> SendCall:
     """Return the function that sends call number n."""
     return (_crl if target.kind == "crl" else _kserve)(target, channel)
 
@@ -99,9 +109,9 @@ async def probe(target: Target) -> Subject:
     async with open_target(target) as channel:
         try:
             if target.kind == "kserve":
-                await _infer(target, channel, 0)
+                await _infer(target, channel, _infer_request(target, 0, target.call))
                 return await _ask_kserve(target, channel)
-            reply = await _embed(target, channel, 0)
+            reply = await _embed(target, channel, _embed_request(target, 0, target.call))
             for number, image in enumerate(reply.images, start=1):
                 if image.code:
                     raise ImageError(image.message, source=f"image {number} of the first call")
@@ -135,21 +145,24 @@ async def _ask_kserve(target: Target, channel: grpc.aio.Channel) -> Subject:
     return Subject(model=target.model, engine=model.platform or None, server=named or None)
 
 
-async def _embed(
-    target: Target, channel: grpc.aio.Channel, number: int
-) -> embedding_pb2.EmbedResponse:
-    request = embedding_pb2.EmbedRequest(
-        images=[embedding_pb2.Image(encoded=data) for data in _images(target, number)],
-        criteria=target.criteria,
+def _embed_request(target: Target, number: int, call: Call) -> embedding_pb2.EmbedRequest:
+    images = _images(target, number, call.images)
+    return embedding_pb2.EmbedRequest(
+        images=[embedding_pb2.Image(encoded=data) for data in images], criteria=call.criteria
     )
+
+
+async def _embed(
+    target: Target, channel: grpc.aio.Channel, request: embedding_pb2.EmbedRequest
+) -> embedding_pb2.EmbedResponse:
     stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
     return await stub.Embed(request, **_options(target))
 
 
-def _crl(target: Target, channel: grpc.aio.Channel) -> Send:
-    async def send(number: int) -> Reply:
+def _crl(target: Target, channel: grpc.aio.Channel) -> SendCall:
+    async def ask(request: embedding_pb2.EmbedRequest) -> Reply:
         try:
-            reply = await _embed(target, channel, number)
+            reply = await _embed(target, channel, request)
         except grpc.aio.AioRpcError as error:
             return failed(error)
         bad = next((each for each in reply.images if each.code), None)
@@ -168,12 +181,19 @@ def _crl(target: Target, channel: grpc.aio.Channel) -> Send:
             cached=sum(each.cached for each in reply.images) / len(reply.images),
         )
 
+    async def send(number: int, call: Call) -> Reply:
+        request = _embed_request(target, number, call)
+        reply = await ask(request)
+        reply.images, reply.criteria = call.images, call.criteria
+        reply.sent_bytes = request.ByteSize()
+        return reply
+
     return send
 
 
-async def _infer(target: Target, channel: grpc.aio.Channel, number: int) -> None:
-    images = _images(target, number)
-    request = kserve_pb2.ModelInferRequest(
+def _infer_request(target: Target, number: int, call: Call) -> kserve_pb2.ModelInferRequest:
+    images = _images(target, number, call.images)
+    return kserve_pb2.ModelInferRequest(
         model_name=target.model,
         inputs=[
             kserve_pb2.ModelInferRequest.InferInputTensor(
@@ -182,25 +202,32 @@ async def _infer(target: Target, channel: grpc.aio.Channel, number: int) -> None
         ],
         raw_input_contents=[b"".join(struct.pack("<I", len(image)) + image for image in images)],
     )
+
+
+async def _infer(
+    target: Target, channel: grpc.aio.Channel, request: kserve_pb2.ModelInferRequest
+) -> None:
     stub = kserve_pb2_grpc.GRPCInferenceServiceStub(channel)
     await stub.ModelInfer(request, **_options(target))
 
 
-def _kserve(target: Target, channel: grpc.aio.Channel) -> Send:
-    async def send(number: int) -> Reply:
+def _kserve(target: Target, channel: grpc.aio.Channel) -> SendCall:
+    async def send(number: int, call: Call) -> Reply:
+        request = _infer_request(target, number, call)
         try:
-            await _infer(target, channel, number)
+            await _infer(target, channel, request)
+            reply = Reply("ok")
         except grpc.aio.AioRpcError as error:
-            return failed(error)
-        return Reply("ok")
+            reply = failed(error)
+        reply.images, reply.sent_bytes = call.images, request.ByteSize()
+        return reply
 
     return send
 
 
-def _images(target: Target, number: int) -> list[bytes]:
-    first = number * target.batch
-    chosen = [(first + i, target.images[(first + i) % len(target.images)])
-              for i in range(target.batch)]  # fmt: skip
+def _images(target: Target, number: int, count: int) -> list[bytes]:
+    first = number * target.batch  # no call has more images
+    chosen = [(first + i, target.images[(first + i) % len(target.images)]) for i in range(count)]
     return [marked(data, target.mark, n) if target.distinct else data for n, data in chosen]
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from setuptools.command.build_py import build_py
 
 BENCH_MODULES = {
-    "__init__", "bench", "bench_compare", "bench_objective", "bench_report", "images", "load",
-    "machine", "plot", "quantiles", "targets",
+    "__init__", "arrivals", "bench", "bench_compare", "bench_objective", "bench_report",
+    "call_records", "calls", "images", "load", "machine", "metrics_page", "plot", "quantiles",
+    "sampling", "sensors", "targets",
 }  # fmt: skip
 
 

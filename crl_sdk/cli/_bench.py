@@ -6,7 +6,8 @@ import asyncio
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,12 +21,18 @@ from crl_sdk.errors import CrlError, InvalidInputError, MissingDependencyError, 
 from crl_sdk.storage._atomic_files import write_record
 
 if TYPE_CHECKING:
+    from crl_benchmarks.arrivals import Burst
     from crl_benchmarks.bench import BenchSettings
     from crl_benchmarks.bench_objective import Objective
     from crl_benchmarks.bench_report import LoadResult, Report, Setting, Subject
+    from crl_benchmarks.call_records import CallRecords
+    from crl_benchmarks.calls import Mix, Trace
+    from crl_benchmarks.metrics_page import MetricsPage
     from crl_benchmarks.targets import Target
 
 _DEFAULT_BATCHES = "1,8,16,32"
+_WARM_UP = 2.0
+_SECONDS = 10.0
 
 
 def bench(
@@ -63,8 +70,12 @@ def bench(
     slo: Annotated[
         str | None, typer.Option(help="Find the highest rate that meets this, such as 'p99<50ms'.")
     ] = None,
-    warm_up: Annotated[float, typer.Option(min=0, help="Seconds before anything counts.")] = 2.0,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Measured seconds of each run.")] = 10.0,
+    warm_up: Annotated[
+        float, typer.Option(min=0, help="Seconds before anything counts.")
+    ] = _WARM_UP,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="Measured seconds of each run.")
+    ] = _SECONDS,
     processes: Annotated[int, typer.Option(min=1, help="Number of load generators.")] = 1,
     timeout: Annotated[
         float, typer.Option(min=0.001, help="Time limit of a call in seconds.")
@@ -108,6 +119,35 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option(help="Plot latency over throughput to this .png or .html file.")
     ] = None,
+    requests: Annotated[
+        Path | None, typer.Option(help="Write a record of each call to this .jsonl or .parquet.")
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Read the server's Prometheus page too: host:port or a URL."),
+    ] = None,
+    burst: Annotated[
+        str | None,
+        typer.Option(
+            help="Bursts in the open loop, as FACTOR:SECONDS:EVERY: 4:2:10 is four times the rate "
+            "during 2 in every 10 seconds."
+        ),
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(help="Send the calls of this file of --requests (.jsonl) at their times."),
+    ] = None,
+    speed: Annotated[
+        float, typer.Option(min=0.001, max=1000, help="With --replay: 2 is twice as fast.")
+    ] = 1.0,
+    mix: Annotated[
+        str | None,
+        typer.Option(help="Criteria of calls with weights, such as color:3,shape:1,color+shape:1."),
+    ] = None,
+    cold: Annotated[
+        int | None,
+        typer.Option(min=1, help="Time this many first calls of a new connection, before any run."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure latency, throughput and failures of a server under load.
@@ -125,37 +165,57 @@ def bench(
         "--slo": slo, "--concurrency": concurrency, "--rate": rate, "--images": images,
         "--criteria": criteria, "--kserve-model": kserve_model, "--distinct": distinct,
         "--authority": authority, "--certificate": certificate, "--key": key,
+        "--requests": requests, "--metrics": metrics, "--burst": burst, "--replay": replay,
+        "--mix": mix, "--cold": cold,
     }  # fmt: skip
     of_engines = {
         "--engine": engine != "auto", "--threads": threads, "--batches": batches != _DEFAULT_BATCHES
     }  # fmt: skip
+    planned = {
+        "--concurrency": concurrency, "--rate": rate, "--slo": slo, "--burst": burst,
+        "--criteria": criteria, "--mix": mix, "--batch": batch != 1,
+        "--warm-up": warm_up != _WARM_UP, "--seconds": seconds != _SECONDS,
+    }  # fmt: skip
     _check_options(address, bundle, of_servers, of_engines)
-    require_new(out_file, plot, overwrite=overwrite)
+    _check_replay(replay, speed, planned)
+    require_new(out_file, plot, requests, overwrite=overwrite)
     try:
-        from crl_benchmarks.bench import BenchSettings, report, server_settings
+        from crl_benchmarks.bench import BenchSettings, measure_cold, report, server_settings
         from crl_benchmarks.bench_objective import Objective
+        from crl_benchmarks.calls import read_trace
         from crl_benchmarks.images import read_images, synthetic_jpegs
+        from crl_benchmarks.metrics_page import MetricsPage
         from crl_benchmarks.targets import Target, probe
         from crl_sdk.client._options import ClientSecurity
     except ImportError as error:
         raise MissingDependencyError(error.name or "pillow", "cpu", "crl bench") from error
-    _check_plot(plot)
+    _check_files(plot, requests)
+    command = shlex.join(["crl", *sys.argv[1:]])
 
-    settings = BenchSettings(warm_up=warm_up, seconds=seconds, processes=processes)
+    settings = BenchSettings(
+        warm_up=warm_up, seconds=seconds, processes=processes,
+        burst=_burst(burst, opened=bool(rate or slo)), mix=_mix(mix, criteria),
+    )  # fmt: skip
+    if trace := read_trace(replay, speed=speed) if replay is not None else None:
+        settings = _settings_of(trace, processes)
     objective = Objective.parse(slo) if slo is not None else None
-    ended_early = ""
+    ended_early, records, started = "", None, None
     if bundle is not None:
         target, described, rows = _engine(
             bundle, engine, threads, _numbers("--batches", batches, whole=True), settings
         )
     elif address is not None:
-        loads = _loads(concurrency, rate, searched=objective is not None)
+        loads = _loads(concurrency, rate, searched=objective is not None or cold is not None)
+        named = tuple(part.strip() for part in criteria.split(",") if part.strip())
+        named = settings.mix.criteria if settings.mix is not None else named
+        if trace is not None:
+            loads, batch, named = [("replay", speed)], trace.most_images, trace.criteria
         calls = Target(
             address=address,
             images=read_images(images) if images else synthetic_jpegs(count, _size(size)),
             kind=api,
             batch=batch,
-            criteria=tuple(part.strip() for part in criteria.split(",") if part.strip()),
+            criteria=named,
             model=kserve_model,
             timeout=timeout,
             security=ClientSecurity(
@@ -163,14 +223,47 @@ def bench(
             ),
             distinct=distinct,
         )
+        page = MetricsPage(metrics) if metrics is not None else None
+        started = asyncio.run(measure_cold(calls, cold)) if cold is not None else None
         target, described = asyncio.run(probe(calls)), server_settings(calls, settings)
-        rows, ended_early = _server(calls, settings, loads, objective)
+        with _recorded(requests, command, address) as records:
+            rows, ended_early = _server(calls, settings, loads, objective, records, page)
     result = objective.conclude(rows) if objective is not None else None
-    command = shlex.join(["crl", *sys.argv[1:]])
-    document = report(command, target, described, rows, objective=result, ended_early=ended_early)
+    document = report(
+        command, target, described, rows,
+        objective=result, ended_early=ended_early, cold=started,
+    )  # fmt: skip
     _show(document, out_file, plot, as_json=as_json)
-    if result is not None and result.outcome == "not_judged":
+    unwritten = records is not None and records.failed
+    if unwritten or (result is not None and result.outcome == "not_judged"):
         raise typer.Exit(1)
+
+
+@contextmanager
+def _recorded(path: Path | None, command: str, address: str) -> Iterator[CallRecords | None]:
+    """Yield where calls are recorded, and write the file however the block ends.
+
+    An error of the file is printed and noted, since the report is still to come.
+
+    Args:
+        path: File of the records; None for no records.
+        command: Command line.
+        address: Address of the server.
+    """
+    if path is None:
+        yield None
+        return
+    from crl_benchmarks.call_records import CallRecords
+
+    records = CallRecords(path, command=command, address=address)
+    try:
+        yield records
+    finally:
+        try:
+            if count := records.write():
+                note(f"wrote {path}, {count:,} calls")
+        except CrlError as error:
+            print_error(error, as_json=False)  # stdout has its one document
 
 
 def _check_options(
@@ -195,9 +288,13 @@ def _check_options(
             raise InvalidInputError(f"{name} needs {needed}: leave {name} out")
 
 
-def _check_plot(path: Path | None) -> None:
-    """Check before any work that a plot can be drawn."""
-    if path is None:
+def _check_files(plot: Path | None, requests: Path | None) -> None:
+    """Check before any work that a plot can be drawn and that records can be written."""
+    if requests is not None:
+        from crl_benchmarks.call_records import check_records_path
+
+        check_records_path(requests)
+    if plot is None:
         return
     try:
         import matplotlib  # noqa: F401
@@ -205,7 +302,55 @@ def _check_plot(path: Path | None) -> None:
         raise MissingDependencyError("matplotlib", "bench", "--plot") from error
     from crl_benchmarks.plot import check_plot
 
-    check_plot(path)
+    check_plot(plot)
+
+
+def _check_replay(path: Path | None, speed: float, planned: Mapping[str, object]) -> None:
+    """Refuse options that a trace decides, and a speed without a trace.
+
+    Args:
+        path: File of the trace.
+        speed: Factor of the recorded speed.
+        planned: Options of other loads by name; one that was not given is false.
+    """
+    if path is None:
+        if speed != 1:
+            raise InvalidInputError("--speed needs --replay: add --replay, or leave --speed out")
+        return
+    for name, value in planned.items():
+        if value:
+            raise InvalidInputError(f"--replay: the trace decides {name}: leave {name} out")
+
+
+def _settings_of(trace: Trace, processes: int) -> BenchSettings:
+    """Return settings with the times of a trace."""
+    from crl_benchmarks.bench import BenchSettings
+
+    return BenchSettings(
+        warm_up=trace.warm_up, seconds=trace.seconds, processes=processes, trace=trace
+    )
+
+
+def _burst(text: str | None, *, opened: bool) -> Burst | None:
+    """Return the bursts of open loops, if there are any."""
+    from crl_benchmarks.arrivals import Burst
+
+    if text is None:
+        return None
+    if not opened:
+        raise InvalidInputError("--burst needs an open loop: add --rate or --slo")
+    return Burst.parse(text)
+
+
+def _mix(text: str | None, criteria: str) -> Mix | None:
+    """Return the criteria of calls that differ, if they do."""
+    from crl_benchmarks.calls import Mix
+
+    if text is None:
+        return None
+    if criteria:
+        raise InvalidInputError("--mix names the criteria of each call: leave --criteria out")
+    return Mix.parse(text)
 
 
 def _loads(concurrency: str, rate: str, *, searched: bool) -> list[tuple[str, float]]:
@@ -245,6 +390,7 @@ def _engine(
 ) -> tuple[Subject, dict[str, Setting], list[LoadResult]]:
     from crl_benchmarks.bench import engine_rows
     from crl_benchmarks.bench_report import Subject
+    from crl_benchmarks.sensors import Sensors
     from crl_sdk.engines._selection import open_engine
     from crl_sdk.model._bundle import ModelBundle
 
@@ -255,9 +401,11 @@ def _engine(
         opened = open_engine(bundle, engine, threads=threads)
         sizes = [int(each) for each in batches]
         try:
-            rows = engine_rows(
-                bundle, opened, sizes, settings, lambda size: status.update(f"batches of {size}")
-            )
+            with Sensors() as sensors:
+                rows = engine_rows(
+                    bundle, opened, sizes, settings,
+                    lambda size: status.update(f"batches of {size}"), sensors=sensors,
+                )  # fmt: skip
         finally:
             opened.close()
     subject = Subject(
@@ -276,14 +424,21 @@ def _server(
     settings: BenchSettings,
     loads: list[tuple[str, float]],
     objective: Objective | None,
+    records: CallRecords | None,
+    page: MetricsPage | None,
 ) -> tuple[list[LoadResult], str]:
     """Return the runs, and why they ended early. What was measured until then is kept."""
     from crl_benchmarks.bench import Generators
     from crl_benchmarks.bench_objective import search
     from crl_benchmarks.bench_report import name_load
+    from crl_benchmarks.sensors import Sensors
 
     rows: list[LoadResult] = []
-    with spinner("starting the generators") as status, Generators(target, settings) as generators:
+    with (
+        spinner("starting the generators") as status,
+        Sensors() as sensors,
+        Generators(target, settings, records=records, sensors=sensors, metrics=page) as generators,
+    ):
 
         def measure(mode: str, load: float) -> LoadResult:
             status.update(name_load(mode, load))

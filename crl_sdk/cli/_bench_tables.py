@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,23 @@ from crl_sdk.cli._console import out, print_facts, print_json, warn
 
 if TYPE_CHECKING:
     from crl_benchmarks.bench_compare import Ratio
-    from crl_benchmarks.bench_report import LoadResult, Report
+    from crl_benchmarks.bench_report import ColdStart, LoadResult, Report
+    from crl_benchmarks.metrics_page import MetricChange
+
+_BLOCKS, _BLOCKS_OF_A_LINE = "▁▂▃▄▅▆▇█", 60
+"""What latency over time is drawn with, and how many of them fit into a line."""
+
+_FEW_CALLS = 5
+"""The median of fewer calls is no sign that a part of a run was slower …"""
+
+_SLOW = 1.5
+"""… than the whole, by this factor."""
+
+_MOST_KINDS = 12
+"""Number of kinds of calls that are printed for a run. A report has all of them."""
+
+_MOST_METRICS = 40
+"""Number of metrics that are printed. A report has all of them."""
 
 
 def print_report(report: Report) -> None:
@@ -28,8 +45,13 @@ def print_report(report: Report) -> None:
     print_facts(
         report.command, {key.replace("_", " "): show_setting(value) for key, value in facts.items()}
     )
-    _print_runs(report.rows)
+    _print_cold(report.cold)
+    if report.rows:
+        _print_runs(report.rows)
+    _print_kinds(report.rows)
     _print_stages(report.rows)
+    _print_devices(report.rows)
+    _print_metrics(report.rows)
     for row in report.rows:
         failures = {"RESOURCE_EXHAUSTED": row.rejected_calls, **row.failed_calls}
         remarks = [
@@ -39,6 +61,12 @@ def print_report(report: Report) -> None:
         ]
         remarks += [] if row.steady or not row.served_calls else ["not steady"]
         remarks += [f"not quotable: {row.why}"] if row.why else []
+        remarks += [
+            f"{device.name} throttled ({', '.join(device.throttle_reasons)}): it can be faster"
+            for device in row.devices
+            if device.throttled
+        ]
+        remarks += [*_metrics_remarks(row), *_slices_remarks(row)]
         if remarks:
             out.print(escape(f"{row.name}: {'; '.join(remarks)}"), soft_wrap=True)
     if report.objective is not None:
@@ -94,6 +122,28 @@ def _cached(report: Report) -> str:
     return ""
 
 
+def _print_cold(cold: ColdStart | None) -> None:
+    """Print the latency of the first calls of a new connection."""
+    from crl_benchmarks.bench_report import show_ms
+
+    if cold is None:
+        return
+    first = "failed" if cold.calls_ms[0] is None else f"{show_ms(cold.calls_ms[0])} ms"
+    if total := cold.first_server_ms.get("total"):
+        first += f" ({show_ms(total)} ms in the server)"
+    told = f"first call of a new connection: {first}"
+    if cold.later_p50_ms is not None and cold.later_max_ms is not None:
+        told += (
+            f"; the next {len(cold.calls_ms) - 1}: p50 {show_ms(cold.later_p50_ms)} ms, "
+            f"at most {show_ms(cold.later_max_ms)} ms"
+        )
+    if cold.failed_calls:
+        failed = ", ".join(f"{count:,} with {why}" for why, count in cold.failed_calls.items())
+        told += f"; failed: {failed}"
+    out.print(escape(told), soft_wrap=True)
+    out.print("The server may have been warm: start it again to measure its own first call.")
+
+
 def _print_runs(rows: Iterable[LoadResult]) -> None:
     from crl_benchmarks.bench_report import find_figure, show_latency, show_ms, show_rate
     from crl_benchmarks.quantiles import PERCENTILES, values_needed
@@ -117,6 +167,25 @@ def _print_runs(rows: Iterable[LoadResult]) -> None:
         out.print(f"?: too few calls for an upper bound, which needs: {needed}")
 
 
+def _print_kinds(rows: Iterable[LoadResult]) -> None:
+    """Print the latency by what calls ask for, if they ask for different things."""
+    from crl_benchmarks.bench_report import show_latency
+    from crl_benchmarks.quantiles import PERCENTILES
+
+    names = [f"p{percent:g}" for percent in PERCENTILES]
+    table = _table("load", "calls", "served", f"{names[0]} ms", *names[1:])
+    for row in rows:
+        for kind in row.kinds[:_MOST_KINDS] if row.shown else ():
+            cells = [show_latency(each) for each in kind.latency] or ["-"] * len(names)
+            served = f"{kind.served_calls:,} of {kind.offered_calls:,}"
+            table.add_row(row.name, escape(kind.name), served, *cells)
+        if row.shown and len(row.kinds) > _MOST_KINDS:
+            table.add_row(row.name, f"{len(row.kinds) - _MOST_KINDS} more kinds", *["-"] * 5)
+    if table.row_count:
+        out.print("\nby what the calls ask for:")
+        out.print(table)
+
+
 def _print_stages(rows: Iterable[LoadResult]) -> None:
     """Print the times that the server reports, if it does."""
     told = [row for row in rows if row.server_p50_ms]
@@ -128,6 +197,86 @@ def _print_stages(rows: Iterable[LoadResult]) -> None:
         table.add_row(row.name, *(f"{row.server_p50_ms.get(each, 0.0):.1f}" for each in stages))
     out.print("\nreported by the server, p50 ms:")
     out.print(table)
+
+
+def _print_devices(rows: Iterable[LoadResult]) -> None:
+    """Print power, temperature and clocks of this machine, where they are known."""
+    from crl_benchmarks.bench_report import show_rate
+
+    heads = ("load", "device", "W", "J", "J/image", "max °C", "min MHz")
+    table = _table(*heads)
+    for row in rows:
+        for device in row.devices:
+            values = (
+                device.mean_power_watts, device.energy_joules, device.joules_per_image,
+                device.peak_celsius, device.lowest_clock_mhz,
+            )  # fmt: skip
+            if any(value is not None for value in values):
+                cells = ("-" if value is None else show_rate(value) for value in values)
+                table.add_row(row.name, escape(device.name), *cells)
+    if table.row_count:
+        out.print("\ndevices of this machine in the measured time:")
+        out.print(table)
+
+
+def _print_metrics(rows: Iterable[LoadResult]) -> None:
+    """Print what changed on the server's page of metrics: a line per metric, a column per run."""
+    told = [row for row in rows if row.server_metrics is not None]
+    changed = [row.server_metrics.changed if row.server_metrics else {} for row in told]
+    names = sorted({name for each in changed for name in each})
+    if not names:
+        return
+    table = _table("metric", *(row.name for row in told))
+    for name in names[:_MOST_METRICS]:
+        table.add_row(escape(name), *(_change(each.get(name)) for each in changed))
+    out.print("\nmetrics of the server that changed in the measured time:")
+    out.print(table)
+    if len(names) > _MOST_METRICS:
+        out.print(f"{len(names) - _MOST_METRICS} more are in the JSON report (--json, --out)")
+
+
+def _change(metric: MetricChange | None) -> str:
+    if metric is None:
+        return "-"
+    if metric.kind == "gauge":
+        return f"{metric.low:g} to {metric.high:g}"
+    mean = "" if metric.mean is None else f", mean {metric.mean:.3g}"
+    return f"+{metric.change:g}{mean}"
+
+
+def _metrics_remarks(row: LoadResult) -> list[str]:
+    """Return what to know about the page of metrics in a run."""
+    metrics = row.server_metrics
+    if metrics is None:
+        return []
+    remarks = []
+    if metrics.failed_scrapes:
+        failed = f"{metrics.failed_scrapes} scrapes of the metrics failed"
+        remarks.append(f"{failed} ({metrics.problem})")
+    if metrics.restarted:
+        remarks.append("counters of the server fell: it started again")
+    return remarks
+
+
+def _slices_remarks(row: LoadResult) -> list[str]:
+    """Return the median over the time of a run as blocks, if it says more than the whole."""
+    from crl_benchmarks.bench_report import find_figure, show_ms
+
+    width = math.ceil(len(row.slices) / _BLOCKS_OF_A_LINE) or 1
+    groups = [row.slices[i : i + width] for i in range(0, len(row.slices), width)]
+    medians = [max((each.p50_ms or 0.0 for each in group), default=0.0) for group in groups]
+    counted = [each.p50_ms or 0.0 for each in row.slices if each.served_calls >= _FEW_CALLS]
+    whole = find_figure(row.latency, 50.0).latency_ms
+    if not row.shown or not whole or not counted:
+        return []
+    if row.steady and max(counted) < _SLOW * whole:
+        return []
+    highest = max(medians)
+    blocks = "".join(
+        _BLOCKS[min(int(median / highest * len(_BLOCKS)), len(_BLOCKS) - 1)] for median in medians
+    )
+    seconds = sum(each.length_seconds for each in groups[0])
+    return [f"p50 each {seconds:.3g} s: {blocks}, at most {show_ms(highest)} ms"]
 
 
 def _table(*headings: str) -> Table:

@@ -6,6 +6,7 @@ import asyncio
 import io
 import math
 import time
+from itertools import takewhile
 
 import msgspec
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from crl_benchmarks import bench, targets
+from crl_benchmarks.arrivals import Burst, arrivals
 from crl_benchmarks.bench import BenchSettings, report, server_settings
 from crl_benchmarks.bench_compare import compare, find_differences
 from crl_benchmarks.bench_objective import Objective, search
@@ -30,6 +32,7 @@ from crl_benchmarks.load import Reply, Run, closed_loop, merge, open_loop
 from crl_benchmarks.plot import check_plot, write_plot
 from crl_benchmarks.quantiles import percentile, values_needed
 from crl_benchmarks.targets import Target
+from crl_sdk.cli._bench_tables import print_report
 from crl_sdk.errors import InvalidInputError
 
 
@@ -61,6 +64,65 @@ def test_calls_come_at_the_rate_and_at_random():
     assert run.offered < len(sent)  # those of the warm-up are not counted
     gaps = np.diff(sent)
     assert 0.5 < gaps.std() / gaps.mean() < 1.6  # exponential: 1
+
+
+@pytest.mark.parametrize("text", ["", "4", "4:2", "4:2:10:1", "x:2:10", "0:2:10", "4:0:10",
+                                  "4:10:10", "4:2:inf", "nan:2:10", "-4:2:10"])  # fmt: skip
+def test_bursts_of_another_form(text):
+    with pytest.raises(InvalidInputError, match="such as 4:2:10"):
+        Burst.parse(text)
+
+
+def test_bursts_have_their_rates_and_are_random():
+    burst = Burst.parse("5:2:10")
+    assert str(burst) == "5:2:10"
+    dues = np.array(
+        list(takewhile(lambda due: due < 1003, arrivals(10, seed=1, warm_up=3, burst=burst)))
+    )
+    inside = (dues - 3) % 10 < 2  # the first burst begins with the measured time
+    assert inside.sum() == pytest.approx(200 * 50, rel=0.05)
+    assert (~inside).sum() == pytest.approx(803 * 10, rel=0.05)
+    counts = np.histogram(dues[inside], bins=np.arange(3, 1003, 10))[0]
+    assert 0.7 < counts.var() / counts.mean() < 1.3  # Poisson: 1
+    gaps = np.diff(dues[~inside])
+    gaps = gaps[gaps < 2]  # without those over a burst
+    assert gaps.std() / gaps.mean() == pytest.approx(1, abs=0.1)  # exponential: 1
+
+
+def test_without_bursts_arrivals_are_those_of_one_rate():
+    even = Burst(1.0, 2.0, 10.0)
+    for due, same in zip(arrivals(7, seed=3), arrivals(7, seed=3, burst=even), strict=False):
+        assert due == pytest.approx(same)
+        if due > 100:
+            break
+
+
+def test_a_burst_counts_from_when_its_calls_were_due():
+    """A server that answers one call at a time makes a burst wait, and the loop sees it."""
+    door = asyncio.Lock()
+
+    async def send(number):
+        async with door:
+            await asyncio.sleep(0.01)
+        return Reply("ok")
+
+    burst = Burst.parse("8:0.5:1")
+    run = asyncio.run(open_loop(send, rate=25, warm_up=0, seconds=1, seed=5, burst=burst))
+    assert 70 < run.offered < 160  # 112 are expected
+    assert len(run.due) == len(run.latencies["ok"]) == run.offered
+    late = [latency for due, latency in zip(run.due, run.latencies["ok"], strict=True)
+            if 0.3 < due < 0.5]  # fmt: skip
+    assert late and min(late) > 0.02  # the burst asks for twice what is served
+
+
+def test_an_uneven_run_is_steady_if_it_serves_calls_when_they_are_due():
+    due = [*np.linspace(0, 0.3, 90), *np.linspace(0.4, 0.99, 20)]
+    run = Run(seconds=1, offered=110, latencies={"ok": [0.001] * 110}, lags=[0.0])
+    run.due, run.done = due, [each + 0.001 for each in due]
+    assert bench._row("open", 20, run, 1, uneven=True).steady
+    assert not bench._row("open", 20, run, 1).steady
+    run.done = [each + 0.5 for each in due]
+    assert not bench._row("open", 20, run, 1, uneven=True).steady
 
 
 def test_callers_wait_for_their_answers_and_failures_are_apart():
@@ -248,6 +310,43 @@ def test_figures_of_few_calls_are_marked():
     assert shown == {50.0: "12.3", 90.0: "12.3?", 99.0: "12.3?", 99.9: "12.3?"}
 
 
+def sliced(seconds, latency):
+    """A run with ten calls per second whose latency depends on when they are due."""
+    due = [i / 10 for i in range(int(seconds * 10))]
+    run = Run(seconds=seconds, offered=len(due), lags=[0.0], due=due, done=due)
+    run.latencies = {"ok": [latency(each) for each in due]}
+    return bench._row("open", 10, run, 1)
+
+
+def test_slices_show_when_a_run_was_slow():
+    told = sliced(12, lambda due: 0.5 if 3 <= due < 5 else 0.01)
+    assert [each.begin_seconds for each in told.slices] == list(range(12))
+    assert all(each.length_seconds == 1 and each.served_calls == 10 for each in told.slices)
+    assert [each.p50_ms for each in told.slices] == [*[10] * 3, *[500] * 2, *[10] * 7]
+    assert told.slices[3].p99_ms == 500
+    short = sliced(2, lambda due: due).slices
+    assert [each.begin_seconds for each in short] == pytest.approx([i / 5 for i in range(10)])
+    assert sum(each.served_calls for each in short) == 20
+    long = sliced(900, lambda due: 0.01).slices
+    assert len(long) == 600 and {each.length_seconds for each in long} == {1.5}
+    uneven = sliced(10.5, lambda due: 0.01).slices
+    assert len(uneven) == 11 and uneven[-1].length_seconds == pytest.approx(0.5)
+    empty = bench._row("closed", 1, Run(seconds=1, lags=[0.0]), 1).slices
+    assert len(empty) == 10 and all(each.p50_ms is None for each in empty)
+
+
+def test_a_slow_part_of_a_run_is_drawn(capsys):
+    rows = [sliced(12, lambda due: 0.5 if 3 <= due < 5 else 0.01), sliced(12, lambda due: 0.01),
+            sliced(120, lambda due: 0.5 if due < 2 else 0.01)]  # fmt: skip
+    about = Subject(model="clip")
+    print_report(report("crl bench", about, {}, rows))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "p50 each" in line]
+    assert lines == [
+        "10 calls/s: p50 each 1 s: ▁▁▁██▁▁▁▁▁▁▁, at most 500 ms",
+        f"10 calls/s: p50 each 2 s: █{'▁' * 59}, at most 500 ms",
+    ]
+
+
 def test_a_failed_call_never_ends_in_the_percentiles_of_all_calls():
     served = [0.001 * (i + 1) for i in range(995)]
     run = Run(seconds=1, offered=1000, latencies={"ok": served, "rejected": [0.001] * 5})
@@ -312,9 +411,9 @@ def test_distinct_images_have_the_same_pixels():
     drawn = np.arange(64 * 48 * 3, dtype=np.uint8).reshape(48, 64, 3)
     files = [*synthetic_jpegs(2, (64, 48)), png(drawn), png(drawn[..., 0])]
     target = Target("h:1", files, batch=2, distinct=True)
-    sent = [data for number in range(8) for data in targets._images(target, number)]
+    sent = [data for number in range(8) for data in targets._images(target, number, 2)]
     assert len(set(sent)) == 16
-    again = targets._images(Target("h:1", files, batch=2, distinct=True), 0)
+    again = targets._images(Target("h:1", files, batch=2, distinct=True), 0, 2)
     assert not set(again) & set(sent)  # another run sends other images
     for i, data in enumerate(sent):
         pixels, original = (Image.open(io.BytesIO(each)) for each in (data, files[i % 4]))
