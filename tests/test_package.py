@@ -34,7 +34,7 @@ PUBLIC_MODULES = {"__init__", "__main__", "errors"}
 NOT_FOR_USERS = {"crl_sdk.cli"}  # it offers a command, not names
 GENERATED = "pb"
 
-NOT_SHIPPED = {"crl_benchmarks.peers", "crl_benchmarks.peers.workers"}
+NOT_SHIPPED = {"crl_benchmarks.gpu", "crl_benchmarks.peers", "crl_benchmarks.peers.workers"}
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ def group_segments(
         variants: Variants to choose from. One of them takes bases of any size.
 
     Returns:
-        Launches: the variant, the number of its first basis, and the number of its bases.
+        The launches, each with its variant, the number of its first basis, and how many it has.
     """
     by_block = {(each.columns, each.single): each for each in variants}
     chosen = [by_block[best_block(size, by_block)] for size in sizes]
