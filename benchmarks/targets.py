@@ -5,9 +5,9 @@ from __future__ import annotations
 import secrets
 import struct
 import zlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
@@ -25,8 +25,19 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_HEADER = len(_PNG) + 25
 """Bytes of a PNG up to the end of its header: signature, and a chunk with 13 bytes of data."""
 
-SendCall = Callable[[int, Call], Awaitable[Reply]]
-"""Sends call number n, which asks for something, and returns its outcome. It never raises."""
+
+class SendCall(Protocol):
+    """Sends call number n and returns its outcome. It never raises."""
+
+    def __call__(self, number: int, call: Call | None = None) -> Awaitable[Reply]:
+        """Send a call.
+
+        Args:
+            number: Number of the call, which decides its images.
+            call: What the call asks for; None for what the calls of its target ask for.
+        """
+        ...
+
 
 _FULL = (grpc.StatusCode.RESOURCE_EXHAUSTED,)
 
@@ -181,7 +192,8 @@ def _crl(target: Target, channel: grpc.aio.Channel) -> SendCall:
             cached=sum(each.cached for each in reply.images) / len(reply.images),
         )
 
-    async def send(number: int, call: Call) -> Reply:
+    async def send(number: int, call: Call | None = None) -> Reply:
+        call = call or target.call
         request = _embed_request(target, number, call)
         reply = await ask(request)
         reply.images, reply.criteria = call.images, call.criteria
@@ -212,7 +224,8 @@ async def _infer(
 
 
 def _kserve(target: Target, channel: grpc.aio.Channel) -> SendCall:
-    async def send(number: int, call: Call) -> Reply:
+    async def send(number: int, call: Call | None = None) -> Reply:
+        call = call or target.call
         request = _infer_request(target, number, call)
         try:
             await _infer(target, channel, request)
