@@ -335,7 +335,7 @@ def main() -> int:
     wheelhouse.add_argument("--extras", default="cpu,serve")
     wheelhouse.add_argument("--arch", choices=ARCHITECTURES, default=os.uname().machine)
     wheelhouse.add_argument("--python", default="3.12")
-    wheelhouse.add_argument("--to", type=Path, default=Path("wheelhouse"))
+    wheelhouse.add_argument("--to", type=Path, default=ROOT / "build/wheelhouse")
     table = commands.add_parser("table", help="write the table of sizes")
     table.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args()
