@@ -163,9 +163,7 @@ def best_wheel(package: dict, machine: Machine) -> Wheel:
             f"{machine.arch}"
         )
     _, file, each = min(found, key=lambda one: one[:2])
-    return Wheel(
-        package["name"], package["version"], file, each["size"], each["hashes"]["sha256"]
-    )
+    return Wheel(package["name"], package["version"], file, each["size"], each["hashes"]["sha256"])
 
 
 def write_lock(name: str) -> None:

@@ -3,8 +3,8 @@
 The instructions come from the Dockerfile. Debian's base image is made with debootstrap, and what a
 build host would configure (the archive that apt uses, pip's certificate) is taken from this machine
 and removed again. The server then runs in namespaces of its own, as the user of the image, without
-capabilities, with a read-only root and two writable directories. It is asked for its health with the
-image's own HEALTHCHECK, makes a basis, embeds a picture, and is stopped with SIGTERM.
+capabilities, with a read-only root and two writable directories. It is asked for its health with
+the image's own HEALTHCHECK, makes a basis, embeds a picture, and is stopped with SIGTERM.
 
 It needs root, debootstrap, and Debian's and Python's registries. It leaves nothing but `--work`.
 """
@@ -207,7 +207,9 @@ def copy(words: list[str], built: dict[str, Path], target: Path) -> None:
     for pattern in sources:
         found = sorted(root.glob(pattern.lstrip("/")))
         if not found:
-            raise SystemExit(f"COPY {pattern}: there is no such file; run `make deploy-wheel` first")
+            raise SystemExit(
+                f"COPY {pattern}: there is no such file; run `make deploy-wheel` first"
+            )
         for path in found:
             if path.is_dir():
                 place.mkdir(parents=True, exist_ok=True)
@@ -282,7 +284,9 @@ def run(image: Path, stage: Stage) -> None:
             if not line:
                 process.wait(STOP_SECONDS)
                 log.seek(0)
-                raise SystemExit(f"the server ended with {process.returncode}: {log.read()[-3000:]}")
+                raise SystemExit(
+                    f"the server ended with {process.returncode}: {log.read()[-3000:]}"
+                )
             ready = json.loads(line)
             print(f"serving after {time.monotonic() - started:.1f} s: {line.strip()}")
             first = child_of(process.pid)
@@ -305,7 +309,9 @@ def run(image: Path, stage: Stage) -> None:
             server = child_of(first)
             status = Path(f"/proc/{server}/status").read_text()
             facts = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-            print("memory at most:", facts["VmHWM"].strip(), "capabilities:", facts["CapBnd"].strip())
+            print(
+                "memory at most:", facts["VmHWM"].strip(), "capabilities:", facts["CapBnd"].strip()
+            )
             assert ready["engine"]
             stopped = time.monotonic()
             os.kill(first, 15)
