@@ -25,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from crl_sdk import Client
 from crl_sdk.cli._serve_config import read_config
-from crl_sdk.errors import ServiceError
+from crl_sdk.errors import EngineError
 from crl_sdk.serving._security import ServerTls
 from crl_sdk.serving._server import ServerSettings
 
@@ -525,7 +525,7 @@ def test_a_server_that_does_not_serve(serve, faked, engine, image_files, capsys)
     health = script("health")
     server = serve(faked)
     engine.fails = True
-    with Client(server.address) as client, pytest.raises(ServiceError):
+    with Client(server.address) as client, pytest.raises(EngineError):
         client.embed(image_files[:1])
     ends = time.monotonic() + 30
     while health.main([server.address]) == 0:
