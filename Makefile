@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 DATA ?= ../shared/data/real-vectors
 
-.PHONY: demo test test-slow test-gpu gpu-wheels docs-test soak fuzz walks notebooks check types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-photos bench-outliers bench-service bench-project bench-peers load clean
+.PHONY: demo test test-slow test-gpu gpu-wheels docs-test soak fuzz walks notebooks check types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-photos bench-outliers bench-service bench-project bench-peers load deploy-wheel deploy-locks deploy-check deploy-chroot wheelhouse wheelhouse-table clean
 
 demo: $(VENV)/.demo ## from criteria in words to named groups of images, with a report
 	$(BIN)/crl demo
@@ -126,6 +126,37 @@ bench-peers: $(VENV)/.dev ## comparison with peers: under an hour, 32 GB of disk
 load: $(VENV)/.dev ## the service under ten times its capacity for 1 minute, then 80 % of it for 5
 	$(BIN)/python -m crl_benchmarks.service_load overload --seconds 60
 	$(BIN)/python -m crl_benchmarks.service_load soak --seconds 300
+
+# Deployment: docs/DEPLOY.md. These tools have an environment of their own.
+DEPLOY := build/deploy
+EXTRAS ?= cpu,serve
+ARCH ?= $(shell uname -m)
+PYTHON_VERSION ?= 3.12
+
+deploy-wheel: $(DEPLOY)/.tools ## the wheel of the SDK in dist/, for the Dockerfiles of examples/deploy
+	$(DEPLOY)/bin/python examples/deploy/wheels.py build
+
+deploy-locks: $(DEPLOY)/.tools ## lock files of the images, with the versions of constraints.txt
+	$(DEPLOY)/bin/python examples/deploy/wheels.py lock
+
+deploy-check: $(DEPLOY)/.tools ## Kubernetes manifests against their schemas, exposure of the systemd unit
+	$(DEPLOY)/bin/kubernetes-validate --strict examples/deploy/kubernetes/*.yaml
+	systemd-analyze security --offline=true --no-pager examples/deploy/systemd/crl.service | tail -1
+
+deploy-chroot: deploy-wheel ## build and run the CPU image without a container daemon; needs root and debootstrap
+	$(DEPLOY)/bin/python tests/deploy/chroot.py
+
+wheelhouse: $(DEPLOY)/.tools ## wheels for a machine without a network: EXTRAS=cpu,serve ARCH=aarch64 PYTHON_VERSION=3.12
+	$(DEPLOY)/bin/python examples/deploy/wheels.py download --extras '$(EXTRAS)' --arch $(ARCH) --python $(PYTHON_VERSION)
+
+wheelhouse-table: $(DEPLOY)/.tools ## sizes of wheels by extra, architecture and Python, in docs/DEPLOY.md
+	$(DEPLOY)/bin/python examples/deploy/wheels.py table
+
+$(DEPLOY)/.tools: constraints.txt
+	$(PYTHON) -m venv $(DEPLOY)
+	$(DEPLOY)/bin/pip install --quiet -c constraints.txt kubernetes-validate==1.37.0 packaging \
+		'tomli; python_version < "3.11"' uv==0.13.8
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output
