@@ -10,7 +10,7 @@ from setuptools.command.build_py import build_py
 
 BENCH_MODULES = {
     "__init__", "bench", "bench_compare", "bench_objective", "bench_report", "images", "load",
-    "machine", "plot", "quantiles", "targets",
+    "machine", "mlperf", "plot", "quantiles", "targets",
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 import typer
 
+from crl_sdk.cli._bench_mlperf import run_mlperf
 from crl_sdk.cli._bench_tables import print_comparison, print_report, warn_of_cache
 from crl_sdk.cli._console import JsonOption, note, print_error, print_json, spinner
 from crl_sdk.cli._options import EngineOption, OverwriteOption, ThreadsOption, require_new
@@ -101,6 +102,16 @@ def bench(
         tuple[Path, Path] | None,
         typer.Option(help="Compare two reports of --out instead, as ratios with intervals."),
     ] = None,
+    mlperf: Annotated[
+        str | None,
+        typer.Option(
+            help="Let MLPerf's LoadGen send the calls: `all`, or some of single-stream, "
+            "multi-stream, server and offline, comma-separated."
+        ),
+    ] = None,
+    mlperf_logs: Annotated[
+        Path, typer.Option(help="With --mlperf: directory for LoadGen's logs.")
+    ] = Path("mlperf-logs"),
     overwrite: OverwriteOption = False,
     out_file: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the report to this JSON file.")
@@ -125,11 +136,14 @@ def bench(
         "--slo": slo, "--concurrency": concurrency, "--rate": rate, "--images": images,
         "--criteria": criteria, "--kserve-model": kserve_model, "--distinct": distinct,
         "--authority": authority, "--certificate": certificate, "--key": key,
+        "--mlperf": mlperf,
     }  # fmt: skip
     of_engines = {
         "--engine": engine != "auto", "--threads": threads, "--batches": batches != _DEFAULT_BATCHES
     }  # fmt: skip
     _check_options(address, bundle, of_servers, of_engines)
+    if mlperf is not None and plot is not None:
+        raise InvalidInputError("--plot: not allowed with --mlperf, which has one load each")
     require_new(out_file, plot, overwrite=overwrite)
     try:
         from crl_benchmarks.bench import BenchSettings, report, server_settings
@@ -163,6 +177,20 @@ def bench(
             ),
             distinct=distinct,
         )
+        if mlperf is not None:
+            run_mlperf(
+                calls,
+                mlperf,
+                settings=settings,
+                rates=_numbers("--rate", rate, whole=False),
+                callers=_numbers("--concurrency", concurrency, whole=True),
+                objective=objective,
+                logs=mlperf_logs,
+                overwrite=overwrite,
+                out_file=out_file,
+                as_json=as_json,
+            )
+            return
         target, described = asyncio.run(probe(calls)), server_settings(calls, settings)
         rows, ended_early = _server(calls, settings, loads, objective)
     result = objective.conclude(rows) if objective is not None else None
