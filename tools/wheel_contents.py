@@ -1,4 +1,4 @@
-"""What the wheel contains of `benchmarks/`: the modules that `crl bench` imports.
+"""What the wheel contains of `benchmarks/`: the modules that `crl bench` and `crl tune` import.
 
 The other benchmarks run from a clone of the repository. An editable install has all of them, since
 it maps `crl_benchmarks` to the directory.
@@ -10,7 +10,7 @@ from setuptools.command.build_py import build_py
 
 BENCH_MODULES = {
     "__init__", "bench", "bench_compare", "bench_objective", "bench_report", "images", "load",
-    "machine", "mlperf", "plot", "quantiles", "targets",
+    "machine", "mlperf", "plot", "quantiles", "targets", "tune",
 }  # fmt: skip
 
 
