@@ -594,6 +594,7 @@ def write_pareto(report: TuneReport, path: Path) -> None:
     axes.set(
         xlabel="one caller's median latency, ms", ylabel=f"images per second at {report.objective}"
     )
+    axes.set(xlim=(0, None), ylim=(0, None))  # small differences look small
     axes.set_title(f"{report.model} on {report.machine.processor}", fontsize=9)
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize=8)

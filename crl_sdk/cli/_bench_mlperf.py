@@ -82,13 +82,14 @@ def run_mlperf(
     directories = _log_directories(logs, scenarios, overwrite=overwrite)
 
     subject = asyncio.run(ask(target))
+    at_once = int(callers[0]) if callers else _CALLERS
     chosen = choose_settings(
-        _probe(target, settings),
+        _probe(target, settings, at_once),
         seconds=settings.seconds,
         rate=rates[0] if rates else None,
         bound=(objective.percent, objective.bound_ms) if objective is not None else None,
         batch=target.batch,
-        callers=int(callers[0]) if callers else _CALLERS,
+        callers=at_once,
     )
     _warn_of_the_rules(chosen)
     results, ended_early = _run_all(target, chosen, scenarios, directories)
@@ -115,19 +116,19 @@ def _log_directories(logs: Path, scenarios: Sequence[str], *, overwrite: bool) -
     return directories
 
 
-def _probe(target: Target, settings: BenchSettings) -> Probe:
-    """Return what a short closed loop shows, one image per call."""
+def _probe(target: Target, settings: BenchSettings, at_once: int) -> Probe:
+    """Return what short closed loops show."""
     from crl_benchmarks.bench import Generators
     from crl_benchmarks.mlperf import probe
 
-    def measure(seconds: float, callers: int) -> LoadResult:
+    def measure(seconds: float, callers: int, batch: int) -> LoadResult:
         # generators count from the same number, so that distinct images need another mark
-        single = replace(target, batch=1, mark=secrets.token_bytes(8))
-        with Generators(single, replace(settings, seconds=seconds)) as generators:
+        calls = replace(target, batch=batch, mark=secrets.token_bytes(8))
+        with Generators(calls, replace(settings, seconds=seconds)) as generators:
             return generators.measure("closed", callers)
 
     with spinner("a probe before the scenarios"):
-        return probe(measure)
+        return probe(measure, batch=target.batch, callers=at_once)
 
 
 def _warn_of_the_rules(settings: MlperfSettings) -> None:
@@ -188,6 +189,7 @@ def _describe(
         "offline_calls_at_once": chosen.callers,
         "probe_median_ms": chosen.one_caller_ms,
         "probe_images_per_second": chosen.images_per_second,
+        "probe_offline_images_per_second": chosen.offline_images_per_second,
     }
 
 

@@ -12,7 +12,9 @@ import pytest
 import typer
 
 from crl_benchmarks import mlperf
+from crl_benchmarks.bench import _row
 from crl_benchmarks.images import synthetic_jpegs
+from crl_benchmarks.load import Run
 from crl_benchmarks.mlperf import (
     MlperfSettings,
     Probe,
@@ -39,7 +41,7 @@ OPTIONS = {
 
 SETTINGS = MlperfSettings(
     seconds=0.1, rate=40.0, percent=90.0, bound_ms=60_000.0, batch=4, callers=2,
-    one_caller_ms=5.0, images_per_second=200.0,
+    one_caller_ms=5.0, images_per_second=200.0, offline_images_per_second=200.0,
 )  # fmt: skip
 
 SUMMARY = """\
@@ -295,32 +297,33 @@ def test_scenarios_have_names():
 
 
 def test_settings_follow_from_the_probe_unless_they_are_given():
-    found = Probe(median_ms=4.0, images_per_second=100.0)
+    found = Probe(median_ms=4.0, images_per_second=100.0, offline_images_per_second=150.0)
     chosen = choose_settings(found, seconds=1, rate=None, bound=None, batch=1, callers=2)
     assert (chosen.rate, chosen.percent, chosen.bound_ms) == (pytest.approx(70), 99.0, 40.0)
     given = choose_settings(found, seconds=1, rate=5.0, bound=(90.0, 7.0), batch=1, callers=2)
     assert (given.rate, given.percent, given.bound_ms) == (5.0, 90.0, 7.0)
 
 
-def test_a_probe_takes_longer_on_a_slow_server_and_fails_with_its_message(
-    server, monkeypatch, tmp_path
-):
-    from crl_benchmarks.bench import _row
-    from crl_benchmarks.load import Run
-
+def test_a_probe_takes_longer_on_a_slow_server_and_fails_with_its_message():
     asked = []
 
-    def slow(seconds, callers):
-        asked.append((seconds, callers))
+    def slow(seconds, callers, batch):
+        asked.append((seconds, callers, batch))
         calls = int(seconds * 4)
         run = Run(seconds=seconds, offered=calls, latencies={"ok": [0.25] * calls}, lags=[0.0])
         run.done = [0.25 * i for i in range(calls)]
-        return _row("closed", callers, run, 1)
+        return _row("closed", callers, run, batch)
 
-    found = mlperf.probe(slow)
-    assert asked == [(1.0, 1), (4.0, 1), (16.0, 1), (1.0, 8), (4.0, 8), (16.0, 8)]
+    shape = {"batch": 4, "callers": 2}
+    found = mlperf.probe(slow, **shape)
+    assert asked == [
+        (seconds, callers, batch)
+        for callers, batch in ((1, 1), (8, 1), (2, 4))
+        for seconds in (1.0, 4.0, 16.0)
+    ]
+    assert found.offline_images_per_second == pytest.approx(16)
     assert found.median_ms == pytest.approx(250) and found.images_per_second == pytest.approx(4)
     gone = Run(seconds=1, offered=7, latencies={"error": [0.1] * 7}, failures={"UNAVAILABLE": 7})
     gone.messages = {"UNAVAILABLE": "connection refused"}
     with pytest.raises(ServiceError, match=r"7 of 7 calls of 1 caller .*connection refused"):
-        mlperf.probe(lambda seconds, callers: _row("closed", callers, gone, 1))
+        mlperf.probe(lambda _, callers, batch: _row("closed", callers, gone, batch), **shape)
