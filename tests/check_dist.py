@@ -20,8 +20,9 @@ SUFFIXES = {".csv", ".gz", ".jinja", ".json", ".onnx", ".py", ".pyi", ".txt", ".
 
 
 def bench_modules(source: Path) -> set[str]:
-    """Return the modules of `benchmarks/` that `crl bench` imports, directly or through others."""
-    found, files = {"__init__"}, [*(source / "crl_sdk" / "cli").glob("_bench*.py")]
+    """Return the modules of `benchmarks/` that commands import, directly or through others."""
+    commands = source / "crl_sdk" / "cli"
+    found, files = {"__init__"}, [*commands.glob("_bench*.py"), commands / "_tune.py"]
     while files:
         for node in ast.walk(ast.parse(files.pop().read_text("utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(

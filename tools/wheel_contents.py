@@ -1,4 +1,4 @@
-"""What the wheel contains of `benchmarks/`: the modules that `crl bench` imports.
+"""What the wheel contains of `benchmarks/`: the modules that `crl bench` and `crl tune` import.
 
 The other benchmarks run from a clone of the repository. An editable install has all of them, since
 it maps `crl_benchmarks` to the directory.
@@ -10,8 +10,8 @@ from setuptools.command.build_py import build_py
 
 BENCH_MODULES = {
     "__init__", "arrivals", "bench", "bench_compare", "bench_objective", "bench_report",
-    "call_records", "calls", "images", "load", "machine", "metrics_page", "plot", "quantiles",
-    "sampling", "sensors", "targets",
+    "call_records", "calls", "images", "load", "machine", "metrics_page", "mlperf", "plot",
+    "quantiles", "sampling", "sensors", "targets", "tune",
 }  # fmt: skip
 
 

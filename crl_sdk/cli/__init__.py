@@ -26,6 +26,7 @@ from crl_sdk.cli import _project as project
 from crl_sdk.cli import _retrieve as retrieve
 from crl_sdk.cli import _serve as serve
 from crl_sdk.cli import _sharpen as sharpen
+from crl_sdk.cli import _tune as tune
 from crl_sdk.cli import _verify as verify
 from crl_sdk.cli._console import LogHandler, print_error
 from crl_sdk.errors import CrlError
@@ -73,6 +74,9 @@ app.command(
 )(serve.serve)
 app.command("bench", short_help="Measure latency, throughput and failures of a server.")(
     bench.bench
+)
+app.command("tune", short_help="Find the settings that serve a bundle best on this machine.")(
+    tune.tune
 )
 app.add_typer(evaluation, name="eval")
 app.command("demo")(demo.demo)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 import typer
 
+from crl_sdk.cli._bench_mlperf import run_mlperf
 from crl_sdk.cli._bench_tables import print_comparison, print_report, warn_of_cache
 from crl_sdk.cli._console import JsonOption, note, print_error, print_json, spinner
 from crl_sdk.cli._options import EngineOption, OverwriteOption, ThreadsOption, require_new
@@ -112,6 +113,16 @@ def bench(
         tuple[Path, Path] | None,
         typer.Option(help="Compare two reports of --out instead, as ratios with intervals."),
     ] = None,
+    mlperf: Annotated[
+        str | None,
+        typer.Option(
+            help="Let MLPerf's LoadGen send the calls: `all`, or some of single-stream, "
+            "multi-stream, server and offline, comma-separated."
+        ),
+    ] = None,
+    mlperf_logs: Annotated[
+        Path, typer.Option(help="With --mlperf: directory for LoadGen's logs.")
+    ] = Path("mlperf-logs"),
     overwrite: OverwriteOption = False,
     out_file: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the report to this JSON file.")
@@ -166,7 +177,7 @@ def bench(
         "--criteria": criteria, "--kserve-model": kserve_model, "--distinct": distinct,
         "--authority": authority, "--certificate": certificate, "--key": key,
         "--requests": requests, "--metrics": metrics, "--burst": burst, "--replay": replay,
-        "--mix": mix, "--cold": cold,
+        "--mix": mix, "--cold": cold, "--mlperf": mlperf,
     }  # fmt: skip
     of_engines = {
         "--engine": engine != "auto", "--threads": threads, "--batches": batches != _DEFAULT_BATCHES
@@ -177,6 +188,11 @@ def bench(
         "--warm-up": warm_up != _WARM_UP, "--seconds": seconds != _SECONDS,
     }  # fmt: skip
     _check_options(address, bundle, of_servers, of_engines)
+    without_mlperf = {
+        "--plot": plot, "--requests": requests, "--metrics": metrics, "--burst": burst,
+        "--replay": replay, "--mix": mix, "--cold": cold,
+    }  # fmt: skip
+    _check_mlperf(mlperf, without_mlperf)
     _check_replay(replay, speed, planned)
     require_new(out_file, plot, requests, overwrite=overwrite)
     try:
@@ -206,8 +222,7 @@ def bench(
         )
     elif address is not None:
         loads = _loads(concurrency, rate, searched=objective is not None or cold is not None)
-        named = tuple(part.strip() for part in criteria.split(",") if part.strip())
-        named = settings.mix.criteria if settings.mix is not None else named
+        named = settings.mix.criteria if settings.mix is not None else _names(criteria)
         if trace is not None:
             loads, batch, named = [("replay", speed)], trace.most_images, trace.criteria
         calls = Target(
@@ -223,6 +238,20 @@ def bench(
             ),
             distinct=distinct,
         )
+        if mlperf is not None:
+            run_mlperf(
+                calls,
+                mlperf,
+                settings=settings,
+                rates=_numbers("--rate", rate, whole=False),
+                callers=_numbers("--concurrency", concurrency, whole=True),
+                objective=objective,
+                logs=mlperf_logs,
+                overwrite=overwrite,
+                out_file=out_file,
+                as_json=as_json,
+            )
+            return
         page = MetricsPage(metrics) if metrics is not None else None
         started = asyncio.run(measure_cold(calls, cold)) if cold is not None else None
         target, described = asyncio.run(probe(calls)), server_settings(calls, settings)
@@ -303,6 +332,22 @@ def _check_files(plot: Path | None, requests: Path | None) -> None:
     from crl_benchmarks.plot import check_plot
 
     check_plot(plot)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _check_mlperf(scenarios: str | None, others: Mapping[str, object]) -> None:
+    """Refuse options that have no effect on LoadGen's runs.
+
+    Args:
+        scenarios: Value of --mlperf; None if it was not given.
+        others: Options of other loads by name; one that was not given is None or empty.
+    """
+    for name, value in others.items():
+        if scenarios is not None and value:
+            raise InvalidInputError(f"{name}: not allowed with --mlperf: leave one of them out")
 
 
 def _check_replay(path: Path | None, speed: float, planned: Mapping[str, object]) -> None:
