@@ -188,11 +188,13 @@ def bench(
         "--warm-up": warm_up != _WARM_UP, "--seconds": seconds != _SECONDS,
     }  # fmt: skip
     _check_options(address, bundle, of_servers, of_engines)
-    without_mlperf = {
-        "--plot": plot, "--requests": requests, "--metrics": metrics, "--burst": burst,
-        "--replay": replay, "--mix": mix, "--cold": cold,
-    }  # fmt: skip
-    _check_mlperf(mlperf, without_mlperf)
+    _check_mlperf(
+        mlperf,
+        {
+            "--plot": plot, "--requests": requests, "--metrics": metrics, "--burst": burst,
+            "--replay": replay, "--mix": mix, "--cold": cold,
+        },
+    )  # fmt: skip
     _check_replay(replay, speed, planned)
     require_new(out_file, plot, requests, overwrite=overwrite)
     try:
@@ -263,8 +265,8 @@ def bench(
         objective=result, ended_early=ended_early, cold=started,
     )  # fmt: skip
     _show(document, out_file, plot, as_json=as_json)
-    unwritten = records is not None and records.failed
-    if unwritten or (result is not None and result.outcome == "not_judged"):
+    not_judged = result is not None and result.outcome == "not_judged"
+    if not_judged or (records is not None and records.failed):
         raise typer.Exit(1)
 
 

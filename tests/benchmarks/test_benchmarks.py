@@ -128,9 +128,10 @@ def test_the_roofline_counts_what_a_projection_takes():
 
     assert work(10, 4, [3, 70], 2) == Work(
         flops=2 * 10 * 4 * 73,
-        executed=2 * (2 * 10 * 4 * (64 + 128)),  # whole blocks, and twice: 70 are more than one
+        # 3 columns take a block of 16; 70 take two blocks of 64, which are computed twice
+        executed=2 * 10 * 4 * (16 + 2 * 128),
         bytes=2 * 40 + 4 * (4 + 1) * 73 + 4 * 10 * 73,
-        read_again=2 * (2 * 40 * 3) + 4 * (4 + 1) * 73 + 4 * 10 * 73,
+        read_again=2 * 40 * (1 + 2 * 2) + 4 * (4 + 1) * 73 + 4 * 10 * 73,
     )
     needed = Work(flops=2 * 10**12, executed=4 * 10**12, bytes=10**9, read_again=0)
     least = roofline(GpuPeak("one", tflops=2.0, bandwidth=500.0), needed)

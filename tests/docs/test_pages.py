@@ -25,7 +25,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-OTHER_OPTIONS = {"--check", "--only", "--quick", "--readme"}  # of crl_benchmarks.peers
+OTHER_OPTIONS = {
+    "--check", "--only", "--quick", "--readme",  # of crl_benchmarks.peers
+    "--gpus", "--runtime", "--system-site-packages",  # of Docker and of venv
+}  # fmt: skip
 ELLIPSIS = "…"
 
 PYTHON_BLOCKS = [block for page in PAGES for block in blocks(page, "python")]
