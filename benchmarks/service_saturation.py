@@ -181,7 +181,7 @@ def markdown(engine: str, rounds: Sequence[Round]) -> str:
             "`Embedder.embed` does.",
             table(
                 ("work", "images/s", "of the best in process", "lowest and highest round",
-                 "p50, ms", "processor time per image, ms", "load generator, ms"),
+                 "p50 of a call, ms", "processor time per image, ms", "load generator, ms"),
                 rows,
             ),
         ]
@@ -204,7 +204,8 @@ def main() -> None:
         f"({machine['cores']} cores, {machine['features']}). {options.bundle.name} with random "
         f"weights; {IMAGES} synthetic JPEGs of {SIZE[0]}×{SIZE[1]}; medians of {options.rounds} "
         f"rounds of {options.seconds:g} s for each kind of work. Engine, server and load generator "
-        "share the cores.",
+        "share the cores. A call in process holds 64 images, except in `embed 1`; a call of the "
+        "service holds one.",
     ]
     for engine in options.engines.split(","):
         rounds = measure(options.bundle, engine, options.rounds, options.seconds)
