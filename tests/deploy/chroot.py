@@ -31,7 +31,8 @@ DOCKERFILE = ROOT / "examples/deploy/cpu.Dockerfile"
 BASE = "debian:bookworm-slim"
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
-HOST_VARIABLES = ("PIP_CERT", "PIP_INDEX_URL", "PIP_DEFAULT_TIMEOUT", "http_proxy", "https_proxy")
+HOST_CERTIFICATES = Path("/etc/build-host.pem")
+HOST_VARIABLES = ("PIP_INDEX_URL", "PIP_DEFAULT_TIMEOUT", "http_proxy", "https_proxy")
 SLIM = ("usr/share/doc", "usr/share/man", "usr/share/info", "usr/share/locale", "usr/share/lintian")
 """What Debian's slim images leave out."""
 
@@ -156,6 +157,8 @@ def build(stage: Stage, base: Path, built: dict[str, Path], target: Path) -> Pat
     configure_host(target)
     inside = {"PATH": DEFAULT_PATH, "HOME": "/root"}
     host = {name: os.environ[name] for name in HOST_VARIABLES if name in os.environ}
+    if CERTIFICATES.exists():
+        host["PIP_CERT"] = str(HOST_CERTIFICATES)
     for number, instruction in enumerate(stage.instructions):
         values = environment(Stage("", "", stage.instructions[:number]), inside)
         if instruction.name == "RUN":
@@ -176,18 +179,17 @@ def configure_host(target: Path) -> None:
     settings = subprocess.run(
         ["apt-config", "dump", "Acquire"], capture_output=True, text=True, check=True
     ).stdout
+    if CERTIFICATES.exists():  # under another name: ca-certificates would write its own there
+        shutil.copy(CERTIFICATES, target / HOST_CERTIFICATES.relative_to("/"))
+        settings += f'Acquire::https::CAInfo "{HOST_CERTIFICATES}";\n'
     (target / "etc/apt/apt.conf.d/99build-host").write_text(settings)
-    if CERTIFICATES.exists():
-        copied = target / CERTIFICATES.relative_to("/")
-        copied.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(CERTIFICATES, copied)
 
 
 def unconfigure_host(target: Path) -> None:
     """Take away what `configure_host` gave."""
     for path in ("etc/resolv.conf", "etc/hosts", "etc/apt/apt.conf.d/99build-host"):
         (target / path).unlink(missing_ok=True)
-    (target / CERTIFICATES.relative_to("/")).unlink(missing_ok=True)
+    (target / HOST_CERTIFICATES.relative_to("/")).unlink(missing_ok=True)
 
 
 def clean(target: Path) -> None:
