@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -261,8 +262,8 @@ def write_ranking(bundle: ModelBundle, ranking: Ranking) -> Path:
         else:
             return path
     raise EngineError(
-        f"the record of the engines cannot be kept ({failure}): set {CACHE_VARIABLE} to a "
-        "directory that can be written to"
+        f"the record of the engines cannot be kept ({failure or 'this user has no home'}): set "
+        f"{CACHE_VARIABLE} to a directory that can be written to"
     ) from failure
 
 
@@ -324,9 +325,12 @@ def _directories(bundle: ModelBundle) -> Iterator[Path]:
     """Yield where records of a bundle may be. The bundle of the package itself is not changed."""
     if bundle.path.resolve() != demo_bundle().resolve():
         yield bundle.path / DIRECTORY
-    cache = os.environ.get(CACHE_VARIABLE)
-    home = Path(cache) if cache else Path("~/.cache/crl").expanduser()
-    yield home / DIRECTORY / bundle.fingerprint
+    if cache := os.environ.get(CACHE_VARIABLE):
+        yield Path(cache) / DIRECTORY / bundle.fingerprint
+        return
+    # in a container, the user may be a number that nothing knows
+    with suppress(RuntimeError):
+        yield Path("~/.cache/crl").expanduser() / DIRECTORY / bundle.fingerprint
 
 
 def _pixels(bundle: ModelBundle) -> NDArray[np.uint8]:

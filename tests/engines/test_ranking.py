@@ -225,6 +225,23 @@ def test_where_no_record_can_be_kept(bundle, tmp_path, monkeypatch):
         measure_engines(bundle, seconds=0.01)
 
 
+def test_a_user_without_a_home(bundle, monkeypatch):
+    """In a container, the user may be a number that `/etc/passwd` lacks."""
+
+    def nowhere(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("CRL_CACHE")
+    monkeypatch.setattr(ranking.Path, "expanduser", nowhere)
+    assert not any(each.measured for each in list_candidates(bundle))
+    assert open_engine(bundle, "auto").name.device == "cpu"
+    (bundle.path / "engines").write_text("in the way")
+    with pytest.raises(EngineError, match=r"cannot be kept .*set CRL_CACHE"):
+        measure_engines(bundle, seconds=0.01)
+    with pytest.raises(EngineError, match=r"\(this user has no home\): set CRL_CACHE"):
+        measure_engines(ModelBundle.open(demo_bundle()), seconds=0.01)
+
+
 def test_fastest_needs_no_record(bundle, tmp_path, monkeypatch, caplog):
     (bundle.path / "engines").write_text("in the way")
     (tmp_path / "cache").write_text("in the way")
