@@ -46,6 +46,11 @@ def embed_here():
         return embedder.embed([IMAGE]).universal.shape
 
 
+def embed_by(engine):
+    with Embedder.open(demo_bundle(), engine=engine) as embedder:
+        return embedder.engine, embedder.embed([IMAGE]).universal.shape
+
+
 def embed_with_the_parents():
     return shared["embedder"].embed([IMAGE]).universal.shape
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +31,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CRL_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that measures engines does not decide which engine later tests get."""
+    monkeypatch.setenv("CRL_CACHE", f"{os.environ['CRL_CACHE']}/{uuid.uuid4().hex}")
 
 
 @pytest.fixture(scope="session")

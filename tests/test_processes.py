@@ -18,6 +18,7 @@ from child_processes import (
     ask_with_a_new_client,
     ask_with_several_threads,
     ask_with_the_parents,
+    embed_by,
     embed_here,
     embed_with,
     embed_with_the_parents,
@@ -25,11 +26,14 @@ from child_processes import (
     log_likelihoods_of_the_parents,
     shared,
 )
+from msgspec import structs
 
 from crl_sdk import AsyncClient, Client, Embedder, demo_bundle
 from crl_sdk._lifetime import ForkGuard, Lifetime
 from crl_sdk.basis import LanguageModel
 from crl_sdk.engines import open_engine
+from crl_sdk.engines._ranking import write_ranking
+from crl_sdk.engines._selection import measure_engines
 from crl_sdk.errors import ClosedError, ForkError, InvalidInputError
 from crl_sdk.model import ModelBundle
 
@@ -52,6 +56,22 @@ def used_embedder():
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_an_embedder_made_in_a_child_works(used_embedder, method):
     assert in_child(method, embed_here) == (1, 128)
+
+
+def test_openvino_in_a_child_that_was_forked_after_the_parent_used_it():
+    """Compiling a model there would wait for ever for threads that only the parent has."""
+    bundle = ModelBundle.open(demo_bundle())
+    found = measure_engines(bundle, seconds=0.01)
+    first = sorted(found.engines, key=lambda each: each.engine, reverse=True)
+    write_ranking(bundle, structs.replace(found, engines=tuple(first)))
+    with Embedder.open(bundle) as embedder:
+        assert embedder.engine == "openvino/cpu/fp32"
+        embedder.embed([IMAGE])
+        said = in_child("fork", embed_by, "openvino/cpu")
+        assert said.startswith("ForkError: OpenVINO was used before this process was forked")
+        engine, shape = in_child("fork", embed_by, "auto")
+        assert engine == "onnx/cpu/fp32" and shape == (1, 128)
+        assert in_child("forkserver", embed_by, "openvino/cpu")[1] == (1, 128)
 
 
 def test_an_embedder_of_the_parent_says_at_once_that_it_does_not_work(used_embedder):

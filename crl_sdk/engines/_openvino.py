@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from crl_sdk._lifetime import Lifetime
+from crl_sdk._lifetime import ForkGuard, Lifetime
 from crl_sdk.engines._contract import ImageEngine
 from crl_sdk.engines._engine_name import EngineName
 from crl_sdk.engines._family import EngineCandidate, EngineFamily
@@ -85,6 +85,7 @@ class OpenVinoImageEngine:
             InvalidInputError: If the precision is unknown or there is less than one thread.
             BundleError: If the bundle has no fp32 graph.
             EngineError: If the processor has no bf16 instructions, or the graph does not compile.
+            ForkError: If OpenVINO was used before this process was forked.
             MissingDependencyError: If OpenVINO is not installed.
         """
         if precision not in RUN_PRECISIONS:
@@ -94,6 +95,7 @@ class OpenVinoImageEngine:
         graph = bundle.image_graph("fp32")
         if (missing := missing_instructions(precision, find_features())) is not None:
             raise EngineError(f"{precision}: {missing}; choose openvino/cpu/fp32 or onnx/cpu")
+        _threads.use()
         runtime, hint = _load(), _HINTS[precision]
         options = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -205,6 +207,9 @@ def _load() -> Any:
 
 _cores: dict[tuple[int, Any], Any] = {}
 """OpenVINO's core of each process that has made one, by process and class."""
+
+_threads = ForkGuard("OpenVINO", "choose the engine onnx/cpu")
+"""OpenVINO's threads are not in a child, where compiling a model would wait for them for ever."""
 
 
 def _core(runtime: Any) -> Any:

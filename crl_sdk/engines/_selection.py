@@ -21,7 +21,7 @@ from crl_sdk.engines._ranking import (
     read_ranking,
     write_ranking,
 )
-from crl_sdk.errors import EngineError, InvalidInputError
+from crl_sdk.errors import EngineError, ForkError, InvalidInputError
 from crl_sdk.model._bundle import ModelBundle
 
 _log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ def open_engine(
         chosen = choose_engine(candidates, engine)
         try:
             opened = _open(bundle, chosen, threads, check=engine == "auto")
-        except EngineError as error:
+        except (EngineError, ForkError) as error:
             candidates = [each for each in candidates if each is not chosen]
             if engine != "auto" or not any(each.usable and each.automatic for each in candidates):
                 raise
