@@ -99,13 +99,15 @@ class BasesInUse:
             bases: Bases of a request whose images the engine has to embed.
             current: All bases that the server has now. Others are dropped.
         """
+        if self._max_columns == 0:
+            return
         for stored in bases:
             if self._only is None or stored.sha256 == self._only:
                 self._used[stored.basis.criterion] = stored
                 self._used.move_to_end(stored.basis.criterion)
-        versions = {name: stored.sha256 for name, stored in current.items()}
-        for name in [n for n, stored in self._used.items() if versions.get(n) != stored.sha256]:
-            del self._used[name]
+        for name, stored in list(self._used.items()):
+            if name not in current or current[name].sha256 != stored.sha256:
+                del self._used[name]
         chosen, columns = [], 0
         for stored in reversed(self._used.values()):
             columns += stored.basis.projection.output_dim
