@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 DATA ?= ../shared/data/real-vectors
 
-.PHONY: demo test test-slow test-gpu gpu-wheels docs-test soak fuzz walks notebooks check types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-photos bench-outliers bench-service bench-project bench-peers load deploy-wheel deploy-locks deploy-check deploy-chroot wheelhouse wheelhouse-table clean
+.PHONY: demo test test-slow test-scale test-gpu gpu-wheels docs-test soak fuzz walks notebooks check types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-photos bench-outliers bench-service bench-project bench-peers load deploy-wheel deploy-locks deploy-check deploy-chroot wheelhouse wheelhouse-table clean
 
 demo: $(VENV)/.demo ## from criteria in words to named groups of images, with a report
 	$(BIN)/crl demo
@@ -17,6 +17,20 @@ test: $(VENV)/.dev ## all tests except the slow ones
 
 test-slow: $(VENV)/.dev ## tests that take minutes, such as exporting every architecture
 	$(BIN)/pytest -m slow
+
+# Ray and the vector stores have an environment of their own, which sees the packages of .venv.
+SCALE := build/scale
+
+test-scale: $(SCALE)/.done ## tests with real Ray clusters and vector stores: tests/scale
+	$(SCALE)/bin/python -m pytest tests/scale
+
+$(SCALE)/.done: $(VENV)/.dev constraints-scale.txt
+	@echo "installing Ray and the vector stores (once; 1.1 GB) …"
+	$(BIN)/python -m venv --clear $(SCALE)
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+	  > "$$($(SCALE)/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth"
+	$(SCALE)/bin/pip install --quiet -c constraints.txt -r constraints-scale.txt
+	touch $@
 
 gpu-wheels: $(VENV)/.dev ## wheels in .whl/ that benchmarks/gpu/check.sh needs and a GPU machine may lack
 	$(BIN)/pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \

@@ -264,8 +264,20 @@ def test_readings_begin_and_end_with_the_measured_time():
     with Sampling(time.time, begins=time.time() + 3600, seconds=1.0) as sampling:
         pass  # it does not wait for its time
     assert sampling.samples == []
+    with Sampling(time.time, begins=time.time(), seconds=0.0) as sampling:
+        pass
+    assert len(sampling.samples) == 1  # the first is the last
     with _sampled(None, begins, 1.0) as nothing:
         assert nothing is None
+
+
+def test_a_thread_that_is_late_loses_neither_end(monkeypatch):
+    monkeypatch.setattr(Sampling, "_sample", lambda self: None)  # it never runs
+    begins = time.time()
+    with Sampling(time.time, begins=begins, seconds=0.05) as sampling:
+        time.sleep(0.06)
+    first, last = (value for _, value in sampling.samples)
+    assert begins <= first and last >= begins + 0.05
 
 
 def test_a_run_says_what_its_devices_did(tmp_path, capsys, monkeypatch):
