@@ -6,8 +6,8 @@ the Python it runs on, so this script evaluates them first. Therefore a dependen
 has only on the oldest Python is checked by its pin in constraints.txt, not by its requirer.
 
 Not covered are llama-cpp-python, which has no wheels and is compiled where it is installed, and the
-extras `gpu`, which excludes `cpu`, and `tensorrt`, whose libraries are not on PyPI. Those of
-constraints-scale.txt are left out too: their versions are pinned for the Python of `make test-scale`.
+extras `gpu`, which excludes `cpu`, and `tensorrt`, whose libraries are not on PyPI. The extras
+of `make test-scale` are left out too: constraints-scale.txt pins them for the Python of .venv.
 """
 
 from __future__ import annotations
