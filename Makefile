@@ -34,7 +34,8 @@ $(SCALE)/.done: $(VENV)/.dev constraints-scale.txt
 
 gpu-wheels: $(VENV)/.dev ## wheels in .whl/ that benchmarks/gpu/check.sh needs and a GPU machine may lack
 	$(BIN)/pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
-	  --implementation cp --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d .whl msgspec
+	  --implementation cp --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+	  --platform manylinux_2_28_x86_64 -d .whl msgspec nvidia-nvimgcodec-cu12 nvidia-nvjpeg-cu12
 
 test-gpu: $(VENV)/.dev ## tests that need a GPU; skipped without one
 	$(BIN)/pytest -m gpu

@@ -39,6 +39,7 @@ from crl_sdk.errors import (
 )
 from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.model._familiar_images import FEW
+from crl_sdk.model._gpu_decode import require_gpu_decoder
 from crl_sdk.model._preprocess import DEFAULT_LIMITS, Decode, ImageLimits, load_pixels
 from crl_sdk.projection._project_rows import project_rows
 from crl_sdk.projection._projection import Post, normalise_rows, pack
@@ -96,9 +97,13 @@ class Embedder:
 
         Raises:
             InvalidInputError: If `decode` is unknown.
+            EngineError: If `decode` is `gpu` and there is no GPU.
+            MissingDependencyError: If `decode` is `gpu` and nvImageCodec is not installed.
         """
         if decode not in get_args(Decode):
             raise InvalidInputError(f"expected decode of {get_args(Decode)}, got {decode!r}")
+        if decode == "gpu":
+            require_gpu_decoder()
         self._lifetime = Lifetime("embedder")
         self._threads: int | None = None
         self._baked: Basis | None = None

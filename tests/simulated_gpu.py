@@ -25,6 +25,7 @@ class CUresult(IntEnum):
     CUDA_ERROR_INVALID_IMAGE = 200
     CUDA_ERROR_INVALID_CONTEXT = 201
     CUDA_ERROR_NOT_FOUND = 500
+    CUDA_ERROR_LAUNCH_FAILED = 719
     CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
 
 
@@ -63,6 +64,7 @@ class Driver:
         self.contexts = 0
         self.launched = []
         self.fail = {}
+        self.lost = False  # whether the GPU answers every call with an error
         self._names = count(1000)
         self._here = threading.local()
 
@@ -76,6 +78,8 @@ class Driver:
 
         def call(*arguments):
             nothing = (None,) * (name not in SILENT)
+            if self.lost:
+                return (CUresult.CUDA_ERROR_LAUNCH_FAILED, *nothing)
             if self.fail.get(name):
                 if name == "cuStreamEndCapture":  # a failed recording has ended too
                     self.recording.clear()

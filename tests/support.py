@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 
+import grpc
 import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
 
 from crl_sdk import Basis
@@ -23,6 +25,13 @@ def unseen_image() -> NDArray[np.uint8]:
     pixels = np.full((96, 96, 3), 100, np.uint8)
     pixels[0, :2] = [[number % 256, number // 256 % 256, 0], [number // 65536, 1, 2]]
     return pixels
+
+
+def health_of(address: str, service: str = "") -> int:
+    """Return the status that a server's health service reports."""
+    with grpc.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        return int(stub.Check(health_pb2.HealthCheckRequest(service=service)).status)
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from crl_benchmarks.gpu import driver_checks, engine_checks
+from crl_benchmarks.gpu import decode_checks, driver_checks, engine_checks
 from crl_benchmarks.machine import describe_commit
 from crl_sdk.engines import _cuda as cuda
 from crl_sdk.engines._hardware import inspect_hardware
@@ -43,6 +43,7 @@ PACKAGES = (
     "onnxruntime-gpu",
     "onnxruntime",
     "tensorrt",
+    "nvidia-nvimgcodec-cu12",
 )
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"
@@ -176,6 +177,7 @@ def list_checks(scratch: Path, architecture: str) -> Iterable[Check]:
         yield Check("kernel: PTX", partial(_check_compiled, scratch / "ptx", older[-1]))
     yield Check("roofline", _measure_roofline)
     yield Check("kernel: from host memory", partial(_measure_host, scratch / "host", fitting))
+    yield Check("decoder: nvImageCodec", decode_checks.check_decoder)
     for provider in ("cuda", "tensorrt", "tensorrt-rtx"):
         yield Check(
             f"ONNX Runtime: {provider}", partial(engine_checks.check_onnx_runtime, provider)

@@ -52,8 +52,8 @@ ThreadsOption = Annotated[
 DecodeOption = Annotated[
     Decode,
     typer.Option(
-        help="fast shrinks large JPEGs while decoding, and resizes with vector instructions; "
-        "embeddings change slightly."
+        help="fast shrinks large JPEGs while decoding, and resizes with vector instructions; gpu "
+        "decodes JPEGs on an NVIDIA GPU (not run on hardware). Embeddings change slightly."
     ),
 ]
 FormatsOption = Annotated[

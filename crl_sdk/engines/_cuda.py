@@ -29,6 +29,10 @@ _DEVICE_MAP = 2
 _OUT_OF_MEMORY = 2
 """`CUDA_ERROR_OUT_OF_MEMORY`."""
 
+_LOST = frozenset({46, 101, 214, 226, 700, 702, *range(714, 721), 999})
+"""Errors after which a process cannot use the GPU any more: the device is unavailable, missing or
+has failed, or code on it broke the context."""
+
 
 def driver() -> Any:
     """Return the bindings of the CUDA driver, initialised.
@@ -68,12 +72,18 @@ def check(result: tuple[Any, ...], what: str) -> Any:
     """
     status, *values = result
     if int(status) != 0:
-        advice = (
-            "the GPU's memory is full: close other programs on it, or compile with a smaller "
-            "--batch and --max-columns"
-            if int(status) == _OUT_OF_MEMORY
-            else "`crl doctor` shows what this machine has"
-        )
+        if int(status) == _OUT_OF_MEMORY:
+            advice = (
+                "the GPU's memory is full: close other programs on it, or compile with a smaller "
+                "--batch and --max-columns"
+            )
+        elif int(status) in _LOST:
+            advice = (
+                "the GPU is lost for this process: start the process again, and if that fails too, "
+                "see whether nvidia-smi lists the GPU"
+            )
+        else:
+            advice = "`crl doctor` shows what this machine has"
         raise EngineError(f"{what} failed ({status.name}): {advice}")
     return values[0] if len(values) == 1 else tuple(values)
 

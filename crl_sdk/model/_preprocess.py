@@ -19,16 +19,22 @@ from PIL import Image
 
 from crl_sdk._budget import Budget
 from crl_sdk._image_bytes import check_bytes, read_image_file
-from crl_sdk.errors import ImageError, ImageTooLargeError
+from crl_sdk.errors import (
+    EngineError,
+    ImageError,
+    ImageTooLargeError,
+    MissingDependencyError,
+)
 from crl_sdk.model._decode_memory import estimate_decode_bytes
 from crl_sdk.model._fast_resize import resize_part
+from crl_sdk.model._gpu_decode import decode_jpeg
 from crl_sdk.model._image_colours import is_plain, note_raw_mode, to_plain
 from crl_sdk.model._image_formats import DEFAULT_FORMATS, check_formats, check_icon, identify
 
 ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
 """An image: a path, the bytes of a file, a Pillow image, or an array; see `load_pixels`."""
 
-Decode: TypeAlias = Literal["exact", "fast"]
+Decode: TypeAlias = Literal["exact", "fast", "gpu"]
 """How images are decoded and resized, see `load_pixels`."""
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -142,7 +148,9 @@ def load_pixels(
         decode: `exact` decodes and resizes as in the training of the models. `fast` lets libjpeg
             decode large JPEGs at a half, a quarter or an eighth of their size, but no smaller than
             `FAST_SIZE` times the model's input, and resizes only the part that is not cropped, with
-            vector instructions. The pixels differ slightly, see docs/IMAGES.md.
+            vector instructions. `gpu` decodes JPEGs on an NVIDIA GPU at their full size, and
+            resizes as `fast` does; it has not been run on hardware. The pixels differ slightly, see
+            docs/IMAGES.md.
         budget: Bound on the memory of the images that are decoded at once. None for no bound.
 
     Returns:
@@ -152,6 +160,8 @@ def load_pixels(
         ImageTooLargeError: If the image exceeds a limit.
         ImageError: If the image is missing, empty, truncated, of a format that is not read, or of a
             wrong dtype or shape; or if memory runs out.
+        EngineError: If `decode` is `gpu` and there is no GPU.
+        MissingDependencyError: If `decode` is `gpu` and nvImageCodec is not installed.
 
     Example:
         >>> spec = PreprocessSpec(64, 64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -164,13 +174,14 @@ def load_pixels(
     try:
         _check_size(opened.size, spec, limits, name)
         try:
-            fast = decode == "fast"
-            shrunk = _shrink_while_decoding(opened, spec) if fast else None
+            fast = decode != "exact"
+            shrunk = _shrink_while_decoding(opened, spec) if decode == "fast" else None
             needed = _check_decode_bytes(opened, limits, name, copied=fast)
             with nullcontext() if budget is None else budget.reserve(needed):
-                image = _upright(opened, data)
+                decoded = decode_jpeg(opened, data) if decode == "gpu" else None
+                image = _upright(opened, data, decoded)
                 return _fit_fast(image, spec, shrunk) if fast else fit(image, spec)
-        except ImageError:
+        except (ImageError, EngineError, MissingDependencyError):
             raise
         except MemoryError as error:
             raise _out_of_memory(f"{opened.width}×{opened.height} pixels", name) from error
@@ -183,14 +194,17 @@ def load_pixels(
             opened.close()
 
 
-def _upright(opened: Image.Image, data: Any) -> Image.Image:
-    """Decode an image, convert it to 8-bit grey or RGB, and apply its orientation."""
-    note = isinstance(data, bytes) and "transparency" in opened.info
-    if note:
-        note_raw_mode(opened)
-    opened.load()
+def _upright(opened: Image.Image, data: Any, decoded: Image.Image | None = None) -> Image.Image:
+    """Decode an image unless it is decoded, convert it to 8-bit grey or RGB, and turn it upright."""
+    if decoded is not None:
+        plain = decoded
+    else:
+        note = isinstance(data, bytes) and "transparency" in opened.info
+        if note:
+            note_raw_mode(opened)
+        opened.load()
+        plain = to_plain(opened, data if note else None)
     orientation = opened.getexif().get(_ORIENTATION)  # Pillow has applied that of TIFF files
-    plain = to_plain(opened, data if note else None)
     method = _TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
     if method is None:
         return plain

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import hashlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ from crl_sdk.serving._cpu_turns import CpuTurns, NoTurns
 from crl_sdk.serving._projection_pack import BasesInUse, EngineRow
 from crl_sdk.serving._results import EmbedResult, ImageOutcome, ImageSource, RequestTiming
 from crl_sdk.serving._text_work import TextWork
+
+_log = logging.getLogger(__name__)
 
 _CLOSED = "the embedder was closed while the server used it: restart the server"
 
@@ -272,7 +275,15 @@ class Pipeline:
     def _start_engine(self, pixels: NDArray[np.uint8]) -> Callable[[], list[EngineRow]]:
         """Begin an engine run with the bases in use; runs in the batcher's thread."""
         pack = self._in_use.pack  # read once, so that the whole run has the same bases
-        finish = self.embedder.start_run(pixels, pack.weight, pack.bias)
+        try:
+            finish = self.embedder.start_run(pixels, pack.weight, pack.bias)
+        except EngineError as error:
+            if pack is self._in_use.no_bases:
+                raise
+            pack = self._in_use.no_bases  # it may lack the memory for more columns only
+            finish = self.embedder.start_run(pixels, pack.weight, pack.bias)
+            self._in_use.leave_to_numpy()
+            _log.warning("%s; from now on, the processor projects onto the bases", error)
         return lambda: [EngineRow(*rows, pack) for rows in zip(*finish(), strict=True)]
 
     def _project(

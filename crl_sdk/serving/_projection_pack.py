@@ -87,7 +87,13 @@ class BasesInUse:
         self._max_columns = max_columns
         self._only = only
         self._used: OrderedDict[str, StoredBasis] = OrderedDict()
-        self.pack = ProjectionPack.of([], dim)
+        self.no_bases = ProjectionPack.of([], dim)
+        self.pack = self.no_bases
+
+    def leave_to_numpy(self) -> None:
+        """Make no pack any more, because the engine cannot run with one."""
+        self._max_columns = 0
+        self.pack = self.no_bases
 
     def use(self, bases: Sequence[StoredBasis], current: Mapping[str, StoredBasis]) -> None:
         """Note that a request named these bases, and make a new pack if the bases in use changed.

@@ -6,77 +6,23 @@ import gc
 import inspect
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import msgspec
 import numpy as np
 import pytest
+from gpu_fixtures import COLUMNS, MOST
 from simulated_gpu import CUresult, Driver, tensorrt
 
-from crl_sdk import Embedder, ModelBundle
+from crl_sdk import Embedder
 from crl_sdk.engines import _cuda as cuda
 from crl_sdk.engines import _tensorrt as module
-from crl_sdk.engines import _tensorrt_family as family
 from crl_sdk.engines import _tensorrt_runtime as tensorrt_runtime
-from crl_sdk.engines._onnx import OnnxImageEngine
 from crl_sdk.engines._selection import choose_engine, list_candidates
 from crl_sdk.engines._tensorrt import TensorRTImageEngine
 from crl_sdk.engines._tensorrt_plans import find_plan, plans_directory, read_plans
 from crl_sdk.engines._verify import verify
 from crl_sdk.errors import ClosedError, EngineError, PlanError
 from crl_sdk.model import _parity as parity
-
-MOST, COLUMNS = 5, 100
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """A copy of the demo bundle with a real plan of it."""
-    import shutil
-
-    from crl_export.tensorrt import compile_plan
-    from crl_sdk import demo_bundle
-
-    path = tmp_path_factory.mktemp("bundle") / "demo"
-    shutil.copytree(demo_bundle(), path)
-    bundle = ModelBundle.open(path)
-    compile_plan(
-        bundle, precision="fp32", architectures=["sm89"], batch=(1, 2, MOST), max_columns=COLUMNS
-    )
-    return path
-
-
-@pytest.fixture
-def bundle(compiled, tmp_path):
-    import shutil
-
-    shutil.copytree(compiled, tmp_path / "bundle")
-    return ModelBundle.open(tmp_path / "bundle")
-
-
-@pytest.fixture
-def reference(bundle):
-    return OnnxImageEngine.open(bundle, precision="fp32", threads=1)
-
-
-@pytest.fixture
-def gpu(bundle, reference, monkeypatch):
-    """A machine with a simulated GPU and TensorRT-RTX; all GPU memory must be freed at the end."""
-    real = tensorrt_runtime.load_tensorrt("tensorrt-rtx")
-    folder = plans_directory(bundle)
-    plan = (folder / f"{read_plans(folder)[0].spec.stem}.plan").read_bytes()
-    driver = Driver()
-    fake = tensorrt(driver, reference, plan, (1, MOST), (1, COLUMNS))
-    logger = SimpleNamespace(errors=[])
-    kit = SimpleNamespace(
-        runtime="tensorrt-rtx", version=real.version, module=fake, logger=lambda: logger
-    )
-    monkeypatch.setattr(cuda, "driver", lambda: driver)
-    for each in (module, family):
-        monkeypatch.setattr(each, "load_tensorrt", lambda _: kit)
-    yield SimpleNamespace(driver=driver, trt=fake, kit=kit)
-    gc.collect()
-    assert driver.nothing_left()
 
 
 def inputs(bundle, images, columns, seed=0):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from simulated_gpu import Driver
 
-from crl_benchmarks.gpu import check, driver_checks, kernel_checks
+from crl_benchmarks.gpu import check, decode_checks, driver_checks, kernel_checks
 from crl_benchmarks.gpu.engine_checks import NotHere
 from crl_sdk.engines import _cuda as cuda
 from crl_sdk.errors import EngineError, MissingDependencyError
@@ -52,6 +52,28 @@ def test_a_driver_that_loses_data_or_memory_is_found(driver, monkeypatch):
     for step in (driver_checks.check_copies, driver_checks.check_graphs):
         with pytest.raises(AssertionError):
             step(1)
+
+
+def test_the_decoder_is_compared_with_pillow(monkeypatch):
+    monkeypatch.setattr(decode_checks, "require_gpu_decoder", lambda: None)
+    monkeypatch.setattr(decode_checks, "decode_jpeg", lambda opened, data: opened.copy())
+    found = decode_checks.check_decoder(((64, 48),), threads=2, rounds=2)
+    assert found["64x48"]["max_levels"] == 0 and len(found["64x48"]["gpu_images_per_second"]) == 2
+    monkeypatch.setattr(
+        decode_checks, "decode_jpeg", lambda opened, data: opened.transpose(0).convert("RGB")
+    )
+    with pytest.raises(AssertionError, match="differs from Pillow"):
+        decode_checks.check_decoder(((64, 48),), threads=2, rounds=1)
+    monkeypatch.setattr(decode_checks, "decode_jpeg", lambda opened, data: None)
+    with pytest.raises(AssertionError, match="did not decode"):
+        decode_checks.check_decoder(((64, 48),), threads=2, rounds=1)
+
+    def missing():
+        raise MissingDependencyError("nvidia-nvimgcodec-cu12", "gpu-decode", "--decode gpu")
+
+    monkeypatch.setattr(decode_checks, "require_gpu_decoder", missing)
+    with pytest.raises(NotHere):
+        decode_checks.check_decoder()
 
 
 def test_the_kernel_agrees_in_the_interpreter():

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from crl_sdk import AsyncClient, Client
 from crl_sdk.client import ClientOptions
@@ -21,13 +21,7 @@ from crl_sdk.serving import _batcher as batcher_module
 from crl_sdk.serving._admission import Admission, ServerLimits
 from crl_sdk.serving._batcher import Batcher
 from crl_sdk.serving._cache import EmbeddingCache
-from support import unseen_image, wait_until
-
-
-def health_of(address: str, service: str = "") -> int:
-    with grpc.insecure_channel(address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        return stub.Check(health_pb2.HealthCheckRequest(service=service)).status
+from support import health_of, unseen_image, wait_until
 
 
 def test_images_past_their_deadline_are_not_computed(serve, faked, engine):
