@@ -29,6 +29,7 @@ from crl_sdk.cli._options import (
 )
 from crl_sdk.errors import BasisError, CrlError, InvalidInputError
 from crl_sdk.model._bundle import ModelBundle
+from crl_sdk.serving._shared_bases import SharedBasisStore
 from crl_sdk.storage._atomic_files import make_directory
 from crl_sdk.storage._checksummed_safetensors import SUFFIX
 
@@ -188,6 +189,50 @@ def list_bases(bases: BasesOption = DEFAULT_BASES, as_json: JsonOption = False) 
         )
     if broken:
         raise typer.Exit(1)
+
+
+@app.command("publish")
+def publish(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Bases, or basis files. Default: all of --bases.")
+    ] = None,
+    to: Annotated[
+        str, typer.Option(help="Directory or URL (s3://…) of `crl serve --shared-bases`.")
+    ] = "",
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            "--bundle", "-b", envvar="CRL_BUNDLE", help="Publish bases of this model only."
+        ),
+    ] = None,
+    bases: BasesOption = DEFAULT_BASES,
+    as_json: JsonOption = False,
+) -> None:
+    """Put bases where servers share them. Running servers see them within seconds."""
+    if not to:
+        raise InvalidInputError("expected --to DIRECTORY or --to URL, the place of shared bases")
+    fingerprint = None if bundle is None else ModelBundle.open(bundle).fingerprint
+    if names:
+        found = [load_basis(bases, name, fingerprint, bundle) for name in names]
+    else:
+        found = [Basis.load(path) for path in BasisDirectory(bases).files()]
+        found = [each for each in found if fingerprint in (None, each.fingerprint)]
+    if not found:
+        raise InvalidInputError(
+            f"expected bases in {bases}, found none; run {command('basis', 'list', bases=bases)}"
+        )
+    stores = {each.fingerprint: SharedBasisStore(to, each.fingerprint) for each in found}
+    published = []
+    for basis in found:  # all have been read, so that a damaged one stops the command before
+        stored, replaced = stores[basis.fingerprint].put(basis)
+        published.append(
+            {"criterion": basis.criterion, "fingerprint": basis.fingerprint,
+             "sha256": stored.sha256, "replaced": replaced}
+        )  # fmt: skip
+    if as_json:
+        print_json({"to": to, "bases": published})
+        return
+    note(f"{to}: published {', '.join(sorted(basis.criterion for basis in found))}")
 
 
 def save(basis: Basis, path: Path) -> None:

@@ -59,6 +59,16 @@ def serve(
     ] = "127.0.0.1:50051",
     bundle: BundleOption = None,
     bases: BasesOption = DEFAULT_BASES,
+    shared_bases: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory or URL (s3://…) of bases that servers share, instead of --bases."
+        ),
+    ] = None,
+    bases_poll: Annotated[
+        float, typer.Option(min=0.1, help="Seconds between two looks for changes of shared bases.")
+    ] = 2.0,
+    read_only_bases: Annotated[bool, typer.Option(help="Refuse calls that change bases.")] = False,
     engine: EngineOption = "auto",
     baked: BakedOption = None,
     threads: ThreadsOption = None,
@@ -151,6 +161,9 @@ def serve(
             metrics_address=metrics,
             tokens=read_tokens(tokens) if tokens is not None else (),
             bases=Path(bases),
+            shared_bases=shared_bases,
+            bases_poll=bases_poll,
+            read_only_bases=read_only_bases,
             limits=ServerLimits(
                 max_images=min(ServerLimits().max_images, max_queue),
                 max_batch=max_batch,

@@ -73,4 +73,4 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
 def _toml_type(annotation: Any) -> Any:
     """Return the type of an option's value in TOML, which has no paths and no None."""
     kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not type(None)]
-    return kinds[0] if kinds[0] in (bool, int) else str
+    return kinds[0] if kinds[0] in (bool, int, float) else str

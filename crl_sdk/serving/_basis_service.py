@@ -67,7 +67,7 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
         """Return a basis as a file."""
 
         async def get() -> basis_pb2.GetBasisResponse:
-            (stored,) = self._pipeline.bases.select([request.criterion])
+            (stored,) = await self._pipeline.bases.find([request.criterion])
             return basis_pb2.GetBasisResponse(info=_to_info(stored), file=stored.basis.to_bytes())
 
         return await respond(context, get)
@@ -79,6 +79,7 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
         texts = self._pipeline.texts
 
         def put(check: Check) -> basis_pb2.PutBasisResponse:
+            self._pipeline.bases.require_writable()
             source = request.WhichOneof("source")
             if source is None:
                 raise InvalidInputError("expected a basis file or texts, got neither")
@@ -187,6 +188,7 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
             )
             send(basis_pb2.GenerateBasisResponse(progress=message))
 
+        self._pipeline.bases.require_writable()  # the language model takes a minute
         self._pipeline.texts.check([*request.include, *request.exclude], request.prompts)
         prompts = tuple(request.prompts) or None
         against, ignore = self._select(request.against), self._select(request.ignore)

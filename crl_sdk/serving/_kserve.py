@@ -103,7 +103,7 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         """Return the inputs and outputs of a model, with the batch dimension."""
 
         async def work() -> pb.ModelMetadataResponse:
-            name, dims, outputs = self._tensors(request.name, request.version)
+            name, dims, outputs = await self._tensors(request.name, request.version)
             tensor = pb.ModelMetadataResponse.TensorMetadata
             return pb.ModelMetadataResponse(
                 name=request.name, versions=[_VERSION], platform=_PLATFORM,
@@ -122,7 +122,7 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         """Return the inputs and outputs of a model as a configuration, without batch dimension."""
 
         async def work() -> pb.ModelConfigResponse:
-            name, dims, outputs = self._tensors(request.name, request.version)
+            name, dims, outputs = await self._tensors(request.name, request.version)
             return pb.ModelConfigResponse(
                 config=pb.ModelConfig(
                     name=request.name, platform=_PLATFORM, backend="crl",
@@ -150,7 +150,7 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
 
         async def work() -> pb.ModelStatisticsResponse:
             if request.name:
-                self._tensors(request.name, request.version)
+                await self._tensors(request.name, request.version)
             names = [request.name] if request.name else self._models()
             return pb.ModelStatisticsResponse(
                 model_stats=[
@@ -271,7 +271,7 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
             *(f"{family}.{criterion}" for family in MODELS for criterion in criteria),
         ]
 
-    def _model(
+    async def _model(
         self, name: str, version: str, criterion: str = ""
     ) -> tuple[str, StoredBasis | None]:
         """Return the input of a model, and the basis that its name or the criterion selects.
@@ -293,11 +293,11 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
                 f"{criterion!r}; use the model {family!r}"
             )
         wanted = suffix or criterion
-        return MODELS[family], self._pipeline.bases.select([wanted])[0] if wanted else None
+        return MODELS[family], (await self._pipeline.bases.find([wanted]))[0] if wanted else None
 
-    def _tensors(self, name: str, version: str) -> tuple[str, list[int], dict[str, int]]:
+    async def _tensors(self, name: str, version: str) -> tuple[str, list[int], dict[str, int]]:
         """Return a model's input, its dimensions, and its outputs (name → number of columns)."""
-        input_name, basis = self._model(name, version)
+        input_name, basis = await self._model(name, version)
         dim = self._pipeline.embedder.bundle.embedding_dim
         dims = {IMAGE: [1], PIXELS: [-1, -1, 3], EMBEDDING: [dim]}
         outputs = {} if basis is None else {CONDITIONAL: basis.basis.projection.output_dim}
@@ -309,7 +309,7 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         started = time.monotonic()
         has_criterion = "criterion" in request.parameters
         criterion = request.parameters["criterion"].string_param if has_criterion else ""
-        input_name, basis = self._model(request.model_name, request.model_version, criterion)
+        input_name, basis = await self._model(request.model_name, request.model_version, criterion)
         statistics = self._statistics.setdefault(request.model_name, ModelStatistics())
         try:
             check_outputs(request, [UNIVERSAL] if basis is None else [CONDITIONAL, UNIVERSAL])

@@ -76,6 +76,15 @@ class _StateCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         pipeline, counts = self._pipeline, self._pipeline.admission.dropped
+        watcher = pipeline.bases.watcher
+        if watcher is not None:
+            yield GaugeMetricFamily(
+                "crl_bases_up", "1 while changes of bases are seen.", value=watcher.problem is None
+            )
+            yield GaugeMetricFamily(
+                "crl_bases_age_seconds", "Since the bases were last compared with their store.",
+                value=watcher.age,
+            )  # fmt: skip
         for name, text, value in (
             ("crl_queue_depth", "Images that wait for the engine.", pipeline.batcher.depth),
             ("crl_cache_bytes", "Memory of the embedding cache.", pipeline.cache.used_bytes),

@@ -122,7 +122,7 @@ class Pipeline:
         """
         arrived = time.monotonic()
         self.admission.check_size(len(images))
-        bases = self.bases.select(criteria)
+        bases = await self.bases.find(criteria)
         timing = RequestTiming()
         outcomes = [self._look_up(source) for source in images]
         missing = [

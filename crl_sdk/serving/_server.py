@@ -23,7 +23,7 @@ from crl_sdk.pb.crl.v1 import basis_pb2, basis_pb2_grpc, embedding_pb2, embeddin
 from crl_sdk.pb.inference import kserve_pb2, kserve_pb2_grpc
 from crl_sdk.rpc._address import check_listening_address, is_local, split_address
 from crl_sdk.serving._admission import ServerLimits
-from crl_sdk.serving._bases import BasisStore
+from crl_sdk.serving._bases import BasisStore, DirectoryBasisStore
 from crl_sdk.serving._basis_service import BasisService, OpenLanguageModel
 from crl_sdk.serving._call_interceptor import CallInterceptor, access_log, failure_log
 from crl_sdk.serving._embedding_service import EmbeddingService
@@ -31,11 +31,13 @@ from crl_sdk.serving._kserve import InferenceService
 from crl_sdk.serving._metrics import Metrics
 from crl_sdk.serving._pipeline import Pipeline
 from crl_sdk.serving._security import ServerTls, Token, TokenInterceptor
+from crl_sdk.serving._shared_bases import POLL_SECONDS, SharedBasisStore
 from crl_sdk.serving._tracing import Tracing
 
+BASIS_SERVICE = basis_pb2.DESCRIPTOR.services_by_name["BasisService"].full_name
 SERVICES = (
     embedding_pb2.DESCRIPTOR.services_by_name["EmbeddingService"].full_name,
-    basis_pb2.DESCRIPTOR.services_by_name["BasisService"].full_name,
+    BASIS_SERVICE,
     kserve_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
 HANG_SECONDS = 30.0
@@ -66,6 +68,9 @@ class ServerSettings:
     Attributes:
         address: Address to listen on: `host:port`, with port 0 for any free port, or `unix:PATH`.
         bases: Directory of bases. This server must be its only owner.
+        shared_bases: Directory or fsspec URL of bases that many servers share, instead of `bases`.
+        bases_poll: Seconds between two looks for changes of `shared_bases`.
+        read_only_bases: Whether calls that change bases are refused.
         limits: Bounds on the work that the server accepts.
         tls: Files for TLS, or None for plain text.
         tokens: Tokens that may call the server. Without tokens everybody may.
@@ -80,6 +85,9 @@ class ServerSettings:
 
     address: str = "127.0.0.1:50051"
     bases: Path = Path("bases")
+    shared_bases: str | None = None
+    bases_poll: float = POLL_SECONDS
+    read_only_bases: bool = False
     limits: ServerLimits = field(default_factory=ServerLimits)
     tls: ServerTls | None = None
     tokens: tuple[Token, ...] = ()
@@ -120,18 +128,28 @@ class RunningServer:
 
 
 class _Health(health.aio.HealthServicer):
-    """Health of the whole server and of each service. All have the same state."""
+    """Health of the whole server and of each service.
+
+    All have the same state, except that the service of bases does not serve while a shared store of
+    bases is away. The server embeds with the last bases then.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.serving = False
 
-    async def set_serving(self, serving: bool) -> None:
-        """Set the state of all services."""
+    async def set_serving(self, serving: bool, bases: bool = True) -> None:
+        """Set the state of all services.
+
+        Args:
+            serving: Whether the server embeds.
+            bases: Whether the store of bases can be reached.
+        """
         self.serving = serving
         states = health_pb2.HealthCheckResponse
         for name in ("", *SERVICES):
-            await self.set(name, states.SERVING if serving else states.NOT_SERVING)
+            good = serving and (bases or name != BASIS_SERVICE)
+            await self.set(name, states.SERVING if good else states.NOT_SERVING)
 
     async def drain(self) -> None:
         """Set all services to NOT_SERVING permanently."""
@@ -157,7 +175,7 @@ async def run_server(embedder: Embedder, settings: ServerSettings) -> AsyncItera
         tracing = Tracing(settings.otlp) if settings.otlp else None
         if tracing is not None:
             cleanup.push_async_callback(asyncio.to_thread, tracing.close)
-        bases = BasisStore(settings.bases, embedder.bundle.fingerprint)
+        bases = make_basis_store(embedder.bundle.fingerprint, settings)
         bases.open()
         cleanup.callback(bases.close)
         pipeline = Pipeline(embedder, bases, settings.limits)
@@ -186,7 +204,7 @@ async def run_server(embedder: Embedder, settings: ServerSettings) -> AsyncItera
         pipeline.start()
         await pipeline.warm_up()
         await status.set_serving(True)
-        watcher = asyncio.create_task(_watch_engine(pipeline, status))
+        watcher = asyncio.create_task(_watch(pipeline, status))
         cleanup.callback(watcher.cancel)
         yield RunningServer(address, pipeline, metrics, metrics_address)
 
@@ -226,6 +244,21 @@ async def serve(
         await stop.wait()
         _log.info("draining: running calls have %.0f s", settings.drain_seconds)
     _log.info("stopped")
+
+
+def make_basis_store(fingerprint: str, settings: ServerSettings) -> BasisStore:
+    """Return the store of a model's bases, not opened yet.
+
+    Raises:
+        InvalidInputError: If fsspec does not know the URL of shared bases.
+        MissingDependencyError: If fsspec or its driver for the URL is not installed.
+    """
+    if settings.shared_bases is not None:
+        return SharedBasisStore(
+            settings.shared_bases, fingerprint, poll_seconds=settings.bases_poll,
+            read_only=settings.read_only_bases,
+        )  # fmt: skip
+    return DirectoryBasisStore(settings.bases, fingerprint, read_only=settings.read_only_bases)
 
 
 def register_services(
@@ -377,19 +410,20 @@ def _serve_metrics(metrics: Metrics, address: str | None, cleanup: AsyncExitStac
     return f"{host}:{http.server_port}"
 
 
-async def _watch_engine(pipeline: Pipeline, status: _Health) -> None:
-    """Set health to NOT_SERVING when the engine fails or hangs, and back when it recovers."""
-    was_healthy = True
+async def _watch(pipeline: Pipeline, status: _Health) -> None:
+    """Set health when the engine fails, hangs or recovers, and when the bases are away or back."""
+    before = (True, True)
     with contextlib.suppress(asyncio.CancelledError):
         while True:
             await asyncio.sleep(_HEALTH_CHECK_SECONDS)
-            batcher = pipeline.batcher
+            batcher, watcher = pipeline.batcher, pipeline.bases.watcher
             healthy = batcher.failed is None and batcher.running_seconds < HANG_SECONDS
-            if healthy == was_healthy:
+            now = (healthy, watcher is None or watcher.problem is None)
+            if now == before:
                 continue
-            was_healthy = healthy
-            if healthy:
+            if healthy and not before[0]:
                 _log.info("the engine runs again: serving")
-            else:
+            if before[0] and not healthy:
                 _log.error("the engine fails or hangs: not serving")
-            await status.set_serving(healthy)
+            before = now
+            await status.set_serving(*now)

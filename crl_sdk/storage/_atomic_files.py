@@ -29,6 +29,9 @@ _GRACE = 60.0
 """Age in seconds from which a temporary file without a lock is taken for left behind. A younger one
 may belong to a process that is about to lock it."""
 
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+"""Errors of file systems that have no hard links."""
+
 Record = TypeVar("Record", bound=msgspec.Struct)
 
 
@@ -248,6 +251,49 @@ def _leftovers(directory: Path, pattern: str) -> Iterator[Path]:
         with suppress(OSError):
             if time.time() - leftover.lstat().st_mtime >= _GRACE and not _is_locked(leftover):
                 yield leftover
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old or the new content, even after a crash.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    _remove_leftovers(path)
+    with _written_file(path, data) as written:
+        written.replace(path)
+    sync_directory(path.parent)
+
+
+def create_file(path: Path, data: bytes) -> None:
+    """Write a new file. If several processes create it at once, one of them succeeds.
+
+    Raises:
+        FileExistsError: If there is such a file already. It is left as it is.
+        OSError: If it cannot be written.
+    """
+    _remove_leftovers(path)
+    with _written_file(path, data) as written:
+        try:
+            os.link(written, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with path.open("xb") as file:  # a reader may see a part of it
+                file.write(data)
+                os.fsync(file.fileno())
+    sync_directory(path.parent)
+
+
+@contextmanager
+def _written_file(path: Path, data: bytes) -> Iterator[Path]:
+    """Yield a temporary file beside `path` that holds some bytes and is on the disk."""
+    with _temporary_file(path) as file:
+        file.write(data)
+        file.flush()
+        os.fchmod(file.fileno(), 0o644)  # temporary files are readable by their owner only
+        os.fsync(file.fileno())
+        yield Path(file.name)
 
 
 def delete_file(path: Path) -> None:
