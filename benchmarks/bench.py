@@ -9,15 +9,12 @@ from __future__ import annotations
 import asyncio
 import math
 import multiprocessing
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib.metadata import version
 from itertools import count
 from typing import TypeVar
 
@@ -42,13 +39,12 @@ from crl_benchmarks.call_records import CallRecords, Part, PartWriter
 from crl_benchmarks.calls import Call, Mix, Trace, TracedCall
 from crl_benchmarks.images import describe_sizes
 from crl_benchmarks.load import Reply, Run, closed_loop, merge, open_loop, timed_loop
-from crl_benchmarks.machine import find_machine
 from crl_benchmarks.metrics_page import MetricsPage, summarise
 from crl_benchmarks.quantiles import PERCENTILES, percentile
+from crl_benchmarks.report_head import find_head
 from crl_benchmarks.sampling import Sampling
 from crl_benchmarks.sensors import Reading, Sensors
 from crl_benchmarks.targets import Target, connect, open_target
-from crl_sdk._version import __version__
 from crl_sdk.engines._contract import ImageEngine
 from crl_sdk.errors import ServiceError
 from crl_sdk.model import _parity as parity
@@ -375,15 +371,7 @@ def report(
     """
     cached = [row.cached_share for row in rows if row.cached_share is not None]
     return Report(
-        schema=SCHEMA,
-        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        command=command,
-        machine=find_machine(),
-        versions={
-            "crl": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("grpcio", "protobuf", "numpy")},
-        },
+        **find_head(SCHEMA, command, ("grpcio", "protobuf", "numpy")),
         target=target,
         settings=settings,
         cached_share=max(cached, default=None),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from crl_benchmarks.machine import Machine
 from crl_benchmarks.metrics_page import ServerMetrics
+from crl_benchmarks.report_head import ReportHead
 from crl_benchmarks.sensors import DeviceUse
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.storage._atomic_files import read_record
@@ -217,15 +217,10 @@ class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
     later_max_ms: float | None
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class Report(ReportHead, frozen=True, kw_only=True):
     """All runs of a command, with what is needed to repeat it.
 
     Attributes:
-        schema: Version of this document's format.
-        time: Time of writing in UTC, ISO 8601.
-        command: Command line.
-        machine: Machine of the load generators, or of the engine in this process.
-        versions: Versions of the packages that matter, by name.
         target: What was measured.
         settings: Settings of the measurement, with units in their names.
         cached_share: Largest share of the images of a run that the server's cache answered; None if
@@ -236,11 +231,6 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         cold: The first calls of a new connection, or None.
     """
 
-    schema: int
-    time: str
-    command: str
-    machine: Machine
-    versions: dict[str, str]
     target: Subject
     settings: dict[str, Setting]
     cached_share: float | None

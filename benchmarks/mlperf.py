@@ -12,8 +12,6 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
-import platform
-import re
 import secrets
 import signal
 import threading
@@ -21,22 +19,15 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
-import msgspec
-
-from crl_benchmarks.bench_report import LoadResult, Setting, Subject, find_figure
+from crl_benchmarks.bench_report import LoadResult, find_figure
 from crl_benchmarks.load import Reply
-from crl_benchmarks.machine import Machine, find_machine
+from crl_benchmarks.mlperf_report import ScenarioResult, read_summary
 from crl_benchmarks.targets import Target, connect, open_target
-from crl_sdk._version import __version__
 from crl_sdk.errors import InvalidInputError, ServiceError
-
-SCHEMA = 1
 
 SCENARIOS = {
     "single-stream": "SingleStream",
@@ -46,13 +37,6 @@ SCENARIOS = {
 }
 """LoadGen's names of the scenarios, by the names of `--mlperf`."""
 
-RULES_SECONDS = 600
-"""Least duration of a scenario by MLPerf's rules."""
-
-NO_CLAIM = (
-    "This is no MLPerf result. MLPerf's rules also ask for its models, its data sets, an accuracy "
-    f"run, at least {RULES_SECONDS} s for each scenario, and a review."
-)
 
 _STREAMS = 8
 """Images of a query of MultiStream, which MLPerf's rules fix."""
@@ -109,78 +93,6 @@ class MlperfSettings:
     one_caller_ms: float
     images_per_second: float
     offline_images_per_second: float
-
-
-class ScenarioResult(msgspec.Struct, frozen=True, kw_only=True):
-    """Result of a scenario.
-
-    Attributes:
-        scenario: LoadGen's name of the scenario.
-        verdict: LoadGen's verdict; `INVALID` too if the run ended without one.
-        reasons: Why it is invalid, in LoadGen's words, or which call failed.
-        ended: Whether LoadGen ended the run and gave the verdict.
-        answered_images: Number of images that were answered.
-        figures: LoadGen's figures by its own names, with their units; empty if the run did not end.
-        client_cpu_share: Share of a core that the thread of the calls used; None if the run did not
-            end.
-        remarks: What else to know, such as the errors in LoadGen's log.
-        logs: Directory of LoadGen's logs.
-    """
-
-    scenario: str
-    verdict: Literal["VALID", "INVALID"]
-    reasons: tuple[str, ...]
-    ended: bool
-    answered_images: int
-    figures: dict[str, float]
-    client_cpu_share: float | None
-    remarks: tuple[str, ...]
-    logs: str
-
-
-class MlperfReport(msgspec.Struct, frozen=True, kw_only=True):
-    """All scenarios of a command, with what is needed to repeat it.
-
-    Attributes:
-        schema: Version of this document's format.
-        claim: What the figures are not.
-        time: Time of writing in UTC, ISO 8601.
-        command: Command line.
-        machine: Machine of LoadGen.
-        versions: Versions of the packages that matter, by name.
-        target: What was measured.
-        settings: Settings of the measurement, with units in their names.
-        scenarios: Results of the scenarios.
-        ended_early: Why not all scenarios were run, else empty.
-    """
-
-    schema: int
-    claim: str
-    time: str
-    command: str
-    machine: Machine
-    versions: dict[str, str]
-    target: Subject
-    settings: dict[str, Setting]
-    scenarios: tuple[ScenarioResult, ...]
-    ended_early: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """What LoadGen's summary says.
-
-    Attributes:
-        valid: Whether the verdict is VALID.
-        reasons: Why it is not, in LoadGen's words.
-        figures: Figures by LoadGen's names, those of the result first.
-        remarks: Numbers of warnings and errors of the run, if there were any.
-    """
-
-    valid: bool
-    reasons: tuple[str, ...]
-    figures: dict[str, float]
-    remarks: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,103 +279,6 @@ def run_scenario(
         figures=summary.figures, client_cpu_share=float(f"{busy:.3g}"), remarks=tuple(remarks),
         logs=str(directory),
     )  # fmt: skip
-
-
-def read_summary(directory: Path) -> Summary:
-    """Read the summary that LoadGen wrote into a directory.
-
-    Raises:
-        InvalidInputError: If it is not there, or has no verdict.
-    """
-    path = directory / "mlperf_log_summary.txt"
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise InvalidInputError(f"{path}: cannot be read ({error.strerror})") from error
-    return parse_summary(text, str(path))
-
-
-def parse_summary(text: str, source: str) -> Summary:
-    """Parse LoadGen's summary.
-
-    Args:
-        text: Content of `mlperf_log_summary.txt`.
-        source: Where it comes from, for the message of an error.
-
-    Raises:
-        InvalidInputError: If there is no verdict.
-    """
-    verdict = re.search(r"^Result is\s*: (VALID|INVALID)$", text, re.MULTILINE)
-    if verdict is None:
-        raise InvalidInputError(f"{source}: expected LoadGen's line 'Result is', found none")
-    head, rest = text[: verdict.start()], text[verdict.end() :]
-    checks, _, statistics = rest.partition("\n===")
-    statistics, _, tail = statistics.partition("Test Parameters Used")
-    figures = {
-        found[1]: float(found[2])
-        for line in (head + statistics).splitlines()
-        if (found := re.fullmatch(r"(\S.*?)\s*: ([\d.e+]+)", line))
-    }
-    valid = verdict[1] == "VALID"
-    remarks = [
-        line
-        for line in tail.splitlines()
-        if re.search(r"\b(warning|error)s? encountered", line, re.IGNORECASE)
-        and not line.startswith("No ")
-    ]
-    return Summary(valid, () if valid else tuple(_reasons(checks)), figures, tuple(remarks))
-
-
-def _reasons(checks: str) -> list[str]:
-    """Return what was not satisfied, and LoadGen's advice, one sentence each."""
-    reasons: list[str] = []
-    advice = False
-    for line in checks.splitlines():
-        text = line.strip()
-        if text.endswith(": NO"):
-            reasons.append(text.removesuffix(": NO").strip() + ": no")
-        elif text.startswith("* "):
-            reasons.append(text.removeprefix("* "))
-            advice = True
-        elif text and advice and not text.endswith(":"):
-            reasons[-1] += f" {text}"  # LoadGen breaks its sentences
-        else:
-            advice = False
-    return reasons
-
-
-def mlperf_report(
-    command: str,
-    target: Subject,
-    settings: dict[str, Setting],
-    scenarios: Iterable[ScenarioResult],
-    ended_early: str = "",
-) -> MlperfReport:
-    """Return a report of scenarios.
-
-    Args:
-        command: Command line.
-        target: What was measured.
-        settings: Settings of the measurement.
-        scenarios: Results.
-        ended_early: Why not all scenarios were run.
-    """
-    return MlperfReport(
-        schema=SCHEMA,
-        claim=NO_CLAIM,
-        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        command=command,
-        machine=find_machine(),
-        versions={
-            "crl": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("grpcio", "protobuf", "mlcommons-loadgen")},
-        },
-        target=target,
-        settings=settings,
-        scenarios=tuple(scenarios),
-        ended_early=ended_early,
-    )
 
 
 def _run(job: _Job, connection: Connection) -> None:

@@ -10,8 +10,9 @@ from setuptools.command.build_py import build_py
 
 BENCH_MODULES = {
     "__init__", "arrivals", "bench", "bench_compare", "bench_objective", "bench_report",
-    "call_records", "calls", "images", "load", "machine", "metrics_page", "mlperf", "plot",
-    "quantiles", "sampling", "sensors", "targets", "tune",
+    "call_records", "calls", "images", "load", "machine", "metrics_page", "mlperf",
+    "mlperf_report", "plot", "quantiles", "report_head", "sampling", "sensors", "targets", "tune",
+    "tune_report",
 }  # fmt: skip
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from crl_benchmarks.bench import BenchSettings
     from crl_benchmarks.bench_objective import Objective
     from crl_benchmarks.bench_report import LoadResult, Setting
-    from crl_benchmarks.mlperf import MlperfReport, MlperfSettings, Probe, ScenarioResult
+    from crl_benchmarks.mlperf import MlperfSettings, Probe
+    from crl_benchmarks.mlperf_report import MlperfReport, ScenarioResult
     from crl_benchmarks.targets import Target
 
 _CALLERS = 16
@@ -68,7 +69,8 @@ def run_mlperf(
         CrlError: If the first call or the probe fails.
         typer.Exit: With status 1, if a scenario had no verdict.
     """
-    from crl_benchmarks.mlperf import choose_settings, mlperf_report, parse_scenarios
+    from crl_benchmarks.mlperf import choose_settings, parse_scenarios
+    from crl_benchmarks.mlperf_report import mlperf_report
     from crl_benchmarks.targets import probe as ask
 
     scenarios = parse_scenarios(names)
@@ -132,7 +134,7 @@ def _probe(target: Target, settings: BenchSettings, at_once: int) -> Probe:
 
 
 def _warn_of_the_rules(settings: MlperfSettings) -> None:
-    from crl_benchmarks.mlperf import RULES_SECONDS
+    from crl_benchmarks.mlperf_report import RULES_SECONDS
 
     if settings.seconds < RULES_SECONDS:
         note(

@@ -39,7 +39,8 @@ from crl_sdk.storage._atomic_files import write_atomically, write_record
 
 if TYPE_CHECKING:
     from crl_benchmarks.bench import BenchSettings
-    from crl_benchmarks.tune import Candidate, Subject, TuneReport, TuneRow
+    from crl_benchmarks.tune import Subject
+    from crl_benchmarks.tune_report import Candidate, TuneReport, TuneRow
 
 _IMAGES = 64
 """Number of different synthetic JPEGs of 640×480. Each call sends one with a number of its own."""
@@ -116,7 +117,8 @@ def tune(
         from crl_benchmarks.bench_objective import Objective
         from crl_benchmarks.images import read_images, synthetic_jpegs
         from crl_benchmarks.targets import Target
-        from crl_benchmarks.tune import Sweep, list_settings, mark, tune_report
+        from crl_benchmarks.tune import Sweep, list_settings
+        from crl_benchmarks.tune_report import mark, tune_report
     except ImportError as error:
         raise MissingDependencyError(error.name or "pillow", "cpu", "crl tune") from error
     _check_plot(plot)
@@ -187,7 +189,7 @@ def _check_plot(path: Path | None) -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError("matplotlib", "bench", "--plot") from error
-    from crl_benchmarks.tune import check_pareto
+    from crl_benchmarks.tune_report import check_pareto
 
     check_pareto(path)
 
@@ -228,7 +230,7 @@ def _starts(name: str, start: str) -> bool:
 
 
 def _not_tried(engine: RankedEngine) -> TuneRow:
-    from crl_benchmarks.tune import TuneRow
+    from crl_benchmarks.tune_report import TuneRow
 
     what = "" if engine.failed else "does not agree with fp32: "
     return TuneRow(
@@ -290,7 +292,7 @@ def _show(
             elif not as_json:
                 out.print(f"\nfor crl serve --config:\n{escape(config)}", soft_wrap=True)
         if plot is not None and document.best is not None:
-            from crl_benchmarks.tune import write_pareto
+            from crl_benchmarks.tune_report import write_pareto
 
             write_pareto(document, plot)
             note(f"wrote {plot}")
@@ -316,7 +318,7 @@ def config_text(document: TuneReport, bundle: Path | None) -> str:
     Raises:
         InvalidInputError: If the path of the bundle is not UTF-8.
     """
-    from crl_benchmarks.tune import Candidate
+    from crl_benchmarks.tune_report import Candidate
 
     best = document.best
     assert best is not None and best.objective is not None

@@ -195,7 +195,7 @@ def load_pixels(
 
 
 def _upright(opened: Image.Image, data: Any, decoded: Image.Image | None = None) -> Image.Image:
-    """Decode an image unless it is decoded, convert it to 8-bit grey or RGB, and turn it upright."""
+    """Decode an image if it is not, convert it to 8-bit grey or RGB, and turn it upright."""
     if decoded is not None:
         plain = decoded
     else:

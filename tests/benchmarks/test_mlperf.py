@@ -18,13 +18,11 @@ from crl_benchmarks.load import Run
 from crl_benchmarks.mlperf import (
     MlperfSettings,
     Probe,
-    ScenarioResult,
     choose_settings,
     parse_scenarios,
-    parse_summary,
-    read_summary,
     run_scenario,
 )
+from crl_benchmarks.mlperf_report import ScenarioResult, parse_summary, read_summary
 from crl_benchmarks.targets import Target
 from crl_sdk.cli._bench import bench
 from crl_sdk.errors import InvalidInputError, MissingDependencyError, ServiceError
@@ -236,7 +234,6 @@ def with_fakes(monkeypatch, run):
     """Run no LoadGen, which need not be installed then."""
     monkeypatch.setattr("crl_sdk.cli._bench_mlperf.find_spec", lambda _: True)
     monkeypatch.setattr(mlperf, "run_scenario", run)
-    monkeypatch.setattr(mlperf, "version", lambda name: "1")
 
 
 def test_a_missing_package_is_named_with_its_command(server, monkeypatch, tmp_path):

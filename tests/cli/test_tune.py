@@ -15,16 +15,12 @@ import typer
 from crl_benchmarks.bench import _row
 from crl_benchmarks.bench_objective import Objective
 from crl_benchmarks.load import Run
-from crl_benchmarks.tune import (
-    CALLERS,
+from crl_benchmarks.tune import CALLERS, Subject, Sweep, list_settings, peak_memory
+from crl_benchmarks.tune_report import (
     Candidate,
-    Subject,
-    Sweep,
     TuneRow,
     check_pareto,
-    list_settings,
     pareto,
-    peak_memory,
     tune_report,
     write_pareto,
 )
