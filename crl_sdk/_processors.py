@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 _ROOT = Path("/")
+_share = (0, 1)
 _WAIT = "OMP_WAIT_POLICY"
 _MOUNT = re.compile(r"^\S+ \S+ \S+ (\S+) (\S+) .*- (\S+) \S+ (\S+)$", re.MULTILINE)
 
@@ -47,7 +48,21 @@ class Processors:
         return self._within_quota(self.allowed_cores)
 
     def _within_quota(self, number: int) -> int:
-        return number if self.quota is None else max(1, min(number, math.ceil(self.quota)))
+        if self.quota is not None:
+            number = min(number, math.ceil(self.quota))
+        worker, workers = _share
+        return max(1, number // workers + (worker < number % workers))
+
+
+def share_processors(worker: int, workers: int) -> None:
+    """Let this process count only its part of the processors from now on.
+
+    Args:
+        worker: Number of this process among the workers of a server, from 0.
+        workers: Number of workers.
+    """
+    global _share  # noqa: PLW0603 - it belongs to the process
+    _share = (worker, workers)
 
 
 def count_processors() -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 
 from crl_sdk import Client, Embedder, ModelBundle, demo_bundle
+from crl_sdk.cli._local_server import parse_ready_line
 from crl_sdk.engines._engine_name import EngineName
 from crl_sdk.serving._pipeline import Pipeline
 from crl_sdk.serving._server import ServerSettings, run_server
@@ -121,3 +125,34 @@ def faked(engine) -> Iterator[Embedder]:
     """The demo bundle with the fake engine."""
     with Embedder(ModelBundle.open(demo_bundle()), engine, lambda: None) as embedder:
         yield embedder
+
+
+@pytest.fixture
+def crl_serve(tmp_path):
+    """Start `crl serve` with arguments; return the process and its address."""
+    processes = []
+
+    def start(*arguments: object, **variables: str) -> tuple[subprocess.Popen[str], str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("CRL_")}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "crl_sdk", "serve", *map(str, arguments)],
+            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**kept, **variables},
+        )  # fmt: skip
+        processes.append(process)
+        timer = threading.Timer(30, process.kill)  # ends the reading below
+        timer.start()
+        line = process.stdout.readline()
+        timer.cancel()
+        server = parse_ready_line(line)
+        if server is None:
+            _, stderr = process.communicate()
+            raise AssertionError(f"it ended with {process.returncode}: {line}{stderr}")
+        assert (server.model, server.engine) == ("crl-demo", "onnx/cpu/fp32")
+        assert server.pid == process.pid and (server.metrics is None or "--metrics" in arguments)
+        return process, server.address
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()

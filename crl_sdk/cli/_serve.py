@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from crl_sdk._processors import share_processors
 from crl_sdk.basis._endpoint import is_endpoint
 from crl_sdk.basis._gguf import read_header
 from crl_sdk.basis._llm_backend import find_backend
@@ -33,6 +34,7 @@ from crl_sdk.cli._options import (
     open_embedder,
 )
 from crl_sdk.cli._serve_config import read_config
+from crl_sdk.cli._serve_workers import WORKER_VARIABLE, run_workers
 from crl_sdk.errors import CrlError, InvalidInputError, MissingDependencyError
 from crl_sdk.model._bundle import demo_bundle
 from crl_sdk.model._image_formats import parse_formats
@@ -45,6 +47,7 @@ _log = logging.getLogger(__name__)
 
 
 def serve(
+    context: typer.Context,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -57,6 +60,9 @@ def serve(
     address: Annotated[
         str, typer.Option(help="Address to listen on: host:port (port 0: any free) or unix:PATH.")
     ] = "127.0.0.1:50051",
+    workers: Annotated[
+        int, typer.Option(min=1, help="Number of processes that serve at this address.")
+    ] = 1,
     bundle: BundleOption = None,
     bases: BasesOption = DEFAULT_BASES,
     shared_bases: Annotated[
@@ -135,12 +141,17 @@ def serve(
         from crl_sdk.serving._security import ServerTls, read_tokens
         from crl_sdk.serving._server import ServerSettings
         from crl_sdk.serving._server import serve as run
+        from crl_sdk.serving._worker import Worker
     except ImportError as error:
         raise MissingDependencyError(error.name or "grpcio", "serve", "crl serve") from error
 
-    logging.basicConfig(level=logging.INFO, handlers=[make_log_handler(log_format)], force=True)
-    # every line of the log is then an object, whoever writes it
-    whole_log = stderr_in_the_log() if log_format == "json" else nullcontext()
+    number = os.environ.pop(WORKER_VARIABLE, None)
+    worker = None if number is None else Worker(int(number), workers)
+    supervises = worker is None and workers > 1
+    handler = make_log_handler(log_format, None if worker is None else worker.number)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    # every line of the log is then an object, whoever writes it; those of workers are objects
+    whole_log = stderr_in_the_log() if log_format == "json" and not supervises else nullcontext()
     with whole_log, _errors_as_log_lines(log_format):
         if (tls_cert is None) != (tls_key is None) or (tls_client_ca and tls_cert is None):
             raise InvalidInputError(
@@ -168,17 +179,23 @@ def serve(
                 max_images=min(ServerLimits().max_images, max_queue),
                 max_batch=max_batch,
                 max_queue=max_queue,
-                cache_bytes=cache_mb << 20,
+                cache_bytes=(cache_mb << 20) // workers,
             ),
             shared_memory=shared_memory,
             access_log=access_log,
             otlp=otlp,
             open_llm=partial(generation.open_llm, llm) if generate else None,
+            worker=worker,
         )
-        if bundle is None:
+        if bundle is None and worker is None:
             _log.info(
                 "no --bundle: serving the demo model, which knows only rendered coloured shapes"
             )
+        if supervises:
+            run_workers(context, workers, threads, settings, _print_ready_line)
+            return
+        if worker is not None:
+            share_processors(worker.number, worker.count)
         with open_embedder(
             bundle or demo_bundle(), engine, threads, baked, decode, image_limits
         ) as embedder:
@@ -209,20 +226,21 @@ def _on_ready(server: RunningServer) -> None:
     """
     gc.collect()
     gc.freeze()
-    _print_ready_line(server)
-
-
-def _print_ready_line(server: RunningServer) -> None:
-    """Print the line that supervisors wait for; `_local_server.parse_ready_line` reads it."""
     embedder = server.pipeline.embedder
-    ready = {
-        "event": "serving",
-        "address": server.address,
-        "metrics": server.metrics_address,
-        "model": embedder.bundle.manifest.name,
-        "engine": embedder.engine,
-        "pid": os.getpid(),
-    }
+    _print_ready_line(
+        {
+            "event": "serving",
+            "address": server.address,
+            "metrics": server.metrics_address,
+            "model": embedder.bundle.manifest.name,
+            "engine": embedder.engine,
+            "pid": os.getpid(),
+        }
+    )
+
+
+def _print_ready_line(ready: dict[str, Any]) -> None:
+    """Print the line that supervisors wait for; `_local_server.parse_ready_line` reads it."""
     try:
         print(json.dumps(ready), flush=True)
     except OSError as error:  # the reader of stdout has gone, or the disk is full

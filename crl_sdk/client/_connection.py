@@ -156,6 +156,9 @@ def _channel_maker(address: str, options: ClientOptions) -> Callable[[], grpc.ai
     settings = [
         ("grpc.max_receive_message_length", options.max_message_bytes),
         ("grpc.max_send_message_length", options.max_message_bytes),
+        # Each client has a connection of its own, which one worker of the server answers. gRPC
+        # would share one among all channels to an address.
+        ("grpc.use_local_subchannel_pool", 1),
         *_RECONNECT,
     ]
     if is_local(address):  # gRPC would send the calls to the proxy of $http_proxy

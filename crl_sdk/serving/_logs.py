@@ -31,6 +31,10 @@ class _TextFormatter(logging.Formatter):
 class _JsonFormatter(logging.Formatter):
     """Writes one JSON object: time (UTC, ISO 8601), level, logger, message, facts of the call."""
 
+    def __init__(self, worker: int | None) -> None:
+        super().__init__()
+        self._worker = worker
+
     def format(self, record: logging.LogRecord) -> str:
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, object] = {
@@ -39,6 +43,8 @@ class _JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if self._worker is not None:
+            line["worker"] = self._worker
         if request_id.get():
             line["request_id"] = request_id.get()
         line |= {name: getattr(record, name) for name in _CALL_FIELDS if hasattr(record, name)}
@@ -71,13 +77,19 @@ class _StderrHandler(_StreamHandler):
         super().close()
 
 
-def make_log_handler(log_format: LogFormat) -> logging.Handler:
-    """Return a handler that writes to stderr. Close it when it is no longer used."""
+def make_log_handler(log_format: LogFormat, worker: int | None = None) -> logging.Handler:
+    """Return a handler that writes to stderr. Close it when it is no longer used.
+
+    Args:
+        log_format: Whether lines are for people or for machines.
+        worker: Number of this process among the workers of a server, which each line then names.
+    """
     handler = _StderrHandler()
+    who = "" if worker is None else f"worker {worker}: "
     handler.setFormatter(
-        _JsonFormatter()
+        _JsonFormatter(worker)
         if log_format == "json"
-        else _TextFormatter("%(asctime)s %(levelname)s %(message)s")
+        else _TextFormatter(f"%(asctime)s %(levelname)s {who}%(message)s")
     )
     return handler
 

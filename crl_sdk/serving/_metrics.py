@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from crl_sdk.errors import ServiceError
 from crl_sdk.serving._call_interceptor import FinishedCall
 from crl_sdk.serving._pipeline import Pipeline
 from crl_sdk.serving._results import EmbedResult
@@ -103,3 +105,27 @@ class _StateCollector(Collector):
         lookups.add_metric(["hit"], pipeline.cache.hits)
         lookups.add_metric(["miss"], pipeline.cache.misses)
         yield lookups
+
+
+def serve_metrics(
+    registry: CollectorRegistry, address: str | None, cleanup: AsyncExitStack
+) -> str | None:
+    """Serve the Prometheus page in a thread until `cleanup` runs; return its actual address.
+
+    Raises:
+        ServiceError: If the address cannot be used.
+    """
+    if address is None:
+        return None
+    host, _, port = address.rpartition(":")
+    try:
+        http, thread = start_http_server(int(port), host.strip("[]"), registry)
+    except OSError as error:
+        raise ServiceError(
+            f"{address}: cannot serve metrics there ({error.strerror or error}); choose another "
+            "address with --metrics"
+        ) from error
+    cleanup.callback(thread.join)
+    cleanup.callback(http.server_close)
+    cleanup.callback(http.shutdown)
+    return f"{host}:{http.server_port}"

@@ -15,7 +15,6 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
 
 from crl_sdk._embedder import Embedder
 from crl_sdk.errors import ServiceError
@@ -28,11 +27,12 @@ from crl_sdk.serving._basis_service import BasisService, OpenLanguageModel
 from crl_sdk.serving._call_interceptor import CallInterceptor, access_log, failure_log
 from crl_sdk.serving._embedding_service import EmbeddingService
 from crl_sdk.serving._kserve import InferenceService
-from crl_sdk.serving._metrics import Metrics
+from crl_sdk.serving._metrics import Metrics, serve_metrics
 from crl_sdk.serving._pipeline import Pipeline
 from crl_sdk.serving._security import ServerTls, Token, TokenInterceptor
 from crl_sdk.serving._shared_bases import POLL_SECONDS, SharedBasisStore
 from crl_sdk.serving._tracing import Tracing
+from crl_sdk.serving._worker import Worker, answer_supervisor
 
 BASIS_SERVICE = basis_pb2.DESCRIPTOR.services_by_name["BasisService"].full_name
 SERVICES = (
@@ -55,6 +55,9 @@ KEEPALIVE_TIMEOUT_SECONDS = 20.0
 PING_SECONDS = 5.0
 """Clients may ping as often as this. gRPC's own limit of five minutes ends the connections of
 clients that ping each ten seconds, as those behind load balancers do."""
+
+WORKER_POLL_SECONDS = 0.2
+"""Seconds between two looks for bases that another worker of this server has changed."""
 
 _HEALTH_CHECK_SECONDS = 0.2
 
@@ -81,6 +84,7 @@ class ServerSettings:
         access_log: Whether every call is logged. Otherwise only failures of the server itself are.
         open_llm: Function that loads the language model for GenerateBasis, or None to offer none.
         drain_seconds: Seconds that running calls may take after SIGTERM.
+        worker: This process among several that listen at the same address, or None if it is alone.
     """
 
     address: str = "127.0.0.1:50051"
@@ -98,6 +102,7 @@ class ServerSettings:
     access_log: bool = False
     otlp: str | None = None
     open_llm: OpenLanguageModel | None = None
+    worker: Worker | None = None
 
     def __post_init__(self) -> None:
         """Check the addresses before a model is loaded.
@@ -119,12 +124,14 @@ class RunningServer:
         pipeline: Pipeline that serves the calls.
         metrics: Metrics of the server.
         metrics_address: `host:port` of the Prometheus page with the actual port, or None.
+        is_serving: Function that returns whether the server is healthy.
     """
 
     address: str
     pipeline: Pipeline
     metrics: Metrics
     metrics_address: str | None
+    is_serving: Callable[[], bool]
 
 
 class _Health(health.aio.HealthServicer):
@@ -196,9 +203,10 @@ async def run_server(embedder: Embedder, settings: ServerSettings) -> AsyncItera
         cleanup.push_async_callback(server.stop, settings.drain_seconds)
         cleanup.push_async_callback(status.drain)  # first, so that load balancers look elsewhere
         address = _listen(server, settings)
-        if (warning := exposure(settings)) is not None:
+        is_first = settings.worker is None or settings.worker.number == 0
+        if is_first and (warning := exposure(settings)) is not None:
             _log.warning("%s", warning)
-        metrics_address = _serve_metrics(metrics, settings.metrics_address, cleanup)
+        metrics_address = serve_metrics(metrics.registry, settings.metrics_address, cleanup)
         await status.set_serving(False)
         await server.start()
         pipeline.start()
@@ -206,7 +214,7 @@ async def run_server(embedder: Embedder, settings: ServerSettings) -> AsyncItera
         await status.set_serving(True)
         watcher = asyncio.create_task(_watch(pipeline, status))
         cleanup.callback(watcher.cancel)
-        yield RunningServer(address, pipeline, metrics, metrics_address)
+        yield RunningServer(address, pipeline, metrics, metrics_address, lambda: status.serving)
 
 
 async def serve(
@@ -241,7 +249,14 @@ async def serve(
             server.metrics_address or "none",
         )
         on_ready(server)
+        link = None
+        if settings.worker is not None:
+            link = asyncio.create_task(
+                answer_supervisor(server.is_serving, server.metrics.registry, stop.set)
+            )
         await stop.wait()
+        if link is not None:
+            link.cancel()
         _log.info("draining: running calls have %.0f s", settings.drain_seconds)
     _log.info("stopped")
 
@@ -258,7 +273,10 @@ def make_basis_store(fingerprint: str, settings: ServerSettings) -> BasisStore:
             settings.shared_bases, fingerprint, poll_seconds=settings.bases_poll,
             read_only=settings.read_only_bases,
         )  # fmt: skip
-    return DirectoryBasisStore(settings.bases, fingerprint, read_only=settings.read_only_bases)
+    return DirectoryBasisStore(
+        settings.bases, fingerprint, read_only=settings.read_only_bases,
+        worker_poll_seconds=None if settings.worker is None else WORKER_POLL_SECONDS,
+    )  # fmt: skip
 
 
 def register_services(
@@ -320,8 +338,9 @@ def _make_server(
         options=[
             ("grpc.max_receive_message_length", size),
             ("grpc.max_send_message_length", size),
-            # A second server on the same port is an error. It must not share the calls.
-            ("grpc.so_reuseport", 0),
+            # A second server on the same port is an error. It must not share the calls, unless it
+            # is another worker of this one.
+            ("grpc.so_reuseport", int(settings.worker is not None)),
             ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
             ("grpc.keepalive_time_ms", round(KEEPALIVE_SECONDS * 1e3)),
             ("grpc.keepalive_timeout_ms", round(KEEPALIVE_TIMEOUT_SECONDS * 1e3)),
@@ -390,24 +409,6 @@ def _check_unused(path: Path) -> None:
     raise ServiceError(
         f"{path}: cannot listen there, another server does; stop it, or choose another path"
     )
-
-
-def _serve_metrics(metrics: Metrics, address: str | None, cleanup: AsyncExitStack) -> str | None:
-    """Serve the Prometheus page in a thread until `cleanup` runs; return its actual address."""
-    if address is None:
-        return None
-    host, _, port = address.rpartition(":")
-    try:
-        http, thread = start_http_server(int(port), host.strip("[]"), metrics.registry)
-    except OSError as error:
-        raise ServiceError(
-            f"{address}: cannot serve metrics there ({error.strerror or error}); choose another "
-            "address with --metrics"
-        ) from error
-    cleanup.callback(thread.join)
-    cleanup.callback(http.server_close)
-    cleanup.callback(http.shutdown)
-    return f"{host}:{http.server_port}"
 
 
 async def _watch(pipeline: Pipeline, status: _Health) -> None:

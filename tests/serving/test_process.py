@@ -23,37 +23,6 @@ from crl_sdk.client import ClientOptions
 from crl_sdk.errors import ServiceError
 
 
-@pytest.fixture
-def crl_serve(tmp_path):
-    """Start `crl serve` with arguments; return the process and its address."""
-    processes = []
-
-    def start(*arguments: object, **variables: str) -> tuple[subprocess.Popen[str], str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("CRL_")}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "crl_sdk", "serve", *map(str, arguments)],
-            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**kept, **variables},
-        )  # fmt: skip
-        processes.append(process)
-        timer = threading.Timer(30, process.kill)  # ends the reading below
-        timer.start()
-        line = process.stdout.readline()
-        timer.cancel()
-        server = parse_ready_line(line)
-        if server is None:
-            _, stderr = process.communicate()
-            raise AssertionError(f"it ended with {process.returncode}: {line}{stderr}")
-        assert (server.model, server.engine) == ("crl-demo", "onnx/cpu/fp32")
-        assert (server.pid, server.metrics) == (process.pid, None)
-        return process, server.address
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "unix:crl.sock"])
 def test_it_serves_and_drains(crl_serve, tmp_path, image_files, address):
     process, listening = crl_serve("--address", address)
