@@ -141,6 +141,14 @@ class NotOfferedError(ServiceError):
     """The operator of the server has not enabled this call."""
 
 
+class VectorStoreError(CrlError):
+    """A vector store cannot be reached, read or written to."""
+
+
+class StoreMismatchError(VectorStoreError):
+    """A collection holds another model, another version of a basis, or other vectors."""
+
+
 class ExportError(CrlError):
     """A checkpoint cannot be exported to a bundle."""
 

@@ -26,6 +26,7 @@ from crl_sdk.cli import _project as project
 from crl_sdk.cli import _retrieve as retrieve
 from crl_sdk.cli import _serve as serve
 from crl_sdk.cli import _sharpen as sharpen
+from crl_sdk.cli import _store as store
 from crl_sdk.cli import _tune as tune
 from crl_sdk.cli import _verify as verify
 from crl_sdk.cli._console import LogHandler, print_error
@@ -63,6 +64,7 @@ app.command("embed")(embed.embed)
 app.command("project", short_help="Project stored embeddings onto criteria, without images.")(
     project.project
 )
+app.command("store", short_help="Write stored embeddings to a vector store.")(store.store)
 app.command("cluster")(cluster.cluster)
 app.add_typer(classify.app, name="classify")
 app.command("retrieve")(retrieve.retrieve)

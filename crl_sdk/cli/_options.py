@@ -73,6 +73,13 @@ DtypeOption = Annotated[
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace files that exist already.")
 ]
+PasswordOption = Annotated[
+    str,
+    typer.Option(
+        envvar="CRL_STORE_PASSWORD",
+        help="Password or API key of the vector store, better in the environment than here.",
+    ),
+]
 
 AgainstOption = Annotated[
     list[str] | None,

@@ -13,7 +13,7 @@ from rich.table import Table
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk.basis._methods import PAPER_METHOD
 from crl_sdk.cli import _generation as generation
-from crl_sdk.cli._console import JsonOption, out, print_json
+from crl_sdk.cli._console import JsonOption, note, out, print_json
 from crl_sdk.cli._options import (
     DEFAULT_BASES,
     BasesOption,
@@ -21,18 +21,32 @@ from crl_sdk.cli._options import (
     DecodeOption,
     EngineOption,
     FormatsOption,
+    PasswordOption,
     ThreadsOption,
+    load_basis,
 )
 from crl_sdk.cli._sources import LazyEmbedder, require_same_model
 from crl_sdk.errors import InvalidInputError
+from crl_sdk.stored._reader import UNIVERSAL
 from crl_sdk.tasks._retrieval import PAPER_WEIGHT, Index, condition_captions
+from crl_sdk.vector_stores._address import StoreAddress, parse_address
+from crl_sdk.vector_stores._open import open_store
+from crl_sdk.vector_stores._search import open_record, require_searchable, search_store
 
 
 def retrieve(
     query: Annotated[Path, typer.Argument(help="The image to compare with.")],
     source: Annotated[
-        Path, typer.Argument(help="Where to search: a directory of images or stored embeddings.")
-    ],
+        Path | None,
+        typer.Argument(help="Where to search: a directory of images or stored embeddings."),
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            "--from", help="Vector store to search instead, such as `lancedb:DIR` (`crl store`)."
+        ),
+    ] = None,
+    password: PasswordOption = "",
     criteria: Annotated[
         str,
         typer.Option(
@@ -76,7 +90,27 @@ def retrieve(
 
     Bases are read from --bases. If there is none for a criterion, the local language model writes
     its texts. Images that cannot be read are listed and left out, and the exit status is then 1.
+
+    With --from, the store is asked for each criterion. There `universal` is a criterion too: the
+    plain embeddings, which are compared if no --criteria are given.
     """
+    if (source is None) == (store is None):
+        raise InvalidInputError(
+            "expected where to search: a directory or stored embeddings, or --from STORE; got "
+            + ("neither" if source is None else "both")
+        )
+    if store is not None:
+        if but_with.strip():
+            raise InvalidInputError(
+                "--but-with compares all images, which a store does not: name the stored "
+                "embeddings instead of --from"
+            )
+        with LazyEmbedder(bundle, engine, threads, decode, formats) as model:
+            _retrieve_from_store(
+                model, query, parse_address(store, password), criteria, count, bases, as_json
+            )
+        return
+    assert source is not None
     if bool(criteria.strip()) == bool(but_with.strip()):
         raise InvalidInputError(
             "expected --criteria 'color:2, shape', or --but-with 'a dog' with --scene"
@@ -114,29 +148,89 @@ def retrieve(
         for rank, position in enumerate(found.positions)
         if position not in own
     ][:count]
+    asked = (str(query), dict(found.weights), but_with or None)
+    _show(asked, len(index), results, images.failed, as_json)
+    if images.failed:
+        raise typer.Exit(1)
+
+
+def _show(
+    asked: tuple[str, dict[str, float], str | None],
+    size: int,
+    results: list[dict[str, Any]],
+    failed: list[dict[str, str]],
+    as_json: bool,
+) -> None:
+    query, weights, but_with = asked
     if as_json:
         print_json(
             {
-                "query": str(query),
-                "weights": dict(found.weights),
-                "but_with": but_with or None,
-                "images": len(index),
+                "query": query,
+                "weights": weights,
+                "but_with": but_with,
+                "images": size,
                 "results": results,
-                "failed": images.failed,
+                "failed": failed,
             }
         )
-    else:
-        names = [f"{name} × {weight:.3g}" for name, weight in found.weights.items()]
-        shown = Table("")
-        shown.add_column("file", overflow="fold")
-        for heading in ("score", *names):
-            shown.add_column(heading, justify="right")
-        for rank, result in enumerate(results):
-            parts = (f"{value:.3f}" for value in result["parts"].values())
-            shown.add_row(str(rank + 1), escape(result["file"]), f"{result['score']:.3f}", *parts)
-        out.print(shown)
-    if images.failed:
-        raise typer.Exit(1)
+        return
+    names = [f"{name} × {weight:.3g}" for name, weight in weights.items()]
+    shown = Table("")
+    shown.add_column("file", overflow="fold")
+    for heading in ("score", *names):
+        shown.add_column(heading, justify="right")
+    for rank, result in enumerate(results):
+        parts = (f"{value:.3f}" for value in result["parts"].values())
+        shown.add_row(str(rank + 1), escape(result["file"]), f"{result['score']:.3f}", *parts)
+    out.print(shown)
+
+
+def _retrieve_from_store(
+    model: LazyEmbedder,
+    query: Path,
+    address: StoreAddress,
+    criteria: str,
+    count: int,
+    bases: Path,
+    as_json: bool,
+) -> None:
+    weights = parse_weights(criteria) if criteria.strip() else {UNIVERSAL: 1.0}
+    with open_store(address) as opened:
+        record = open_record(opened)
+        queries = model.embed_files([query])
+        fingerprint = queries.fingerprint or ""
+        loaded = {
+            name: load_basis(bases, name, fingerprint, model.bundle)
+            for name in weights
+            if name != UNIVERSAL
+        }
+        require_searchable(
+            opened, record, list(loaded.values()), fingerprint, universal=UNIVERSAL in weights
+        )
+        rows = {
+            name: loaded[name].projection.apply(queries.universal)
+            if name in loaded
+            else queries.universal
+            for name in weights
+        }
+        found = search_store(opened, rows, weights, count + 1)
+        size = opened.count()
+    if not found.complete:
+        note(
+            f"the nearest {found.candidates} images of each criterion were compared; others may "
+            "score as high"
+        )
+    results: list[dict[str, Any]] = [
+        {
+            "file": path,
+            "id": found.ids[rank],
+            "score": float(found.scores[rank]),
+            "parts": {name: float(values[rank]) for name, values in found.parts.items()},
+        }
+        for rank, path in enumerate(found.paths)
+        if not _same_file(Path(path), query)
+    ][:count]
+    _show((str(query), dict(found.weights), None), size, results, [], as_json)
 
 
 def parse_weights(criteria: str) -> dict[str, float]:
