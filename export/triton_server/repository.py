@@ -13,6 +13,7 @@ repository/
 
 from __future__ import annotations
 
+import ast
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from crl_sdk.engines._tensorrt_plans import (
     read_plans,
 )
 from crl_sdk.errors import BasisError, ExportError, InvalidInputError, PlanError
+from crl_sdk.model import _preprocess
 from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.model._manifest import Precision
 from crl_sdk.storage._atomic_files import (
@@ -50,11 +52,7 @@ RECORD, SCHEMA = "crl-repository.json", 1
 
 MAX_BATCH = 1024
 
-PREPROCESSING = (
-    "errors", "_budget", "_image_bytes", "model._preprocess", "model._decode_memory",
-    "model._fast_resize", "model._image_colours", "model._image_formats",
-)  # fmt: skip
-"""Modules of crl_sdk that the decoding step gets a copy of: those that `load_pixels` imports."""
+_SOURCES = Path(crl_sdk.__file__).parents[1]
 
 Progress = Callable[[str, int, int], None]
 
@@ -342,14 +340,26 @@ def _write_decoder(bundle: ModelBundle, folder: Path, tower: Tower) -> None:
     _write_step("decode_step", version)
     spec = msgspec.json.format(msgspec.json.encode(bundle.preprocess), indent=2)
     (version / "preprocess.json").write_bytes(spec + b"\n")
-    sources = Path(crl_sdk.__file__).parent
-    for module in PREPROCESSING:
-        name = Path(*module.split(".")).with_suffix(".py")
-        target = version / "crl_sdk" / name
+    for source in _with_imports(Path(_preprocess.__file__)):
+        target = version / source.relative_to(_SOURCES)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(sources / name, target)
+        shutil.copyfile(source, target)
         (target.parent / "__init__.py").touch()
     _write_config(folder, configs.decode_config(tower))
+
+
+def _with_imports(module: Path) -> set[Path]:
+    """Return the file of a module of crl_sdk, and those of all that it imports from crl_sdk."""
+    found, waiting = set(), [module]
+    while waiting:
+        file = waiting.pop()
+        found.add(file)
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("crl_sdk."):
+                each = _SOURCES.joinpath(*str(node.module).split(".")).with_suffix(".py")
+                if each not in found:
+                    waiting.append(each)
+    return found
 
 
 def _write_tower(
