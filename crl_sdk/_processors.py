@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 _ROOT = Path("/")
 _share = (0, 1)
+_assigned: list[float] = []  # what `assign_processors` was told last
 _WAIT = "OMP_WAIT_POLICY"
 _MOUNT = re.compile(r"^\S+ \S+ \S+ (\S+) (\S+) .*- (\S+) \S+ (\S+)$", re.MULTILINE)
 
@@ -29,7 +30,8 @@ class Processors:
         machine: Number of processors of the machine, two for a core with two threads.
         allowed: Number of those on which this process may run.
         allowed_cores: Number of physical cores that these belong to.
-        quota: Processor time per time that a container allows, such as 1.5; None without a limit.
+        quota: Processor time per time that a container or `assign_processors` allows, such as 1.5;
+            None without a limit.
     """
 
     machine: int
@@ -73,6 +75,17 @@ def count_processors() -> int:
 def count_cores() -> int:
     """Return the number of threads of a matrix product: one for each core that may be used."""
     return find_processors().cores
+
+
+def assign_processors(number: float) -> None:
+    """Limit this whole process to some processors, such as those that a scheduler assigned to it.
+
+    Pools and engines that are made later have that many threads, as with the quota of a container.
+
+    Args:
+        number: Number of processors, > 0; a fraction counts as one more thread.
+    """
+    _assigned[:] = [number]
 
 
 def limit_libraries(environment: MutableMapping[str, str]) -> None:
@@ -129,7 +142,7 @@ def find_processors(root: Path = _ROOT) -> Processors:
         machine=machine,
         allowed=len(allowed),
         allowed_cores=len({_core(root, number) for number in allowed}),
-        quota=min(_quotas(root), default=None),
+        quota=min([*_quotas(root), *_assigned], default=None),
     )
 
 

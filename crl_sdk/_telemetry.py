@@ -13,6 +13,7 @@ _log = logging.getLogger(__name__)
 SWITCHES = {
     _ONNX: "1",  # ONNX Runtime 1.32: a device id, a database, and a host look-up
     "HF_HUB_DISABLE_TELEMETRY": "1",  # huggingface_hub: facts about this machine in its requests
+    "RAY_USAGE_STATS_ENABLED": "0",  # Ray: facts about clusters that this process starts
     "DO_NOT_TRACK": "1",  # read by several libraries
 }
 """Environment variables that switch telemetry off, with their values."""

@@ -1,0 +1,1 @@
+"""The SDK on the engines that users run already: one package for each of them."""
