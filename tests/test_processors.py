@@ -262,3 +262,12 @@ def test_nothing_else_counts_processors():
             ):
                 wrong.append(str(path))
     assert not wrong
+
+
+def test_a_scheduler_assigns_fewer_processors(monkeypatch):
+    monkeypatch.setattr(_processors, "_assigned", [])
+    before = find_processors()
+    _processors.assign_processors(0.5)
+    assert find_processors().number == find_processors().cores == 1
+    _processors.assign_processors(before.machine + 10)
+    assert find_processors().number == before.number
