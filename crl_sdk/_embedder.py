@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
@@ -528,45 +528,106 @@ class Embedder:
         if on_error not in ("raise", "collect"):
             raise InvalidInputError(f"expected on_error 'raise' or 'collect', got {on_error!r}")
         bases = self._each_basis(criteria)
-        weight, bias, columns = self._pack(bases)
-
-        universal: list[NDArray[np.float32]] = []
-        projected: list[NDArray[np.float32]] = []
-        errors: dict[int, ImageError] = {}
+        batches: list[Embeddings] = []
         done = 0
-        for decoded in self._decoded_batches(images, batch_size):
-            pixels = [item for item in decoded if not isinstance(item, ImageError)]
-            good = np.array([not isinstance(item, ImageError) for item in decoded])
-            errors.update(
-                (done + i, item) for i, item in enumerate(decoded) if isinstance(item, ImageError)
-            )
-            batch = np.full((len(decoded), self.bundle.embedding_dim), np.nan, np.float32)
-            batch_projected = np.full((len(decoded), weight.shape[1]), np.nan, np.float32)
-            if pixels:
-                batch[good], batch_projected[good] = self._image_engine.run(
-                    np.stack(pixels), weight, bias
-                )
-                self._note_unfamiliar(batch[good], least=FEW)
-            universal.append(batch)
-            projected.append(batch_projected)
-            done += len(decoded)
+        for batch in self._embed_batches(images, bases, batch_size):
+            batches.append(batch)
+            done += len(batch.universal)
             if progress is not None:
                 progress(done)
-
-        self._note_unfamiliar(least=1)
-        rows = np.concatenate([np.zeros((0, weight.shape[1]), np.float32), *projected])
+        empty = [np.zeros((0, self.bundle.embedding_dim), np.float32)]
+        firsts = accumulate((len(batch.universal) for batch in batches), initial=0)
         result = Embeddings(
-            np.concatenate([np.zeros((0, self.bundle.embedding_dim), np.float32), *universal]),
+            np.concatenate(empty + [batch.universal for batch in batches]),
             {
-                basis.criterion: normalise_rows(rows[:, own], basis.projection.post)
-                for basis, own in zip(bases, columns, strict=True)
+                basis.criterion: np.concatenate(
+                    [np.zeros((0, basis.projection.output_dim), np.float32)]
+                    + [batch[basis.criterion] for batch in batches]
+                )
+                for basis in bases
             },
-            errors,
+            {
+                first + i: error
+                for first, batch in zip(firsts, batches, strict=False)
+                for i, error in batch.errors.items()
+            },
             self.bundle.fingerprint,
         )
-        if errors and on_error == "raise":
-            raise ImageBatchError(errors, result)
+        if result.errors and on_error == "raise":
+            raise ImageBatchError(dict(result.errors), result)
         return result
+
+    def embed_batches(
+        self,
+        images: Iterable[ImageInput | ImageError],
+        criteria: str | Basis | Sequence[str | Basis] = (),
+        *,
+        batch_size: int = 32,
+    ) -> Iterator[Embeddings]:
+        """Embed any number of images, batch by batch.
+
+        Images are decoded in threads while the engine runs the batch before them. Only two batches
+        of them are in memory at a time.
+
+        Args:
+            images: Images as for `embed`. An `ImageError` stands for an image that could not be
+                read.
+            criteria: Names of loaded bases, or bases; one or a list.
+            batch_size: Number of images per engine run.
+
+        Returns:
+            Iterator of the embeddings of each batch, in order. Images that cannot be read are in
+            `Embeddings.errors`, by their place in the batch.
+
+        Raises:
+            UnknownCriterionError: If no basis of that name is loaded.
+            BasisMismatchError: If a basis was made for another model.
+            InvalidInputError: If another argument is malformed, or a criterion is given twice.
+            EngineError: If an engine run fails.
+            ClosedError: If this embedder is closed.
+            ForkError: If this process was forked after the embedder had been made.
+
+        Example:
+            >>> from crl_sdk import Embedder, demo_bundle
+            >>> pictures = (np.zeros((96, 96, 3), np.uint8) for _ in range(5))
+            >>> with Embedder.open(demo_bundle()) as embedder:
+            ...     for batch in embedder.embed_batches(pictures, batch_size=2):
+            ...         print(len(batch.universal))
+            2
+            2
+            1
+        """
+        self._lifetime.require()
+        _check_images(images)
+        if batch_size < 1:
+            raise InvalidInputError(f"expected batch_size >= 1, got {batch_size}")
+        return self._embed_batches(images, self._each_basis(criteria), batch_size)
+
+    def _embed_batches(
+        self, images: Iterable[ImageInput | ImageError], bases: Sequence[Basis], batch_size: int
+    ) -> Iterator[Embeddings]:
+        weight, bias, columns = self._pack(bases)
+        for decoded in self._decoded_batches(images, batch_size):
+            errors = {i: item for i, item in enumerate(decoded) if isinstance(item, ImageError)}
+            pixels = [item for item in decoded if not isinstance(item, ImageError)]
+            good = np.array([i not in errors for i in range(len(decoded))])
+            universal = np.full((len(decoded), self.bundle.embedding_dim), np.nan, np.float32)
+            projected = np.full((len(decoded), weight.shape[1]), np.nan, np.float32)
+            if pixels:
+                universal[good], projected[good] = self._image_engine.run(
+                    np.stack(pixels), weight, bias
+                )
+                self._note_unfamiliar(universal[good], least=FEW)
+            yield Embeddings(
+                universal,
+                {
+                    basis.criterion: normalise_rows(projected[:, own], basis.projection.post)
+                    for basis, own in zip(bases, columns, strict=True)
+                },
+                errors,
+                self.bundle.fingerprint,
+            )
+        self._note_unfamiliar(least=1)
 
     def load_pixels(self, image: ImageInput, *, source: str | None = None) -> NDArray[np.uint8]:
         """Decode one image for this model, with the limits and decoder of this embedder.
@@ -799,7 +860,7 @@ class Embedder:
         return pack([basis.projection for basis in bases])
 
     def _decoded_batches(
-        self, images: Iterable[ImageInput], size: int
+        self, images: Iterable[ImageInput | ImageError], size: int
     ) -> Iterator[list[NDArray[np.uint8] | ImageError]]:
         """Yield decoded batches, while threads decode the batch after the yielded one."""
         numbered = enumerate(images)
@@ -817,7 +878,11 @@ class Embedder:
             yield decoded
             waiting = upcoming
 
-    def _decode(self, position: int, image: ImageInput) -> NDArray[np.uint8] | ImageError:
+    def _decode(
+        self, position: int, image: ImageInput | ImageError
+    ) -> NDArray[np.uint8] | ImageError:
+        if isinstance(image, ImageError):
+            return image
         source = None if isinstance(image, str | os.PathLike) else f"image {position}"
         try:
             return self.load_pixels(image, source=source)

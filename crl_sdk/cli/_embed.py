@@ -1,4 +1,4 @@
-"""`crl embed`: embed images and write an .npz or .parquet file."""
+"""`crl embed`: embed images and write a file, or a directory of parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import typer
 
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embeddings import Embeddings
+from crl_sdk.bulk._job import DEFAULT_PART_ROWS
+from crl_sdk.bulk._sources import ParquetColumns
 from crl_sdk.cli._console import JsonOption, leave_out, print_facts, print_json, progress_bar, warn
+from crl_sdk.cli._embed_directory import embed_directory
 from crl_sdk.cli._options import (
     DEFAULT_BASES,
     BakedOption,
@@ -28,22 +31,32 @@ from crl_sdk.cli._options import (
     open_embedder,
     require_new,
 )
-from crl_sdk.errors import InvalidInputError, MissingDependencyError
+from crl_sdk.errors import InvalidInputError
 from crl_sdk.model._image_files import find_image_files, printable_path
 from crl_sdk.model._image_formats import parse_formats
 from crl_sdk.model._preprocess import ImageLimits
 from crl_sdk.projection._row_dtypes import RowDtype, encode_rows, require_row_dtype
 from crl_sdk.storage._atomic_files import new_file
-from crl_sdk.stored._reader import UNIVERSAL
+from crl_sdk.stored._directory import UNIVERSAL, import_pyarrow
 
 
 def embed(
-    images: Annotated[
-        list[Path], typer.Argument(help="Image files, and directories to search for image files.")
-    ],
+    context: typer.Context,
     out_file: Annotated[
-        Path, typer.Option("--out", "-o", help="The .npz or .parquet file to write.")
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="The .npz or .parquet file to write, or a directory for any number of images.",
+        ),
     ],
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Image files, and directories to search for image files. Into a directory also "
+            ".tar archives, .parquet files, and .txt lists of paths."
+        ),
+    ] = None,
     criteria: Annotated[
         str, typer.Option(help="Criteria whose bases to use, separated by commas.")
     ] = "",
@@ -56,18 +69,62 @@ def embed(
     formats: FormatsOption = "",
     dtype: DtypeOption = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per engine run.")] = 32,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a directory that is not complete.")
+    ] = False,
+    part_rows: Annotated[
+        int, typer.Option(min=1, help="Rows of a part of a directory.")
+    ] = DEFAULT_PART_ROWS,
+    image_column: Annotated[
+        str, typer.Option(help="Column of .parquet sources with encoded images.")
+    ] = "",
+    path_column: Annotated[
+        str, typer.Option(help="Column of .parquet sources with paths of images.")
+    ] = "",
+    id_column: Annotated[
+        str, typer.Option(help="Column of .parquet sources with names of rows.")
+    ] = "",
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Embed images and write their embeddings to a file.
+    """Embed images and write their embeddings to a file or a directory.
 
-    Images that cannot be read are listed and left out, and the exit status is then 1.
+    Into a file, images that cannot be read are listed and left out. Into a directory, they are rows
+    without embeddings, with the reason. The exit status is then 1. A directory may be interrupted
+    at any moment; --resume goes on.
     """
+    names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
+    if _is_directory(out_file):
+        if baked is not None or overwrite:
+            raise InvalidInputError(
+                f"--{'baked' if baked is not None else 'overwrite'}: only for a file, and --out "
+                f"{out_file} is a directory"
+            )
+        options = {
+            "engine": engine, "threads": threads, "decode": decode, "formats": formats,
+            "dtype": dtype, "batch_size": batch_size, "part_rows": part_rows,
+        }  # fmt: skip
+        given = {
+            name: value
+            for name, value in {**options, "criteria": names, "bundle": bundle}.items()
+            if (source := context.get_parameter_source(name)) and source.name != "DEFAULT"
+        }
+        embed_directory(
+            out_file, images or [], given, bundle=bundle, bases=bases, criteria=names,
+            options=options, columns=ParquetColumns(image_column, path_column, id_column),
+            resume=resume, as_json=as_json,
+        )  # fmt: skip
+        return
+    if resume or image_column or path_column or id_column or part_rows != DEFAULT_PART_ROWS:
+        raise InvalidInputError(
+            f"--resume, --part-rows and columns: only for a directory; --out {out_file} is a file"
+        )
+    if not images:
+        raise InvalidInputError("expected images to embed, got none; see crl embed --help")
     _check_out(out_file)
     require_new(out_file, overwrite=overwrite)
     limits = ImageLimits(formats=parse_formats(formats))
     paths = find_image_files(images, formats=limits.formats, leave_out=leave_out)
-    names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
     opened = open_bundle(bundle)
     loaded = [load_basis(bases, name, opened.fingerprint, bundle) for name in names]
     for basis in loaded:
@@ -123,11 +180,19 @@ def embed(
         raise typer.Exit(1)
 
 
+def _is_directory(path: Path) -> bool:
+    if path.suffix in (".npz", ".parquet"):
+        return False
+    if path.suffix[1:].isalpha() and not path.is_dir():  # a slip, rather than a directory
+        raise InvalidInputError(
+            f"--out: expected a .npz or .parquet file, or a directory, got {str(path)!r}"
+        )
+    return True
+
+
 def _check_out(path: Path) -> None:
-    if path.suffix not in (".npz", ".parquet"):
-        raise InvalidInputError(f"--out: expected a .npz or .parquet file, got {str(path)!r}")
     if path.suffix == ".parquet":
-        _pyarrow()
+        import_pyarrow("writing .parquet files")
 
 
 def _write(
@@ -143,7 +208,7 @@ def _write(
         if path.suffix == ".npz":
             np.savez(file, path=np.array(names), fingerprint=np.array(fingerprint), **arrays)
         else:
-            pa, parquet = _pyarrow()
+            pa, parquet = import_pyarrow("writing .parquet files")
             columns = {"path": pa.array(names)}
             for name, rows in arrays.items():
                 columns[name] = pa.FixedSizeListArray.from_arrays(
@@ -151,12 +216,3 @@ def _write(
                 )
             table = pa.table(columns).replace_schema_metadata({"crl_fingerprint": fingerprint})
             parquet.write_table(table, file)
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise MissingDependencyError("pyarrow", "parquet", "writing .parquet files") from error
-    return pyarrow, parquet

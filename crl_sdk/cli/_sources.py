@@ -30,6 +30,7 @@ from crl_sdk.model._fingerprint import short_fingerprint
 from crl_sdk.model._image_files import find_image_files, printable_path
 from crl_sdk.model._image_formats import parse_formats
 from crl_sdk.model._preprocess import Decode, ImageLimits
+from crl_sdk.stored._directory import ABOUT, MANIFEST, EmbeddingDirectory
 from crl_sdk.stored._reader import SUFFIXES as STORED_SUFFIXES
 from crl_sdk.stored._reader import StoredEmbeddings
 
@@ -129,12 +130,16 @@ class LazyEmbedder:
             InvalidInputError: If a path does not exist, no image can be read, or a file is
                 malformed.
         """
-        if any(path.suffix in STORED_SUFFIXES for path in paths):
+        if any(_is_stored(path) for path in paths):
             if len(paths) > 1:
                 raise InvalidInputError(
                     "expected images and directories, or one file of embeddings; got "
                     f"{len(paths)} paths with at least one file of embeddings"
                 )
+            if paths[0].is_dir():
+                directory = EmbeddingDirectory.open(paths[0])
+                rows, names = directory.read()
+                return ImageSource(names, None, rows, [], directory.fingerprint)
             opened = StoredEmbeddings.open(paths[0])
             names = _stored_names(paths[0], len(opened.embeddings))
             return ImageSource(names, None, opened.embeddings, [], opened.fingerprint)
@@ -350,6 +355,11 @@ def read_label_table(directory: Path, path: Path, column: str) -> dict[Path, str
     if not given:
         raise InvalidInputError(f"{path}: expected a line for each labelled image, found none")
     return given
+
+
+def _is_stored(path: Path) -> bool:
+    """Return whether a path is a file or a directory of embeddings."""
+    return path.suffix in STORED_SUFFIXES or (path / ABOUT / MANIFEST).is_file()
 
 
 def _stored_names(path: Path, count: int) -> list[str]:

@@ -14,12 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk.basis._basis import Basis, require_one_model
-from crl_sdk.errors import InvalidInputError, MissingDependencyError
+from crl_sdk.errors import InvalidInputError
 from crl_sdk.model._fingerprint import require_same_model
 from crl_sdk.projection._row_dtypes import is_row_dtype
-
-UNIVERSAL = "universal"
-"""Name of the universal embeddings in the files that `crl embed` writes."""
+from crl_sdk.stored._directory import UNIVERSAL, EmbeddingDirectory, import_pyarrow, to_numpy
 
 _LOCAL_HEADER = 30  # bytes of the header of a zip member, before its name
 
@@ -43,20 +41,24 @@ class StoredEmbeddings:
 
     @classmethod
     def open(cls, path: Path) -> StoredEmbeddings:
-        """Open a `.npy` file of shape (n, d), or a `.npz` or `.parquet` file of `crl embed`.
+        """Open a `.npy` file of shape (n, d), or a file or a directory of `crl embed`.
 
-        A `.npz` file is memory-mapped if its embeddings are not compressed. Its checksums are then
-        not verified. A `.parquet` file is loaded into memory.
+        A directory is loaded into memory, without the images that could not be read. A `.npz` file
+        is memory-mapped if its embeddings are not compressed. Its checksums are then not verified.
+        A `.parquet` file is loaded into memory.
 
         Raises:
             InvalidInputError: If the file is missing, truncated or of another type, or does not
                 hold embeddings.
             MissingDependencyError: If pyarrow is needed for `.parquet` and not installed.
         """
+        if path.is_dir():
+            directory = EmbeddingDirectory.open(path)
+            return cls(path, directory.read()[0], directory.fingerprint, mapped=False)
         if path.suffix not in SUFFIXES:
             raise InvalidInputError(
-                f"{path}: expected a .npy, .npz or .parquet file of embeddings; crl embed writes "
-                ".npz and .parquet"
+                f"{path}: expected a .npy, .npz or .parquet file of embeddings, or a directory of "
+                "them; crl embed writes .npz, .parquet and directories"
             )
         try:
             array, fingerprint = _READERS[path.suffix](path)
@@ -151,11 +153,7 @@ def _map_array(file: IO[bytes], start: int, size: int) -> NDArray[Any]:
 
 
 def _open_parquet(path: Path) -> tuple[NDArray[Any], str | None]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise MissingDependencyError("pyarrow", "parquet", "reading .parquet files") from error
+    pyarrow, parquet = import_pyarrow("reading .parquet files")
     try:
         names = parquet.read_schema(path).names
         if UNIVERSAL not in names:
@@ -169,9 +167,8 @@ def _open_parquet(path: Path) -> tuple[NDArray[Any], str | None]:
             f"expected a column {UNIVERSAL!r} of lists of one length and no nulls, got "
             f"{column.type} with {column.null_count} nulls"
         )
-    values = column.flatten().to_numpy(zero_copy_only=False)
     fingerprint = (table.schema.metadata or {}).get(b"crl_fingerprint")
-    return values.reshape(-1, column.type.list_size), fingerprint.decode() if fingerprint else None
+    return to_numpy(column), fingerprint.decode() if fingerprint else None
 
 
 _READERS = {".npy": _open_npy, ".npz": _open_npz, ".parquet": _open_parquet}
