@@ -197,7 +197,10 @@ def publish(
         list[str] | None, typer.Argument(help="Bases, or basis files. Default: all of --bases.")
     ] = None,
     to: Annotated[
-        str, typer.Option(help="Directory or URL (s3://…) of `crl serve --shared-bases`.")
+        str,
+        typer.Option(
+            help="Directory or URL, such as s3://bucket/bases, of `crl serve --shared-bases`."
+        ),
     ] = "",
     bundle: Annotated[
         Path | None,

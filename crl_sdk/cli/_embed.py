@@ -87,7 +87,7 @@ def embed(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Embed images and write their embeddings to a file or a directory.
+    """Embed images, into a file or a directory.
 
     Into a file, images that cannot be read are listed and left out. Into a directory, they are rows
     without embeddings, with the reason. The exit status is then 1. A directory may be interrupted

@@ -27,7 +27,7 @@ from crl_sdk.cli._options import (
 )
 from crl_sdk.cli._sources import LazyEmbedder, require_same_model
 from crl_sdk.errors import InvalidInputError
-from crl_sdk.stored._reader import UNIVERSAL
+from crl_sdk.stored._directory import UNIVERSAL
 from crl_sdk.tasks._retrieval import PAPER_WEIGHT, Index, condition_captions
 from crl_sdk.vector_stores._address import StoreAddress, parse_address
 from crl_sdk.vector_stores._open import open_store

@@ -17,7 +17,14 @@ from crl_sdk.basis._basis import Basis, require_one_model
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.model._fingerprint import require_same_model
 from crl_sdk.projection._row_dtypes import is_row_dtype
-from crl_sdk.stored._directory import UNIVERSAL, EmbeddingDirectory, import_pyarrow, to_numpy
+from crl_sdk.stored._directory import (
+    ABOUT,
+    MANIFEST,
+    UNIVERSAL,
+    EmbeddingDirectory,
+    import_pyarrow,
+    to_numpy,
+)
 
 _LOCAL_HEADER = 30  # bytes of the header of a zip member, before its name
 
@@ -52,7 +59,7 @@ class StoredEmbeddings:
                 hold embeddings.
             MissingDependencyError: If pyarrow is needed for `.parquet` and not installed.
         """
-        if path.is_dir():
+        if (path / ABOUT / MANIFEST).is_file():
             directory = EmbeddingDirectory.open(path)
             return cls(path, directory.read()[0], directory.fingerprint, mapped=False)
         if path.suffix not in SUFFIXES:

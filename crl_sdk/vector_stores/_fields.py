@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk.errors import InvalidInputError
-from crl_sdk.stored._reader import UNIVERSAL
+from crl_sdk.stored._directory import UNIVERSAL
 
 ID = "id"
 PATH = "path"

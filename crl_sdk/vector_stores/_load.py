@@ -15,7 +15,7 @@ from crl_sdk.basis._basis import Basis, require_one_model
 from crl_sdk.errors import InvalidInputError, StoreMismatchError, VectorStoreError
 from crl_sdk.model._fingerprint import short_fingerprint
 from crl_sdk.projection._projection import Projection
-from crl_sdk.stored._reader import UNIVERSAL
+from crl_sdk.stored._directory import UNIVERSAL
 from crl_sdk.vector_stores._contract import (
     RECORD_SCHEMA,
     Collection,

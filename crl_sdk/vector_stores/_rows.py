@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.projection._row_dtypes import decode_rows
-from crl_sdk.stored._reader import UNIVERSAL, StoredEmbeddings
+from crl_sdk.stored._directory import UNIVERSAL
+from crl_sdk.stored._reader import StoredEmbeddings
 from crl_sdk.vector_stores._fields import ID, PATH
 
 PART_PATTERN = "part-*.parquet"

@@ -25,7 +25,7 @@ from crl_sdk.errors import (
 )
 from crl_sdk.model._fingerprint import short_fingerprint
 from crl_sdk.projection._projection import EPSILON, check_embeddings
-from crl_sdk.stored._reader import UNIVERSAL
+from crl_sdk.stored._directory import UNIVERSAL
 from crl_sdk.vector_stores._contract import StoreRecord, VectorStore
 from crl_sdk.vector_stores._fields import field_of
 from crl_sdk.vector_stores._load import criteria_of, fields_of, read_record

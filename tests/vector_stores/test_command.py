@@ -48,7 +48,7 @@ def photos(tmp_path, image_files, embedder, crl):
     for path in image_files:
         shutil.copy(path, folder / path.name)
     for name, texts in (("color", "red green blue"), ("shape", "square circle star")):
-        save_basis(embedder.create_basis(name, texts.split()), tmp_path / "bases")
+        save_basis(embedder.create_basis(name, texts.split(), load=False), tmp_path / "bases")
     crl("embed", "photos", "--out", "photos.npz", "--json")
     return folder
 
