@@ -12,7 +12,7 @@ from crl_sdk.basis._basis import Basis
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.integrations.ray._cluster import use_assigned_processors
 from crl_sdk.model._preprocess import DEFAULT_LIMITS, Decode, ImageLimits
-from crl_sdk.stored._reader import UNIVERSAL
+from crl_sdk.stored._directory import UNIVERSAL
 
 if TYPE_CHECKING:
     from crl_sdk._embedder import Embedder
