@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 DATA ?= ../shared/data/real-vectors
 
-.PHONY: demo test test-slow test-scale test-triton test-gpu gpu-wheels docs-test soak fuzz walks notebooks check links types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-photos bench-outliers bench-service bench-project bench-peers load deploy-wheel deploy-locks deploy-check deploy-chroot wheelhouse wheelhouse-table clean
+.PHONY: demo test test-slow test-scale test-triton test-gpu gpu-wheels docs-test soak fuzz walks notebooks check links types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-photos bench-outliers bench-service bench-project bench-stores bench-peers load deploy-wheel deploy-locks deploy-check deploy-chroot wheelhouse wheelhouse-table clean
 
 demo: $(VENV)/.demo ## from criteria in words to named groups of images, with a report
 	$(BIN)/crl demo
@@ -149,6 +149,9 @@ bench-service: $(VENV)/.dev | $(VIT_B_32) ## the service at saturation and for o
 
 bench-project: $(VENV)/.dev ## projection of 1 M stored embeddings: 3 minutes, 10 GB of memory
 	$(BIN)/python -m crl_benchmarks.reprojection --rounds 3 --out benchmarks/results/reprojection
+
+bench-stores: $(SCALE)/.done ## vector stores beside the exact index, on real CLIP vectors in DATA: 6 minutes; skipped without them
+	$(SCALE)/bin/python -m crl_benchmarks.vector_store_recall --data $(DATA) --out benchmarks/results/vector-stores.md
 
 bench-peers: $(VENV)/.dev ## comparison with peers: under an hour, 32 GB of disk for their environments
 	$(BIN)/python -m crl_benchmarks.peers

@@ -195,7 +195,7 @@ def _retrieve_from_store(
     as_json: bool,
 ) -> None:
     weights = parse_weights(criteria) if criteria.strip() else {UNIVERSAL: 1.0}
-    with open_store(address) as opened:
+    with open_store(address, create=False) as opened:
         record = open_record(opened)
         queries = model.embed_files([query])
         fingerprint = queries.fingerprint or ""

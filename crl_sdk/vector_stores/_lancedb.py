@@ -23,6 +23,7 @@ except ImportError:  # Windows
 
 _RECORD = "crl"
 _INDEX_FROM = 10_000  # rows; below, a search that compares all of them takes a few milliseconds
+_GRAPH = {"m": 16, "ef_construction": 100}  # of int8 values; exact scores come from the rows
 _LEAST_EF = 200  # rows that a search of the graph keeps in view
 _NEVER = "check the directory; a copy of the source makes a new table"
 
@@ -45,7 +46,7 @@ class LanceDB(VectorStore):
 
     @classmethod
     def open(cls, address: StoreAddress) -> LanceDB:
-        """Open a directory or URI of LanceDB. Nothing is created."""
+        """Open a directory or URI of LanceDB."""
         try:
             import lancedb
         except ImportError as error:
@@ -135,16 +136,17 @@ class LanceDB(VectorStore):
 
     def finish(self, fields: Sequence[str]) -> None:
         """Join small files, and index columns of many rows."""
-        from lancedb.index import HnswFlat
+        from lancedb.index import HnswSq
 
         self._own()
         with self.doing("build its index", "run the same command again"):
             self._table.optimize()
             indexed = {index.columns[0] for index in self._table.list_indices()}
             if self.count() >= _INDEX_FROM:
+                self._index_ids()
                 for name in fields:
                     if name not in indexed:
-                        self._table.create_index(name, config=HnswFlat(distance_type="cosine"))
+                        self._table.create_index(name, config=HnswSq("cosine", **_GRAPH))
 
     def search(self, field: str, row: NDArray[np.float32], count: int) -> list[str]:
         """Search a column."""

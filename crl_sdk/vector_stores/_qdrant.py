@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,9 @@ _RECORD = "crl"
 _NAMESPACE = uuid.UUID("6f0d6a3b-6f5e-5d3c-9d43-0a3f1c5e8b11")
 _LEAST_EF = 128  # rows that a search of the graph keeps in view
 _TIMEOUT = 60  # seconds of one call
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+_log = logging.getLogger(__name__)
 
 
 def point_id(row_id: str) -> str:
@@ -54,9 +59,12 @@ class Qdrant(VectorStore):
             raise MissingDependencyError("qdrant-client", "qdrant", "Qdrant") from error
         if address.location and Path(address.location).is_file():
             raise VectorStoreError(f"{address}: expected a directory, this is a file")
-        with driver_errors(address, "be opened"):
+        with driver_errors(address, "be opened"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Api key is used with an insecure connection")
             if address.location:
                 return cls(address, qdrant_client.QdrantClient(path=address.location))
+            if address.password and not address.tls and address.host not in _LOOPBACK:
+                _log.warning("%s: the API key is sent unencrypted; use qdrant+https://", address)
             client = qdrant_client.QdrantClient(
                 host=address.host,
                 port=address.port,

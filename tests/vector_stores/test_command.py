@@ -20,7 +20,7 @@ from support import save_basis
 def memory(monkeypatch):
     store = MemoryStore()
     for module in (_store, _retrieve):
-        monkeypatch.setattr(module, "open_store", lambda address: store)
+        monkeypatch.setattr(module, "open_store", lambda address, **_: store)
     return store
 
 
@@ -124,7 +124,7 @@ def test_ctrl_c_says_how_to_go_on(crl, photos, memory, monkeypatch):
 
 def test_the_password_comes_from_the_environment(crl, photos, memory, monkeypatch):
     seen = []
-    monkeypatch.setattr(_store, "open_store", lambda address: seen.append(address) or memory)
+    monkeypatch.setattr(_store, "open_store", lambda address, **_: seen.append(address) or memory)
     monkeypatch.setenv("CRL_STORE_PASSWORD", "hunter2")
     printed = crl("store", "photos.npz", "--to", "qdrant://db/photos")
     assert seen[0].password == "hunter2" and "hunter2" not in printed
