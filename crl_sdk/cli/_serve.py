@@ -68,8 +68,8 @@ def serve(
     shared_bases: Annotated[
         str | None,
         typer.Option(
-            help="Directory or URL, such as s3://bucket/bases, of bases that servers share, instead "
-            "of --bases."
+            help="Directory or URL, such as s3://bucket/bases, of bases that servers share, in "
+            "place of --bases."
         ),
     ] = None,
     bases_poll: Annotated[
