@@ -25,8 +25,8 @@ def store(
     stored: Annotated[
         Path,
         typer.Argument(
-            help="Universal embeddings: .npz or .parquet from `crl embed`, a directory of "
-            "part-*.parquet, or .npy of shape (n, d)."
+            help="Universal embeddings: a directory, .npz or .parquet from `crl embed`, or .npy of "
+            "shape (n, d)."
         ),
     ],
     to: Annotated[

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk.errors import InvalidInputError
-from crl_sdk.stored._directory import UNIVERSAL
-
-ID = "id"
-PATH = "path"
+from crl_sdk.stored._directory import ID, PATH, UNIVERSAL
 
 _TAKEN = frozenset(
     {ID, PATH, "ctid", "cmax", "cmin", "tableoid", "xmax", "xmin"}  # PostgreSQL's own

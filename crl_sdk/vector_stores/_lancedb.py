@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk.errors import MissingDependencyError, VectorStoreError
+from crl_sdk.stored._directory import ID, PATH, to_numpy
 from crl_sdk.vector_stores._address import StoreAddress
 from crl_sdk.vector_stores._contract import Collection, Rows, VectorStore, driver_errors
-from crl_sdk.vector_stores._fields import ID, PATH
 
 try:
     import fcntl
@@ -238,6 +238,5 @@ def _arrow(rows: Rows, schema: Any, *, path: bool = True) -> Any:
 def _dense(column: Any) -> NDArray[np.float32]:
     """Return a column of fixed-size lists as an array, with NaN for nulls."""
     rows = np.full((len(column), column.type.list_size), np.nan, np.float32)
-    there = np.asarray(column.is_valid())
-    rows[there] = column.filter(column.is_valid()).flatten().to_numpy().reshape(-1, rows.shape[1])
+    rows[np.asarray(column.is_valid())] = to_numpy(column.filter(column.is_valid()))
     return rows

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk.errors import MissingDependencyError, VectorStoreError
+from crl_sdk.stored._directory import ID, PATH
 from crl_sdk.vector_stores._address import StoreAddress
 from crl_sdk.vector_stores._contract import (
     Collection,
@@ -18,7 +19,6 @@ from crl_sdk.vector_stores._contract import (
     driver_errors,
     nan_rows,
 )
-from crl_sdk.vector_stores._fields import ID, PATH
 
 _MOST_INDEXED = 2_000  # values of a `vector` that an HNSW index takes
 _MOST_HALF_INDEXED = 4_000  # values of a `halfvec` that it takes

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crl_sdk.errors import MissingDependencyError, VectorStoreError
+from crl_sdk.stored._directory import ID, PATH
 from crl_sdk.vector_stores._address import StoreAddress
 from crl_sdk.vector_stores._contract import (
     Collection,
@@ -21,7 +22,6 @@ from crl_sdk.vector_stores._contract import (
     driver_errors,
     nan_rows,
 )
-from crl_sdk.vector_stores._fields import ID, PATH
 
 _RECORD = "crl"
 _NAMESPACE = uuid.UUID("6f0d6a3b-6f5e-5d3c-9d43-0a3f1c5e8b11")

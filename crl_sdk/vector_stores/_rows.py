@@ -11,13 +11,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crl_sdk.errors import InvalidInputError, MissingDependencyError
+from crl_sdk.errors import InvalidInputError
 from crl_sdk.projection._row_dtypes import decode_rows
-from crl_sdk.stored._directory import UNIVERSAL
+from crl_sdk.stored._directory import (
+    ABOUT,
+    ID,
+    PATH,
+    UNIVERSAL,
+    EmbeddingDirectory,
+    import_pyarrow,
+    to_numpy,
+)
 from crl_sdk.stored._reader import StoredEmbeddings
-from crl_sdk.vector_stores._fields import ID, PATH
 
 PART_PATTERN = "part-*.parquet"
+
+_PURPOSE = "reading .parquet files"
 
 _HASHES_PER_PASS = 1 << 24
 """Ids whose hashes are held at once to find ids that occur twice: 128 MB."""
@@ -64,12 +73,17 @@ class StoredRows:
 
     @classmethod
     def open(cls, path: Path) -> StoredRows:
-        """Open a file of `crl embed`, an array, or a directory of `part-*.parquet`.
+        """Open a file or directory of `crl embed`, an array, or other `part-*.parquet` files.
 
         Raises:
-            InvalidInputError: If it cannot be read, or its parts do not belong together.
+            InvalidInputError: If it is not complete or cannot be read, or its parts are of several
+                models.
             MissingDependencyError: If pyarrow is needed and not installed.
         """
+        if (path / ABOUT).is_dir():
+            directory = EmbeddingDirectory.open(path)
+            directory.require_complete()
+            return cls._open_parquet(path, tuple(directory.parts()))
         if path.is_dir():
             files = tuple(sorted(path.glob(PART_PATTERN)))
             if not files:
@@ -91,7 +105,7 @@ class StoredRows:
 
     @classmethod
     def _open_parquet(cls, path: Path, files: tuple[Path, ...]) -> StoredRows:
-        parquet = _parquet()
+        _, parquet = import_pyarrow(_PURPOSE)
         prints, dims, size = set(), set(), 0
         for file in files:
             with _reading(file), parquet.ParquetFile(file) as opened:
@@ -170,7 +184,7 @@ class StoredRows:
             )
 
     def _arrow_batches(self, wanted: list[str], size: int) -> Iterator[tuple[Path, Any]]:
-        parquet = _parquet()
+        _, parquet = import_pyarrow(_PURPOSE)
         for file in self.files:
             with _reading(file), parquet.ParquetFile(file) as opened:
                 names = opened.schema_arrow.names
@@ -201,11 +215,10 @@ def _names(file: Path, batch: Any, first: int) -> tuple[list[str], list[str]]:
 def _dense(column: Any) -> NDArray[np.float32]:
     """Return a column of fixed-size lists as float32, with NaN for nulls."""
     if not column.null_count:
-        return decode_rows(column.flatten().to_numpy(False).reshape(-1, column.type.list_size))
+        return decode_rows(to_numpy(column))
     rows = np.full((len(column), column.type.list_size), np.nan, np.float32)
     there = np.asarray(column.is_valid())
-    values = column.filter(column.is_valid()).flatten().to_numpy(False)
-    rows[there] = decode_rows(values.reshape(-1, rows.shape[1]))
+    rows[there] = decode_rows(to_numpy(column.filter(column.is_valid())))
     return rows
 
 
@@ -228,11 +241,3 @@ class _reading:
             ) from error
         if isinstance(error, InvalidInputError) and str(self._file) not in str(error):
             raise InvalidInputError(f"{self._file}: {error}") from error
-
-
-def _parquet() -> Any:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise MissingDependencyError("pyarrow", "parquet", "reading .parquet files") from error
-    return parquet

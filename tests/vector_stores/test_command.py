@@ -74,6 +74,20 @@ def test_store_and_retrieve(crl, photos, memory):
     assert "color × 2" in crl("retrieve", query, "--from", "qdrant://db", "--criteria", "color:2")
 
 
+def test_a_directory_of_crl_embed(crl, photos, memory, tmp_path):
+    pytest.importorskip("pyarrow")
+    (photos / "broken.jpg").write_bytes(b"no picture")
+    crl("embed", "photos", "--out", "embedded", "--part-rows", 4, "--json", status=1)
+    told = crl("store", "embedded", "--to", "qdrant://db", "--criteria", "color", "--json")
+    assert (told["rows"], told["new"], told["failed_left_out"]) == (9, 9, 1)
+    found = crl("retrieve", "photos/red-0.jpg", "--from", "qdrant://db", "--criteria", "color",
+                "-n", 2, "--json")  # fmt: skip
+    assert all("red" in each["file"] for each in found["results"])
+    next((tmp_path / "embedded").glob("part-*1.parquet")).unlink()
+    with pytest.raises(InvalidInputError, match="--resume"):
+        crl("store", "embedded", "--to", "qdrant://db")
+
+
 def test_what_retrieve_refuses(crl, photos, memory):
     crl("store", "photos.npz", "--to", "qdrant://db", "--criteria", "color")
     query = "photos/red-0.jpg"

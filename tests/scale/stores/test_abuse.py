@@ -46,6 +46,27 @@ def test_postgresql_goes_away_in_the_middle(rows, postgres):
         assert (report.there, report.new, store.count()) == (200, 300, 500)
 
 
+def test_qdrant_goes_away_in_the_middle(rows, qdrant_http):
+    address = f"qdrant://:{PASSWORD}@127.0.0.1:{qdrant_http.port}/photos"
+
+    def stop(report):
+        if report.done == 200:
+            qdrant_http.stop()
+
+    with open_store(address) as store, pytest.raises(VectorStoreError) as caught:
+        store_embeddings(rows, store, [COLOR], batch_rows=100, progress=stop)
+    assert "rows are in the store" in str(caught.value) and PASSWORD not in str(caught.value)
+    qdrant_http.start()
+    with open_store(address) as store:
+        before = store.count()
+        report = store_embeddings(rows, store, [COLOR])
+        assert (report.there, report.new, store.count()) == (before, 500 - before, 500)
+        assert 200 <= before < 500
+    with pytest.raises(VectorStoreError, match=r"cannot be opened.*403") as caught:
+        open_store(address.replace(PASSWORD, "wrong-key"))
+    assert "wrong-key" not in str(caught.value)
+
+
 def test_milvus_goes_away_in_the_middle(rows, tmp_path):
     pytest.importorskip("pymilvus")
     lite = pytest.importorskip("milvus_lite").server_manager_instance
