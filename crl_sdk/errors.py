@@ -32,6 +32,10 @@ class UnknownCriterionError(CriterionError):
     """There is no basis of a criterion. The message lists the bases that there are."""
 
 
+class UnknownModelError(InvalidInputError):
+    """A server has no model of a name. The message lists those that it has."""
+
+
 class ImageError(InvalidInputError):
     """An image cannot be read. The other images of its batch are not affected.
 

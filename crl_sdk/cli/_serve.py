@@ -7,9 +7,11 @@ import gc
 import json
 import logging
 import os
+import re
+import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,7 +28,6 @@ from crl_sdk.cli._options import (
     DEFAULT_BASES,
     BakedOption,
     BasesOption,
-    BundleOption,
     DecodeOption,
     EngineOption,
     FormatsOption,
@@ -43,6 +44,7 @@ from crl_sdk.model._preprocess import DEFAULT_LIMITS, ImageLimits
 if TYPE_CHECKING:
     from crl_sdk.serving import RunningServer
 
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _log = logging.getLogger(__name__)
 
 
@@ -63,7 +65,16 @@ def serve(
     workers: Annotated[
         int, typer.Option(min=1, help="Number of processes that serve at this address.")
     ] = 1,
-    bundle: BundleOption = None,
+    bundle: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--bundle",
+            "-b",
+            envvar="CRL_BUNDLE",
+            help="Model bundle made by `crl export`. For several models: NAME=DIR, repeated; the "
+            "first is the default one. Without it: the small demo model.",
+        ),
+    ] = None,
     bases: BasesOption = DEFAULT_BASES,
     shared_bases: Annotated[
         str | None,
@@ -188,7 +199,8 @@ def serve(
             open_llm=partial(generation.open_llm, llm) if generate else None,
             worker=worker,
         )
-        if bundle is None and worker is None:
+        bundles = name_bundles(bundle or [])
+        if not bundle and worker is None:
             _log.info(
                 "no --bundle: serving the demo model, which knows only rendered coloured shapes"
             )
@@ -197,10 +209,54 @@ def serve(
             return
         if worker is not None:
             share_processors(worker.number, worker.count)
-        with open_embedder(
-            bundle or demo_bundle(), engine, threads, baked, decode, image_limits
-        ) as embedder:
-            asyncio.run(run(embedder, settings, on_ready=_on_ready))
+        with ExitStack() as opened:
+            embedders = {
+                name: opened.enter_context(
+                    open_embedder(path, engine, threads, baked, decode, image_limits)
+                )
+                for name, path in bundles.items()
+            }
+            unnamed = embedders.get("")
+            asyncio.run(run(unnamed or embedders, settings, on_ready=_on_ready))
+
+
+def name_bundles(bundles: Sequence[Path]) -> dict[str, Path]:
+    """Return the bundles by the names of their models.
+
+    Args:
+        bundles: Directories, or `NAME=DIR`, as on the command line.
+
+    Returns:
+        Directories by name, in the same order. A single directory without a name has the name "",
+        and so has the demo model, if there are none.
+
+    Raises:
+        InvalidInputError: If a name is malformed, occurs twice, or is missing among several.
+    """
+    named: dict[str, Path] = {}
+    for bundle in bundles:
+        name, equals, directory = str(bundle).partition("=")
+        if not equals or "/" in name or bundle.is_dir():  # the `=` belongs to the directory
+            if len(bundles) > 1:
+                raise InvalidInputError(
+                    f"expected NAME=DIR for each of several bundles, got {str(bundle)!r}: name it, "
+                    f"such as --bundle small={shlex.quote(str(bundle))}"
+                )
+            return {"": bundle}
+        if not directory:
+            raise InvalidInputError(f"expected NAME=DIR, got {str(bundle)!r}: name a directory")
+        if not _MODEL_NAME.fullmatch(name):
+            raise InvalidInputError(
+                f"expected a name of 1-64 letters, digits, '_' and '-' before the '=', got "
+                f"{name[:80]!r}"
+            )
+        if name in named:
+            raise InvalidInputError(
+                f"two bundles have the name {name!r}, {named[name]} and {directory}: give each "
+                "model a name of its own"
+            )
+        named[name] = Path(directory)
+    return named or {"": demo_bundle()}
 
 
 @contextmanager

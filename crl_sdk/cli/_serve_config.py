@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import msgspec
 import typer
@@ -58,6 +58,8 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         option = options[key]
         name = str(option.name)
         try:
+            if getattr(option, "multiple", False) and isinstance(value, str):
+                value = [value]  # noqa: PLW2901 - one of several may stand alone
             msgspec.convert(value, _toml_type(types[name]))
             option.process_value(context, value)
         except msgspec.ValidationError as error:
@@ -73,4 +75,6 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
 def _toml_type(annotation: Any) -> Any:
     """Return the type of an option's value in TOML, which has no paths and no None."""
     kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not type(None)]
+    if get_origin(kinds[0]) is list:
+        return list[str]
     return kinds[0] if kinds[0] in (bool, int, float) else str

@@ -227,18 +227,20 @@ class AsyncClient:
             BundleError: If the model has no text tower.
         """
         _check_lists(texts=texts)
-        request = embedding_pb2.EmbedTextRequest(texts=texts, truncate=truncate)
+        request = embedding_pb2.EmbedTextRequest(
+            texts=texts, truncate=truncate, model=self.options.model
+        )
         response = await self._connection.call(self._embedding.EmbedText, request)
         return decode_tensor(response.embeddings)
 
     async def model(self) -> ServedModel:
         """Return a description of the model that the server runs."""
-        request = embedding_pb2.GetModelRequest()
+        request = embedding_pb2.GetModelRequest(model=self.options.model)
         return read_model(await self._connection.call(self._embedding.GetModel, request))
 
     async def bases(self) -> list[BasisInfo]:
         """Return descriptions of the server's bases, sorted by criterion."""
-        request = basis_pb2.ListBasesRequest()
+        request = basis_pb2.ListBasesRequest(model=self.options.model)
         response = await self._connection.call(self._bases.ListBases, request)
         return [read_basis_info(info) for info in response.bases]
 
@@ -251,7 +253,7 @@ class AsyncClient:
         Raises:
             UnknownCriterionError: If the server has no basis of this criterion.
         """
-        request = basis_pb2.GetBasisRequest(criterion=criterion)
+        request = basis_pb2.GetBasisRequest(criterion=criterion, model=self.options.model)
         response = await self._connection.call(self._bases.GetBasis, request)
         return ServedBasis(read_basis_info(response.info), response.file)
 
@@ -338,7 +340,7 @@ class AsyncClient:
         Raises:
             UnknownCriterionError: If the server has no basis of this criterion.
         """
-        request = basis_pb2.DeleteBasisRequest(criterion=criterion)
+        request = basis_pb2.DeleteBasisRequest(criterion=criterion, model=self.options.model)
         await self._connection.call(self._bases.DeleteBasis, request, retry=False)
 
     async def generate_basis(
@@ -414,7 +416,7 @@ class AsyncClient:
             ignore=_one_or_many(ignore), form=form, max_words=max_words or 0,
             any_script=any_script, subject=subject,
             pictures=b"" if pictures is None else np.asarray(pictures, "<f4").tobytes(),
-            accept_unsure=accept_unsure,
+            accept_unsure=accept_unsure, model=self.options.model,
         )  # fmt: skip
         metadata = self._connection.metadata
         try:
@@ -442,6 +444,7 @@ class AsyncClient:
             )
         if not request.images:
             return failed_batch(local, len(images))
+        request.model = self.options.model
         response = await self._connection.call(self._embedding.Embed, request)
         if self._model is not None and response.fingerprint != self._model.fingerprint:
             self._model = None  # the server has another model now, which may need other pixels
@@ -459,6 +462,7 @@ class AsyncClient:
         return with_conditional(part, fresh)
 
     async def _put(self, request: basis_pb2.PutBasisRequest) -> BasisInfo:
+        request.model = self.options.model
         response = await self._connection.call(self._bases.PutBasis, request, retry=False)
         return read_basis_info(response.info)
 

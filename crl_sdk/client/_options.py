@@ -70,6 +70,8 @@ class ClientOptions:
             the same bit for bit. Needs Pillow. The server's cache identifies such an image by its
             pixels, not by its file.
         security: Token and TLS files.
+        model: Name of the model that all calls are for, if the server has several. Empty for its
+            default one. `Client.model` says which there are.
     """
 
     timeout: float = 30.0
@@ -79,6 +81,7 @@ class ClientOptions:
     max_message_bytes: int = 64 * 2**20
     resize: bool = False
     security: ClientSecurity = field(default_factory=ClientSecurity)
+    model: str = ""
 
     def __post_init__(self) -> None:
         """Check the numbers.

@@ -46,6 +46,7 @@ class ServedModel:
         max_images: Maximum number of images in one call.
         server_version: Version of the server.
         prompt: Prompt that the model recommends for the texts of a basis, with one `{}`.
+        models: Names of the server's models, the default one first.
     """
 
     name: str
@@ -57,6 +58,7 @@ class ServedModel:
     max_images: int
     server_version: str
     prompt: str
+    models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,7 @@ def read_model(message: embedding_pb2.GetModelResponse) -> ServedModel:
         max_images=message.max_images,
         server_version=message.server_version,
         prompt=message.prompt,
+        models=tuple(message.models),
     )
 
 

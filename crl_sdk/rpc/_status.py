@@ -25,6 +25,7 @@ _CODES: dict[type[errors.CrlError], grpc.StatusCode] = {
     errors.ForkError: grpc.StatusCode.UNAVAILABLE,
     errors.InvalidInputError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.UnknownCriterionError: grpc.StatusCode.NOT_FOUND,
+    errors.UnknownModelError: grpc.StatusCode.NOT_FOUND,
     errors.BundleError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.IntegrityError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.UnsupportedSchemaError: grpc.StatusCode.INVALID_ARGUMENT,

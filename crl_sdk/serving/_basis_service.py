@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -28,6 +29,7 @@ from crl_sdk.errors import (
 from crl_sdk.pb.crl.v1 import basis_pb2, basis_pb2_grpc
 from crl_sdk.projection._projection import POSTS
 from crl_sdk.serving._bases import StoredBasis
+from crl_sdk.serving._models import Models
 from crl_sdk.serving._pipeline import Pipeline
 from crl_sdk.serving._responses import Context, abort, respond
 from crl_sdk.serving._text_work import Check
@@ -43,14 +45,16 @@ _PROGRESS_SECONDS = 0.2
 class BasisService(basis_pb2_grpc.BasisServiceServicer):
     """`crl.v1.BasisService`. proto/crl/v1/basis.proto describes each method."""
 
-    def __init__(self, pipeline: Pipeline, open_llm: OpenLanguageModel | None = None) -> None:
+    def __init__(
+        self, models: Models | Pipeline, open_llm: OpenLanguageModel | None = None
+    ) -> None:
         """Store the parts.
 
         Args:
-            pipeline: Pipeline whose bases are served.
+            models: Models whose bases are served, or the only one.
             open_llm: Function that loads the language model, or None to offer no generation.
         """
-        self._pipeline = pipeline
+        self._models = models if isinstance(models, Models) else Models(models)
         self._open_llm = open_llm
         self._generating = asyncio.Lock()  # a language model uses all cores: one at a time
 
@@ -58,8 +62,13 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
         self, request: basis_pb2.ListBasesRequest, context: Context
     ) -> basis_pb2.ListBasesResponse:
         """Return the facts of all bases."""
-        bases = self._pipeline.bases.snapshot
-        return basis_pb2.ListBasesResponse(bases=[_to_info(bases[name]) for name in sorted(bases)])
+
+        async def list_bases() -> basis_pb2.ListBasesResponse:
+            bases = self._models.find(request.model).bases.snapshot
+            infos = [_to_info(bases[name]) for name in sorted(bases)]
+            return basis_pb2.ListBasesResponse(bases=infos)
+
+        return await respond(context, list_bases)
 
     async def GetBasis(
         self, request: basis_pb2.GetBasisRequest, context: Context
@@ -67,7 +76,7 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
         """Return a basis as a file."""
 
         async def get() -> basis_pb2.GetBasisResponse:
-            (stored,) = await self._pipeline.bases.find([request.criterion])
+            (stored,) = await self._models.find(request.model).bases.find([request.criterion])
             return basis_pb2.GetBasisResponse(info=_to_info(stored), file=stored.basis.to_bytes())
 
         return await respond(context, get)
@@ -76,27 +85,28 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
         self, request: basis_pb2.PutBasisRequest, context: Context
     ) -> basis_pb2.PutBasisResponse:
         """Store a basis that is sent as a file, or made from texts."""
-        texts = self._pipeline.texts
 
-        def put(check: Check) -> basis_pb2.PutBasisResponse:
-            self._pipeline.bases.require_writable()
+        def put(pipeline: Pipeline, check: Check) -> basis_pb2.PutBasisResponse:
+            pipeline.bases.require_writable()
             source = request.WhichOneof("source")
             if source is None:
                 raise InvalidInputError("expected a basis file or texts, got neither")
             if source == "file":
                 basis = Basis.from_bytes(request.file)
-                texts.check(basis.texts, basis.prompts)
+                pipeline.texts.check(basis.texts, basis.prompts)
+                self._models.require_model_of(basis, pipeline)
             else:
-                basis = self._build(request.texts, check)
+                basis = _build(pipeline, request.texts, check)
             check()  # after this, the change is finished even if the client goes away
-            stored, replaced = self._pipeline.bases.put(basis, replace=not request.no_replace)
+            stored, replaced = pipeline.bases.put(basis, replace=not request.no_replace)
             return basis_pb2.PutBasisResponse(info=_to_info(stored), replaced=replaced)
 
         async def work() -> basis_pb2.PutBasisResponse:
-            rows = texts.check(_texts(request.texts)[0], request.texts.prompts)
+            pipeline = self._models.find(request.model)
+            rows = pipeline.texts.check(_texts(request.texts)[0], request.texts.prompts)
             remaining = context.time_remaining()
             deadline = None if remaining is None else time.monotonic() + remaining
-            return await texts.run(rows, deadline, put)
+            return await pipeline.texts.run(rows, deadline, partial(put, pipeline))
 
         return await respond(context, work)
 
@@ -106,7 +116,7 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
         """Delete a basis."""
 
         def delete() -> basis_pb2.DeleteBasisResponse:
-            self._pipeline.bases.delete(request.criterion)
+            self._models.find(request.model).bases.delete(request.criterion)
             return basis_pb2.DeleteBasisResponse()
 
         return await respond(context, lambda: asyncio.shield(asyncio.to_thread(delete)))
@@ -170,7 +180,6 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
             any_script=request.any_script,
             subject=request.subject,
         )
-        pictures = self._read_pictures(request.pictures)
         sent_at = 0.0
 
         def report(progress: GenerationProgress) -> None:
@@ -188,23 +197,25 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
             )
             send(basis_pb2.GenerateBasisResponse(progress=message))
 
-        self._pipeline.bases.require_writable()  # the language model takes a minute
-        self._pipeline.texts.check([*request.include, *request.exclude], request.prompts)
+        pipeline = self._models.find(request.model)
+        pipeline.bases.require_writable()  # the language model takes a minute
+        pipeline.texts.check([*request.include, *request.exclude], request.prompts)
         prompts = tuple(request.prompts) or None
-        against, ignore = self._select(request.against), self._select(request.ignore)
-        self._pipeline.embedder.check_generation(
+        against, ignore = _select(pipeline, request.against), _select(pipeline, request.ignore)
+        pictures = _read_pictures(pipeline, request.pictures)
+        pipeline.embedder.check_generation(
             request.criterion, options, prompts=prompts, against=against, ignore=ignore,
             pictures=pictures,
         )  # fmt: skip
         if request.no_replace:  # `put` checks it again, but the language model takes a minute
-            self._pipeline.bases.require_new(request.criterion)
+            pipeline.bases.require_new(request.criterion)
         with self._open_language_model() as llm:
-            basis = self._pipeline.embedder.generate_basis(
+            basis = pipeline.embedder.generate_basis(
                 request.criterion, llm=llm, options=options,
                 prompts=prompts, against=against, ignore=ignore, pictures=pictures,
                 progress=report, load=False,
             )  # fmt: skip
-        stored, replaced = self._pipeline.bases.put(basis, replace=not request.no_replace)
+        stored, replaced = pipeline.bases.put(basis, replace=not request.no_replace)
         return basis_pb2.PutBasisResponse(info=_to_info(stored), replaced=replaced)
 
     def _open_language_model(self) -> LanguageModel:
@@ -219,41 +230,44 @@ class BasisService(basis_pb2_grpc.BasisServiceServicer):
                 "server's log"
             ) from error
 
-    def _build(self, request: basis_pb2.BasisTexts, check: Check) -> Basis:
-        """Make a basis from the texts of a client."""
-        method, post = request.method or None, request.post or "l2"
-        if (method is not None and method not in METHODS) or post not in POSTS:
-            raise InvalidInputError(
-                f"expected a method of {METHODS} and a post of {POSTS}, got {method!r} and {post!r}"
-            )
-        texts, provenance = _texts(request)
-        return self._pipeline.embedder.create_basis(
-            request.criterion,
-            texts,
-            prompts=tuple(request.prompts) or None,
-            method=method,
-            post=post,
-            against=self._select(request.against),
-            ignore=self._select(request.ignore),
-            provenance=provenance,
-            load=False,
-            check=check,
+
+def _build(pipeline: Pipeline, request: basis_pb2.BasisTexts, check: Check) -> Basis:
+    """Make a basis from the texts of a client."""
+    method, post = request.method or None, request.post or "l2"
+    if (method is not None and method not in METHODS) or post not in POSTS:
+        raise InvalidInputError(
+            f"expected a method of {METHODS} and a post of {POSTS}, got {method!r} and {post!r}"
         )
+    texts, provenance = _texts(request)
+    return pipeline.embedder.create_basis(
+        request.criterion,
+        texts,
+        prompts=tuple(request.prompts) or None,
+        method=method,
+        post=post,
+        against=_select(pipeline, request.against),
+        ignore=_select(pipeline, request.ignore),
+        provenance=provenance,
+        load=False,
+        check=check,
+    )
 
-    def _read_pictures(self, data: bytes) -> NDArray[np.float32] | None:
-        """Return the universal embeddings in a message, shape (n, d); None if there are none."""
-        if not data:
-            return None
-        dim = self._pipeline.embedder.bundle.embedding_dim
-        if len(data) % (4 * dim):
-            raise InvalidInputError(
-                f"expected pictures of {dim} float32 numbers each, {4 * dim:,} bytes, got "
-                f"{len(data):,} bytes in all: send universal embeddings of this server's model"
-            )
-        return np.frombuffer(data, "<f4").reshape(-1, dim)
 
-    def _select(self, criteria: Sequence[str]) -> list[Basis]:
-        return [stored.basis for stored in self._pipeline.bases.select(criteria)]
+def _read_pictures(pipeline: Pipeline, data: bytes) -> NDArray[np.float32] | None:
+    """Return the universal embeddings in a message, shape (n, d); None if there are none."""
+    if not data:
+        return None
+    dim = pipeline.embedder.bundle.embedding_dim
+    if len(data) % (4 * dim):
+        raise InvalidInputError(
+            f"expected pictures of {dim} float32 numbers each, {4 * dim:,} bytes, got "
+            f"{len(data):,} bytes in all: send universal embeddings of this server's model"
+        )
+    return np.frombuffer(data, "<f4").reshape(-1, dim)
+
+
+def _select(pipeline: Pipeline, criteria: Sequence[str]) -> list[Basis]:
+    return [stored.basis for stored in pipeline.bases.select(criteria)]
 
 
 def _texts(request: basis_pb2.BasisTexts) -> tuple[list[str], dict[str, Any]]:

@@ -21,6 +21,7 @@ from crl_sdk.projection._row_dtypes import (
 from crl_sdk.rpc._status import status_code
 from crl_sdk.rpc._tensors import decode_tensor, encode_tensor
 from crl_sdk.serving._call_interceptor import caller, typed_error
+from crl_sdk.serving._models import Models
 from crl_sdk.serving._pipeline import Pipeline
 from crl_sdk.serving._responses import Context, respond
 from crl_sdk.serving._results import EmbedResult, ImageOutcome, ImageSource
@@ -42,9 +43,9 @@ _ROW_DTYPES: dict[int, RowDtype] = {
 class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
     """`crl.v1.EmbeddingService`. proto/crl/v1/embedding.proto describes each method."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        """Store the started pipeline."""
-        self._pipeline = pipeline
+    def __init__(self, models: Models | Pipeline) -> None:
+        """Store the models, or the only one, whose pipelines have been started."""
+        self._models = models if isinstance(models, Models) else Models(models)
 
     async def Embed(
         self, request: embedding_pb2.EmbedRequest, context: Context
@@ -101,17 +102,18 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
 
         async def embed() -> embedding_pb2.EmbedTextResponse:
             dtype = _row_dtype(request.dtype)
+            pipeline = self._models.find(request.model)
             texts = list(request.texts)
-            rows = await self._pipeline.texts.run(
-                self._pipeline.texts.check(texts),
+            rows = await pipeline.texts.run(
+                pipeline.texts.check(texts),
                 _deadline(context),
-                lambda check: self._pipeline.embedder.embed_text(
+                lambda check: pipeline.embedder.embed_text(
                     texts, truncate=request.truncate, check=check
                 ),
             )
             return embedding_pb2.EmbedTextResponse(
                 embeddings=encode_tensor(encode_rows(rows, dtype)),
-                fingerprint=self._pipeline.embedder.bundle.fingerprint,
+                fingerprint=pipeline.embedder.bundle.fingerprint,
             )
 
         return await respond(context, embed)
@@ -119,35 +121,41 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
     async def GetModel(
         self, request: embedding_pb2.GetModelRequest, context: Context
     ) -> embedding_pb2.GetModelResponse:
-        """Return the facts of the model."""
-        embedder = self._pipeline.embedder
-        manifest = embedder.bundle.manifest
-        spec = manifest.preprocess
-        return embedding_pb2.GetModelResponse(
-            name=manifest.name,
-            fingerprint=manifest.fingerprint,
-            embedding_dim=manifest.embedding_dim,
-            engine=embedder.engine,
-            preprocessing=embedding_pb2.Preprocessing(
-                height=spec.height, width=spec.width, interpolation=spec.interpolation,
-                resize_mode=spec.resize_mode, fill=spec.fill, mean=spec.mean, std=spec.std,
-            ),
-            context_length=manifest.text.context_length if manifest.text else 0,
-            max_images=self._pipeline.limits.max_images,
-            server_version=__version__,
-            prompt=embedder.bundle.prompt,
-        )  # fmt: skip
+        """Return the facts of a model."""
+
+        async def describe() -> embedding_pb2.GetModelResponse:
+            pipeline = self._models.find(request.model)
+            embedder, manifest = pipeline.embedder, pipeline.embedder.bundle.manifest
+            spec = manifest.preprocess
+            return embedding_pb2.GetModelResponse(
+                name=manifest.name,
+                fingerprint=manifest.fingerprint,
+                embedding_dim=manifest.embedding_dim,
+                engine=embedder.engine,
+                preprocessing=embedding_pb2.Preprocessing(
+                    height=spec.height, width=spec.width, interpolation=spec.interpolation,
+                    resize_mode=spec.resize_mode, fill=spec.fill, mean=spec.mean, std=spec.std,
+                ),
+                context_length=manifest.text.context_length if manifest.text else 0,
+                max_images=pipeline.limits.max_images,
+                server_version=__version__,
+                prompt=embedder.bundle.prompt,
+                models=list(self._models.pipelines),
+            )  # fmt: skip
+
+        return await respond(context, describe)
 
     async def _embed(
         self, request: embedding_pb2.EmbedRequest, context: Context
     ) -> embedding_pb2.EmbedResponse:
         dtype = _row_dtype(request.dtype)
+        pipeline = self._models.find(request.model)
         sources = [_read_source(image) for image in request.images]
-        result = await self._pipeline.embed(
+        result = await pipeline.embed(
             sources, request.criteria, deadline=_deadline(context), client=caller.get()
         )
         return _to_response(
-            result, self._pipeline.embedder.bundle.fingerprint, dtype, request.omit_universal
+            result, pipeline.embedder.bundle.fingerprint, dtype, request.omit_universal
         )
 
 

@@ -27,6 +27,7 @@ from crl_sdk.serving._kserve_tensors import (
     read_images,
     write_outputs,
 )
+from crl_sdk.serving._models import Models
 from crl_sdk.serving._pipeline import Pipeline
 from crl_sdk.serving._responses import Context, respond
 from crl_sdk.serving._results import EmbedResult
@@ -51,16 +52,20 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
     """`inference.GRPCInferenceService`; each call is described in proto/inference/kserve.proto."""
 
     def __init__(
-        self, pipeline: Pipeline, *, ready: Callable[[], bool], shared_memory: bool = False
+        self,
+        models: Models | Pipeline,
+        *,
+        ready: Callable[[], bool],
+        shared_memory: bool = False,
     ) -> None:
         """Store the parts.
 
         Args:
-            pipeline: Started pipeline.
+            models: Models whose pipelines have been started, or the only one.
             ready: Function that returns whether the server serves.
             shared_memory: Whether clients may register shared memory.
         """
-        self._pipeline = pipeline
+        self._served = models if isinstance(models, Models) else Models(models)
         self._ready = ready
         self._memory = SharedMemory(shared_memory)
         self._statistics: dict[str, ModelStatistics] = {}
@@ -85,8 +90,11 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: pb.ModelReadyRequest, context: Context
     ) -> pb.ModelReadyResponse:
         """Return whether a model exists and the server serves."""
-        known = request.name in self._models() and request.version in ("", _VERSION)
-        return pb.ModelReadyResponse(ready=known and self._ready())
+        try:
+            await self._model(request.name, request.version)
+        except InvalidInputError:
+            return pb.ModelReadyResponse(ready=False)
+        return pb.ModelReadyResponse(ready=self._ready())
 
     async def ServerMetadata(
         self, request: pb.ServerMetadataRequest, context: Context
@@ -123,10 +131,11 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
 
         async def work() -> pb.ModelConfigResponse:
             name, dims, outputs = await self._tensors(request.name, request.version)
+            _, model, _ = _split(request.name)
             return pb.ModelConfigResponse(
                 config=pb.ModelConfig(
                     name=request.name, platform=_PLATFORM, backend="crl",
-                    max_batch_size=self._pipeline.limits.max_images,
+                    max_batch_size=self._served.find(model).limits.max_images,
                     input=[
                         pb.ModelInput(
                             name=name, data_type=_DATA_TYPES[DATATYPES[name]], dims=dims
@@ -265,24 +274,30 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         return pb.CudaSharedMemoryUnregisterResponse()
 
     def _models(self) -> list[str]:
-        criteria = sorted(self._pipeline.bases.snapshot)
-        return [
-            *MODELS,
-            *(f"{family}.{criterion}" for family in MODELS for criterion in criteria),
-        ]
+        names = []
+        for model, pipeline in self._served.pipelines.items():
+            suffix = "" if model == self._served.default else f"@{model}"
+            names += [f"{family}{suffix}" for family in MODELS]
+            names += [
+                f"{family}{suffix}.{criterion}"
+                for family in MODELS
+                for criterion in sorted(pipeline.bases.snapshot)
+            ]
+        return names
 
     async def _model(
         self, name: str, version: str, criterion: str = ""
-    ) -> tuple[str, StoredBasis | None]:
-        """Return the input of a model, and the basis that its name or the criterion selects.
+    ) -> tuple[Pipeline, str, StoredBasis | None]:
+        """Return a model's pipeline, its input, and the basis that is named, if any.
 
         Args:
             name: Name of the model, with or without a criterion.
             version: Version of the model, or empty for any.
             criterion: Criterion in the parameters of the request, or empty.
         """
-        family, dot, suffix = name.partition(".")
-        if family not in MODELS or version not in ("", _VERSION) or (dot and not suffix):
+        family, model, suffix = _split(name)
+        known = family in MODELS and (not model or model in self._served.pipelines)
+        if not known or version not in ("", _VERSION) or name.endswith((".", "@")):
             raise UnknownCriterionError(
                 f"no model {name[:80]!r} of version {version[:20]!r}; known are {self._models()}, "
                 f"all of version {_VERSION!r}"
@@ -290,15 +305,17 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         if suffix and criterion and suffix != criterion:
             raise InvalidInputError(
                 f"the model {name!r} belongs to one criterion, but the parameter names "
-                f"{criterion!r}; use the model {family!r}"
+                f"{criterion!r}; use the model {name.removesuffix(f'.{suffix}')!r}"
             )
         wanted = suffix or criterion
-        return MODELS[family], (await self._pipeline.bases.find([wanted]))[0] if wanted else None
+        pipeline = self._served.find(model)
+        basis = (await pipeline.bases.find([wanted]))[0] if wanted else None
+        return pipeline, MODELS[family], basis
 
     async def _tensors(self, name: str, version: str) -> tuple[str, list[int], dict[str, int]]:
         """Return a model's input, its dimensions, and its outputs (name → number of columns)."""
-        input_name, basis = await self._model(name, version)
-        dim = self._pipeline.embedder.bundle.embedding_dim
+        pipeline, input_name, basis = await self._model(name, version)
+        dim = pipeline.embedder.bundle.embedding_dim
         dims = {IMAGE: [1], PIXELS: [-1, -1, 3], EMBEDDING: [dim]}
         outputs = {} if basis is None else {CONDITIONAL: basis.basis.projection.output_dim}
         return input_name, dims[input_name], {**outputs, UNIVERSAL: dim}
@@ -309,12 +326,14 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         started = time.monotonic()
         has_criterion = "criterion" in request.parameters
         criterion = request.parameters["criterion"].string_param if has_criterion else ""
-        input_name, basis = await self._model(request.model_name, request.model_version, criterion)
+        pipeline, input_name, basis = await self._model(
+            request.model_name, request.model_version, criterion
+        )
         statistics = self._statistics.setdefault(request.model_name, ModelStatistics())
         try:
             check_outputs(request, [UNIVERSAL] if basis is None else [CONDITIONAL, UNIVERSAL])
             images = read_images(request, input_name, self._memory)
-            result = await self._pipeline.embed(
+            result = await pipeline.embed(
                 images,
                 [] if basis is None else [basis.basis.criterion],
                 deadline=_deadline(request.parameters, context),
@@ -332,7 +351,7 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         except BaseException:
             statistics.add_failure(time.monotonic() - started)
             raise
-        reply.parameters["fingerprint"].string_param = self._pipeline.embedder.bundle.fingerprint
+        reply.parameters["fingerprint"].string_param = pipeline.embedder.bundle.fingerprint
         reply.parameters["cached_images"].int64_param = sum(i.cached for i in result.images)
         statistics.add_success(result)
         return reply
@@ -350,6 +369,13 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
             return pb.ModelStreamInferResponse(error_message=message, infer_response=failed)
         reply.parameters["triton_final_response"].bool_param = True
         return pb.ModelStreamInferResponse(infer_response=reply)
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """Return the family, the model and the criterion in a name; the latter two may be empty."""
+    rest, _, criterion = name.partition(".")
+    family, _, model = rest.partition("@")
+    return family, model, criterion
 
 
 def _deadline(parameters: Parameters, context: Any) -> float | None:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from crl_sdk.serving._call_interceptor import CallInterceptor, access_log, failu
 from crl_sdk.serving._embedding_service import EmbeddingService
 from crl_sdk.serving._kserve import InferenceService
 from crl_sdk.serving._metrics import Metrics, serve_metrics
+from crl_sdk.serving._models import Models
 from crl_sdk.serving._pipeline import Pipeline
 from crl_sdk.serving._security import ServerTls, Token, TokenInterceptor
 from crl_sdk.serving._shared_bases import POLL_SECONDS, SharedBasisStore
@@ -121,17 +122,22 @@ class RunningServer:
 
     Attributes:
         address: Address it listens on, with the actual port.
-        pipeline: Pipeline that serves the calls.
+        models: Models that serve the calls.
         metrics: Metrics of the server.
         metrics_address: `host:port` of the Prometheus page with the actual port, or None.
         is_serving: Function that returns whether the server is healthy.
     """
 
     address: str
-    pipeline: Pipeline
+    models: Models
     metrics: Metrics
     metrics_address: str | None
     is_serving: Callable[[], bool]
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """Pipeline of the default model."""
+        return self.models.find("")
 
 
 class _Health(health.aio.HealthServicer):
@@ -165,11 +171,14 @@ class _Health(health.aio.HealthServicer):
 
 
 @asynccontextmanager
-async def run_server(embedder: Embedder, settings: ServerSettings) -> AsyncIterator[RunningServer]:
+async def run_server(
+    embedders: Embedder | Mapping[str, Embedder], settings: ServerSettings
+) -> AsyncIterator[RunningServer]:
     """Serve while the context is open. Leaving it drains and stops the server.
 
     Args:
-        embedder: Model to serve. It is not closed.
+        embedders: Model to serve, or models by the names that requests give them, the default one
+            first. They are not closed.
         settings: How to listen and what to offer.
 
     Raises:
@@ -182,24 +191,24 @@ async def run_server(embedder: Embedder, settings: ServerSettings) -> AsyncItera
         tracing = Tracing(settings.otlp) if settings.otlp else None
         if tracing is not None:
             cleanup.push_async_callback(asyncio.to_thread, tracing.close)
-        bases = make_basis_store(embedder.bundle.fingerprint, settings)
-        bases.open()
-        cleanup.callback(bases.close)
-        pipeline = Pipeline(embedder, bases, settings.limits)
-        metrics = Metrics(pipeline)
+        models = _make_models(embedders, settings, cleanup)
+        pipelines = list(models.pipelines.values())
+        metrics = Metrics(models)
         if tracing is not None:
-            pipeline.on_result.append(tracing.on_result)
+            for pipeline in pipelines:
+                pipeline.on_result.append(tracing.on_result)
         server = _make_server(settings, metrics, tracing)
         status = _Health()
         inference = InferenceService(
-            pipeline, ready=lambda: status.serving, shared_memory=settings.shared_memory
+            models, ready=lambda: status.serving, shared_memory=settings.shared_memory
         )
         register_services(
-            server, status, EmbeddingService(pipeline),
-            BasisService(pipeline, settings.open_llm), inference,
+            server, status, EmbeddingService(models),
+            BasisService(models, settings.open_llm), inference,
         )  # fmt: skip
         cleanup.callback(inference.close)
-        cleanup.push_async_callback(pipeline.stop)
+        for pipeline in pipelines:
+            cleanup.push_async_callback(pipeline.stop)
         cleanup.push_async_callback(server.stop, settings.drain_seconds)
         cleanup.push_async_callback(status.drain)  # first, so that load balancers look elsewhere
         address = _listen(server, settings)
@@ -209,23 +218,24 @@ async def run_server(embedder: Embedder, settings: ServerSettings) -> AsyncItera
         metrics_address = serve_metrics(metrics.registry, settings.metrics_address, cleanup)
         await status.set_serving(False)
         await server.start()
-        pipeline.start()
-        await pipeline.warm_up()
+        for pipeline in pipelines:
+            pipeline.start()
+            await pipeline.warm_up()
         await status.set_serving(True)
-        watcher = asyncio.create_task(_watch(pipeline, status))
+        watcher = asyncio.create_task(_watch(pipelines, status))
         cleanup.callback(watcher.cancel)
-        yield RunningServer(address, pipeline, metrics, metrics_address, lambda: status.serving)
+        yield RunningServer(address, models, metrics, metrics_address, lambda: status.serving)
 
 
 async def serve(
-    embedder: Embedder,
+    embedders: Embedder | Mapping[str, Embedder],
     settings: ServerSettings,
     on_ready: Callable[[RunningServer], None] = lambda server: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let running calls finish.
 
     Args:
-        embedder: Model to serve. It is not closed.
+        embedders: Model to serve, or models by name, see `run_server`. They are not closed.
         settings: How to listen and what to offer.
         on_ready: Function called once, when the server answers calls.
 
@@ -239,15 +249,18 @@ async def serve(
     loop = asyncio.get_running_loop()
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signal_number, stop.set)
-    async with run_server(embedder, settings) as server:
-        _log.info(
-            "serving %s (%s) on %s, bases: %s; metrics: %s",
-            embedder.bundle.manifest.name,
-            embedder.engine,
-            server.address,
-            ", ".join(sorted(server.pipeline.bases.snapshot)) or "none",
-            server.metrics_address or "none",
-        )
+    async with run_server(embedders, settings) as server:
+        for name, pipeline in server.models.pipelines.items():
+            embedder = pipeline.embedder
+            bundle = embedder.bundle.manifest.name
+            _log.info(
+                "serving %s (%s) on %s, bases: %s; metrics: %s",
+                bundle if name == bundle else f"{name}: {bundle}",
+                embedder.engine,
+                server.address,
+                ", ".join(sorted(pipeline.bases.snapshot)) or "none",
+                server.metrics_address or "none",
+            )
         on_ready(server)
         link = None
         if settings.worker is not None:
@@ -259,6 +272,24 @@ async def serve(
             link.cancel()
         _log.info("draining: running calls have %.0f s", settings.drain_seconds)
     _log.info("stopped")
+
+
+def _make_models(
+    embedders: Embedder | Mapping[str, Embedder], settings: ServerSettings, cleanup: AsyncExitStack
+) -> Models:
+    """Return the models with their bases, which are closed by `cleanup`."""
+    if isinstance(embedders, Embedder):
+        embedders = {embedders.bundle.manifest.name: embedders}
+    stores: dict[str, BasisStore] = {}  # bundles of one model, such as two precisions, share one
+    pipelines = {}
+    for name, embedder in embedders.items():
+        fingerprint = embedder.bundle.fingerprint
+        if fingerprint not in stores:
+            stores[fingerprint] = make_basis_store(fingerprint, settings)
+            stores[fingerprint].open()
+            cleanup.callback(stores[fingerprint].close)
+        pipelines[name] = Pipeline(embedder, stores[fingerprint], settings.limits)
+    return Models(pipelines)
 
 
 def make_basis_store(fingerprint: str, settings: ServerSettings) -> BasisStore:
@@ -411,15 +442,18 @@ def _check_unused(path: Path) -> None:
     )
 
 
-async def _watch(pipeline: Pipeline, status: _Health) -> None:
-    """Set health when the engine fails, hangs or recovers, and when the bases are away or back."""
+async def _watch(pipelines: Sequence[Pipeline], status: _Health) -> None:
+    """Set health when an engine fails, hangs or recovers, and when the bases are away or back."""
     before = (True, True)
     with contextlib.suppress(asyncio.CancelledError):
         while True:
             await asyncio.sleep(_HEALTH_CHECK_SECONDS)
-            batcher, watcher = pipeline.batcher, pipeline.bases.watcher
-            healthy = batcher.failed is None and batcher.running_seconds < HANG_SECONDS
-            now = (healthy, watcher is None or watcher.problem is None)
+            healthy = all(
+                each.batcher.failed is None and each.batcher.running_seconds < HANG_SECONDS
+                for each in pipelines
+            )
+            watchers = [each.bases.watcher for each in pipelines]
+            now = (healthy, all(each is None or each.problem is None for each in watchers))
             if now == before:
                 continue
             if healthy and not before[0]:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63rl_sdk/pb/crl/v1/basis.proto\x12\x06\x63rl.v1\"\x80\x01\n\tBasisInfo\x12\x11\n\tcriterion\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\r\n\x05texts\x18\x03 \x03(\t\x12\x0f\n\x07prompts\x18\x04 \x03(\t\x12\x0e\n\x06method\x18\x05 \x01(\t\x12\x0c\n\x04post\x18\x06 \x01(\t\x12\x12\n\noutput_dim\x18\x07 \x01(\r\"\x12\n\x10ListBasesRequest\"5\n\x11ListBasesResponse\x12 \n\x05\x62\x61ses\x18\x01 \x03(\x0b\x32\x11.crl.v1.BasisInfo\"$\n\x0fGetBasisRequest\x12\x11\n\tcriterion\x18\x01 \x01(\t\"A\n\x10GetBasisResponse\x12\x1f\n\x04info\x18\x01 \x01(\x0b\x32\x11.crl.v1.BasisInfo\x12\x0c\n\x04\x66ile\x18\x02 \x01(\x0c\"d\n\x0fPutBasisRequest\x12\x0e\n\x04\x66ile\x18\x01 \x01(\x0cH\x00\x12#\n\x05texts\x18\x02 \x01(\x0b\x32\x12.crl.v1.BasisTextsH\x00\x12\x12\n\nno_replace\x18\x03 \x01(\x08\x42\x08\n\x06source\"\x8f\x01\n\nBasisTexts\x12\x11\n\tcriterion\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x0f\n\x07prompts\x18\x03 \x03(\t\x12\x0e\n\x06method\x18\x04 \x01(\t\x12\x0c\n\x04post\x18\x05 \x01(\t\x12\x0f\n\x07\x61gainst\x18\x06 \x03(\t\x12\x0e\n\x06ignore\x18\x07 \x03(\t\x12\x0f\n\x07\x63urated\x18\x08 \x01(\x08\"E\n\x10PutBasisResponse\x12\x1f\n\x04info\x18\x01 \x01(\x0b\x32\x11.crl.v1.BasisInfo\x12\x10\n\x08replaced\x18\x02 \x01(\x08\"\'\n\x12\x44\x65leteBasisRequest\x12\x11\n\tcriterion\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteBasisResponse\"\xab\x02\n\x14GenerateBasisRequest\x12\x11\n\tcriterion\x18\x01 \x01(\t\x12\x0c\n\x04hint\x18\x02 \x01(\t\x12\x0f\n\x07prompts\x18\x03 \x03(\t\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x12\x0f\n\x07include\x18\x05 \x03(\t\x12\x0f\n\x07\x65xclude\x18\x06 \x03(\t\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x12\n\nno_replace\x18\x08 \x01(\x08\x12\x0f\n\x07\x61gainst\x18\t \x03(\t\x12\x0e\n\x06ignore\x18\n \x03(\t\x12\x15\n\raccept_unsure\x18\x0b \x01(\x08\x12\x0c\n\x04\x66orm\x18\x0c \x01(\t\x12\x11\n\tmax_words\x18\r \x01(\r\x12\x12\n\nany_script\x18\x0e \x01(\x08\x12\x0f\n\x07subject\x18\x0f \x01(\t\x12\x10\n\x08pictures\x18\x10 \x01(\x0c\"z\n\x15GenerateBasisResponse\x12.\n\x08progress\x18\x01 \x01(\x0b\x32\x1a.crl.v1.GenerationProgressH\x00\x12(\n\x04\x64one\x18\x02 \x01(\x0b\x32\x18.crl.v1.PutBasisResponseH\x00\x42\x07\n\x05\x65vent\"e\n\x12GenerationProgress\x12\x0f\n\x07\x61nswers\x18\x01 \x01(\r\x12\x13\n\x0bmax_answers\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x19\n\x11tokens_per_second\x18\x04 \x01(\x01\x32\xe6\x02\n\x0c\x42\x61sisService\x12@\n\tListBases\x12\x18.crl.v1.ListBasesRequest\x1a\x19.crl.v1.ListBasesResponse\x12=\n\x08GetBasis\x12\x17.crl.v1.GetBasisRequest\x1a\x18.crl.v1.GetBasisResponse\x12=\n\x08PutBasis\x12\x17.crl.v1.PutBasisRequest\x1a\x18.crl.v1.PutBasisResponse\x12\x46\n\x0b\x44\x65leteBasis\x12\x1a.crl.v1.DeleteBasisRequest\x1a\x1b.crl.v1.DeleteBasisResponse\x12N\n\rGenerateBasis\x12\x1c.crl.v1.GenerateBasisRequest\x1a\x1d.crl.v1.GenerateBasisResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63rl_sdk/pb/crl/v1/basis.proto\x12\x06\x63rl.v1\"\x80\x01\n\tBasisInfo\x12\x11\n\tcriterion\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\r\n\x05texts\x18\x03 \x03(\t\x12\x0f\n\x07prompts\x18\x04 \x03(\t\x12\x0e\n\x06method\x18\x05 \x01(\t\x12\x0c\n\x04post\x18\x06 \x01(\t\x12\x12\n\noutput_dim\x18\x07 \x01(\r\"!\n\x10ListBasesRequest\x12\r\n\x05model\x18\x01 \x01(\t\"5\n\x11ListBasesResponse\x12 \n\x05\x62\x61ses\x18\x01 \x03(\x0b\x32\x11.crl.v1.BasisInfo\"3\n\x0fGetBasisRequest\x12\x11\n\tcriterion\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\"A\n\x10GetBasisResponse\x12\x1f\n\x04info\x18\x01 \x01(\x0b\x32\x11.crl.v1.BasisInfo\x12\x0c\n\x04\x66ile\x18\x02 \x01(\x0c\"s\n\x0fPutBasisRequest\x12\x0e\n\x04\x66ile\x18\x01 \x01(\x0cH\x00\x12#\n\x05texts\x18\x02 \x01(\x0b\x32\x12.crl.v1.BasisTextsH\x00\x12\x12\n\nno_replace\x18\x03 \x01(\x08\x12\r\n\x05model\x18\x04 \x01(\tB\x08\n\x06source\"\x8f\x01\n\nBasisTexts\x12\x11\n\tcriterion\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x0f\n\x07prompts\x18\x03 \x03(\t\x12\x0e\n\x06method\x18\x04 \x01(\t\x12\x0c\n\x04post\x18\x05 \x01(\t\x12\x0f\n\x07\x61gainst\x18\x06 \x03(\t\x12\x0e\n\x06ignore\x18\x07 \x03(\t\x12\x0f\n\x07\x63urated\x18\x08 \x01(\x08\"E\n\x10PutBasisResponse\x12\x1f\n\x04info\x18\x01 \x01(\x0b\x32\x11.crl.v1.BasisInfo\x12\x10\n\x08replaced\x18\x02 \x01(\x08\"6\n\x12\x44\x65leteBasisRequest\x12\x11\n\tcriterion\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\"\x15\n\x13\x44\x65leteBasisResponse\"\xba\x02\n\x14GenerateBasisRequest\x12\x11\n\tcriterion\x18\x01 \x01(\t\x12\x0c\n\x04hint\x18\x02 \x01(\t\x12\x0f\n\x07prompts\x18\x03 \x03(\t\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x12\x0f\n\x07include\x18\x05 \x03(\t\x12\x0f\n\x07\x65xclude\x18\x06 \x03(\t\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x12\n\nno_replace\x18\x08 \x01(\x08\x12\x0f\n\x07\x61gainst\x18\t \x03(\t\x12\x0e\n\x06ignore\x18\n \x03(\t\x12\x15\n\raccept_unsure\x18\x0b \x01(\x08\x12\x0c\n\x04\x66orm\x18\x0c \x01(\t\x12\x11\n\tmax_words\x18\r \x01(\r\x12\x12\n\nany_script\x18\x0e \x01(\x08\x12\x0f\n\x07subject\x18\x0f \x01(\t\x12\x10\n\x08pictures\x18\x10 \x01(\x0c\x12\r\n\x05model\x18\x11 \x01(\t\"z\n\x15GenerateBasisResponse\x12.\n\x08progress\x18\x01 \x01(\x0b\x32\x1a.crl.v1.GenerationProgressH\x00\x12(\n\x04\x64one\x18\x02 \x01(\x0b\x32\x18.crl.v1.PutBasisResponseH\x00\x42\x07\n\x05\x65vent\"e\n\x12GenerationProgress\x12\x0f\n\x07\x61nswers\x18\x01 \x01(\r\x12\x13\n\x0bmax_answers\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x19\n\x11tokens_per_second\x18\x04 \x01(\x01\x32\xe6\x02\n\x0c\x42\x61sisService\x12@\n\tListBases\x12\x18.crl.v1.ListBasesRequest\x1a\x19.crl.v1.ListBasesResponse\x12=\n\x08GetBasis\x12\x17.crl.v1.GetBasisRequest\x1a\x18.crl.v1.GetBasisResponse\x12=\n\x08PutBasis\x12\x17.crl.v1.PutBasisRequest\x1a\x18.crl.v1.PutBasisResponse\x12\x46\n\x0b\x44\x65leteBasis\x12\x1a.crl.v1.DeleteBasisRequest\x1a\x1b.crl.v1.DeleteBasisResponse\x12N\n\rGenerateBasis\x12\x1c.crl.v1.GenerateBasisRequest\x1a\x1d.crl.v1.GenerateBasisResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,29 +34,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BASISINFO']._serialized_start=42
   _globals['_BASISINFO']._serialized_end=170
   _globals['_LISTBASESREQUEST']._serialized_start=172
-  _globals['_LISTBASESREQUEST']._serialized_end=190
-  _globals['_LISTBASESRESPONSE']._serialized_start=192
-  _globals['_LISTBASESRESPONSE']._serialized_end=245
-  _globals['_GETBASISREQUEST']._serialized_start=247
-  _globals['_GETBASISREQUEST']._serialized_end=283
-  _globals['_GETBASISRESPONSE']._serialized_start=285
-  _globals['_GETBASISRESPONSE']._serialized_end=350
-  _globals['_PUTBASISREQUEST']._serialized_start=352
-  _globals['_PUTBASISREQUEST']._serialized_end=452
-  _globals['_BASISTEXTS']._serialized_start=455
-  _globals['_BASISTEXTS']._serialized_end=598
-  _globals['_PUTBASISRESPONSE']._serialized_start=600
-  _globals['_PUTBASISRESPONSE']._serialized_end=669
-  _globals['_DELETEBASISREQUEST']._serialized_start=671
-  _globals['_DELETEBASISREQUEST']._serialized_end=710
-  _globals['_DELETEBASISRESPONSE']._serialized_start=712
-  _globals['_DELETEBASISRESPONSE']._serialized_end=733
-  _globals['_GENERATEBASISREQUEST']._serialized_start=736
-  _globals['_GENERATEBASISREQUEST']._serialized_end=1035
-  _globals['_GENERATEBASISRESPONSE']._serialized_start=1037
-  _globals['_GENERATEBASISRESPONSE']._serialized_end=1159
-  _globals['_GENERATIONPROGRESS']._serialized_start=1161
-  _globals['_GENERATIONPROGRESS']._serialized_end=1262
-  _globals['_BASISSERVICE']._serialized_start=1265
-  _globals['_BASISSERVICE']._serialized_end=1623
+  _globals['_LISTBASESREQUEST']._serialized_end=205
+  _globals['_LISTBASESRESPONSE']._serialized_start=207
+  _globals['_LISTBASESRESPONSE']._serialized_end=260
+  _globals['_GETBASISREQUEST']._serialized_start=262
+  _globals['_GETBASISREQUEST']._serialized_end=313
+  _globals['_GETBASISRESPONSE']._serialized_start=315
+  _globals['_GETBASISRESPONSE']._serialized_end=380
+  _globals['_PUTBASISREQUEST']._serialized_start=382
+  _globals['_PUTBASISREQUEST']._serialized_end=497
+  _globals['_BASISTEXTS']._serialized_start=500
+  _globals['_BASISTEXTS']._serialized_end=643
+  _globals['_PUTBASISRESPONSE']._serialized_start=645
+  _globals['_PUTBASISRESPONSE']._serialized_end=714
+  _globals['_DELETEBASISREQUEST']._serialized_start=716
+  _globals['_DELETEBASISREQUEST']._serialized_end=770
+  _globals['_DELETEBASISRESPONSE']._serialized_start=772
+  _globals['_DELETEBASISRESPONSE']._serialized_end=793
+  _globals['_GENERATEBASISREQUEST']._serialized_start=796
+  _globals['_GENERATEBASISREQUEST']._serialized_end=1110
+  _globals['_GENERATEBASISRESPONSE']._serialized_start=1112
+  _globals['_GENERATEBASISRESPONSE']._serialized_end=1234
+  _globals['_GENERATIONPROGRESS']._serialized_start=1236
+  _globals['_GENERATIONPROGRESS']._serialized_end=1337
+  _globals['_BASISSERVICE']._serialized_start=1340
+  _globals['_BASISSERVICE']._serialized_end=1698
 # @@protoc_insertion_point(module_scope)

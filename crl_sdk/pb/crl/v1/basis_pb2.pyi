@@ -76,12 +76,17 @@ Global___BasisInfo: _TypeAlias = BasisInfo  # noqa: Y015
 class ListBasesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Name of the model, if the server has several. Empty for the first one."""
     def __init__(
         self,
+        *,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -114,15 +119,19 @@ class GetBasisRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CRITERION_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     criterion: _builtins.str
+    model: _builtins.str
+    """Name of the model, if the server has several. Empty for the first one."""
     def __init__(
         self,
         *,
         criterion: _builtins.str = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["criterion", b"criterion"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["criterion", b"criterion", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -159,10 +168,13 @@ class PutBasisRequest(_message.Message):
     FILE_FIELD_NUMBER: _builtins.int
     TEXTS_FIELD_NUMBER: _builtins.int
     NO_REPLACE_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     file: _builtins.bytes
     """Content of a basis file."""
     no_replace: _builtins.bool
     """Whether to refuse the call with ALREADY_EXISTS if the criterion has a basis."""
+    model: _builtins.str
+    """Name of the model, if the server has several. Empty for the first one."""
     @_builtins.property
     def texts(self) -> Global___BasisTexts:
         """Texts that the server makes a basis from, with the text tower of its model."""
@@ -173,10 +185,11 @@ class PutBasisRequest(_message.Message):
         file: _builtins.bytes = ...,
         texts: Global___BasisTexts | None = ...,
         no_replace: _builtins.bool = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "source", b"source", "texts", b"texts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "no_replace", b"no_replace", "source", b"source", "texts", b"texts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "model", b"model", "no_replace", b"no_replace", "source", b"source", "texts", b"texts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["file", "texts"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
@@ -272,15 +285,19 @@ class DeleteBasisRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CRITERION_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     criterion: _builtins.str
+    model: _builtins.str
+    """Name of the model, if the server has several. Empty for the first one."""
     def __init__(
         self,
         *,
         criterion: _builtins.str = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["criterion", b"criterion"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["criterion", b"criterion", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -321,6 +338,7 @@ class GenerateBasisRequest(_message.Message):
     ANY_SCRIPT_FIELD_NUMBER: _builtins.int
     SUBJECT_FIELD_NUMBER: _builtins.int
     PICTURES_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     criterion: _builtins.str
     """Criterion in words, such as "animal habitat"."""
     hint: _builtins.str
@@ -349,6 +367,8 @@ class GenerateBasisRequest(_message.Message):
     """Universal embeddings of at least 20 pictures that vote on the texts: those that fit none of them
     best are left out. Little-endian float32 numbers, d for each picture, one picture after another.
     """
+    model: _builtins.str
+    """Name of the model, if the server has several. Empty for the first one."""
     @_builtins.property
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Text templates with one `{}` each. Empty for the prompt that the model recommends."""
@@ -388,10 +408,11 @@ class GenerateBasisRequest(_message.Message):
         any_script: _builtins.bool = ...,
         subject: _builtins.str = ...,
         pictures: _builtins.bytes = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_unsure", b"accept_unsure", "against", b"against", "any_script", b"any_script", "count", b"count", "criterion", b"criterion", "exclude", b"exclude", "form", b"form", "hint", b"hint", "ignore", b"ignore", "include", b"include", "max_words", b"max_words", "no_replace", b"no_replace", "pictures", b"pictures", "prompts", b"prompts", "seed", b"seed", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_unsure", b"accept_unsure", "against", b"against", "any_script", b"any_script", "count", b"count", "criterion", b"criterion", "exclude", b"exclude", "form", b"form", "hint", b"hint", "ignore", b"ignore", "include", b"include", "max_words", b"max_words", "model", b"model", "no_replace", b"no_replace", "pictures", b"pictures", "prompts", b"prompts", "seed", b"seed", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,7 +6,8 @@ Universal and conditional embeddings of images and texts.
 The error of a whole call is a gRPC status:
 
   INVALID_ARGUMENT    The request is malformed.
-  NOT_FOUND           There is no basis of a criterion. The message lists the bases.
+  NOT_FOUND           There is no basis of a criterion, or no model of a name. The message lists
+                      what there is.
   RESOURCE_EXHAUSTED  The queue is full. The trailer `retry-after-ms` says when to try again.
   DEADLINE_EXCEEDED   The client's deadline passed before the reply was ready.
   UNAUTHENTICATED     The token is missing or unknown.
@@ -71,10 +72,13 @@ class EmbedRequest(_message.Message):
     CRITERIA_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     OMIT_UNIVERSAL_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     dtype: Global___Dtype.ValueType
     """Type of the tensors in the reply: FLOAT32, FLOAT16 or INT8. Unspecified means FLOAT32."""
     omit_universal: _builtins.bool
     """Whether to leave the universal embeddings out of the reply."""
+    model: _builtins.str
+    """Name of the model, if the server has several. Empty for the first one."""
     @_builtins.property
     def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___Image]:
         """At least one image."""
@@ -92,10 +96,11 @@ class EmbedRequest(_message.Message):
         criteria: _abc.Iterable[_builtins.str] | None = ...,
         dtype: Global___Dtype.ValueType = ...,
         omit_universal: _builtins.bool = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["criteria", b"criteria", "dtype", b"dtype", "images", b"images", "omit_universal", b"omit_universal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["criteria", b"criteria", "dtype", b"dtype", "images", b"images", "model", b"model", "omit_universal", b"omit_universal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -391,12 +396,15 @@ class EmbedTextRequest(_message.Message):
     TEXTS_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     TRUNCATE_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     dtype: Global___Dtype.ValueType
     """Type of the embeddings: FLOAT32, FLOAT16 or INT8. Unspecified means FLOAT32."""
     truncate: _builtins.bool
     """Whether to cut texts that are longer than the model's context. Otherwise such a text is an
     error of the call.
     """
+    model: _builtins.str
+    """Name of the model, if the server has several. Empty for the first one."""
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """At least one text."""
@@ -407,10 +415,11 @@ class EmbedTextRequest(_message.Message):
         texts: _abc.Iterable[_builtins.str] | None = ...,
         dtype: Global___Dtype.ValueType = ...,
         truncate: _builtins.bool = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "texts", b"texts", "truncate", b"truncate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "model", b"model", "texts", b"texts", "truncate", b"truncate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -446,12 +455,17 @@ Global___EmbedTextResponse: _TypeAlias = EmbedTextResponse  # noqa: Y015
 class GetModelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Name of the model, if the server has several. Empty for the first one."""
     def __init__(
         self,
+        *,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -470,6 +484,7 @@ class GetModelResponse(_message.Message):
     MAX_IMAGES_FIELD_NUMBER: _builtins.int
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the bundle."""
     fingerprint: _builtins.str
@@ -488,6 +503,10 @@ class GetModelResponse(_message.Message):
     def preprocessing(self) -> Global___Preprocessing:
         """How the server turns images into the pixels of the model."""
 
+    @_builtins.property
+    def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the models that the server has, the default one first. A request may name one."""
+
     def __init__(
         self,
         *,
@@ -500,10 +519,11 @@ class GetModelResponse(_message.Message):
         max_images: _builtins.int = ...,
         server_version: _builtins.str = ...,
         prompt: _builtins.str = ...,
+        models: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["preprocessing", b"preprocessing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "embedding_dim", b"embedding_dim", "engine", b"engine", "fingerprint", b"fingerprint", "max_images", b"max_images", "name", b"name", "preprocessing", b"preprocessing", "prompt", b"prompt", "server_version", b"server_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "embedding_dim", b"embedding_dim", "engine", b"engine", "fingerprint", b"fingerprint", "max_images", b"max_images", "models", b"models", "name", b"name", "preprocessing", b"preprocessing", "prompt", b"prompt", "server_version", b"server_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

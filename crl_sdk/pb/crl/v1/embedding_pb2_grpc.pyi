@@ -6,7 +6,8 @@ Universal and conditional embeddings of images and texts.
 The error of a whole call is a gRPC status:
 
   INVALID_ARGUMENT    The request is malformed.
-  NOT_FOUND           There is no basis of a criterion. The message lists the bases.
+  NOT_FOUND           There is no basis of a criterion, or no model of a name. The message lists
+                      what there is.
   RESOURCE_EXHAUSTED  The queue is full. The trailer `retry-after-ms` says when to try again.
   DEADLINE_EXCEEDED   The client's deadline passed before the reply was ready.
   UNAUTHENTICATED     The token is missing or unknown.
