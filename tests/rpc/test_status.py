@@ -56,6 +56,7 @@ def test_only_our_own_failures_are_internal():
     assert internal == {
         errors.CrlError, errors.BasisError, errors.ServiceError, errors.ExportError,
         errors.ParityError,
+        errors.VectorStoreError, errors.StoreMismatchError,  # no service raises them
     }  # fmt: skip
 
 
