@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 DATA ?= ../shared/data/real-vectors
 
-.PHONY: demo test test-slow test-scale test-triton test-gpu gpu-wheels docs-test soak fuzz walks notebooks check links types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-photos bench-outliers bench-service bench-project bench-stores bench-peers load deploy-wheel deploy-locks deploy-check deploy-chroot wheelhouse wheelhouse-table clean
+.PHONY: demo test test-slow test-scale test-triton test-gpu gpu-wheels docs-test soak fuzz walks notebooks check links types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-photos bench-outliers bench-service bench-project bench-stores bench-peers bench-triton load deploy-wheel deploy-locks deploy-check deploy-chroot wheelhouse wheelhouse-table clean
 
 demo: $(VENV)/.demo ## from criteria in words to named groups of images, with a report
 	$(BIN)/crl demo
@@ -156,6 +156,10 @@ bench-stores: $(SCALE)/.done ## vector stores beside the exact index, on real CL
 bench-peers: $(VENV)/.dev ## comparison with peers: under an hour, 32 GB of disk for their environments
 	$(BIN)/python -m crl_benchmarks.peers
 	$(BIN)/python -m crl_benchmarks.peers --readme
+
+bench-triton: $(VENV)/.dev $(TRITON)/.done links | $(VIT_B_32) ## Triton's ensemble beside crl serve: 6 minutes
+	PYTHONPATH=.:build/types $(TRITON)/bin/python -m crl_benchmarks.triton_ensemble crl_sdk/bundles/demo $(VIT_B_32) \
+	  --python $(BIN)/python --out benchmarks/results/triton-ensemble.md
 
 load: $(VENV)/.dev ## the service under ten times its capacity for 1 minute, then 80 % of it for 5
 	$(BIN)/python -m crl_benchmarks.service_load overload --seconds 60

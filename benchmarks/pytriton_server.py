@@ -19,11 +19,17 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RunningTriton:
-    """A server that is ready: the addresses of its protocols, and the file of its log."""
+    """A server that is ready.
+
+    Attributes:
+        grpc: Address of its gRPC port.
+        http: Address of its HTTP port.
+        pid: Process id. Each `model.py` runs in a child of it.
+    """
 
     grpc: str
     http: str
-    log: Path
+    pid: int
 
 
 def _free_ports(count: int) -> list[int]:
@@ -86,7 +92,7 @@ def run_triton(
             )  # fmt: skip
         try:
             _wait_until_ready(process, f"127.0.0.1:{http}", log, seconds)
-            yield RunningTriton(f"127.0.0.1:{grpc}", f"127.0.0.1:{http}", log)
+            yield RunningTriton(f"127.0.0.1:{grpc}", f"127.0.0.1:{http}", process.pid)
         finally:
             process.send_signal(signal.SIGTERM)
             try:
