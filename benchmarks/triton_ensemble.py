@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import statistics
-import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +29,7 @@ from crl_benchmarks.pytriton_server import run_triton
 from crl_export.triton_server.repository import Options, export_repository
 from crl_sdk import Embedder, ModelBundle
 from crl_sdk.basis import BasisDirectory
-from crl_sdk.cli._local_server import parse_ready_line
+from crl_sdk.cli._local_server import local_server
 
 SIZE, IMAGES = (640, 480), 64
 CALLERS = (1, 8, 16)
@@ -74,32 +71,6 @@ class Measured:
     p50_ms: float
     p99_ms: float
     cpu_ms: float
-
-
-@contextmanager
-def run_crl(python: Path, bundle: Path, bases: Path, log: Path) -> Iterator[Server]:
-    """Run `crl serve` in fp32 without a cache, with the Python of another environment."""
-    command = [
-        str(python), "-m", "crl_sdk", "serve", "--bundle", str(bundle), "--bases", str(bases),
-        "--engine", "onnx/cpu/fp32", "--cache-mb", "0", "--address", "127.0.0.1:0",
-    ]  # fmt: skip
-    output = log.with_suffix(".out")
-    with output.open("w") as out, log.open("w") as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
-    try:
-        ends = time.monotonic() + 180
-        while (ready := parse_ready_line(output.read_text())) is None:
-            if process.poll() is not None or time.monotonic() > ends:
-                raise RuntimeError(f"crl serve did not start:\n{log.read_text()[-2000:]}")
-            time.sleep(0.1)
-        yield Server("crl serve", ready.address, "crl.color", process.pid)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def call(client: Any, model: str, image: bytes) -> Any:
@@ -152,7 +123,7 @@ def _cpu_seconds(pid: int) -> float:
     return float(sum(each.user + each.system for each in times))
 
 
-def run(bundle: Path, python: Path, rounds: int, seconds: float) -> str:
+def run(bundle: Path, rounds: int, seconds: float) -> str:
     """Measure both servers with a bundle, and return a section of the page.
 
     Raises:
@@ -171,11 +142,15 @@ def run(bundle: Path, python: Path, rounds: int, seconds: float) -> str:
         basis.save(path)
         options = Options(backend="python")
         export_repository(opened, folder / "bases", folder / "repository", options)
+        served = ("--engine", "onnx/cpu/fp32", "--cache-mb", "0", "--bases", str(folder / "bases"))
         with (
             run_triton(folder / "repository", folder) as running,
-            run_crl(python, bundle, folder / "bases", folder / "serve.log") as own,
+            local_server(bundle, folder / "serve.log", *served) as own,
         ):
-            servers = [Server("Triton", running.grpc, "crl_color", running.pid), own]
+            servers = [
+                Server("Triton", running.grpc, "crl_color", running.pid),
+                Server("crl serve", own.address, "crl.color", own.pid),
+            ]
             rows = []
             for server in servers:
                 with triton.InferenceServerClient(server.address) as client:
@@ -225,7 +200,6 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundles", type=Path, nargs="+")
-    parser.add_argument("--python", type=Path, required=True, help="interpreter of crl serve")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--out", type=Path, help="path of the page to write")
@@ -242,7 +216,7 @@ def main() -> None:
         "its cache. Both are called by the same tritonclient, on the same cores.",
     ]
     for bundle in options.bundles:
-        parts.append(run(bundle, options.python, options.rounds, options.seconds))
+        parts.append(run(bundle, options.rounds, options.seconds))
         print(parts[-1], flush=True)
     if options.out:
         options.out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

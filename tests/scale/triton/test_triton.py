@@ -29,6 +29,7 @@ from tritonclient import http  # noqa: E402
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup  # noqa: E402
 from tritonclient.utils import InferenceServerException  # noqa: E402
 
+from crl_benchmarks import triton_ensemble  # noqa: E402
 from crl_benchmarks.pytriton_server import RunningTriton, run_triton  # noqa: E402
 from crl_export.triton_server.repository import (  # noqa: E402
     Options,
@@ -336,6 +337,14 @@ def test_a_basis_is_replaced_under_load_without_a_gap(embedder, tmp_path):
         embedder.add_basis(basis)
         expected = embedder.embed([pixels], ["color"])["color"]
         np.testing.assert_allclose(callers.first[basis.sha256()], expected, atol=TOLERANCE)
+
+
+def test_the_benchmark_beside_crl_serve(monkeypatch):
+    monkeypatch.setattr(triton_ensemble, "CALLERS", (1, 4))
+    monkeypatch.setattr(triton_ensemble, "WARM_UP", 0.1)
+    page = triton_ensemble.run(demo_bundle(), rounds=1, seconds=0.3)
+    for row in ("| 1 | Triton |", "| 4 | Triton |", "| 4 | crl serve |"):
+        assert row in page
 
 
 def read_configs(repository: Path) -> dict[str, ModelConfig]:
