@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 DATA ?= ../shared/data/real-vectors
 
-.PHONY: demo test test-slow test-scale test-triton test-gpu gpu-wheels docs-test soak fuzz walks notebooks check links types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-photos bench-outliers bench-service bench-project bench-stores bench-peers bench-triton load deploy-wheel deploy-locks deploy-check deploy-chroot wheelhouse wheelhouse-table clean
+.PHONY: demo test test-slow test-scale test-triton test-import test-gpu gpu-wheels docs-test soak fuzz walks notebooks check links types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-photos bench-outliers bench-service bench-project bench-stores bench-peers bench-triton load deploy-wheel deploy-locks deploy-check deploy-chroot wheelhouse wheelhouse-table clean
 
 demo: $(VENV)/.demo ## from criteria in words to named groups of images, with a report
 	$(BIN)/crl demo
@@ -44,6 +44,21 @@ $(TRITON)/.done: constraints-triton.txt
 	@echo "installing Triton's server (once; 0.6 GB) …"
 	$(TRITON_PYTHON) -m venv --clear $(TRITON)
 	$(TRITON)/bin/pip install --quiet -r constraints-triton.txt
+	touch $@
+
+# The tools that make ready-made ONNX exports have an environment of their own, likewise: optimum-onnx
+# conflicts with constraints.txt.
+IMPORT := build/import
+
+test-import: $(IMPORT)/.done ## crl import of exports made by transformers, optimum-onnx and open_clip: 1 minute
+	$(IMPORT)/bin/python -m pytest tests/imports
+
+$(IMPORT)/.done: $(VENV)/.dev constraints-import.txt
+	@echo "installing transformers, optimum-onnx and fastembed (once; 170 MB) …"
+	$(BIN)/python -m venv --clear $(IMPORT)
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+	  > "$$($(IMPORT)/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth"
+	$(IMPORT)/bin/pip install --quiet -r constraints-import.txt
 	touch $@
 
 gpu-wheels: $(VENV)/.dev ## wheels in .whl/ that benchmarks/gpu/check.sh needs and a GPU machine may lack

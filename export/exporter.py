@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import platform
-import warnings
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,25 +12,37 @@ from numpy.typing import NDArray
 from torchvision.transforms.functional import normalize
 
 from crl_export.background import add_background
+from crl_export.bundle_parts import (
+    TEXT_FILE,
+    TOKENIZER_FILE,
+    Progress,
+    Steps,
+    check_image_graph,
+    check_place,
+    list_files,
+    tool_versions,
+)
 from crl_export.checkpoint import Checkpoint, load_checkpoint
 from crl_export.clip_model import ClipModel
-from crl_export.graphs import ImageGraph, TextGraph, export_image_graph, export_text_graph
-from crl_export.precision import half_graph, quantise
+from crl_export.graphs import (
+    ImageGraph,
+    TextGraph,
+    export_image_graph,
+    export_text_graph,
+    half_graph,
+)
+from crl_export.precision import quantise
 from crl_export.tokenizers import write_tokenizer
-from crl_sdk._version import __version__
 from crl_sdk.basis._build import check_prompts
 from crl_sdk.engines._onnx_sessions import open_session
 from crl_sdk.errors import ExportError, InvalidInputError, ParityError
 from crl_sdk.model import _parity as parity
-from crl_sdk.model._bundle import ModelBundle, sha256_file
+from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.model._manifest import (
-    MANIFEST,
     PRECISIONS,
     RECOMMENDED_PROMPT,
     SCHEMA,
-    FileEntry,
     Manifest,
-    Parity,
     Precision,
     fingerprint_of,
     write_manifest,
@@ -43,10 +52,6 @@ from crl_sdk.model._manifest import TextGraph as TextEntry
 from crl_sdk.model._preprocess import PreprocessSpec
 from crl_sdk.model._tokenizer import Tokenizer
 from crl_sdk.storage._atomic_files import make_directory, new_directory
-
-Progress = Callable[[str, int, int], None]
-
-TEXT_FILE, TOKENIZER_FILE = "text.onnx", "tokenizer.json"
 
 
 def export_model(
@@ -105,8 +110,8 @@ def export_model(
     if unknown or not precisions:
         raise InvalidInputError(f"expected precisions among {PRECISIONS}, got {tuple(precisions)}")
     out = Path(out)
-    _check_out(out, overwrite)
-    steps = _Steps(progress, total=3 + 2 * len(set(precisions)) + (3 if text else 0))
+    check_place(out, overwrite)
+    steps = Steps(progress, total=3 + 2 * len(set(precisions)) + (3 if text else 0))
 
     steps.begin("loading the model")
     checkpoint = load_checkpoint(architecture, pretrained, seed=seed)
@@ -126,24 +131,12 @@ def export_model(
     return ModelBundle.open(out)
 
 
-class _Steps:
-    """Counts the steps of an export and reports the progress."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress, self._total, self._begun = progress, total, 0
-
-    def begin(self, stage: str) -> None:
-        if self._progress is not None:
-            self._progress(stage, min(self._begun, self._total), self._total)
-        self._begun += 1
-
-
 def _export_images(
     checkpoint: Checkpoint,
     work: Path,
     precisions: Sequence[Precision],
     strict_int8: bool,
-    steps: _Steps,
+    steps: Steps,
 ) -> tuple[int, tuple[ImageEntry, ...]]:
     """Write and check the image graphs; return d and the entries of the manifest."""
     model, spec = checkpoint.model, checkpoint.preprocess
@@ -166,7 +159,7 @@ def _export_images(
             if precision == "int8":
                 quantise(fp32, path, spec)
         steps.begin(f"checking it in {precision} against torch")
-        measured = _check_images(path, precision, images, reference, strict_int8)
+        measured = check_image_graph(path, precision, images, reference, strict_int8=strict_int8)
         entries.append(ImageEntry(file=path.name, precision=precision, parity=measured))
     if "fp32" not in wanted:
         fp32.unlink(missing_ok=True)
@@ -174,37 +167,7 @@ def _export_images(
     return dim, tuple(entries)
 
 
-def _check_images(
-    path: Path,
-    precision: Precision,
-    images: NDArray[np.uint8],
-    reference: NDArray[np.float32],
-    strict_int8: bool,
-) -> Parity:
-    session = open_session(path, precision=precision)
-    rng = np.random.default_rng(1)
-    weight = rng.standard_normal((reference.shape[1], parity.COLUMNS)).astype(np.float32)
-    bias = rng.standard_normal(parity.COLUMNS).astype(np.float32)
-
-    def run(rows: NDArray[np.generic]) -> NDArray[np.float32]:
-        feeds = {"image": rows, "weight": weight, "bias": bias}
-        embedding, projected = session.run(["embedding", "projected"], feeds)
-        error = np.abs(projected - (embedding @ weight + bias)).max()
-        if not error <= 1e-4:
-            raise ParityError(f"{path.name}: the projection inside the graph is off by {error:g}")
-        return np.asarray(embedding)
-
-    measured = parity.compare(reference, parity.batched(run, images))
-    try:
-        parity.require(measured, parity.TOLERANCES[precision], path.name)
-    except ParityError as error:
-        if precision != "int8" or strict_int8:
-            raise
-        warnings.warn(f"int8 graph kept despite its error: {error}", stacklevel=2)
-    return measured
-
-
-def _export_text(checkpoint: Checkpoint, work: Path, prompt: str, steps: _Steps) -> TextEntry:
+def _export_text(checkpoint: Checkpoint, work: Path, prompt: str, steps: Steps) -> TextEntry:
     """Write and check the tokenizer and the text graph."""
     steps.begin("exporting the text tower")
     try:
@@ -265,10 +228,7 @@ def _write_manifest(
     images: tuple[ImageEntry, ...],
     text: TextEntry | None,
 ) -> None:
-    files = {
-        path.name: FileEntry(sha256=sha256_file(path), bytes=path.stat().st_size)
-        for path in sorted(work.iterdir())
-    }
+    files = list_files(work)
     tokenizer = files[TOKENIZER_FILE].sha256 if text is not None else None
     tools = ("torch", "open_clip_torch", "onnx", "onnxruntime", "onnxscript", "tokenizers")
     manifest = Manifest(
@@ -281,23 +241,6 @@ def _write_manifest(
         text=text,
         files=files,
         source=msgspec.structs.replace(checkpoint.source, license=license),
-        made_by={
-            "crl-sdk": __version__,
-            "python": platform.python_version(),
-            **{tool: version(tool) for tool in tools},
-        },
+        made_by=tool_versions(tools),
     )
     write_manifest(work, manifest)
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    if out.is_file():
-        raise ExportError(f"{out}: expected a directory that does not exist yet, got a file")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise ExportError(f"{out}: exists already; choose another, or pass --overwrite")
-        if not (out / MANIFEST).is_file():
-            raise ExportError(
-                f"{out}: holds files but no {MANIFEST}, so it is not a bundle and is not "
-                "overwritten; choose another directory"
-            )

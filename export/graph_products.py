@@ -21,6 +21,9 @@ Feeds: TypeAlias = "Mapping[str, NDArray[Any]]"
 
 Floats: TypeAlias = "NDArray[np.float32]"
 
+_AXES_ARE_INPUT = 18
+"""Opset from which the axes of ReduceMin and ReduceMax are an input."""
+
 _INLINE_BYTES = 1 << 30
 """Larger models are written with their weights beside the graph: a file holds 2 GiB at most."""
 
@@ -88,14 +91,19 @@ def channel_ranges(
     probe.CopyFrom(model)
     axis = onnx.numpy_helper.from_array(np.array([0]), "probed_axis")
     probe.graph.initializer.append(axis)
+    opset = max(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
+    old = opset < _AXES_ARE_INPUT
     wanted = []
     for at, name in enumerate(names):
         rows = f"probed_{at}"
         probe.graph.node.append(onnx.helper.make_node("Flatten", [name], [rows], axis=-1))
         for reduce in ("ReduceMin", "ReduceMax"):
             wanted.append(f"{rows}_{reduce}")
-            inputs = [rows, axis.name]
-            probe.graph.node.append(onnx.helper.make_node(reduce, inputs, wanted[-1:], keepdims=0))
+            inputs = [rows] if old else [rows, axis.name]
+            node = onnx.helper.make_node(reduce, inputs, wanted[-1:], keepdims=0)
+            if old:
+                node.attribute.append(onnx.helper.make_attribute("axes", [0]))
+            probe.graph.node.append(node)
     values = run_probe(probe, wanted, feeds)
     return {name: (values[2 * i], values[2 * i + 1]) for i, name in enumerate(names)}
 

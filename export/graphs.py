@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -74,6 +75,14 @@ class ImageGraph(torch.nn.Module):
             pixels = ((pixels - self.mean) * self.scale).to(self.dtype)
         embedding = F.normalize(self.tower(pixels).to(torch.float32), dim=-1)
         return embedding, embedding @ weight + bias
+
+
+def half_graph(model: ClipModel, spec: PreprocessSpec) -> ImageGraph:
+    """Return the image graph with its tower in half precision.
+
+    Normalisation, projection, inputs and outputs keep their dtypes.
+    """
+    return ImageGraph(copy.deepcopy(model), spec, torch.float16)
 
 
 class _ChannelsFirst(torch.nn.Module):

@@ -1,9 +1,8 @@
-"""The image tower in lower precision: fp16, or int8 with dynamic quantisation."""
+"""The image graph in int8 with dynamic quantisation. It needs no torch."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 from collections.abc import Sequence
@@ -11,27 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from crl_export.clip_model import ClipModel
 from crl_export.equalisation import equalise
 from crl_export.graph_products import Feeds
-from crl_export.graphs import ImageGraph
 from crl_export.sensitivity import choose_float_products
 from crl_sdk.model._parity import images
 from crl_sdk.model._preprocess import PreprocessSpec
 
 _CALIBRATION_IMAGES, _CALIBRATION_SEED = 8, 1
 """Images that show the ranges of activations."""
-
-
-def half_graph(model: ClipModel, spec: PreprocessSpec) -> ImageGraph:
-    """Return the image graph with its tower in half precision.
-
-    Normalisation, projection, inputs and outputs keep their dtypes.
-    """
-    return ImageGraph(copy.deepcopy(model), spec, torch.float16)
 
 
 def quantise(

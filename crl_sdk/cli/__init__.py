@@ -23,6 +23,7 @@ from crl_sdk.cli import _evaluate as evaluate
 from crl_sdk.cli import _evaluate_vectors as evaluate_vectors
 from crl_sdk.cli import _export as models
 from crl_sdk.cli import _export_triton as export_triton
+from crl_sdk.cli import _import as imports
 from crl_sdk.cli import _project as project
 from crl_sdk.cli import _retrieve as retrieve
 from crl_sdk.cli import _serve as serve
@@ -54,6 +55,9 @@ evaluation.command("vectors", short_help="Compare all projection methods on stor
 app.command("export")(models.export)
 app.command("export-triton", short_help="Write a model repository for Triton Inference Server.")(
     export_triton.export_triton
+)
+app.command("import", short_help="Import an ONNX export of a CLIP model as a bundle.")(
+    imports.import_bundle
 )
 app.command("background", short_help="Add generic texts to a bundle of an older version.")(
     models.add_background

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 from rich.table import Table
@@ -74,11 +74,11 @@ def export(
             model,
             pretrained=pretrained,
             out=out_dir,
-            precisions=_precisions(precision),
+            precisions=parse_precisions(precision),
             name=name,
             license=license_name,
             text=text,
-            background=_background_texts(background),
+            background=background_texts(background),
             prompt=prompt,
             overwrite=overwrite,
             progress=lambda stage, done, total: progress.update(
@@ -86,7 +86,7 @@ def export(
             ),
         )
     note(f"wrote {out_dir}")
-    _print_bundle(bundle, as_json)
+    print_bundle(bundle, as_json)
 
 
 def add_background(
@@ -101,9 +101,9 @@ def add_background(
     """
     from crl_export.background import add_background
 
-    changed = add_background(bundle, _background_texts(background))
+    changed = add_background(bundle, background_texts(background))
     note(f"wrote {bundle / BACKGROUND_FILE}")
-    _print_bundle(changed, as_json)
+    print_bundle(changed, as_json)
 
 
 def info(
@@ -111,17 +111,18 @@ def info(
     as_json: JsonOption = False,
 ) -> None:
     """Verify a bundle and print its contents."""
-    _print_bundle(ModelBundle.open(bundle), as_json)
+    print_bundle(ModelBundle.open(bundle), as_json)
 
 
-def _background_texts(path: Path | None) -> list[str] | None:
+def background_texts(path: Path | None) -> list[str] | None:
     """Read generic texts; lines that begin with `#` are comments."""
     if path is None:
         return None
     return [text for text in read_texts(path) if not text.startswith("#")]
 
 
-def _precisions(value: str) -> tuple[Precision, ...]:
+def parse_precisions(value: str) -> tuple[Precision, ...]:
+    """Return the precisions of a list that is separated by commas."""
     names = tuple(dict.fromkeys(part.strip() for part in value.split(",") if part.strip()))
     unknown = sorted(set(names) - set(PRECISIONS))
     if unknown or not names:
@@ -132,12 +133,18 @@ def _precisions(value: str) -> tuple[Precision, ...]:
     return cast(tuple[Precision, ...], names)
 
 
-def _print_bundle(bundle: ModelBundle, as_json: bool) -> None:
+def bundle_document(bundle: ModelBundle) -> dict[str, Any]:
+    """Return the manifest of a bundle and its path, as `--json` prints them."""
     import msgspec
 
+    return {"path": str(bundle.path), **msgspec.to_builtins(bundle.manifest)}
+
+
+def print_bundle(bundle: ModelBundle, as_json: bool) -> None:
+    """Print the contents of a bundle."""
     manifest = bundle.manifest
     if as_json:
-        print_json({"path": str(bundle.path), **msgspec.to_builtins(manifest)})
+        print_json(bundle_document(bundle))
         return
     facts = _facts(manifest)
     if manifest.text is not None:
@@ -168,12 +175,23 @@ def _facts(manifest: Manifest) -> dict[str, object]:
         "images": f"{spec.height}×{spec.width}, {spec.resize_mode}, {spec.interpolation}",
         "made by": ", ".join(f"{tool} {version}" for tool, version in manifest.made_by.items()),
     }
+    if manifest.origin is not None:
+        origin = manifest.origin
+        facts["imported"] = (
+            f"{origin.layout}; images {_batching(origin.image_batch)}"
+            + (f", texts {_batching(origin.text_batch)}" if origin.text_batch else "")
+            + "; parity is measured against the imported graphs, not against torch"
+        )
     if manifest.text is not None:
         facts["texts"] = f"up to {manifest.text.context_length} tokens"
         facts["prompt"] = manifest.text.prompt
     else:
         facts["texts"] = "none: image-only bundle"
     return facts
+
+
+def _batching(how: str) -> str:
+    return "in batches" if how == "dynamic" else how
 
 
 def _graph_row(manifest: Manifest, file: str, parity: Parity) -> list[str]:

@@ -70,7 +70,8 @@ class ImageGraph(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     Attributes:
         file: Path in the bundle.
         precision: Precision of the graph.
-        parity: Agreement with torch fp32, measured at the export.
+        parity: Agreement with torch fp32, measured at the export. If the bundle has an `origin`,
+            agreement with the imported graph.
     """
 
     file: str
@@ -89,7 +90,8 @@ class TextGraph(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         context_length: Number of tokens per text, start and end included.
         pad_id: Token id that fills the rest of a row.
         clean: How texts are cleaned before they are tokenised.
-        parity: Agreement with torch fp32, measured at the export.
+        parity: Agreement with torch fp32, measured at the export. If the bundle has an `origin`,
+            agreement with the imported graph.
         prompt: Prompt that is recommended for the texts of a basis, with one `{}` for the text.
     """
 
@@ -129,7 +131,28 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return self.pretrained.startswith(RANDOM_WEIGHTS)
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The ONNX export of somebody else that `crl import` made a bundle from.
+
+    The parity of such a bundle is measured against these graphs, and not against torch.
+
+    Attributes:
+        layout: Layout of the export, such as `immich`.
+        files: SHA-256 of each graph with its external data, and of the tokenizer, by role and name.
+        image_batch: How the image graph runs a batch: `dynamic` as such, `one by one` if the
+            imported graph takes one image.
+        text_batch: How the text graph runs a batch; None without a text tower.
+    """
+
+    layout: str
+    files: dict[str, str]
+    image_batch: Literal["dynamic", "one by one"]
+    text_batch: Literal["dynamic", "one by one"] | None = None
+
+
+class Manifest(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
+):
     """The description of a bundle, `manifest.json`.
 
     Attributes:
@@ -143,6 +166,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         files: All files of the bundle except the manifest, by relative POSIX path.
         source: Checkpoint that the bundle was made from.
         made_by: Versions of the tools that made the bundle.
+        origin: The ONNX export that the bundle was imported from; None for an exported model.
     """
 
     schema: int
@@ -155,6 +179,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     files: dict[str, FileEntry]
     source: Source
     made_by: dict[str, str]
+    origin: Origin | None = None
 
 
 def fingerprint_of(source: Source, preprocess: PreprocessSpec, tokenizer_sha256: str | None) -> str:

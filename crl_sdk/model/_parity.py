@@ -143,20 +143,23 @@ def failures(parity: Parity, tolerance: Tolerance) -> list[str]:
     ]
 
 
-def require(parity: Parity, tolerance: Tolerance, graph: str) -> None:
+def require(
+    parity: Parity, tolerance: Tolerance, graph: str, reference: str = "torch fp32"
+) -> None:
     """Raise an error if the parity of a graph is outside a tolerance.
 
     Args:
         parity: Measured parity.
         tolerance: Required parity.
         graph: Name of the graph, for the error message.
+        reference: What the graph was compared with, for the error message.
 
     Raises:
         ParityError: If a figure is outside the tolerance.
     """
     if failed := failures(parity, tolerance):
         raise ParityError(
-            f"{graph} does not agree with torch fp32 on {parity.samples} samples: "
+            f"{graph} does not agree with {reference} on {parity.samples} samples: "
             f"{', '.join(failed)}; nothing was written. Try another precision"
         )
 

@@ -16,7 +16,7 @@ from crl_sdk.errors import IntegrityError, InvalidInputError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as _FastTokenizer
 
-Clean: TypeAlias = Literal["lower", "whitespace", "canonicalize"]
+Clean: TypeAlias = Literal["lower", "whitespace", "canonicalize", "none"]
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -100,13 +100,18 @@ class Tokenizer:
             ids[row, : len(tokens)] = tokens
         return ids
 
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of tokens of each text, start and end included, without padding."""
+        cleaned = [self._clean(text, position) for position, text in enumerate(texts)]
+        return [len(encoding.ids) for encoding in self._fast.encode_batch(cleaned)]
+
     def _clean(self, text: str, position: int) -> str:
         if not isinstance(text, str):
             raise InvalidInputError(
                 f"text {position}: expected a string, got {type(text).__name__}"
             )
         cleaned = clean_text(text, self.clean)
-        if not cleaned:
+        if not cleaned.strip():
             raise InvalidInputError(
                 f"text {position} has no visible characters ({text[:40]!r}): remove it"
             )
@@ -119,7 +124,8 @@ def clean_text(text: str, clean: Clean) -> str:
     Args:
         text: Any string.
         clean: `whitespace` collapses white space. `lower` also converts to lower case.
-            `canonicalize` also removes ASCII punctuation (SigLIP).
+            `canonicalize` also removes ASCII punctuation (SigLIP). `none` returns the text as it
+            is, for tokenizers that clean texts themselves.
 
     Returns:
         The cleaned text; empty if the text has no visible character.
@@ -128,6 +134,8 @@ def clean_text(text: str, clean: Clean) -> str:
         >>> clean_text(" A  Red   CAT ", "lower")
         'a red cat'
     """
+    if clean == "none":
+        return text
     import ftfy
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))

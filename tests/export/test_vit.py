@@ -12,8 +12,8 @@ import torch
 from open_clip.transformer import VisionTransformer
 
 from crl_export.demo.scenes import render_scene, sample_scene
-from crl_export.graphs import ImageGraph, export_image_graph
-from crl_export.precision import half_graph, quantise
+from crl_export.graphs import ImageGraph, export_image_graph, half_graph
+from crl_export.precision import quantise
 from crl_export.vit import lean_tower
 from crl_sdk.engines._onnx_sessions import open_session
 from crl_sdk.model import _parity as parity

@@ -1,0 +1,240 @@
+"""`crl import`: make a model bundle from somebody else's ONNX export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from crl_sdk.cli._console import JsonOption, note, out, print_json, progress_bar, warn
+from crl_sdk.cli._export import (
+    BackgroundOption,
+    background_texts,
+    bundle_document,
+    parse_precisions,
+    print_bundle,
+)
+from crl_sdk.errors import InvalidInputError, MissingDependencyError
+from crl_sdk.model._bundle import ModelBundle
+from crl_sdk.model._manifest import PRECISIONS, RECOMMENDED_PROMPT
+
+_SMALL_SPREAD = 0.01
+"""Texts of different meaning whose similarities to a picture differ by less hardly differ."""
+
+
+def import_bundle(
+    source: Annotated[
+        Path,
+        typer.Argument(help="Directory of the export, or the ONNX file of an image tower."),
+    ],
+    out_dir: Annotated[Path, typer.Option("--out", "-o", help="Directory of the new bundle.")],
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="Texts to compare with the picture of --check.")
+    ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(help="A picture to compare with the texts, to see at once that it works."),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text", help="Directory or ONNX file of the text tower, if it is elsewhere."
+        ),
+    ] = None,
+    no_text: Annotated[
+        bool, typer.Option("--no-text", help="Import the image tower alone.")
+    ] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json of the model, or a directory with it.")
+    ] = None,
+    variant: Annotated[
+        str,
+        typer.Option(help="Which files to take: fp32, fp16, int8, uint8 or quantized."),
+    ] = "fp32",
+    precision: Annotated[
+        str,
+        typer.Option(
+            help=f"Precisions of the bundle, separated by commas: {', '.join(PRECISIONS)}. "
+            "Default: that of the imported graph."
+        ),
+    ] = "",
+    image_input: Annotated[str | None, typer.Option(help="Name of the input with pixels.")] = None,
+    image_output: Annotated[
+        str | None, typer.Option(help="Name of the output with embeddings of images.")
+    ] = None,
+    text_output: Annotated[
+        str | None, typer.Option(help="Name of the output with embeddings of texts.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Size of the input in pixels: 224, or HEIGHT,WIDTH.")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Mean of the channels in [0, 1], such as 0.5,0.5,0.5.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="Standard deviation of the channels.")] = None,
+    interpolation: Annotated[
+        Literal["bicubic", "bilinear"] | None, typer.Option(help="Resampling filter.")
+    ] = None,
+    resize_mode: Annotated[
+        Literal["shortest", "longest", "squash"] | None,
+        typer.Option(help="Scale the shorter side and crop, the longer side and pad, or both."),
+    ] = None,
+    context_length: Annotated[int | None, typer.Option(min=2, help="Tokens per text.")] = None,
+    pad_id: Annotated[
+        int | None, typer.Option(min=0, help="Id of the token that fills short texts.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model in the manifest.")] = None,
+    license_name: Annotated[
+        str, typer.Option("--license", help="Licence of the weights, for the manifest.")
+    ] = "unknown",
+    background: BackgroundOption = None,
+    prompt: Annotated[
+        str, typer.Option(help="Prompt that the bundle recommends for its bases, with one {}.")
+    ] = RECOMMENDED_PROMPT,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Import an ONNX export of a CLIP model as a bundle, without torch.
+
+    Layouts: immich, transformers.js (Xenova), optimum, fastembed, clip-as-service, or the ONNX file
+    of an image tower. The graphs are compared with those of the export. Nothing is written if one
+    differs by more than its tolerance.
+    """
+    try:
+        from crl_export.imported.importer import Given, import_model
+    except ImportError as error:
+        raise MissingDependencyError(error.name or "onnx", "import", "crl import") from error
+
+    if bool(texts) != (check is not None):
+        raise InvalidInputError(
+            "--check PICTURE and texts belong together: crl import DIR --out BUNDLE --check "
+            'cat.jpg "a cat" "a dog"'
+        )
+    if check is not None and not check.is_file():
+        raise InvalidInputError(f"{check}: no such picture; check --check")
+    if no_text and (text or check or background or tokenizer):
+        raise InvalidInputError(
+            "--no-text leaves the text tower out: leave out --text, --tokenizer, --check and "
+            "--background, or --no-text"
+        )
+    given = Given(
+        image_input=image_input,
+        image_output=image_output,
+        text_output=text_output,
+        tokenizer=tokenizer,
+        context_length=context_length,
+        pad_id=pad_id,
+        preprocess=_preprocess(size, mean, std, interpolation, resize_mode),
+    )
+    with progress_bar() as progress:
+        task = progress.add_task("starting", total=None)
+        bundle = import_model(
+            source,
+            out=out_dir,
+            text_source=text,
+            variant=variant,
+            precisions=parse_precisions(precision) if precision else (),
+            name=name,
+            license=license_name,
+            text=not no_text,
+            background=background_texts(background),
+            prompt=prompt,
+            overwrite=overwrite,
+            given=given,
+            progress=lambda stage, done, total: progress.update(
+                task, description=stage, completed=done, total=total
+            ),
+        )
+    note(f"wrote {out_dir}")
+    _note_limits(bundle)
+    similarities = None
+    if check is not None and texts:
+        similarities = _compare(bundle, check, texts)
+    if as_json:
+        print_json({**bundle_document(bundle), "check": similarities})
+        return
+    print_bundle(bundle, as_json=False)
+    _print_similarities(check, similarities)
+
+
+def _note_limits(bundle: ModelBundle) -> None:
+    """Say what is slower than it could be, and what a bundle without a text tower cannot do."""
+    origin = bundle.manifest.origin
+    if origin is not None and origin.image_batch == "one by one":
+        note("the image graph takes one image at a time: a batch is not faster than its images")
+    if bundle.manifest.text is None:
+        warn(
+            "no text tower: `crl embed` and `crl serve` give plain embeddings of images; `crl "
+            "basis create`, and every command that makes a basis from words, need the text tower. "
+            "Import again with --text DIR"
+        )
+
+
+def _compare(bundle: ModelBundle, picture: Path, texts: list[str]) -> dict[str, float]:
+    """Return the cosine of a picture with each text; warn if the texts hardly differ."""
+    from crl_sdk._embedder import Embedder
+
+    if bundle.manifest.text is None:
+        raise InvalidInputError(
+            "--check needs the text tower, which this export does not have: pass --text DIR"
+        )
+    with Embedder.open(bundle) as embedder:
+        rows = embedder.embed([picture]).universal @ embedder.embed_text(texts).T
+    found = {each: float(value) for each, value in zip(texts, rows[0], strict=True)}
+    if len(found) > 1 and max(found.values()) - min(found.values()) < _SMALL_SPREAD:
+        warn(
+            f"the similarities differ by less than {_SMALL_SPREAD}: if the texts mean different "
+            "things, the tokenizer or the preprocessing is not that of the model, or its weights "
+            "are random"
+        )
+    return found
+
+
+def _print_similarities(picture: Path | None, similarities: dict[str, float] | None) -> None:
+    if similarities is None:
+        return
+    from rich.table import Table
+
+    table = Table("text", f"cosine with {picture}")
+    for each, value in sorted(similarities.items(), key=lambda item: -item[1]):
+        table.add_row(each, f"{value:.4f}")
+    out.print(table)
+
+
+def _preprocess(
+    size: str | None,
+    mean: str | None,
+    std: str | None,
+    interpolation: str | None,
+    resize_mode: str | None,
+) -> dict[str, Any]:
+    """Return the fields of `PreprocessSpec` that the options give."""
+    fields: dict[str, Any] = {}
+    if size is not None:
+        sides = _numbers("--size", size, (1, 2))
+        fields["height"], fields["width"] = int(sides[0]), int(sides[-1])
+    if mean is not None:
+        fields["mean"] = _numbers("--mean", mean, (3,))
+    if std is not None:
+        fields["std"] = _numbers("--std", std, (3,))
+        if min(fields["std"]) <= 0:
+            raise InvalidInputError(f"--std: expected positive numbers, got {std!r}")
+    if interpolation is not None:
+        fields["interpolation"] = interpolation
+    if resize_mode is not None:
+        fields["resize_mode"] = resize_mode
+    return fields
+
+
+def _numbers(option: str, value: str, counts: tuple[int, ...]) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in value.split(","))
+    except ValueError:
+        found = ()
+    if len(found) not in counts:
+        raise InvalidInputError(
+            f"{option}: expected {' or '.join(map(str, counts))} numbers separated by commas, got "
+            f"{value!r}"
+        )
+    return found

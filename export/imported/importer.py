@@ -1,0 +1,498 @@
+"""Turns a foreign ONNX export of a CLIP model into a bundle and checks it against that export."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from crl_export.background import add_background
+from crl_export.bundle_parts import (
+    TEXT_FILE,
+    TOKENIZER_FILE,
+    Progress,
+    Steps,
+    check_image_graph,
+    check_place,
+    list_files,
+    quiet_run,
+    tool_versions,
+)
+from crl_export.imported.graphs import Batching, image_graph, text_graph, with_dynamic_batch
+from crl_export.imported.layouts import Layout, find_layout
+from crl_export.imported.onnx_edits import opened, save, sort_nodes
+from crl_export.imported.preprocessing import OPENAI_MEAN, OPENAI_STD, spec_from
+from crl_export.imported.reading import OnnxFile, read_json, read_onnx
+from crl_export.imported.texts import TextSettings, lengths_of, text_settings
+from crl_export.imported.towers import (
+    ImageTower,
+    TextTower,
+    Tower,
+    has_text,
+    image_tower,
+    text_tower,
+)
+from crl_export.precision import quantise
+from crl_sdk.basis._build import check_prompts
+from crl_sdk.engines._onnx_sessions import open_session
+from crl_sdk.errors import EngineError, ExportError, InvalidInputError, ParityError
+from crl_sdk.model import _parity as parity
+from crl_sdk.model._bundle import ModelBundle, sha256_file
+from crl_sdk.model._manifest import (
+    PRECISIONS,
+    RECOMMENDED_PROMPT,
+    SCHEMA,
+    ImageGraph,
+    Manifest,
+    Origin,
+    Precision,
+    Source,
+    TextGraph,
+    fingerprint_of,
+    write_manifest,
+)
+from crl_sdk.model._preprocess import PreprocessSpec
+from crl_sdk.model._tokenizer import Clean, Tokenizer
+from crl_sdk.storage._atomic_files import make_directory, new_directory
+
+_AGAINST = "the imported graph"
+_BATCHINGS: tuple[Batching, ...] = ("dynamic", "one by one")
+_TOOLS = ("onnx", "onnxruntime", "tokenizers")
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What the caller says about an export, where its files say nothing or are wrong.
+
+    Attributes:
+        image_input: Name of the input with the pixels.
+        image_output: Name of the output with the embeddings of images.
+        text_output: Name of the output with the embeddings of texts.
+        tokenizer: `tokenizer.json`, or a directory with it.
+        context_length: Number of tokens per text.
+        pad_id: Token id that fills the rest of a row.
+        preprocess: Fields of `PreprocessSpec`.
+    """
+
+    image_input: str | None = None
+    image_output: str | None = None
+    text_output: str | None = None
+    tokenizer: Path | None = None
+    context_length: int | None = None
+    pad_id: int | None = None
+    preprocess: dict[str, Any] | None = None
+
+
+def import_model(
+    source: Path,
+    *,
+    out: Path,
+    text_source: Path | None = None,
+    variant: str = "fp32",
+    precisions: Sequence[Precision] = (),
+    name: str | None = None,
+    license: str = "unknown",
+    text: bool = True,
+    overwrite: bool = False,
+    background: Sequence[str] | None = None,
+    prompt: str = RECOMMENDED_PROMPT,
+    given: Given | None = None,
+    progress: Progress | None = None,
+) -> ModelBundle:
+    """Import an ONNX export of a CLIP model as a bundle.
+
+    Every graph is run in batches and compared with the export, whose graphs run the same images and
+    texts one by one. The bundle is put in place when all graphs passed.
+
+    Args:
+        source: Directory of the export, or the ONNX file of an image tower.
+        out: Directory of the new bundle.
+        text_source: Directory or ONNX file of the text tower, if it is elsewhere.
+        variant: Which of several files of a tower to import, see
+            `crl_export.imported.layouts.VARIANTS`.
+        precisions: Precisions of the image graph; by default that of the imported one. Others are
+            made from an fp32 graph.
+        name: Name of the model in the manifest; that of the directory by default.
+        license: Licence of the weights, for the manifest.
+        text: Whether to import the text tower. A bundle without it cannot make bases from texts.
+        overwrite: Whether to replace a bundle at `out`.
+        background: Generic texts, see `crl_export.background.add_background`.
+        prompt: Prompt that the bundle recommends for the texts of a basis, with one `{}`.
+        given: What the files of the export do not say.
+        progress: Function that is called with the progress.
+
+    Returns:
+        The bundle, opened and verified.
+
+    Raises:
+        ExportError: If the export cannot be imported, or `out` is not empty.
+        ParityError: If a graph differs from the export by more than its tolerance.
+        InvalidInputError: If a precision is unknown, or the prompt or a background text is
+            malformed.
+    """
+    check_prompts([prompt])
+    given = given or Given()
+    if unknown := set(precisions) - set(PRECISIONS):
+        raise InvalidInputError(f"expected precisions among {PRECISIONS}, got {tuple(unknown)}")
+    out = Path(out)
+    check_place(out, overwrite)
+    steps = Steps(progress, total=8)
+    steps.begin("reading the export")
+    layout = find_layout(Path(source), text=text_source, variant=variant)
+    if not text:
+        layout = replace(layout, text=None, text_directory=None)
+    image, words, files = _read_towers(layout, given)
+    spec = _preprocessing(layout, image, given)
+    wanted = [each for each in PRECISIONS if each in (precisions or (image.precision,))]
+    if image.precision != "fp32" and wanted != [image.precision]:
+        raise ExportError(
+            f"{image.path}: its weights are in {image.precision}; {', '.join(wanted)} can be made "
+            "from an fp32 file only: choose one with --variant fp32, or leave out --precision"
+        )
+
+    make_directory(out.parent, ExportError)
+    with new_directory(out, ExportError) as work:
+        steps.begin("embedding the check images with the imported graph")
+        pixels = image.pixels(parity.images(spec), spec.mean, spec.std)
+        reference = _run_singly(image, [{image.input: pixels}])
+        dim = reference.shape[1]
+        steps.begin("writing the image graphs")
+        entries, image_batch = _write_images(image, spec, reference, wanted, work)
+        entry, text_batch = None, None
+        if words is not None:
+            steps.begin("writing the text graph")
+            settings = _text_settings(layout, words, given, work / TOKENIZER_FILE)
+            entry, text_batch = _write_text(words, settings, dim, prompt, work)
+            files["tokenizer.json"] = sha256_file(work / TOKENIZER_FILE)
+        steps.begin("writing the manifest")
+        origin = Origin(
+            layout=layout.name, files=files, image_batch=image_batch, text_batch=text_batch
+        )
+        _write_manifest(
+            work, layout, origin, name=name or Path(source).resolve().name, license=license,
+            spec=spec, dim=dim, images=entries, text=entry,
+        )  # fmt: skip
+        if entry is not None:
+            steps.begin("embedding the background texts")
+            add_background(work, background)
+        ModelBundle.open(work)
+    steps.begin("done")
+    return ModelBundle.open(out)
+
+
+def _read_towers(
+    layout: Layout, given: Given
+) -> tuple[ImageTower, TextTower | None, dict[str, str]]:
+    """Read the towers; return them with the digests of their files."""
+    file = read_onnx(layout.image)
+    files = {f"image {layout.image.name}": file.sha256}
+    text_file: OnnxFile | None = None
+    if layout.text == layout.image:
+        if has_text(file):
+            copied = onnx.ModelProto()
+            copied.CopyFrom(file.model)
+            text_file = replace(file, model=copied)
+    elif layout.text is not None:
+        text_file = read_onnx(layout.text)
+    model_type = str(layout.config.get("model_type", ""))
+    image = image_tower(file, model_type, input=given.image_input, output=given.image_output)
+    if text_file is None:
+        return image, None, files
+    files[f"text {text_file.path.name}"] = text_file.sha256
+    model_type = str(layout.text_config.get("model_type", ""))
+    return image, text_tower(text_file, model_type, output=given.text_output), files
+
+
+def _preprocessing(layout: Layout, tower: ImageTower, given: Given) -> PreprocessSpec:
+    """Return the preprocessing, and check it against the input of the tower."""
+    config = read_json(layout.preprocess)
+    fields = given.preprocess or {}
+    if not config and layout.name == "clip-as-service" and tower.height and tower.width:
+        config = {
+            "size": (tower.height, tower.width), "mean": OPENAI_MEAN, "std": OPENAI_STD,
+        }  # fmt: skip
+    if config:
+        spec = replace(spec_from(config, layout.preprocess), **fields)
+    else:
+        height = fields.get("height", tower.height)
+        if height is None or "mean" not in fields or "std" not in fields:
+            raise ExportError(
+                f"{layout.preprocess}: no such file, so that the preprocessing is not known; pass "
+                "--size, --mean and --std (OpenAI's are "
+                f"--mean {','.join(map(str, OPENAI_MEAN))} --std {','.join(map(str, OPENAI_STD))})"
+            )
+        size = {"height": height, "width": fields.get("width", tower.width or height)}
+        spec = PreprocessSpec(**{**size, **fields})
+    fixed = (tower.height or spec.height, tower.width or spec.width)
+    if fixed != (spec.height, spec.width):
+        raise ExportError(
+            f"{layout.preprocess}: the preprocessing gives {spec.height}×{spec.width} pixels, "
+            f"{tower.path} takes {fixed[0]}×{fixed[1]}: the files are of different models, or pass "
+            f"--size {fixed[0]}"
+        )
+    return spec
+
+
+def _run_singly(tower: Tower, feeds: Sequence[dict[str, NDArray[Any]]]) -> NDArray[np.float32]:
+    """Run the imported graph itself on one input at a time; return unit rows, float32.
+
+    Args:
+        tower: The tower.
+        feeds: Its inputs, each with the batch as first axis.
+    """
+    rows = []
+    try:
+        with opened(tower.model, tower.bytes, tower.precision) as session:
+            for each in feeds:
+                for at in range(len(next(iter(each.values())))):
+                    one = {name: values[at : at + 1] for name, values in each.items()}
+                    rows.append(session.run([tower.output], one, quiet_run())[0])
+    except EngineError as error:
+        raise ExportError(
+            f"{tower.path}: ONNX Runtime cannot load it ({_reason(error)}); take another export, "
+            "or a newer onnxruntime"
+        ) from error
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
+        raise ExportError(
+            f"{tower.path}: ONNX Runtime cannot run it on one input ({_reason(error)}); its files "
+            "may belong to different models"
+        ) from error
+    if any(row.ndim != 2 or row.shape[0] != 1 for row in rows):
+        raise ExportError(
+            f"{tower.path}: its output {tower.output!r} has the shape {rows[0].shape}, expected "
+            "(1, d); name another output"
+        )
+    found = np.concatenate(rows).astype(np.float32)
+    if not np.isfinite(found).all():
+        raise ExportError(
+            f"{tower.path}: gives values that are not finite; take an fp32 export (--variant fp32)"
+        )
+    return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+
+
+def _write_images(
+    tower: ImageTower,
+    spec: PreprocessSpec,
+    reference: NDArray[np.float32],
+    wanted: Sequence[Precision],
+    work: Path,
+) -> tuple[tuple[ImageGraph, ...], Batching]:
+    """Write and check the image graphs; return their entries and how they run a batch."""
+    images = parity.images(spec)
+    dim = reference.shape[1]
+    base = work / f"image.{tower.precision}.onnx"
+
+    def write(batching: Batching) -> Any:
+        save(image_graph(_batched(tower, batching), spec, dim, batching), base, tower.bytes)
+        return check_image_graph(
+            base, tower.precision, images, reference, strict_int8=True, against=_AGAINST
+        )
+
+    measured, batching = _first_that_agrees(write, tower)
+    entries = {
+        tower.precision: ImageGraph(file=base.name, precision=tower.precision, parity=measured)
+    }
+    for precision in [each for each in wanted if each != tower.precision]:
+        path = work / f"image.{precision}.onnx"
+        if precision == "fp16":
+            half = _half(_batched(tower, batching))
+            save(image_graph(half, spec, dim, batching), path, tower.bytes)
+        elif batching == "one by one":
+            raise ExportError(
+                f"{tower.path}: takes one image at a time, so that int8 cannot be made from it; "
+                "leave out --precision int8, or export the model with a dynamic batch"
+            )
+        else:
+            quantise(base, path, spec)
+        found = check_image_graph(
+            path, precision, images, reference, strict_int8=False, against=_AGAINST
+        )
+        entries[precision] = ImageGraph(file=path.name, precision=precision, parity=found)
+    if tower.precision not in wanted:
+        base.unlink()
+        Path(f"{base}.data").unlink(missing_ok=True)
+    return tuple(entries[each] for each in wanted), batching
+
+
+def _text_settings(layout: Layout, tower: TextTower, given: Given, out: Path) -> TextSettings:
+    return text_settings(
+        layout.text_directory,
+        layout.text_config,
+        fixed_length=tower.length,
+        clean=_cleaning(layout),
+        tokenizer=given.tokenizer,
+        context_length=given.context_length,
+        pad_id=given.pad_id,
+        out=out,
+    )
+
+
+def _cleaning(layout: Layout) -> Clean:
+    """Return how texts are cleaned before they are tokenised.
+
+    The models of immich are those of open_clip, which cleans texts itself. Tokenizers of
+    transformers contain their cleaning.
+    """
+    if layout.name not in ("immich", "clip-as-service"):
+        return "none"
+    options = layout.config.get("text_cfg", {}).get("tokenizer_kwargs") or {}
+    return "canonicalize" if options.get("clean") == "canonicalize" else "whitespace"
+
+
+def _write_text(
+    tower: TextTower, settings: TextSettings, dim: int, prompt: str, work: Path
+) -> tuple[TextGraph, Batching]:
+    """Write and check the text graph; return its entry and how it runs a batch."""
+    tokenizer = Tokenizer.open(
+        settings.path,
+        context_length=settings.context_length,
+        pad_id=settings.pad_id,
+        clean=settings.clean,
+    )
+    tokens = tokenizer.encode(parity.TEXTS, truncate=True)
+    _check_vocabulary(tower, settings, tokens)
+    reference = _run_singly(tower, [tower.feeds(tokens, lengths_of(tokenizer, parity.TEXTS))])
+    if reference.shape[1] != dim:
+        raise ExportError(
+            f"{tower.path}: its embeddings have {reference.shape[1]} dimensions, those of the "
+            f"image tower {dim}: the towers are of different models"
+        )
+    path = work / TEXT_FILE
+
+    def write(batching: Batching) -> Any:
+        graph = text_graph(
+            _batched(tower, batching),
+            dim,
+            context_length=settings.context_length,
+            pad_id=settings.pad_id,
+            pad_ends_texts=settings.pad_ends_texts,
+            batching=batching,
+        )
+        save(graph, path, tower.bytes)
+        session, options = open_session(path), quiet_run()
+        measured = parity.compare(
+            reference,
+            parity.batched(
+                lambda rows: session.run(["embedding"], {"tokens": rows}, options)[0], tokens
+            ),
+        )
+        parity.require(measured, parity.TOLERANCES[tower.precision], TEXT_FILE, _AGAINST)
+        return measured
+
+    measured, batching = _first_that_agrees(write, tower)
+    entry = TextGraph(
+        file=TEXT_FILE,
+        tokenizer=TOKENIZER_FILE,
+        context_length=settings.context_length,
+        pad_id=settings.pad_id,
+        clean=settings.clean,
+        parity=measured,
+        prompt=prompt,
+    )
+    return entry, batching
+
+
+def _check_vocabulary(tower: TextTower, settings: TextSettings, tokens: NDArray[np.int64]) -> None:
+    """Check that the tower has an embedding for the largest token id of the tokenizer."""
+    rows = tokens[:1].copy()
+    rows[0, 1] = settings.vocabulary - 1
+    try:
+        _run_singly(tower, [tower.feeds(rows, [rows.shape[1]])])
+    except ExportError as error:
+        raise ExportError(
+            f"{tower.path}: cannot run the token ids of its tokenizer, the largest of which is "
+            f"{settings.vocabulary - 1} ({error.__cause__}); the tokenizer is of another model: "
+            "pass the right one with --tokenizer"
+        ) from error
+
+
+def _first_that_agrees(write: Any, tower: Tower) -> tuple[Any, Batching]:
+    """Write a graph that runs batches as such or, if it then differs, one that runs them singly."""
+    failed: Exception | None = None
+    for batching in _BATCHINGS:
+        try:
+            return write(batching), batching
+        except (ParityError, EngineError) as error:
+            failed = error
+        except ExportError:
+            raise
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class
+            failed = error
+    if isinstance(failed, ParityError):
+        raise failed
+    raise ExportError(
+        f"{tower.path}: ONNX Runtime cannot run the bundle's graph ({_reason(failed)}); take "
+        "another export"
+    ) from failed
+
+
+def _batched(tower: Any, batching: Batching) -> Any:
+    """Return a tower whose inputs declare their batch as dynamic, if it is to run batches."""
+    if batching == "one by one":
+        return tower
+    model = onnx.ModelProto()
+    model.CopyFrom(tower.model)
+    with_dynamic_batch(model)
+    return replace(tower, model=model)
+
+
+def _half(tower: Any) -> Any:
+    """Return a tower in half precision, whose inputs and outputs keep their types."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    model = onnx.ModelProto()
+    model.CopyFrom(tower.model)
+    half = convert_float_to_float16(model, keep_io_types=True)
+    sort_nodes(half.graph)  # it appends casts, and a Scan takes sorted nodes only
+    return replace(tower, model=half)
+
+
+def _write_manifest(
+    work: Path,
+    layout: Layout,
+    origin: Origin,
+    *,
+    name: str,
+    license: str,
+    spec: PreprocessSpec,
+    dim: int,
+    images: tuple[ImageGraph, ...],
+    text: TextGraph | None,
+) -> None:
+    files = list_files(work)
+    weights = hashlib.sha256("\n".join(f"{k} {v}" for k, v in origin.files.items()).encode())
+    source = Source(
+        architecture=f"imported {layout.config.get('model_type', 'CLIP')}",
+        pretrained=f"{layout.name} export {name}",
+        weights_sha256=weights.hexdigest(),
+        quick_gelu=False,  # the graphs show their activations, and their digest covers them
+        license=license,
+    )
+    tokenizer = files[TOKENIZER_FILE].sha256 if text is not None else None
+    manifest = Manifest(
+        schema=SCHEMA,
+        name=name,
+        fingerprint=fingerprint_of(source, spec, tokenizer),
+        embedding_dim=dim,
+        preprocess=spec,
+        images=images,
+        text=text,
+        files=files,
+        source=source,
+        made_by=tool_versions(_TOOLS),
+        origin=origin,
+    )
+    write_manifest(work, manifest)
+
+
+def _reason(error: Exception | None) -> str:
+    if isinstance(error, EngineError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # it names no temporary file
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
