@@ -204,7 +204,7 @@ class BulkJob:
             if manifest.parts is None:
                 job._plan(leave_out)
             else:
-                _count(path, manifest)  # so that a foreign part is found before any work
+                count_parts(path, manifest)  # so that a foreign part is found before any work
         except BaseException:
             _release(lock)
             raise
@@ -255,7 +255,7 @@ class BulkJob:
                 complete stays.
             EngineError: If the engine fails.
         """
-        done, errors, parts = _count(self.path, self.manifest)
+        done, errors, parts = count_parts(self.path, self.manifest)
         total, all_parts = self.total, self.manifest.parts or 0
         progress(Progress(done, errors, total, parts, all_parts))
         if parts < all_parts:
@@ -279,7 +279,7 @@ class BulkJob:
             raise InvalidInputError(
                 f"{missing.path}: this part is missing; run the same crl embed with --resume"
             )
-        rows, errors, _ = _count(self.path, self.manifest)
+        rows, errors, _ = count_parts(self.path, self.manifest)
         self.replace_manifest(msgspec.structs.replace(self.manifest, rows=rows, errors=errors))
         return PartCounts(rows, errors)
 
@@ -346,7 +346,7 @@ def keep_basis(path: Path, basis: Basis) -> None:
     )
 
 
-def _count(path: Path, manifest: Manifest) -> tuple[int, int, int]:
+def count_parts(path: Path, manifest: Manifest) -> tuple[int, int, int]:
     """Return the numbers of rows, errors and parts that are there.
 
     Raises:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +13,10 @@ import typer
 
 from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embeddings import Embeddings
-from crl_sdk.bulk._job import DEFAULT_PART_ROWS
+from crl_sdk.bulk._job import DEFAULT_PART_ROWS, BulkJob
 from crl_sdk.bulk._sources import ParquetColumns
 from crl_sdk.cli._console import JsonOption, leave_out, print_facts, print_json, progress_bar, warn
-from crl_sdk.cli._embed_directory import embed_directory
+from crl_sdk.cli._embed_directory import RunParts, embed_directory
 from crl_sdk.cli._options import (
     DEFAULT_BASES,
     BakedOption,
@@ -84,6 +86,20 @@ def embed(
     id_column: Annotated[
         str, typer.Option(help="Column of .parquet sources with names of rows.")
     ] = "",
+    ray: Annotated[
+        str,
+        typer.Option(
+            help="Ray cluster that makes the parts of a directory: host:port, auto or local."
+        ),
+    ] = "",
+    ray_workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Workers on the cluster; default: what it has room for."),
+    ] = None,
+    ray_cpus: Annotated[
+        float, typer.Option(min=0.1, help="Processors of a worker, which are its threads.")
+    ] = 1.0,
+    ray_gpus: Annotated[float, typer.Option(min=0, help="GPUs of a worker.")] = 0.0,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -109,12 +125,15 @@ def embed(
             for name, value in {**options, "criteria": names, "bundle": bundle}.items()
             if (source := context.get_parameter_source(name)) and source.name != "DEFAULT"
         }
-        embed_directory(
-            out_file, images or [], given, bundle=bundle, bases=bases, criteria=names,
-            options=options, columns=ParquetColumns(image_column, path_column, id_column),
-            resume=resume, as_json=as_json,
-        )  # fmt: skip
+        with _parts_runner(ray, ray_workers, ray_cpus, ray_gpus) as run:
+            embed_directory(
+                out_file, images or [], given, bundle=bundle, bases=bases, criteria=names,
+                options=options, columns=ParquetColumns(image_column, path_column, id_column),
+                resume=resume, as_json=as_json, run=run,
+            )  # fmt: skip
         return
+    if ray:
+        raise InvalidInputError(f"--ray: only for a directory; --out {out_file} is a file")
     if resume or image_column or path_column or id_column or part_rows != DEFAULT_PART_ROWS:
         raise InvalidInputError(
             f"--resume, --part-rows and columns: only for a directory; --out {out_file} is a file"
@@ -188,6 +207,21 @@ def _is_directory(path: Path) -> bool:
             f"--out: expected a .npz or .parquet file, or a directory, got {str(path)!r}"
         )
     return True
+
+
+@contextmanager
+def _parts_runner(
+    ray: str, workers: int | None, processors: float, gpus: float
+) -> Iterator[RunParts]:
+    """Yield what makes the parts of a job: this process, or a cluster that has answered."""
+    if not ray:
+        yield BulkJob.run
+        return
+    from crl_sdk.integrations.ray._bulk import RayWorkers, run_on_ray
+    from crl_sdk.integrations.ray._cluster import connect
+
+    with connect(ray):
+        yield partial(run_on_ray, address=ray, workers=RayWorkers(workers, processors, gpus))
 
 
 def _check_out(path: Path) -> None:
