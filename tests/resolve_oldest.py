@@ -7,7 +7,8 @@ has only on the oldest Python is checked by its pin in constraints.txt, not by i
 
 Not covered are llama-cpp-python, which has no wheels and is compiled where it is installed, and the
 extras `gpu`, which excludes `cpu`, and `tensorrt`, whose libraries are not on PyPI. The extras
-of `make test-scale` are left out too: constraints-scale.txt pins them for the Python of .venv.
+of `make test-scale` are left out too: constraints-scale.txt pins them for the Python of .venv. The
+extra `ray` resolves for Python 3.10 without the pins of fastapi and starlette, which need 3.11.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from concurrent import futures
+from functools import cache
 from pathlib import Path
 
 import grpc
@@ -54,6 +55,8 @@ def test_a_malformed_address_is_said(address):
 
 
 def test_without_a_cluster_on_this_machine_auto_says_how_to_start_one(monkeypatch, tmp_path):
+    # the clusters of other tests are not found
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", cache(set))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     with pytest.raises(ServiceError, match="ray start --head"), connect("auto"):
