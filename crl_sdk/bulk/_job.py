@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -171,15 +173,16 @@ class BulkJob:
         about = path / ABOUT
         make_directory(about / BASES, InvalidInputError)
         lock = _take_lock(path)
-        try:
+        with ExitStack() as undo:
+            undo.callback(_release, lock)
+            check_new(path)  # another process may have been faster
+            undo.callback(shutil.rmtree, about, ignore_errors=True)
             for basis in bases:
                 keep_basis(path, basis)
             job = cls(path, manifest, lock)
             job.replace_manifest(manifest)
             job._plan(leave_out)
-        except BaseException:
-            _release(lock)
-            raise
+            undo.pop_all()
         return job
 
     @classmethod

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -147,8 +149,10 @@ def make_part(
     waiting: deque[Picture] = deque()
     rows = errors = 0
     criteria = list(manifest.criteria)
-    with new_file(task.path, InvalidInputError) as file:
-        writer = PartWriter(file, embedder, manifest, task.number)
+    with (
+        new_file(task.path, InvalidInputError) as file,
+        PartWriter(file, embedder, manifest, task.number) as writer,
+    ):
         for batch in embedder.embed_batches(
             _remember(pictures, waiting), criteria, batch_size=manifest.batch_size
         ):
@@ -157,7 +161,6 @@ def make_part(
             rows += len(taken)
             errors += len(batch.errors)
             progress(PartCounts(rows, errors))
-        writer.close()
     return PartCounts(rows, errors)
 
 
@@ -170,7 +173,7 @@ def _remember(
 
 
 class PartWriter:
-    """Writes the rows of a part in groups."""
+    """Writes the rows of a part in groups. Use as a context manager."""
 
     def __init__(self, file: Any, embedder: Embedder, manifest: Manifest, number: int) -> None:
         """Begin a part.
@@ -211,8 +214,21 @@ class PartWriter:
         if self._rows >= _GROUP_ROWS:
             self._flush()
 
-    def close(self) -> None:
-        """Write what is left, and the end of the file."""
+    def __enter__(self) -> PartWriter:
+        """Return the writer itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Write what is left and the end of the file, unless the block failed."""
+        if error is not None:
+            with suppress(Exception):  # or it closes itself later, when there is no file
+                self._writer.close()
+            return
         if self._rows:
             self._flush()
         self._writer.close()

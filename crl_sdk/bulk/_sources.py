@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from tarfile import EOFHeaderError  # type: ignore[attr-defined]
 from typing import Any, Literal, TypeAlias
 
 from crl_sdk.errors import ImageError, InvalidInputError
@@ -20,6 +21,9 @@ Kind: TypeAlias = Literal["directory", "tar", "parquet", "list", "image"]
 _TAR = (".tar", ".tar.gz", ".tgz")
 _LARGEST = 2**31
 """Largest number of bytes of a member of an archive. Images have a limit of their own."""
+
+_ENDED = "crl_ended"
+"""Attribute of an archive whose end was read."""
 
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes")
 _PATH_COLUMNS = ("path", "file", "filename", "image_path")
@@ -131,25 +135,45 @@ def read_list(path: Path) -> Iterator[Path]:
 def read_tar(path: Path, name: str, formats: Sequence[str]) -> Iterator[Picture]:
     """Yield the pictures of a tar archive, in order. It is read once, from beginning to end.
 
-    If the archive ends early or cannot be read, the last picture says so.
+    If the archive ends early or is damaged, the last picture says so. A second picture of one name
+    is left out, and its row says so.
 
     Args:
         path: Path of the archive, such as a shard of WebDataset.
         name: Its name in the rows.
         formats: Formats whose members are pictures, by their suffixes.
+
+    Raises:
+        InvalidInputError: If the file cannot be read, such as while its disk is away.
     """
     suffixes = tuple(suffix for each in formats for suffix in SUFFIXES[each])
     count = 0
+    known: dict[str, int] = {}
     try:
-        with tarfile.open(path, "r|*") as archive:
+        with tarfile.open(path, "r|*", tarinfo=_Header) as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
                 if not member.isfile() or not member.name.lower().endswith(suffixes):
                     continue
-                yield Picture(f"{name}/{_printable(member.name)}", name, _member(archive, member))
+                image = _member(archive, member)
                 count += 1
-    except (tarfile.TarError, EOFError, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error) or "it ends early"
+                row = f"{name}/{_printable(member.name)}"
+                if (first := known.setdefault(member.name, count)) != count:
+                    image = ImageError(
+                        f"pictures {first:,} and {count:,} of the archive both have the name "
+                        f"{_printable(member.name)}: give each a name of its own", source=row,
+                    )  # fmt: skip
+                    row = f"{row}#{count}"
+                yield Picture(row, name, image)
+            if not getattr(archive, _ENDED, False):
+                raise tarfile.ReadError("it has no end")
+    except OSError as error:
+        raise InvalidInputError(
+            f"{path}: cannot be read ({error.strerror or error}); when it can, run the same crl "
+            "embed with --resume"
+        ) from error
+    except (tarfile.TarError, EOFError) as error:
+        reason = str(error) or "it ends early"
         yield Picture(
             f"{name}#end", name,
             ImageError(
@@ -157,6 +181,19 @@ def read_tar(path: Path, name: str, formats: Sequence[str]) -> Iterator[Picture]
                 "again, and embed it into another directory", source=name,
             ),
         )  # fmt: skip
+
+
+class _Header(tarfile.TarInfo):
+    """A header that notes the end of its archive, which `tarfile` does not tell from a damaged one."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> _Header:
+        """Read the next header."""
+        try:
+            return super().fromtarfile(tarfile)
+        except EOFHeaderError:
+            setattr(tarfile, _ENDED, True)
+            raise
 
 
 def _member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | ImageError:

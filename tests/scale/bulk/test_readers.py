@@ -66,7 +66,10 @@ def test_pandas(embedded, expected):
     pandas = pytest.importorskip("pandas")
     frame = pandas.read_parquet(embedded)
     columns = [
-        [None if value is None or value is pandas.NA or value is np.nan else value for value in column]
+        [
+            None if value is None or value is pandas.NA or value is np.nan else value
+            for value in column
+        ]
         for column in (frame["universal"], frame["color"], frame["error"])
     ]
     check(frame["id"], *columns, expected)
