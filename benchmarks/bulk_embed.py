@@ -163,9 +163,9 @@ which all took turns, after one of warm-up.
 
 - **Engine alone** runs on pixels in memory. **Decoding alone** takes JPEGs from memory with all
   threads. **Bulk** reads a tar archive, decodes, embeds, and writes and syncs a Parquet part.
-- **Processor** time is that of all threads, for one picture. On a CPU, decoding and the engine need
-  the same cores, so that the ratio follows from it. **The rest** is reading the archive, writing the
-  part, and waiting.
+- **Processor** time is that of all threads, for one picture. On a CPU, decoding and the engine
+  share the cores, so that the ratio follows from it. **The rest** is reading the archive, writing
+  the part, and waiting.
 """
 
 

@@ -184,7 +184,7 @@ def read_tar(path: Path, name: str, formats: Sequence[str]) -> Iterator[Picture]
 
 
 class _Header(tarfile.TarInfo):
-    """A header that notes the end of its archive, which `tarfile` does not tell from a damaged one."""
+    """A header that notes the end of its archive. `tarfile` takes a damaged one for an end too."""
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> _Header:

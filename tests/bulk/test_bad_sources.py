@@ -192,7 +192,7 @@ def test_parquet_that_is_cut_off(tmp_path):
     file = tmp_path / "rows.parquet"
     parquet.write_table(pa.table({"image": [jpeg()] * 50}), file)
     file.write_bytes(file.read_bytes()[:-30])
-    with pytest.raises(InvalidInputError, match="not a readable .parquet file"):
+    with pytest.raises(InvalidInputError, match=r"not a readable \.parquet file"):
         embed(tmp_path / "out", [file])
 
 
