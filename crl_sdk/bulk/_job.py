@@ -282,6 +282,7 @@ class BulkJob:
             raise InvalidInputError(
                 f"{missing.path}: this part is missing; run the same crl embed with --resume"
             )
+        remove_leftovers(self.path, "part-*.parquet")  # of kills
         rows, errors, _ = count_parts(self.path, self.manifest)
         self.replace_manifest(msgspec.structs.replace(self.manifest, rows=rows, errors=errors))
         return PartCounts(rows, errors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +72,19 @@ def embed_directory(
             columns=columns, leave_out=leave_out, **options,
         )  # fmt: skip
     with job, _told_how_to_resume(out_directory):
-        rows_before = 0
+        began: Progress | None = None  # where this run began, and when its last part was complete
+        whole: Progress | None = None
 
         def tell(now: Progress) -> None:
-            nonlocal rows_before
-            rows_before = rows_before or now.rows
+            nonlocal began, whole
+            began = began or now
+            if whole is None or now.parts != whole.parts:
+                whole = now
+            expected = replace(now, total=_estimate_total(whole))
+            seconds = time.monotonic() - started
             progress.update(
-                task, description=_describe(now, rows_before, time.monotonic() - started),
-                completed=now.rows, total=now.total,
+                task, description=_describe(expected, began.rows, seconds),
+                completed=now.rows, total=expected.total,
             )  # fmt: skip
 
         with progress_bar() as progress:
@@ -87,6 +93,17 @@ def embed_directory(
     _print(out_directory, job.manifest, counts, time.monotonic() - started, as_json=as_json)
     if counts.errors:
         raise typer.Exit(1)
+
+
+def _estimate_total(whole: Progress) -> int | None:
+    """Return the number of rows in the end. Archives are taken to be as large as those so far.
+
+    Args:
+        whole: Progress at a moment when no part was begun.
+    """
+    if whole.total is not None or not whole.parts:
+        return whole.total
+    return round(whole.rows / whole.parts * whole.all_parts)
 
 
 def _describe(now: Progress, before: int, seconds: float) -> str:

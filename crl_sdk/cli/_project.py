@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,11 +11,13 @@ import msgspec
 import typer
 
 from crl_sdk._criterion import normalise_criterion
+from crl_sdk.bulk._add_criteria import add_criteria
 from crl_sdk.cli._console import JsonOption, note, print_facts, print_json, progress_bar, warn
 from crl_sdk.cli._options import DEFAULT_BASES, BasesOption, DtypeOption, load_basis
-from crl_sdk.errors import InvalidInputError
+from crl_sdk.errors import CrlError, InvalidInputError
 from crl_sdk.model._bundle import ModelBundle
-from crl_sdk.model._fingerprint import short_fingerprint
+from crl_sdk.model._fingerprint import require_same_model, short_fingerprint
+from crl_sdk.stored._directory import EmbeddingDirectory
 from crl_sdk.stored._project import RECORD, project_stored
 from crl_sdk.stored._reader import StoredEmbeddings
 
@@ -23,11 +26,20 @@ def project(
     stored: Annotated[
         Path,
         typer.Argument(
-            help="Universal embeddings: .npz or .parquet from `crl embed`, or .npy of shape (n, d)."
+            help="Universal embeddings: .npz, .parquet or a directory from `crl embed`, or .npy of "
+            "shape (n, d)."
         ),
     ],
     criteria: Annotated[str, typer.Option(help="Names of bases, separated by commas.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write to.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Directory to write to. Without it, a directory of `crl embed` itself gets a "
+            "column for each criterion.",
+        ),
+    ] = None,
     dtype: DtypeOption = "float32",
     bundle: Annotated[
         Path | None,
@@ -49,6 +61,14 @@ def project(
     names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
     if not names:
         raise InvalidInputError("--criteria: expected at least one, such as 'color, shape'")
+    if out is None:
+        if not stored.is_dir():
+            raise InvalidInputError(
+                f"--out: expected a directory to write to; only a directory of crl embed can take "
+                f"further criteria itself, and {stored} is none"
+            )
+        _add_columns(stored, names, dtype=dtype, bundle=bundle, bases=bases, as_json=as_json)
+        return
     opened = StoredEmbeddings.open(stored)
     fingerprint = ModelBundle.open(bundle).fingerprint if bundle is not None else None
     model = opened.fingerprint or fingerprint
@@ -91,3 +111,46 @@ def project(
             {"rows": facts["rows"], **shown, "fingerprint": record.fingerprint,
              "seconds": facts["seconds"]},
         )  # fmt: skip
+
+
+def _add_columns(
+    stored: Path,
+    names: Sequence[str],
+    *,
+    dtype: str,
+    bundle: Path | None,
+    bases: Path,
+    as_json: bool,
+) -> None:
+    """Add criteria to a directory of `crl embed`. No image is read."""
+    directory = EmbeddingDirectory.open(stored)
+    if dtype not in ("float32", directory.manifest.dtype):
+        raise InvalidInputError(
+            f"--dtype: the columns of {stored} have the dtype {directory.manifest.dtype}, got "
+            f"{dtype}: leave the option out"
+        )
+    if bundle is not None:
+        require_same_model(
+            str(stored), directory.fingerprint, ModelBundle.open(bundle).fingerprint,
+            remedy="name the bundle that made the embeddings",
+        )  # fmt: skip
+    loaded = [load_basis(bases, name, directory.fingerprint, bundle) for name in names]
+    started = time.perf_counter()
+    try:
+        with progress_bar() as progress:
+            task = progress.add_task("projecting", total=directory.manifest.rows)
+            add_criteria(stored, loaded, lambda done: progress.update(task, completed=done))
+    except (CrlError, KeyboardInterrupt):
+        note("no part is half done; run the same command again to go on")
+        raise
+    seconds = round(time.perf_counter() - started, 3)
+    after = EmbeddingDirectory.open(stored).manifest
+    facts = {
+        "out": str(stored), "rows": after.rows, "added": list(names),
+        "criteria": list(after.criteria), "fingerprint": after.fingerprint, "seconds": seconds,
+    }  # fmt: skip
+    if as_json:
+        print_json(facts)
+    else:
+        shown = {**facts, "added": ", ".join(names), "criteria": ", ".join(after.criteria)}
+        print_facts(str(stored), {name: shown[name] for name in shown if name != "out"})
