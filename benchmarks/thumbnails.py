@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +99,12 @@ def write_shards(directory: Path, count: int, *, shard: int = SHARD) -> list[Pat
     if extra := sorted(set(directory.glob("shard-*.tar")) - set(paths)):
         raise InvalidInputError(f"{extra[0]}: left from a larger set; choose another --out")
     missing = [i for i, path in enumerate(paths) if not path.exists()]
-    with ProcessPoolExecutor(count_processors()) as pool:
-        write = partial(_write_shard, directory, count, shard)
+    write = partial(_write_shard, directory, count, shard)
+    if len(missing) * shard <= SHARD:  # not worth other processes
+        for i in missing:
+            write(i)
+        return paths
+    with ProcessPoolExecutor(count_processors(), get_context("spawn")) as pool:
         for done, future in enumerate(as_completed(pool.submit(write, i) for i in missing), 1):
             future.result()
             if done % 10 == 0 or done == len(missing):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -271,3 +272,20 @@ def test_open_files_do_not_grow(tmp_path, shards):
         job.run()
     if opened is not None:
         assert len(os.listdir("/proc/self/fd")) <= opened + 2
+
+
+def test_crl_project_adds_a_criterion(tmp_path, whole, colour):
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    (tmp_path / "bases").mkdir()
+    colour.save(tmp_path / "bases" / "color.safetensors")
+    command = [*CRL, "project", str(out), "--criteria", "color", "--bases", str(tmp_path / "bases")]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["rows"] == 240 and facts["criteria"] == ["color"]
+    assert "color" in parquet.read_schema(out / "part-00005.parquet").names
+    refused = subprocess.run(
+        [*command, "--dtype", "int8"], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1
+    assert "have the dtype float32" in " ".join(refused.stderr.split())
