@@ -168,6 +168,12 @@ bench-project: $(VENV)/.dev ## projection of 1 M stored embeddings: 3 minutes, 1
 bench-stores: $(SCALE)/.done ## vector stores beside the exact index, on real CLIP vectors in DATA: 6 minutes; skipped without them
 	$(SCALE)/bin/python -m crl_benchmarks.vector_store_recall --data $(DATA) --out benchmarks/results/vector-stores.md
 
+bench-bulk: $(VENV)/.dev | $(VIT_B_32) ## bulk embedding beside the engine alone: 5 minutes
+	$(BIN)/python -m crl_benchmarks.bulk_embed $(VIT_B_32) --out benchmarks/results/bulk-embed
+
+scale-million: $(VENV)/.dev ## a million thumbnails embedded by a job that is killed five times: 20 minutes, 4 GB of disk
+	$(BIN)/python -m crl_benchmarks.bulk_million --out benchmarks/results/bulk-million
+
 bench-peers: $(VENV)/.dev ## comparison with peers: under an hour, 32 GB of disk for their environments
 	$(BIN)/python -m crl_benchmarks.peers
 	$(BIN)/python -m crl_benchmarks.peers --readme

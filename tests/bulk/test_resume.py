@@ -19,6 +19,7 @@ from pyarrow import parquet
 from crl_benchmarks.bulk_million import demonstrate, read_universal
 from crl_benchmarks.thumbnails import write_shards
 from crl_sdk import Embedder, demo_bundle
+from crl_sdk.basis import BasisDirectory
 from crl_sdk.bulk import BulkJob, add_criteria, make_part, open_job_embedder
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.stored._directory import EmbeddingDirectory
@@ -94,6 +95,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, shards, whole):
 LIMITED = """
 import resource, sys
 from pathlib import Path
+from crl_sdk.basis import BasisDirectory
 from crl_sdk.bulk import BulkJob
 from crl_sdk.errors import CrlError
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
@@ -276,8 +278,9 @@ def test_open_files_do_not_grow(tmp_path, shards):
 
 def test_crl_project_adds_a_criterion(tmp_path, whole, colour):
     out = Path(shutil.copytree(whole, tmp_path / "out"))
-    (tmp_path / "bases").mkdir()
-    colour.save(tmp_path / "bases" / "color.safetensors")
+    basis = BasisDirectory(tmp_path / "bases").path_of("color", colour.fingerprint)
+    basis.parent.mkdir(parents=True)
+    colour.save(basis)
     command = [*CRL, "project", str(out), "--criteria", "color", "--bases", str(tmp_path / "bases")]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
