@@ -22,6 +22,10 @@ _TAR = (".tar", ".tar.gz", ".tgz")
 _LARGEST = 2**31
 """Largest number of bytes of a member of an archive. Images have a limit of their own."""
 
+_BUFFER = 2**20
+"""Number of bytes that are read of a column of a Parquet file at once. Row groups of images can be
+larger than memory."""
+
 _ENDED = "crl_ended"
 """Attribute of an archive whose end was read."""
 
@@ -272,7 +276,7 @@ def read_parquet(
     pa, parquet = import_pyarrow("reading .parquet files")
     wanted = [each for each in (columns.image, columns.path, columns.id) if each]
     try:
-        with parquet.ParquetFile(path) as opened:
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as opened:
             sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
             starts = list(accumulate(sizes, initial=0))
             groups = [

@@ -161,7 +161,7 @@ class EmbeddingDirectory:
         for part in self.parts():
             pa, parquet = import_pyarrow("reading .parquet files")
             try:
-                with parquet.ParquetFile(part) as opened:
+                with parquet.ParquetFile(part, pre_buffer=False) as opened:
                     missing = sorted(set(columns) - set(opened.schema_arrow.names))
                     if missing:
                         raise InvalidInputError(
