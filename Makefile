@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 DATA ?= ../shared/data/real-vectors
 
-.PHONY: demo test test-slow test-scale test-triton test-import test-gpu gpu-wheels docs-test soak fuzz walks notebooks check links types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-photos bench-outliers bench-service bench-project bench-stores bench-peers bench-triton load deploy-wheel deploy-locks deploy-check deploy-chroot wheelhouse wheelhouse-table clean
+.PHONY: demo test test-slow test-scale test-triton test-import test-gpu gpu-wheels docs-test soak fuzz walks notebooks check links types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-photos bench-outliers bench-service bench-workers bench-project bench-stores bench-peers bench-triton load deploy-wheel deploy-locks deploy-check deploy-chroot wheelhouse wheelhouse-table clean
 
 demo: $(VENV)/.demo ## from criteria in words to named groups of images, with a report
 	$(BIN)/crl demo
@@ -161,6 +161,9 @@ bench-outliers: $(VENV)/.dev ## precisions on weights with outliers, as training
 
 bench-service: $(VENV)/.dev | $(VIT_B_32) ## the service at saturation and for one caller against the same work in process: 6 minutes
 	$(BIN)/python -m crl_benchmarks.service_saturation $(VIT_B_32) --out benchmarks/results/service-saturation.md
+
+bench-workers: $(VENV)/.dev | $(VIT_B_32) ## one process against two workers, and how far workers scale in a simulation: 4 minutes
+	$(BIN)/python -m crl_benchmarks.workers $(VIT_B_32) --out benchmarks/results/workers.md
 
 bench-project: $(VENV)/.dev ## projection of 1 M stored embeddings: 3 minutes, 10 GB of memory
 	$(BIN)/python -m crl_benchmarks.reprojection --rounds 3 --out benchmarks/results/reprojection
