@@ -14,8 +14,10 @@ repository/
 from __future__ import annotations
 
 import ast
+import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +48,11 @@ from crl_sdk.storage._atomic_files import (
     write_atomically,
     write_record,
 )
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 RECORD, SCHEMA = "crl-repository.json", 1
 """Record of a repository, and the version of its format."""
@@ -208,15 +215,38 @@ def update_repository(
 
     Raises:
         InvalidInputError: If two models would have the same name.
-        ExportError: If `out` is no repository of this bundle, or cannot be written.
+        ExportError: If `out` is no repository of this bundle, another process updates it, or it
+            cannot be written.
         BasisError: If there is no basis of this model.
         BasisMismatchError: If a basis was made for another model.
         ParityError: If a graph differs from what it was made of.
     """
-    found = read_record(
-        out / RECORD, Repository, SCHEMA, ExportError,
-        "expected a repository that crl export-triton wrote; leave out --update to write a new one",
-    )  # fmt: skip
+    remedy = "expected a repository that crl export-triton wrote; leave out --update for a new one"
+    with _locked(out, remedy):
+        found = read_record(out / RECORD, Repository, SCHEMA, ExportError, remedy)
+        return _update(bundle, bases, out, found, progress)
+
+
+@contextmanager
+def _locked(folder: Path, remedy: str) -> Iterator[None]:
+    """Keep other processes from updating a repository; the lock ends with this process."""
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ExportError(f"{folder}: cannot be read ({error.strerror}); {remedy}") from error
+    try:
+        if fcntl is not None:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ExportError(f"{folder}: another process updates it; wait for it") from error
+    finally:
+        os.close(opened)
+
+
+def _update(
+    bundle: ModelBundle, bases: Path, out: Path, found: Repository, progress: Progress
+) -> Written:
     graph = graph_digest(bundle, found.options.precision)
     if (found.fingerprint, found.graph_sha256) != (bundle.fingerprint, graph):
         raise ExportError(

@@ -4,6 +4,7 @@ in tests/scale/triton.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -343,6 +344,18 @@ def test_a_killed_update_is_completed_by_the_next(export, bundle, bases, embedde
     assert {name: after[name] for name in before} == before  # only a version folder was added
     again = update_repository(bundle, bases, written.path)
     assert again.load == ("crl_color",) and again.repository.bases["color"].version == 3
+
+
+def test_a_second_update_at_once_is_refused(export, bundle, bases):
+    written = export()
+    opened = os.open(written.path, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        with pytest.raises(ExportError, match="another process updates it"):
+            update_repository(bundle, bases, written.path)
+    finally:
+        os.close(opened)
+    assert update_repository(bundle, bases, written.path).load == ()
 
 
 def test_a_full_disk_is_an_error_of_the_sdk(export, bundle, bases, embedder, monkeypatch):
