@@ -28,6 +28,7 @@ def image_model(
     element: int = TensorProto.FLOAT,
     channels_last: bool = False,
     unit: bool = False,
+    einsum: bool = False,
 ) -> onnx.ModelProto:
     """An image tower: patches, one product with a nonlinearity, a product to the embedding."""
     rng = np.random.default_rng(0)
@@ -52,7 +53,9 @@ def image_model(
     nodes += [
         make_node("Conv", [value, "kernel"], ["patches"], kernel_shape=[4, 4], strides=[4, 4]),
         make_node("Reshape", ["patches", "shape"], ["flat"]),
-        make_node("MatMul", ["flat", "first"], ["hidden"]),
+        make_node("Einsum", ["flat", "first"], ["hidden"], equation="bi,ij->bj")
+        if einsum
+        else make_node("MatMul", ["flat", "first"], ["hidden"]),
         make_node("Tanh", ["hidden"], ["bent"]),
         make_node("MatMul", ["bent", "second"], [last]),
     ]

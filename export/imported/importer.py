@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -24,6 +24,7 @@ from crl_export.bundle_parts import (
     quiet_run,
     tool_versions,
 )
+from crl_export.imported.batches import with_any_batch
 from crl_export.imported.graphs import Batching, image_graph, text_graph, with_dynamic_batch
 from crl_export.imported.layouts import Layout, find_layout
 from crl_export.imported.onnx_edits import opened, save, sort_nodes
@@ -51,6 +52,7 @@ from crl_sdk.model._manifest import (
     ImageGraph,
     Manifest,
     Origin,
+    Parity,
     Precision,
     Source,
     TextGraph,
@@ -62,7 +64,8 @@ from crl_sdk.model._tokenizer import Clean, Tokenizer
 from crl_sdk.storage._atomic_files import make_directory, new_directory
 
 _AGAINST = "the imported graph"
-_BATCHINGS: tuple[Batching, ...] = ("dynamic", "one by one")
+AnyTower = TypeVar("AnyTower", ImageTower, TextTower)
+
 _TOOLS = ("onnx", "onnxruntime", "tokenizers")
 
 
@@ -288,21 +291,20 @@ def _write_images(
     dim = reference.shape[1]
     base = work / f"image.{tower.precision}.onnx"
 
-    def write(batching: Batching) -> Any:
-        save(image_graph(_batched(tower, batching), spec, dim, batching), base, tower.bytes)
+    def write(tried: ImageTower, batching: Batching) -> Parity:
+        save(image_graph(tried, spec, dim, batching), base, tower.bytes)
         return check_image_graph(
             base, tower.precision, images, reference, strict_int8=True, against=_AGAINST
         )
 
-    measured, batching = _first_that_agrees(write, tower)
+    measured, chosen, batching = _first_that_agrees(write, tower)
     entries = {
         tower.precision: ImageGraph(file=base.name, precision=tower.precision, parity=measured)
     }
     for precision in [each for each in wanted if each != tower.precision]:
         path = work / f"image.{precision}.onnx"
         if precision == "fp16":
-            half = _half(_batched(tower, batching))
-            save(image_graph(half, spec, dim, batching), path, tower.bytes)
+            save(image_graph(_half(chosen), spec, dim, batching), path, tower.bytes)
         elif batching == "one by one":
             raise ExportError(
                 f"{tower.path}: takes one image at a time, so that int8 cannot be made from it; "
@@ -365,9 +367,9 @@ def _write_text(
         )
     path = work / TEXT_FILE
 
-    def write(batching: Batching) -> Any:
+    def write(tried: TextTower, batching: Batching) -> Parity:
         graph = text_graph(
-            _batched(tower, batching),
+            tried,
             dim,
             context_length=settings.context_length,
             pad_id=settings.pad_id,
@@ -385,7 +387,7 @@ def _write_text(
         parity.require(measured, parity.TOLERANCES[tower.precision], TEXT_FILE, _AGAINST)
         return measured
 
-    measured, batching = _first_that_agrees(write, tower)
+    measured, _, batching = _first_that_agrees(write, tower)
     entry = TextGraph(
         file=TEXT_FILE,
         tokenizer=TOKENIZER_FILE,
@@ -412,12 +414,22 @@ def _check_vocabulary(tower: TextTower, settings: TextSettings, tokens: NDArray[
         ) from error
 
 
-def _first_that_agrees(write: Any, tower: Tower) -> tuple[Any, Batching]:
-    """Write a graph that runs batches as such or, if it then differs, one that runs them singly."""
+def _first_that_agrees(
+    write: Callable[[AnyTower, Batching], Parity], tower: AnyTower
+) -> tuple[Parity, AnyTower, Batching]:
+    """Write a graph that agrees with the export: if possible, one that runs batches as such.
+
+    Args:
+        write: Function that writes and checks the graph of a tower.
+        tower: The tower.
+
+    Returns:
+        The parity, the tower that was written, and how it runs a batch.
+    """
     failed: Exception | None = None
-    for batching in _BATCHINGS:
+    for tried, batching in _candidates(tower):
         try:
-            return write(batching), batching
+            return write(tried, batching), tried, batching
         except (ParityError, EngineError) as error:
             failed = error
         except ExportError:
@@ -432,17 +444,22 @@ def _first_that_agrees(write: Any, tower: Tower) -> tuple[Any, Batching]:
     ) from failed
 
 
-def _batched(tower: Any, batching: Batching) -> Any:
-    """Return a tower whose inputs declare their batch as dynamic, if it is to run batches."""
-    if batching == "one by one":
-        return tower
+def _candidates(tower: AnyTower) -> Iterator[tuple[AnyTower, Batching]]:
+    """Yield a tower with its batch declared as dynamic, rewritten so, and as it is."""
+    yield _declared_dynamic(tower), "dynamic"
+    if isinstance(tower, ImageTower) and (rewritten := with_any_batch(tower)) is not None:
+        yield _declared_dynamic(rewritten), "dynamic"
+    yield tower, "one by one"
+
+
+def _declared_dynamic(tower: AnyTower) -> AnyTower:
     model = onnx.ModelProto()
     model.CopyFrom(tower.model)
     with_dynamic_batch(model)
     return replace(tower, model=model)
 
 
-def _half(tower: Any) -> Any:
+def _half(tower: ImageTower) -> ImageTower:
     """Return a tower in half precision, whose inputs and outputs keep their types."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 

@@ -93,11 +93,19 @@ def test_transformers_js(tmp_path):
     assert_equals(embed(bundle)[1], definition_of_texts(bundle, text, "text_embeds"))
 
 
-@pytest.mark.parametrize("fixed", [False, True], ids=["batch declared", "batch in the nodes"])
-def test_immich_with_a_batch_of_one(tmp_path, fixed):
-    source = tiny.immich(tmp_path / "immich", fixed_reshape=fixed)
+@pytest.mark.parametrize(
+    ("nodes", "batch"),
+    [
+        ({}, "dynamic"),
+        ({"fixed_reshape": True}, "dynamic"),
+        ({"fixed_reshape": True, "einsum": True}, "one by one"),
+    ],
+    ids=["batch declared", "batch in the nodes", "node without a rule"],
+)
+def test_immich_with_a_batch_of_one(tmp_path, nodes, batch):
+    source = tiny.immich(tmp_path / "immich", **nodes)
     bundle = import_model(source, out=tmp_path / "b", precisions=("fp32", "fp16"))
-    assert bundle.manifest.origin.image_batch == ("one by one" if fixed else "dynamic")
+    assert bundle.manifest.origin.image_batch == batch
     assert bundle.preprocess.resize_mode == "squash"
     assert bundle.preprocess.interpolation == "bilinear"
     with Embedder.open(bundle, engine="onnx/cpu/fp32", threads=1) as embedder:
@@ -466,7 +474,7 @@ def test_variants(tmp_path):
 
 
 def test_lower_precisions_need_the_right_graph(tmp_path):
-    source = tiny.immich(tmp_path / "immich", fixed_reshape=True)
+    source = tiny.immich(tmp_path / "immich", fixed_reshape=True, einsum=True)
     with pytest.raises(ExportError, match="one image at a time, so that int8 cannot be made"):
         import_model(source, out=tmp_path / "b", precisions=("int8",))
     with pytest.raises(InvalidInputError, match="expected precisions among"):

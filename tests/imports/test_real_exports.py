@@ -163,6 +163,7 @@ def test_immich_gives_the_embeddings_of_open_clip(open_clip_model, folder):
     real.immich(open_clip_model, folder / "immich")
     bundle = import_model(folder / "immich", out=folder / "b-immich")
     assert bundle.manifest.origin.layout == "immich"
+    assert bundle.manifest.origin.image_batch == "dynamic"  # traced with one image, and rewritten
     assert_close(embeddings(bundle), open_clip_embeddings(open_clip_model))
 
 
