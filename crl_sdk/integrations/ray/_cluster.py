@@ -62,11 +62,16 @@ def connect(address: str) -> Iterator[Any]:
         return
     target = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
     options: dict[str, Any] = {"include_dashboard": False} if target == "local" else {}
-    if target not in ("auto", "local"):
-        _probe(target)
+    asks_for_token = target not in ("auto", "local") and _probe(target)
     try:
         ray.init(address=target, log_to_driver=False, logging_level=logging.WARNING, **options)
-    except ConnectionError as error:
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        if asks_for_token or not isinstance(error, ConnectionError):
+            raise ServiceError(
+                f"{target}: this Ray cluster asks for a token, which this process does not have; "
+                "copy ~/.ray/auth_token from its head, or set RAY_AUTH_TOKEN, and set "
+                f"RAY_AUTH_MODE=token ({error})"
+            ) from error
         raise ServiceError(
             f"{target}: no Ray cluster answers ({error}); start one with `ray start --head`, or "
             "name one that runs: --ray HOST:PORT"
@@ -110,8 +115,8 @@ def require_version(version: str) -> None:
         )
 
 
-def _probe(address: str) -> None:
-    """Ask for any answer of Ray at an address.
+def _probe(address: str) -> bool:
+    """Ask for any answer of Ray at an address, and return whether it asks for a token.
 
     Raises:
         InvalidInputError: If the address is malformed.
@@ -140,12 +145,14 @@ def _probe(address: str) -> None:
                     "start one with `ray start --head`, which prints its address, and check that "
                     "this machine reaches it: `ray status --address HOST:PORT`"
                 ) from error
-            # Ray's client server has other methods. A cluster with tokens refuses this one.
+            # Ray's client server has other methods.
             if code == grpc.StatusCode.UNIMPLEMENTED and not address.startswith(_CLIENT):
                 raise ServiceError(
                     f"{address}: a gRPC server answers there that is no Ray cluster; "
                     "`ray start --head` prints the address of one"
                 ) from error
+            return bool(code == grpc.StatusCode.UNAUTHENTICATED)
+    return False
 
 
 def _mismatch(address: str, message: str) -> str:

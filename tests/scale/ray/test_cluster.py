@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import socket
+import subprocess
+import sys
 import threading
 from concurrent import futures
 from functools import cache
@@ -43,6 +47,28 @@ def test_a_server_that_is_no_cluster_is_told_from_one():
     server.start()
     try:
         with pytest.raises(ServiceError, match="no Ray cluster"), connect(f"127.0.0.1:{port}"):
+            pass
+    finally:
+        server.stop(None)
+
+
+def test_a_cluster_that_asks_for_a_token_says_which(monkeypatch):
+    class Refusing(grpc.GenericRpcHandler):
+        def service(self, details):
+            def refuse(request, context):
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+
+            return grpc.unary_unary_rpc_method_handler(refuse)
+
+    def init(**options):  # after 20 seconds
+        raise ConnectionError("Failed to connect")
+
+    monkeypatch.setattr("ray.init", init)
+    server = grpc.server(futures.ThreadPoolExecutor(1), handlers=[Refusing()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with pytest.raises(ServiceError, match="RAY_AUTH_TOKEN"), connect(f"127.0.0.1:{port}"):
             pass
     finally:
         server.stop(None)
@@ -96,6 +122,29 @@ def test_nothing_is_reported(cluster):
     ]
     assert len(reporters) == 1
     assert reporters[0].environ()["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_reports_are_off_although_ray_was_imported_first():
+    code = (
+        "import ray, crl_sdk\n"
+        "from ray._common.usage.usage_lib import usage_stats_enabled\n"
+        "print(usage_stats_enabled())"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in SWITCHES}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.strip() == "False"
+
+
+def test_a_cluster_that_reports_is_named(cluster, monkeypatch, caplog):
+    monkeypatch.setattr(
+        "ray._common.usage.usage_lib.get_cluster_metadata",
+        lambda _: {"ray_version": ray.__version__, "python_version": platform.python_version(),
+                   "session_start_timestamp_ms": 1},
+    )  # fmt: skip
+    with connect(cluster.address):
+        assert "RAY_USAGE_STATS_ENABLED=0 ray start --head" in caplog.text
 
 
 def test_a_connected_process_stays_connected(cluster):
