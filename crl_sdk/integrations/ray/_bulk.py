@@ -9,7 +9,7 @@ The parts of a plan have the batches and names that they have in one process.
 from __future__ import annotations
 
 import logging
-import os
+import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -124,7 +124,7 @@ class _Worker:
         require_version(self._version)
         if not self._directory.is_dir():
             raise InvalidInputError(
-                f"{self._directory}: the node {os.uname().nodename} does not see this directory; "
+                f"{self._directory}: the node {platform.node()} does not see this directory; "
                 "choose one on storage that all nodes of the cluster mount at this path"
             )
         use_assigned_processors()
