@@ -278,8 +278,8 @@ def main() -> None:
         parts.append(markdown(options.workers, engine, rounds))
         parts.append(
             f"Load average of the machine at the end: {load:.1f}, of which this measurement is "
-            f"about {machine['cores']}. Rates fall when other work shares the cores; processor time per "
-            "image hardly does."
+            f"about {machine['cores']}. Rates fall when other work shares the cores; processor "
+            "time per image hardly changes."
         )
         print(parts[-1], flush=True)
     parts.append(

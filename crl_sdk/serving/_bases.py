@@ -309,7 +309,13 @@ class DirectoryBasisStore(BasisStore):
             self._read()
 
     def _read(self) -> None:
-        """Read the files that are new or changed since they were read last."""
+        """Read the files that are new or changed since they were read last.
+
+        Raises:
+            OSError: If the directory is away. The bases then stay.
+        """
+        self.directory.stat()  # `glob` finds nothing in a directory that is away
+        served = {basis_file_name(name): stored for name, stored in self._bases.items()}
         loaded: dict[str, tuple[object, StoredBasis | None]] = {}
         for path in sorted(self.directory.glob(f"*{SUFFIX}")):
             try:
@@ -319,7 +325,7 @@ class DirectoryBasisStore(BasisStore):
             version = (status.st_ino, status.st_mtime_ns, status.st_size)
             known = self._loaded.get(path.name)
             if known is None or known[0] != version:
-                known = (version, self._load(path))
+                known = (version, self._load(path) or served.get(path.name))
             loaded[path.name] = known
         bases = [stored for _, stored in loaded.values() if stored is not None]
         self._loaded = loaded

@@ -28,7 +28,7 @@ from crl_sdk.serving import _supervisor
 from crl_sdk.serving._bases import DirectoryBasisStore
 from crl_sdk.serving._supervisor import Supervisor, reserve_port
 from crl_sdk.serving._worker_metrics import WorkerMetrics
-from support import unseen_image, wait_until
+from support import basis_file, unseen_image, wait_until
 
 PAGE = """# HELP crl_calls_total Calls that ended.
 # TYPE crl_calls_total counter
@@ -250,6 +250,17 @@ def test_workers_share_a_directory_that_no_other_server_gets(embedder, tmp_path)
             other.put(make("red", "green"), replace=False)
         wait_until(lambda: other.snapshot.get("mood", first).sha256 == first.sha256)
         assert other.put(make("red", "pink"))[1] is True
+        file = basis_file(tmp_path, "mood")
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-5])  # damaged by hand: the basis that was read stays
+        one._refresh()
+        other._refresh()
+        one.directory.rename(tmp_path / "away")  # so it does while the directory is away
+        wait_until(lambda: one.watcher.problem and other.watcher.problem)
+        assert "mood" in one.snapshot and "mood" in other.snapshot
+        (tmp_path / "away").rename(one.directory)
+        file.write_bytes(whole)
+        wait_until(lambda: not (one.watcher.problem or other.watcher.problem))
         other.delete("mood")
         wait_until(lambda: not one.snapshot)
     finally:
