@@ -103,6 +103,13 @@ def compile_plan(
         EngineError: If enterprise TensorRT finds no GPU.
     """
     _check_profile(precision, batch, max_columns)
+    origin = bundle.manifest.origin
+    if origin is not None and origin.image_batch == "one by one":
+        raise ExportError(
+            f"{bundle.path}: the imported graph takes one image at a time, so that the bundle runs "
+            "images one by one, which TensorRT cannot; export the model with a dynamic batch, and "
+            "import it again"
+        )
     if baked is not None:
         baked.require_fingerprint(bundle.fingerprint)
     digest = graph_digest(bundle, precision)

@@ -162,7 +162,10 @@ def _note_limits(bundle: ModelBundle) -> None:
     """Say what is slower than it could be, and what a bundle without a text tower cannot do."""
     origin = bundle.manifest.origin
     if origin is not None and origin.image_batch == "one by one":
-        note("the image graph takes one image at a time: a batch is not faster than its images")
+        note(
+            "the image graph takes one image at a time: a batch is not faster than its images, and "
+            "TensorRT cannot compile it"
+        )
     if bundle.manifest.text is None:
         warn(
             "no text tower: `crl embed` and `crl serve` give plain embeddings of images; `crl "

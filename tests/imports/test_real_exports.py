@@ -25,7 +25,7 @@ from crl_sdk.errors import ExportError  # noqa: E402
 from crl_sdk.model._tokenizer import Tokenizer  # noqa: E402
 
 TEXTS = ["a photo of a cat", "red circle", "the small dog", "It is a LARGE blue square on red"]
-TOLERANCE = 2e-5
+TOLERANCE = 2e-6
 
 
 def pictures() -> list[Image.Image]:
