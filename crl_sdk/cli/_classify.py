@@ -45,7 +45,7 @@ from crl_sdk.stored._reader import SUFFIXES as STORED_SUFFIXES
 from crl_sdk.tasks._few_shot import FewShotClassifier
 
 app = typer.Typer(
-    help="Learn classes from a few labelled images, and classify others.", no_args_is_help=True
+    help="Learn classes from a few images, and classify others.", no_args_is_help=True
 )
 
 

@@ -48,7 +48,7 @@ def verify(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare an engine with the bundle's fp32 graph, and time it. Status 1 if they disagree."""
+    """Compare an engine with the fp32 graph, and time it. Status 1 if they disagree."""
     require_new(out_file, overwrite=overwrite)
     if every:
         if engine is not None or baked is not None or kernel:
