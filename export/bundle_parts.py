@@ -69,7 +69,6 @@ def check_image_graph(
     *,
     strict_int8: bool,
     against: str = "torch fp32",
-    tolerance: Precision | None = None,
 ) -> Parity:
     """Run an image graph and compare it with reference embeddings.
 
@@ -80,7 +79,6 @@ def check_image_graph(
         reference: Their embeddings, shape (n, d), float32, unit rows.
         strict_int8: Whether to fail if int8 exceeds its tolerance, instead of warning.
         against: Where the reference is from, for the error message.
-        tolerance: Precision whose tolerance applies, if it is another.
 
     Raises:
         ParityError: If the projection in the graph is wrong, or the parity outside its tolerance.
@@ -100,7 +98,7 @@ def check_image_graph(
 
     measured = parity.compare(reference, parity.batched(run, images))
     try:
-        parity.require(measured, parity.TOLERANCES[tolerance or precision], path.name, against)
+        parity.require(measured, parity.TOLERANCES[precision], path.name, against)
     except ParityError as error:
         if precision != "int8" or strict_int8:
             raise

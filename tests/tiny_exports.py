@@ -76,6 +76,7 @@ def text_model(
     ids: str = "input_ids",
     output: str = "text_embeds",
     mask: str | None = "attention_mask",
+    types: str | None = None,
     element: int = TensorProto.INT64,
     length: int | str = "length",
     batch: int | str = "batch",
@@ -100,6 +101,14 @@ def text_model(
             make_node("Mul", ["rows", "column"], ["kept"]),
         ]
         value = "kept"
+    if types:  # any type but 0 changes the embedding
+        inputs.append(make_tensor_value_info(types, element, [batch, length]))
+        nodes += [
+            make_node("Cast", [types], ["kinds"], to=TensorProto.FLOAT),
+            make_node("Unsqueeze", ["kinds", "minus"], ["kind_column"]),
+            make_node("Add", [value, "kind_column"], ["typed"]),
+        ]
+        value = "typed"
     nodes += [
         make_node("ReduceSum", [value, "axis"], ["sum"], keepdims=0),
         make_node("Tanh", ["sum"], ["bent"]),

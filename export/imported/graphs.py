@@ -51,8 +51,8 @@ def image_graph(
         value = work.add("Cast", [value], to=TensorProto.FLOAT16)
     rows = work.run_tower({tower.input: value}, batching)
     work.normalise(rows, dim)
-    work.add_named("MatMul", ["embedding", "weight"], "product")
-    work.add_named("Add", ["product", "bias"], "projected")
+    work.add_named("MatMul", ["embedding", "weight"], "crl_product")
+    work.add_named("Add", ["crl_product", "bias"], "projected")
     image = make_tensor_value_info("image", TensorProto.UINT8, ["B", spec.height, spec.width, 3])
     weight = make_tensor_value_info("weight", TensorProto.FLOAT, [dim, "K"])
     bias = make_tensor_value_info("bias", TensorProto.FLOAT, ["K"])
@@ -133,22 +133,20 @@ class _Work:
         self.model.CopyFrom(tower.model)
         self.model.ir_version = max(self.model.ir_version, 8)
         self.graph = self.model.graph
-        self.tower = [*self.graph.node]
         self._count = 0
         self._names = {name: f"tower_{name}" for name in _OURS}
         rename_values(self.graph, self._names)
         self._output = self._renamed(tower.output)
         self._output_type = self.graph.output[0].type.tensor_type.elem_type
-        nodes = [*self.graph.node]
         self._body = onnx.GraphProto()
-        self._body.name = "tower"
-        self._body.node.extend(nodes)
+        self._body.node.extend(self.graph.node)
         del self.graph.node[:]
-        self._inputs = {each.name: each.type.tensor_type for each in self.graph.input}
-        self._types = {
-            name: (each.elem_type, [dim.dim_value for dim in each.shape.dim])
-            for name, each in self._inputs.items()
-        }
+        self._types = {}
+        for value in self.graph.input:
+            tensor = value.type.tensor_type
+            self._types[value.name] = (
+                tensor.elem_type, [dim.dim_value for dim in tensor.shape.dim],
+            )  # fmt: skip
         del self.graph.input[:]
         del self.graph.output[:]
 

@@ -7,7 +7,6 @@ opens a foreign file itself.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -24,6 +23,8 @@ MAX_JSON = 64 << 20
 
 MIN_OPSET, CONVERTED_OPSET = 13, 17
 """Graphs of older opsets than the first are converted to the second."""
+
+_LFS = b"version https://git-lfs.github.com"
 
 RUNTIME_DOMAINS = ("", "ai.onnx", "com.microsoft")
 """Domains of operators that ONNX Runtime has."""
@@ -83,11 +84,12 @@ def read_onnx(path: Path) -> OnnxFile:
     """
     if not path.is_file():
         raise ExportError(f"{path}: no such file; check the path")
-    if path.stat().st_size < 100 and path.read_bytes()[:100].startswith(b"version https://git-lfs"):
-        raise _lfs_pointer(path)
     with path.open("rb") as file:
-        if file.read(39).startswith(b"version https://git-lfs.github.com"):
-            raise _lfs_pointer(path)
+        if file.read(len(_LFS)) == _LFS:
+            raise ExportError(
+                f"{path}: a pointer of Git LFS, not the file itself; run `git lfs pull` in the "
+                "repository, or download the file"
+            )
     try:
         model = onnx.load(path, load_external_data=False)
         nodes = len(model.graph.node)
@@ -121,13 +123,6 @@ def opset_of(model: onnx.ModelProto) -> int:
     """Return the opset of ONNX's own operators; 0 if it has none."""
     versions = (each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
     return max(versions, default=0)
-
-
-def _lfs_pointer(path: Path) -> ExportError:
-    return ExportError(
-        f"{path}: a pointer of Git LFS, not the file itself; run `git lfs pull` in the repository, "
-        "or download the file"
-    )
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
@@ -267,8 +262,3 @@ def _modern(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def canonical(value: Any) -> str:
-    """Return JSON in a fixed form, for digests."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))

@@ -63,7 +63,8 @@ def definition_of_texts(bundle: ModelBundle, text: Path, output: str) -> np.ndar
                 continue
             real = (np.arange(tokens.shape[1]) < count)[None]
             kind = np.int32 if value.type == "tensor(int32)" else np.int64
-            feeds[value.name] = (real if "mask" in value.name else tokens).astype(kind)
+            values = {"attention_mask": real, "token_type_ids": np.zeros_like(tokens)}
+            feeds[value.name] = values.get(value.name, tokens).astype(kind)
         rows.append(session.run([output], feeds)[0][0])
     rows = np.array(rows)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
@@ -177,6 +178,16 @@ def test_a_token_that_fills_and_ends_texts_is_part_of_the_text_once(tmp_path):
     bundle = import_model(source, out=tmp_path / "b", given=Given(pad_id=2))
     text = source / "onnx" / "text_model.onnx"
     assert_equals(embed(bundle)[1], definition_of_texts(bundle, text, "text_embeds"))
+
+
+@pytest.mark.parametrize("element", [TensorProto.INT32, TensorProto.INT64])
+def test_text_towers_with_masks_and_types_of_tokens(tmp_path, element):
+    """As those of M-CLIP in immich (int32), and of towers made from BERT."""
+    source = tiny.immich(tmp_path / "immich")
+    text = source / "textual" / "model.onnx"
+    onnx.save(tiny.text_model(output="embedding", types="token_type_ids", element=element), text)
+    bundle = import_model(source, out=tmp_path / "b")
+    assert_equals(embed(bundle)[1], definition_of_texts(bundle, text, "embedding"))
 
 
 def test_context_length(tmp_path):
