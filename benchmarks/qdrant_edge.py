@@ -30,7 +30,6 @@ class QdrantEdge(VectorStore):
         super().__init__(address)
         self._shard: Any = None
         self._record = ""
-        self._dims: dict[str, int] = {}
         self.closed_to_fields = "qdrant-edge-py adds none"
 
     @classmethod

@@ -101,6 +101,7 @@ class VectorStore(ABC):
         """Store the address. `open` connects."""
         self.address = address
         self.closed_to_fields = ""
+        self._dims: dict[str, int] = {}
 
     @classmethod
     @abstractmethod
@@ -179,6 +180,15 @@ class VectorStore(ABC):
     @abstractmethod
     def close(self) -> None:
         """Close the connection."""
+
+    def dim_of(self, field: str) -> int:
+        """Return the length of a vector, which is asked of the store once."""
+        if field not in self._dims:
+            there = self.describe()
+            self._dims = {} if there is None else dict(there.dims)
+        if field not in self._dims:
+            raise VectorStoreError(f"{self.address}: has no vectors {field!r}")
+        return self._dims[field]
 
     def __enter__(self) -> VectorStore:
         """Return the store itself."""

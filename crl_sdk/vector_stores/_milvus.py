@@ -56,7 +56,8 @@ class Milvus(VectorStore):
             raise InvalidInputError(
                 f"{address}: Milvus allows no '-' in the name of a collection: use '_'"
             )
-        uri = address.location or f"http://{address.host}:{address.port}"
+        scheme = "https" if address.tls else "http"
+        uri = address.location or f"{scheme}://{address.host}:{address.port}"
         if address.location:
             _check_file(address)
             logging.getLogger("grpc._server").addFilter(_is_news)
@@ -169,9 +170,9 @@ class Milvus(VectorStore):
             found = self._client.query(
                 self._name, filter=_among(ids), output_fields=[ID, PATH, *fields]
             )
-        there = self.describe()
-        dims = {} if there is None else there.dims
-        vectors = {name: nan_rows([row.get(name) for row in found], dims[name]) for name in fields}
+        vectors = {
+            name: nan_rows([row.get(name) for row in found], self.dim_of(name)) for name in fields
+        }
         return Rows([row[ID] for row in found], [row[PATH] for row in found], vectors)
 
     def count(self) -> int:

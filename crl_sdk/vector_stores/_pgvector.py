@@ -146,8 +146,7 @@ class PostgreSQL(VectorStore):
 
     def finish(self, fields: Sequence[str]) -> None:
         """Build the HNSW index of each column that has none."""
-        there = self.describe()
-        dims = {} if there is None else there.dims
+        dims = {name: self.dim_of(name) for name in fields}
         with self.doing("build its index", "run the same command again"):
             for name in fields:
                 if dims[name] <= _MOST_HALF_INDEXED:
@@ -177,12 +176,12 @@ class PostgreSQL(VectorStore):
         columns = "".join(f", {self._quoted(name)}" for name in fields)
         with self.doing("be read"):
             found = self._connection.execute(
-                f"SELECT {ID}, {PATH}{columns} FROM {self._table} WHERE {ID} = ANY(%s)", [list(ids)]
+                f"SELECT {ID}, {PATH}{columns} FROM {self._table} WHERE {ID} = ANY(%s)",
+                [list(ids)],
+                binary=True,  # five times as fast as parsing text
             ).fetchall()
-        there = self.describe()
-        dims = {} if there is None else there.dims
         vectors = {
-            name: nan_rows([_array(row[2 + i]) for row in found], dims[name])
+            name: nan_rows([_array(row[2 + i]) for row in found], self.dim_of(name))
             for i, name in enumerate(fields)
         }
         return Rows([row[0] for row in found], [row[1] for row in found], vectors)

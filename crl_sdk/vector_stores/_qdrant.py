@@ -192,10 +192,8 @@ class Qdrant(VectorStore):
                 with_payload=[ID, PATH],
                 with_vectors=list(fields),
             )
-        there = self.describe()
-        dims = {} if there is None else there.dims
         vectors = {
-            name: nan_rows([(point.vector or {}).get(name) for point in points], dims[name])
+            name: nan_rows([(point.vector or {}).get(name) for point in points], self.dim_of(name))
             for name in fields
         }
         payloads = [point.payload for point in points]

@@ -37,7 +37,7 @@ STORES = {
     "qdrant": StoreKind("_qdrant", "Qdrant", port=6333, local="DIR", tls=True),
     "lancedb": StoreKind("_lancedb", "LanceDB", local="DIR"),
     "postgresql": StoreKind("_pgvector", "PostgreSQL", port=5432, database=True),
-    "milvus": StoreKind("_milvus", "Milvus", port=19530, local="FILE.db"),
+    "milvus": StoreKind("_milvus", "Milvus", port=19530, local="FILE.db", tls=True),
 }
 """Kinds of vector stores, by the scheme of their addresses."""
 
