@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet -c constraints.txt
 DEMO_MODEL := build/demo-model
 DATA ?= ../shared/data/real-vectors
 
-.PHONY: demo test test-slow test-scale test-triton test-import test-gpu gpu-wheels docs-test soak fuzz walks notebooks check links types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-photos bench-outliers bench-service bench-workers bench-project bench-stores bench-peers bench-triton load deploy-wheel deploy-locks deploy-check deploy-chroot wheelhouse wheelhouse-table clean
+.PHONY: demo test test-slow test-scale test-triton test-import test-gpu gpu-wheels docs-test soak fuzz walks notebooks check links types stubs format dist conformance demo-model eval eval-demo eval-bases eval-real eval-constants eval-relevance export-parity compile-table bench bench-photos bench-outliers bench-service bench-workers bench-project bench-index bench-stores bench-peers bench-triton load deploy-wheel deploy-locks deploy-check deploy-chroot wheelhouse wheelhouse-table clean
 
 demo: $(VENV)/.demo ## from criteria in words to named groups of images, with a report
 	$(BIN)/crl demo
@@ -168,7 +168,10 @@ bench-workers: $(VENV)/.dev | $(VIT_B_32) ## one process against two workers, an
 bench-project: $(VENV)/.dev ## projection of 1 M stored embeddings: 3 minutes, 10 GB of memory
 	$(BIN)/python -m crl_benchmarks.reprojection --rounds 3 --out benchmarks/results/reprojection
 
-bench-stores: $(SCALE)/.done ## vector stores beside the exact index, on real CLIP vectors in DATA: 6 minutes; skipped without them
+bench-index: $(VENV)/.dev ## time and memory of the exact Index by its size: 1 minute, 4 GB of memory
+	$(BIN)/python -m crl_benchmarks.index_size --out benchmarks/results/index-size.md
+
+bench-stores: $(SCALE)/.done ## vector stores beside the exact index, on real CLIP vectors in DATA: 10 minutes beside other work; skipped without them
 	$(SCALE)/bin/python -m crl_benchmarks.vector_store_recall --data $(DATA) --out benchmarks/results/vector-stores.md
 
 bench-bulk: $(VENV)/.dev | $(VIT_B_32) ## bulk embedding beside the engine alone: 5 minutes

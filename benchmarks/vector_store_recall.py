@@ -59,10 +59,7 @@ WEIGHTS: tuple[Mapping[str, float], ...] = (
     {"object": 1.0, "color": -0.5},
 )
 LENGTHS = (10, 30, 100, 300)
-INDEX_SIZES = ((10_000, 12), (10_000, 512), (100_000, 12), (100_000, 512),
-               (1_000_000, 12), (1_000_000, 64), (1_000_000, 512))  # fmt: skip
 WARM_UP = 3
-SEARCHES = 9  # of each size of `Index`
 
 Rows = NDArray[np.float32]
 
@@ -220,25 +217,6 @@ def fuse_ranks(index: Index, task: Task, which: int, length: int) -> float:
     return hits / (10 * QUERIES)
 
 
-def measure_index() -> list[tuple[int, int, float, float, float]]:
-    """Return rows, columns, median and least milliseconds, and bytes of searches in an `Index`."""
-    found = []
-    for rows, columns in INDEX_SIZES:
-        data = np.random.default_rng(0).standard_normal((rows, columns), dtype=np.float32)
-        index = Index({"color": data})
-        seconds = []
-        for i in range(WARM_UP + SEARCHES):
-            started = time.perf_counter()
-            index.nearest({"color": data[i]}, n=10)
-            seconds.append(time.perf_counter() - started)
-        times = 1e3 * np.array(seconds[WARM_UP:])
-        size = float(data.nbytes + 4 * rows)
-        found.append((rows, columns, float(np.median(times)), float(times.min()), size))
-        print(found[-1], flush=True)
-        del data, index
-    return found
-
-
 def main() -> None:
     """Measure, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -250,7 +228,6 @@ def main() -> None:
     except FileNotFoundError as error:
         print(f"skipped: {error.filename} is absent")
         return
-    sizes = measure_index()
     ids = [f"picture {i}" for i in range(len(images))]
     queries = project(held_out, bases)
     index = Index({**project(images, bases)})
@@ -281,7 +258,7 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     dims = {name: rows.shape[1] for name, rows in queries.items()}
     parts = [_head(len(images), dims), _searches(outcomes, p50), _lists(outcomes, fused)]
-    options.out.write_text("\n".join([*parts, _index(sizes)]), encoding="utf-8")
+    options.out.write_text("\n".join(parts), encoding="utf-8")
     print(json.dumps({"peak_mib": round(peak), "rows": len(images), "out": str(options.out)}))
 
 
@@ -351,20 +328,6 @@ merged. The last lines merge ranks instead of scores, as stores do themselves (r
 fusion, k = 60, weighted), of lists without error.
 
 {table(["", "weights", *map(str, LENGTHS)], rows)}
-"""
-
-
-def _index(sizes: Sequence[tuple[int, int, float, float, float]]) -> str:
-    rows = [
-        [f"{count:,}", str(columns), f"{ms:.1f}", f"{least:.1f}", f"{size / 1e6:,.0f}"]
-        for count, columns, ms, least, size in sizes
-    ]
-    return f"""
-## Index
-
-A search by one criterion in `crl_sdk.tasks.Index`, and the memory of its rows.
-
-{table(["rows", "values", "p50 ms", "fastest ms", "MB"], rows)}
 """
 
 

@@ -25,7 +25,6 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     texts = rng.standard_normal((len(words), 24)).astype(np.float32)
     np.savez(tmp_path / "openai-b32-words.npz", word=words, kind=kinds, text=texts)
     monkeypatch.setattr(bench, "QUERIES", 5)
-    monkeypatch.setattr(bench, "INDEX_SIZES", ((100, 8),))
     page = tmp_path / "page.md"
     arguments = ["bench", "--data", str(tmp_path), "--out", str(page)]
     monkeypatch.setattr(sys, "argv", arguments)
