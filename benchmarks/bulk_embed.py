@@ -29,7 +29,7 @@ import numpy as np
 from crl_benchmarks.images import synthetic_jpegs
 from crl_benchmarks.machine import describe_commit, describe_machine
 from crl_benchmarks.markdown import table
-from crl_benchmarks.thumbnails import thumbnails
+from crl_benchmarks.thumbnails import EVERY, thumbnails
 from crl_sdk import Embedder, demo_bundle
 from crl_sdk.bulk import BulkJob, make_part, open_job_embedder
 from crl_sdk.errors import InvalidInputError
@@ -178,11 +178,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.bundle is not None and not arguments.bundle.is_dir():
         raise InvalidInputError(f"{arguments.bundle}: expected a bundle, found none")
-    small = [data for i, data in thumbnails(0, 10_008) if (i + 1) % 997][:9_600]
+    small = [data for i, data in thumbnails(0, 5_008) if (i + 1) % EVERY][:4_800]
     cases = [("demo, fp32, 56×56", (demo_bundle(), "onnx/cpu/fp32"), small)]
     if arguments.bundle is not None:
         for side in ((224, 224), (640, 480)):
-            pictures = synthetic_jpegs(640, side)
+            pictures = synthetic_jpegs(320, side)
             cases.append(
                 (f"ViT-B/32, int8, {side[0]}×{side[1]}", (arguments.bundle, "onnx/cpu/int8"),
                  pictures)

@@ -208,7 +208,7 @@ def report(
     return f"""# {count:,} thumbnails, killed and resumed
 
 Made with `python -m crl_benchmarks.bulk_million --count {count}` at {describe_commit()} on
-{machine["processor"]}, {machine["cores"]} cores, {machine["memory"]}, {engine}.
+{machine["processor"]}, {machine["cores"]} cores, {machine["memory"]}: {engine}.
 
 {shown}
 
@@ -229,7 +229,13 @@ def middle(run: Run) -> float:
 
 
 def demonstrate(
-    work: Path, count: int, *, shard: int = SHARD, kills: int = 5, grace: float = 8.0
+    work: Path,
+    count: int,
+    *,
+    shard: int = SHARD,
+    kills: int = 5,
+    grace: float = 8.0,
+    engine: str = "auto",
 ) -> tuple[list[Run], str]:
     """Render, embed, kill, resume and check.
 
@@ -239,6 +245,7 @@ def demonstrate(
         shard: Number of pictures of a shard.
         kills: How often the job is killed.
         grace: Seconds that a part takes, more or less.
+        engine: Engine; the bundle is that of `CRL_BUNDLE`, or the demo model.
 
     Returns:
         The runs, and the report in Markdown.
@@ -252,7 +259,7 @@ def demonstrate(
     for old in (out, again):
         shutil.rmtree(old, ignore_errors=True)
     log.unlink(missing_ok=True)
-    crl = [sys.executable, "-m", "crl_sdk", "embed"]
+    crl = [sys.executable, "-m", "crl_sdk", "embed", "--engine", engine]
     command = [*crl, *map(str, shards), "--out", str(out)]
     runs, interrupted = run_job(command, out, len(shards), kills=kills, grace=grace, log=log)
     rows, errors = check_rows(out, count)
@@ -270,8 +277,8 @@ def demonstrate(
         other_names, other = read_universal(part)
         assert names == other_names and (values == other).all(), f"{parts[number]} differs"
     size = sum(part.stat().st_size for part in parts)
-    engine = embedded.manifest.engine
-    return runs, report(runs, count, errors, size=size, compared=len(compared), engine=engine)
+    used = f"{embedded.manifest.model}, {embedded.manifest.engine}"
+    return runs, report(runs, count, errors, size=size, compared=len(compared), engine=used)
 
 
 def main() -> None:
@@ -279,10 +286,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1_000_000)
     parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--engine", default="auto")
     parser.add_argument("--work", type=Path, default=Path("build/bulk-million"))
     parser.add_argument("--out", type=Path, help="Path of the report, without its suffix.")
     arguments = parser.parse_args()
-    runs, text = demonstrate(arguments.work, arguments.count, kills=arguments.kills)
+    runs, text = demonstrate(
+        arguments.work, arguments.count, kills=arguments.kills, engine=arguments.engine
+    )
     print(text)
     if arguments.out is not None:
         arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
