@@ -13,7 +13,9 @@ import argparse
 import json
 import os
 import resource
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -223,6 +225,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # PostgreSQL is stopped on the way out
     try:
         images, held_out, bases = read_vectors(options.data)
     except FileNotFoundError as error:
