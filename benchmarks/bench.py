@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TypeVar
 
@@ -44,7 +44,7 @@ from crl_benchmarks.quantiles import PERCENTILES, percentile
 from crl_benchmarks.report_head import find_head
 from crl_benchmarks.sampling import Sampling
 from crl_benchmarks.sensors import Reading, Sensors
-from crl_benchmarks.targets import Target, connect, open_target
+from crl_benchmarks.targets import Target, open_calls
 from crl_sdk.engines._contract import ImageEngine
 from crl_sdk.errors import ServiceError
 from crl_sdk.model import _parity as parity
@@ -302,8 +302,7 @@ async def measure_cold(target: Target, calls: int) -> ColdStart:
     latencies: list[float | None] = []
     failed: dict[str, int] = {}
     first: dict[str, float] = {}
-    async with open_target(target) as channel:
-        send = connect(target, channel)
+    async with open_calls(replace(target, connections=1)) as send:
         for number in range(1, calls + 1):  # `probe` sends number 0
             started = time.perf_counter()
             reply = await send(number, target.call)
@@ -337,6 +336,7 @@ def server_settings(target: Target, settings: BenchSettings) -> dict[str, Settin
         "warm_up_seconds": settings.warm_up,
         "measured_seconds": settings.seconds,
         "generator_processes": settings.processes,
+        "connections": target.connections * settings.processes,
     }
     if settings.burst is not None:
         described["burst"] = str(settings.burst)
@@ -396,8 +396,7 @@ def _generate(job: _Job) -> Run:
     time.sleep(max(job.starts - time.time(), 0))
 
     async def run(record: PartWriter | None) -> Run:
-        async with open_target(job.target) as channel:
-            send = connect(job.target, channel)
+        async with open_calls(job.target) as send:
             # processes send different images at the same time, and distinct ones in all runs
             first = job.seed * (2**40 if job.target.distinct else 7919)
 

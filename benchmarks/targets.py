@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 import struct
 import zlib
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -58,6 +59,7 @@ class Target:
         distinct: Whether all images that are sent differ, so that no cache can answer. They must be
             JPEGs or PNGs.
         mark: Bytes in all distinct images of this target, which differ from those of any other.
+        connections: Number of connections. Calls take turns on them.
     """
 
     address: str
@@ -70,6 +72,7 @@ class Target:
     security: ClientSecurity = field(default_factory=ClientSecurity)
     distinct: bool = False
     mark: bytes = field(default_factory=lambda: secrets.token_bytes(8))
+    connections: int = 1
 
     @property
     def call(self) -> Call:
@@ -107,8 +110,23 @@ def open_target(target: Target) -> grpc.aio.Channel:
 
 
 def connect(target: Target, channel: grpc.aio.Channel) -> SendCall:
-    """Return the function that sends call number n."""
+    """Return the function that sends call number n over a channel."""
     return (_crl if target.kind == "crl" else _kserve)(target, channel)
+
+
+@asynccontextmanager
+async def open_calls(target: Target) -> AsyncIterator[SendCall]:
+    """Open the connections of a target, and yield the function that sends call number n."""
+    async with AsyncExitStack() as opened:
+        sends = [
+            connect(target, await opened.enter_async_context(open_target(target)))
+            for _ in range(target.connections)
+        ]
+
+        def send(number: int, call: Call | None = None) -> Awaitable[Reply]:
+            return sends[number % len(sends)](number, call)
+
+        yield send
 
 
 async def probe(target: Target) -> Subject:

@@ -104,7 +104,8 @@ class _Trial:
         settings = self.candidate
         return TuneRow(
             engine=settings.engine, threads=settings.threads, max_batch=settings.max_batch,
-            decode=settings.decode, state=state, reason=reason, doubt=self.doubt,
+            decode=settings.decode, workers=settings.workers, state=state, reason=reason,
+            doubt=self.doubt,
             one_caller_p50_ms=_short(self.latency) if self.latencies else None,
             closed_images_per_second=_short(self.rate) if self.rates else None,
             memory_mib=None if self.memory is None else round(self.memory, 1),
@@ -276,20 +277,41 @@ class _Turns:
 
 
 def list_settings(
-    engines: Sequence[str], threads: Sequence[int], batches: Sequence[int], decodes: Sequence[str]
+    engines: Sequence[str],
+    threads: Sequence[int],
+    batches: Sequence[int],
+    decodes: Sequence[str],
+    *,
+    workers: Sequence[int] = (1,),
+    cores: int = 1,
 ) -> list[Candidate]:
-    """Return all combinations. Engines that do not run on a CPU have no number of threads.
+    """Return all combinations that make sense.
+
+    Engines that do not run on a CPU have no number of threads. Several workers together have no
+    more threads than there are cores; if all numbers of threads are too many, each worker has its
+    part of the cores.
 
     Args:
         engines: Names of engines.
         threads: Numbers of threads of a run on a CPU.
         batches: Largest numbers of images in one engine run.
         decodes: Ways to decode images.
+        workers: Numbers of processes.
+        cores: Number of cores.
     """
+
+    def threads_of(engine: str, count: int) -> Sequence[int | None]:
+        if "/cpu/" not in engine:
+            return (None,)
+        if count == 1:
+            return threads
+        return [each for each in threads if each * count <= cores] or [max(cores // count, 1)]
+
     return [
-        Candidate(engine, number, batch, decode)
+        Candidate(engine, number, batch, decode, count)
         for engine in engines
-        for number in (threads if "/cpu/" in engine else (None,))
+        for count in workers
+        for number in threads_of(engine, count)
         for batch in batches
         for decode in decodes
     ]
@@ -328,13 +350,24 @@ def choose_finalists(trials: Sequence[_Trial], number: int) -> list[_Trial]:
 
 
 def peak_memory(pid: int) -> float:
-    """Return the peak of a process's memory in MiB; outside Linux, its memory now."""
+    """Return the peak memory of a process and its children together, in MiB.
+
+    Outside Linux it is their memory now.
+    """
+    children = psutil.Process(pid).children(recursive=True)
+    return _peak_memory(pid) + sum(_peak_memory(child.pid) for child in children)
+
+
+def _peak_memory(pid: int) -> float:
     status = Path(f"/proc/{pid}/status")
     try:
         lines = status.read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
-        memory: int = psutil.Process(pid).memory_info().rss
+        try:
+            memory: int = psutil.Process(pid).memory_info().rss
+        except psutil.NoSuchProcess:  # it has ended meanwhile
+            return 0.0
         return memory / 2**20
 
 

@@ -16,7 +16,7 @@ from crl_benchmarks.report_head import ReportHead, find_head
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.storage._atomic_files import write_atomically
 
-SCHEMA = 1
+SCHEMA = 2
 
 _PACKAGES = ("grpcio", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt")
 
@@ -30,25 +30,30 @@ class Candidate:
         threads: Threads of an engine run; None for engines that do not run on a CPU.
         max_batch: Largest number of images in one engine run.
         decode: How images are decoded, `exact` or `fast`.
+        workers: Number of processes.
     """
 
     engine: str
     threads: int | None
     max_batch: int
     decode: str
+    workers: int = 1
 
     def __str__(self) -> str:
         """Return the settings in one line."""
         threads = [f"{self.threads} thread{'s' if self.threads != 1 else ''}"] * bool(self.threads)
         fast = ["fast decoding"] * (self.decode == "fast")
-        return ", ".join([self.engine, *threads, f"max-batch {self.max_batch}", *fast])
+        several = [f"{self.workers} workers"] * (self.workers > 1)
+        return ", ".join([self.engine, *several, *threads, f"max-batch {self.max_batch}", *fast])
 
     @property
     def settings(self) -> dict[str, str | int]:
         """Options of `crl serve` by their long names, without dashes in front."""
         threads: dict[str, str | int] = {} if self.threads is None else {"threads": self.threads}
+        workers: dict[str, str | int] = {"workers": self.workers} if self.workers > 1 else {}
         return {
-            "engine": self.engine, **threads, "max-batch": self.max_batch, "decode": self.decode
+            "engine": self.engine, **workers, **threads, "max-batch": self.max_batch,
+            "decode": self.decode,
         }  # fmt: skip
 
 
@@ -60,6 +65,7 @@ class TuneRow(msgspec.Struct, frozen=True, kw_only=True):
         threads: Threads of an engine run; None for the default.
         max_batch: Largest number of images in one engine run; None if the engine was not tried.
         decode: How images are decoded; None if the engine was not tried.
+        workers: Number of processes.
         state: `measured` (with the search for the objective), `dropped` (as others were better),
             `unfinished` (as the measurement ended early), `failed` or `not_tried`.
         reason: Why it was not measured to the end, else empty.
@@ -76,6 +82,7 @@ class TuneRow(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None
     max_batch: int | None
     decode: str | None
+    workers: int = 1
     state: Literal["measured", "dropped", "unfinished", "failed", "not_tried"]
     reason: str
     doubt: str = ""
@@ -98,7 +105,7 @@ class TuneRow(msgspec.Struct, frozen=True, kw_only=True):
         """The settings in one line."""
         if self.max_batch is None or self.decode is None:
             return self.engine
-        return str(Candidate(self.engine, self.threads, self.max_batch, self.decode))
+        return str(Candidate(self.engine, self.threads, self.max_batch, self.decode, self.workers))
 
 
 class TuneReport(ReportHead, frozen=True, kw_only=True):

@@ -78,6 +78,10 @@ def bench(
         float, typer.Option(min=0.1, help="Measured seconds of each run.")
     ] = _SECONDS,
     processes: Annotated[int, typer.Option(min=1, help="Number of load generators.")] = 1,
+    connections: Annotated[
+        int,
+        typer.Option(min=1, help="Connections of each load generator; a worker has its own."),
+    ] = 1,
     timeout: Annotated[
         float, typer.Option(min=0.001, help="Time limit of a call in seconds.")
     ] = 10.0,
@@ -239,6 +243,7 @@ def bench(
                 os.environ.get("CRL_TOKEN", ""), authority, certificate, key, plain_text_token
             ),
             distinct=distinct,
+            connections=connections,
         )
         if mlperf is not None:
             run_mlperf(

@@ -79,6 +79,8 @@ def run_mlperf(
             raise InvalidInputError(f"{option}: expected one number with --mlperf, got {values}")
     if settings.processes > 1:
         raise InvalidInputError("--processes: not allowed with --mlperf, LoadGen has one process")
+    if target.connections > 1:
+        raise InvalidInputError("--connections: not allowed with --mlperf, which has one")
     if find_spec("mlperf_loadgen") is None:
         raise MissingDependencyError("mlcommons-loadgen", "mlperf", "crl bench --mlperf")
     directories = _log_directories(logs, scenarios, overwrite=overwrite)

@@ -68,6 +68,9 @@ def tune(
     max_batch: Annotated[
         str, typer.Option(help="Largest numbers of images in one engine run, such as 1,8,32.")
     ] = "1,8,32",
+    workers: Annotated[
+        str, typer.Option(help="Numbers of processes (crl serve --workers), such as 1,2.")
+    ] = "1",
     allow_fast_decode: Annotated[
         bool,
         typer.Option(
@@ -127,6 +130,7 @@ def tune(
     batches = _numbers("--max-batch", max_batch)
     if not batches:
         raise InvalidInputError("--max-batch: expected numbers, such as 1,8,32; got none")
+    processes = _numbers("--workers", workers) or [1]
     pictures = read_images(images) if images else synthetic_jpegs(_IMAGES, (640, 480))
     Target("checked:1", pictures, distinct=True)  # before any server starts
     settings = BenchSettings(warm_up=warm_up, seconds=seconds)
@@ -136,7 +140,9 @@ def tune(
     with spinner("comparing engines") as status:
         chosen, others = _choose_engines(opened, engines, status.update)
         decodes = ["exact", *(["fast"] if allow_fast_decode else [])]
-        candidates = list_settings(chosen, numbers, batches, decodes)
+        candidates = list_settings(
+            chosen, numbers, batches, decodes, workers=processes, cores=count_cores()
+        )
         least = rounds * len(candidates) * 2 * (warm_up + seconds)
         note(f"{len(candidates)} candidates; their rounds take at least {least:.0f} s")
         sweep = Sweep(
@@ -250,7 +256,7 @@ def _serve(
     """Start the server of a candidate, and its load generator."""
     from crl_benchmarks.bench import Generators
     from crl_benchmarks.targets import Target
-    from crl_benchmarks.tune import Subject, peak_memory
+    from crl_benchmarks.tune import CALLERS, Subject, peak_memory
 
     options = [f"--{name}={value}" for name, value in candidate.settings.items()]
     with (
@@ -259,7 +265,14 @@ def _serve(
             bundle.path, Path(directory) / "serve.log", *options, "--cache-mb=0"
         ) as server,
         Generators(
-            Target(server.address, images, timeout=timeout, distinct=True), settings
+            Target(
+                server.address,
+                images,
+                timeout=timeout,
+                distinct=True,
+                connections=CALLERS if candidate.workers > 1 else 1,
+            ),
+            settings,
         ) as generators,
     ):
         yield Subject(generators.measure, partial(peak_memory, server.pid))
@@ -323,7 +336,7 @@ def config_text(document: TuneReport, bundle: Path | None) -> str:
     best = document.best
     assert best is not None and best.objective is not None
     assert best.max_batch is not None and best.decode is not None
-    candidate = Candidate(best.engine, best.threads, best.max_batch, best.decode)
+    candidate = Candidate(best.engine, best.threads, best.max_batch, best.decode, best.workers)
     path = {} if bundle is None else {"bundle": str(bundle.resolve())}
     values = {**path, **candidate.settings}
     comments = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import socket
@@ -605,6 +606,27 @@ def test_the_sizes_of_images_are_told(server, capsys, tmp_path):
     assert told["largest_image_bytes"] > told["median_image_bytes"]
 
 
+def test_calls_take_turns_on_connections(server):
+    from crl_benchmarks.images import synthetic_jpegs
+
+    target = targets.Target(server.address, synthetic_jpegs(1, (64, 48)), connections=3)
+
+    async def call():
+        async with targets.open_calls(target) as send:
+            return [await send(number) for number in range(6)]
+
+    seen = []
+    watched = server.pipeline.embed
+
+    async def embed(images, criteria=(), *, deadline=None, client=""):
+        seen.append(client)
+        return await watched(images, criteria, deadline=deadline, client=client)
+
+    server.pipeline.embed = embed
+    assert [reply.outcome for reply in asyncio.run(call())] == ["ok"] * 6
+    assert len(seen) == 6 and seen[:3] == seen[3:] and len(set(seen)) == 3
+
+
 def test_the_first_calls_of_a_new_connection(server, capsys):
     asked = []
     server.pipeline.on_result.append(lambda result: asked.append(len(result.images)))
@@ -641,7 +663,7 @@ def test_first_calls_that_fail_are_told(server, capsys, monkeypatch):
 
         return failing
 
-    monkeypatch.setattr("crl_benchmarks.bench.connect", connected)
+    monkeypatch.setattr(targets, "connect", connected)
     options = {**DEFAULTS, "cold": 4}
     bench(server.address, **options)
     cold = json.loads(capsys.readouterr().out)["cold"]

@@ -204,6 +204,17 @@ def test_only_engines_on_a_cpu_have_threads():
     assert str(fast).endswith("fast decoding")
 
 
+def test_workers_have_no_more_threads_than_there_are_cores():
+    found = list_settings(
+        ["onnx/cpu/fp32", "onnx/cuda/fp16"], [2, 4], [8], ["exact"], workers=[1, 2, 3], cores=4
+    )
+    assert [(each.workers, each.threads) for each in found] == [
+        (1, 2), (1, 4), (2, 2), (3, 1), (1, None), (2, None), (3, None)
+    ]  # fmt: skip
+    assert str(found[2]) == "onnx/cpu/fp32, 2 workers, 2 threads, max-batch 8"
+    assert found[2].settings["workers"] == 2 and "workers" not in found[0].settings
+
+
 def test_points_that_no_other_beats():
     assert pareto([(10, 5), (20, 9), (9, 6), (20, 10), (10, 5)]) == {0, 1, 4}
     assert pareto([]) == set()
@@ -232,7 +243,7 @@ def test_crl_serve_reads_the_file(tmp_path, name, threads):
     found = command.make_context("serve", ["--config", str(path)]).params
     assert found["engine"] == "onnx/cpu/int8" and found["threads"] == threads
     assert found["max_batch"] == 16 and found["decode"] == "fast"
-    assert Path(found["bundle"]) == bundle
+    assert list(map(Path, found["bundle"])) == [bundle]
     assert "bundle" not in config_text(report_of(best), None).replace("# ", "")
 
 
