@@ -223,12 +223,12 @@ class Basis:
             schema=SCHEMA,
             criterion=self.criterion,
             texts=self.texts,
-            counts=self.counts,
+            counts=tuple(map(int, self.counts)),  # as they are read again, whatever was given
             prompts=self.prompts,
             method=self.method,
             post=self.projection.post,
             fingerprint=self.fingerprint,
-            merge_threshold=self.merge_threshold,
+            merge_threshold=float(self.merge_threshold),
             merged=self.merged,
             provenance=dict(self.provenance),
         )

@@ -101,6 +101,11 @@ def test_round_trip_byte_for_byte(tmp_path, method, post):
     assert os.listdir(tmp_path) == ["color.safetensors"]
 
 
+def test_a_whole_number_as_the_threshold_is_read_again():
+    basis = make(merge_threshold=1)
+    assert Basis.from_bytes(basis.to_bytes()).sha256() == basis.sha256()
+
+
 def test_golden_file():
     """A file written by an earlier version is read, and written again to the same bytes."""
     basis = Basis.load(GOLDEN)
