@@ -1,13 +1,12 @@
 """Triton model (python backend): encoded images to the pixels of a bundle's model.
 
-`crl export-triton` copies this file to `model.py`, and the preprocessing of crl_sdk beside it. It
+`crl export-triton` copies this file to `model.py`, and what it imports from crl_sdk beside it. It
 needs numpy and Pillow in Triton's Python, and nothing else.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ import triton_python_backend_utils as triton
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # the copy of crl_sdk
 
+from crl_sdk._processors import count_processors  # noqa: E402
 from crl_sdk.errors import ImageError  # noqa: E402
 from crl_sdk.model._preprocess import PreprocessSpec, load_pixels  # noqa: E402
 
@@ -30,7 +30,7 @@ class TritonPythonModel:
         """Read the preprocessing and start the threads."""
         spec = json.loads((HERE / "preprocess.json").read_text("utf-8"))
         self.spec = PreprocessSpec(**spec)
-        self.pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+        self.pool = ThreadPoolExecutor(count_processors())
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Return a response for each request: pixels, or an error that names its image."""

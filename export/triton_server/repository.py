@@ -39,7 +39,6 @@ from crl_sdk.engines._tensorrt_plans import (
     read_plans,
 )
 from crl_sdk.errors import BasisError, ExportError, InvalidInputError, PlanError
-from crl_sdk.model import _preprocess
 from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.model._manifest import Precision
 from crl_sdk.storage._atomic_files import (
@@ -370,7 +369,8 @@ def _write_decoder(bundle: ModelBundle, folder: Path, tower: Tower) -> None:
     _write_step("decode_step", version)
     spec = msgspec.json.format(msgspec.json.encode(bundle.preprocess), indent=2)
     (version / "preprocess.json").write_bytes(spec + b"\n")
-    for source in _with_imports(Path(_preprocess.__file__)):
+    step = Path(__file__).with_name("decode_step.py")
+    for source in _with_imports(step) - {step}:
         target = version / source.relative_to(_SOURCES)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
