@@ -21,15 +21,15 @@ test-slow: $(VENV)/.dev ## tests that take minutes, such as exporting every arch
 # Ray and the vector stores have an environment of their own, which sees the packages of .venv.
 SCALE := build/scale
 
-test-scale: $(SCALE)/.done ## tests with real Ray clusters and vector stores: tests/scale
-	$(SCALE)/bin/python -m pytest tests/scale
+test-scale: $(SCALE)/.done links ## tests with real Ray clusters and vector stores: tests/scale
+	PYTHONPATH=.:build/types $(SCALE)/bin/python -m pytest tests/scale
 
 $(SCALE)/.done: $(VENV)/.dev constraints-scale.txt
 	@echo "installing Ray and the vector stores (once; 1.1 GB) …"
 	$(BIN)/python -m venv --clear $(SCALE)
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
 	  > "$$($(SCALE)/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth"
-	$(SCALE)/bin/pip install --quiet -c constraints.txt -r constraints-scale.txt
+	$(SCALE)/bin/pip install --quiet -r constraints-scale.txt
 	touch $@
 
 # Triton's python backend needs numpy < 2 and a Python with a shared library, such as Debian's.
@@ -50,8 +50,8 @@ $(TRITON)/.done: constraints-triton.txt
 # conflicts with constraints.txt.
 IMPORT := build/import
 
-test-import: $(IMPORT)/.done ## crl import of exports made by transformers, optimum-onnx and open_clip: 1 minute
-	$(IMPORT)/bin/python -m pytest tests/imports
+test-import: $(IMPORT)/.done links ## crl import of exports made by transformers, optimum-onnx and open_clip: 1 minute
+	PYTHONPATH=.:build/types $(IMPORT)/bin/python -m pytest tests/imports
 
 $(IMPORT)/.done: $(VENV)/.dev constraints-import.txt
 	@echo "installing transformers, optimum-onnx and fastembed (once; 170 MB) …"
