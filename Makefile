@@ -149,7 +149,7 @@ bench: $(VENV)/.dev ## cost of conditional embeddings over plain CLIP, and of th
 
 VIT_B_32 := build/bench/ViT-B-32
 
-$(VIT_B_32): $(VENV)/.dev
+$(VIT_B_32): | $(VENV)/.dev
 	$(BIN)/crl export ViT-B-32 --pretrained none --precision fp32,int8 --out $@
 
 bench-photos: $(VENV)/.dev | $(VIT_B_32) ## photographs of 224² to 48 megapixels, decoded exactly and fast: 10 minutes
