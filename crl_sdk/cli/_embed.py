@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from crl_sdk._criterion import normalise_criterion
 from crl_sdk._embeddings import Embeddings
 from crl_sdk.bulk._job import DEFAULT_PART_ROWS, BulkJob
 from crl_sdk.bulk._sources import ParquetColumns
@@ -31,6 +30,7 @@ from crl_sdk.cli._options import (
     load_basis,
     open_bundle,
     open_embedder,
+    parse_criteria,
     require_new,
 )
 from crl_sdk.errors import InvalidInputError
@@ -109,7 +109,7 @@ def embed(
     without embeddings, with the reason. The exit status is then 1. A directory may be interrupted
     at any moment; --resume goes on.
     """
-    names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
+    names = parse_criteria(criteria)
     if _is_directory(out_file):
         if baked is not None or overwrite:
             raise InvalidInputError(

@@ -16,7 +16,7 @@ from crl_sdk.basis._methods import METHODS
 from crl_sdk.cli._basis import read_texts
 from crl_sdk.cli._console import JsonOption, note, out, print_json, spinner
 from crl_sdk.cli._evaluate import parse_names, parse_shots
-from crl_sdk.cli._options import OverwriteOption, require_new
+from crl_sdk.cli._options import OverwriteOption, parse_criteria, require_new
 from crl_sdk.cli._sources import require_tasks
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.evaluation import _results as report
@@ -226,7 +226,7 @@ def _select(given: str, known: Mapping[str, CriterionTexts]) -> dict[str, Criter
             "no text vectors: expected arrays text:CRITERION (k, d) in --data or in --texts FILE, "
             "or a bank of words in --texts FILE: text (k, d), word (k,) and kind (k,)"
         )
-    names = [normalise_criterion(part) for part in given.split(",") if part.strip()]
+    names = parse_criteria(given)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise InvalidInputError(

@@ -144,6 +144,15 @@ def require_new(*paths: Path | None, overwrite: bool) -> None:
         )
 
 
+def parse_criteria(text: str) -> list[str]:
+    """Return the normalised names in the value of an option, which commas separate.
+
+    Raises:
+        CriterionError: If a name is malformed.
+    """
+    return [normalise_criterion(part) for part in text.split(",") if part.strip()]
+
+
 def load_basis(
     directory: Path, criterion: str, fingerprint: str | None, bundle: Path | None = None
 ) -> Basis:

@@ -10,10 +10,9 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from crl_sdk._criterion import normalise_criterion
 from crl_sdk.bulk._add_criteria import add_criteria
 from crl_sdk.cli._console import JsonOption, note, print_facts, print_json, progress_bar, warn
-from crl_sdk.cli._options import DEFAULT_BASES, BasesOption, DtypeOption, load_basis
+from crl_sdk.cli._options import DEFAULT_BASES, BasesOption, DtypeOption, load_basis, parse_criteria
 from crl_sdk.errors import CrlError, InvalidInputError
 from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.model._fingerprint import require_same_model, short_fingerprint
@@ -58,7 +57,7 @@ def project(
     as_json: JsonOption = False,
 ) -> None:
     """Project stored embeddings onto criteria, without images and without the model."""
-    names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
+    names = parse_criteria(criteria)
     if not names:
         raise InvalidInputError("--criteria: expected at least one, such as 'color, shape'")
     if out is None:

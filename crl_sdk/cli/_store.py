@@ -7,9 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from crl_sdk._criterion import normalise_criterion
 from crl_sdk.cli._console import JsonOption, note, print_facts, print_json, progress_bar, warn
-from crl_sdk.cli._options import DEFAULT_BASES, BasesOption, PasswordOption, load_basis
+from crl_sdk.cli._options import (
+    DEFAULT_BASES,
+    BasesOption,
+    PasswordOption,
+    load_basis,
+    parse_criteria,
+)
 from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.model._fingerprint import short_fingerprint
 from crl_sdk.vector_stores._address import parse_address
@@ -62,7 +67,7 @@ def store(
     added later.
     """
     address = parse_address(to, password)
-    names = [normalise_criterion(part) for part in criteria.split(",") if part.strip()]
+    names = parse_criteria(criteria)
     rows = StoredRows.open(stored)
     fingerprint = ModelBundle.open(bundle).fingerprint if bundle is not None else None
     model = rows.fingerprint or fingerprint

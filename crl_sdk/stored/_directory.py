@@ -27,6 +27,9 @@ ABOUT = "_crl"
 MANIFEST = "manifest.json"
 """Name of the description, in `ABOUT`."""
 
+PART_PATTERN = "part-*.parquet"
+"""Pattern of the names of the parts."""
+
 SCHEMA = 1
 
 ID, PATH, UNIVERSAL, ERROR = "id", "path", "universal", "error"
@@ -120,7 +123,7 @@ class EmbeddingDirectory:
 
     def parts(self) -> list[Path]:
         """Return the paths of the parts that are there, in order."""
-        found = self.path.glob("part-*.parquet")
+        found = self.path.glob(PART_PATTERN)
         return sorted(found, key=lambda path: (len(path.name), path.name))
 
     def require_complete(self) -> None:
@@ -135,14 +138,6 @@ class EmbeddingDirectory:
                 f"{self.path}: expected {'all' if expected is None else expected} parts, found "
                 f"{found}: the job has not ended; run the same crl embed with --resume"
             )
-
-    def count_rows(self) -> int:
-        """Return the number of rows, those of failed images included.
-
-        Raises:
-            InvalidInputError: If a part is damaged.
-        """
-        return sum(_read_metadata(part).num_rows for part in self.parts())
 
     def batches(self, columns: Sequence[str], *, rows: int = 4096) -> Iterator[Any]:
         """Yield rows in order, those of failed images included, whose embeddings are null.
@@ -211,14 +206,6 @@ def import_pyarrow(purpose: str) -> tuple[Any, Any]:
     except ImportError as error:
         raise MissingDependencyError("pyarrow", "parquet", purpose) from error
     return pyarrow, parquet
-
-
-def _read_metadata(part: Path) -> Any:
-    pa, parquet = import_pyarrow("reading .parquet files")
-    try:
-        return parquet.read_metadata(part)
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(part, error) from error
 
 
 def _damaged(part: Path, error: Exception) -> InvalidInputError:

@@ -16,6 +16,7 @@ from crl_sdk.projection._row_dtypes import decode_rows
 from crl_sdk.stored._directory import (
     ABOUT,
     ID,
+    PART_PATTERN,
     PATH,
     UNIVERSAL,
     EmbeddingDirectory,
@@ -23,8 +24,6 @@ from crl_sdk.stored._directory import (
     to_numpy,
 )
 from crl_sdk.stored._reader import StoredEmbeddings
-
-PART_PATTERN = "part-*.parquet"
 
 _PURPOSE = "reading .parquet files"
 

@@ -92,6 +92,14 @@ def test_a_jpeg_has_the_pixels_of_pillow(on_the_processor, data, mode):
     assert off.mean() < 0.5 and off.max() <= 12  # the other resizer; see docs/IMAGES.md
 
 
+@pytest.mark.parametrize("options", [{}, {"subsampling": 2}, {"progressive": True}])
+def test_before_resizing_the_pixels_are_equal(on_the_processor, options):
+    data = jpeg(picture(201, 133), **options)
+    with Image.open(io.BytesIO(data)) as opened:
+        got = gpu_decode.decode_jpeg(opened, data)
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(picture_of(data)))
+
+
 def test_what_the_gpu_does_not_decode_is_left_to_pillow(on_the_processor):
     buffer = io.BytesIO()
     picture().save(buffer, "PNG")

@@ -12,14 +12,11 @@ from crl_sdk.basis._basis import Basis
 from crl_sdk.errors import InvalidInputError
 from crl_sdk.integrations.ray._cluster import use_assigned_processors
 from crl_sdk.model._preprocess import DEFAULT_LIMITS, Decode, ImageLimits
-from crl_sdk.stored._directory import UNIVERSAL
+from crl_sdk.stored._directory import ERROR, UNIVERSAL
 
 if TYPE_CHECKING:
     from crl_sdk._embedder import Embedder
     from crl_sdk._embeddings import Embeddings
-
-ERROR = "error"
-"""Column with the reason why an image has no embeddings; null if it has them."""
 
 _COLUMNS = ("image", "bytes", "path")
 """Columns that are looked for, the first that a batch has."""
