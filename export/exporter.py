@@ -41,10 +41,10 @@ from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.model._manifest import (
     PRECISIONS,
     RECOMMENDED_PROMPT,
-    SCHEMA,
     Manifest,
     Precision,
     fingerprint_of,
+    schema_for,
     write_manifest,
 )
 from crl_sdk.model._manifest import ImageGraph as ImageEntry
@@ -232,7 +232,7 @@ def _write_manifest(
     tokenizer = files[TOKENIZER_FILE].sha256 if text is not None else None
     tools = ("torch", "open_clip_torch", "onnx", "onnxruntime", "onnxscript", "tokenizers")
     manifest = Manifest(
-        schema=SCHEMA,
+        schema=schema_for(checkpoint.preprocess),
         name=name or checkpoint.name,
         fingerprint=fingerprint_of(checkpoint.source, checkpoint.preprocess, tokenizer),
         embedding_dim=dim,

@@ -166,13 +166,14 @@ def print_bundle(bundle: ModelBundle, as_json: bool) -> None:
 
 def _facts(manifest: Manifest) -> dict[str, object]:
     spec = manifest.preprocess
+    cropped = f", the centre of {spec.resize[0]}×{spec.resize[1]}" if spec.resize else ""
     facts: dict[str, object] = {
         "name": manifest.name,
         "fingerprint": manifest.fingerprint,
         "source": f"{manifest.source.architecture} / {manifest.source.pretrained}",
         "licence": manifest.source.license,
         "embedding": f"{manifest.embedding_dim} × float32",
-        "images": f"{spec.height}×{spec.width}, {spec.resize_mode}, {spec.interpolation}",
+        "images": f"{spec.height}×{spec.width}{cropped}, {spec.resize_mode}, {spec.interpolation}",
         "made by": ", ".join(f"{tool} {version}" for tool, version in manifest.made_by.items()),
     }
     if manifest.origin is not None:

@@ -69,6 +69,13 @@ def import_bundle(
     size: Annotated[
         str | None, typer.Option(help="Size of the input in pixels: 224, or HEIGHT,WIDTH.")
     ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(
+            help="Size in pixels that images are scaled to before the centre is cropped to --size: "
+            "256, or HEIGHT,WIDTH. Default: that of --size."
+        ),
+    ] = None,
     mean: Annotated[
         str | None, typer.Option(help="Mean of the channels in [0, 1], such as 0.5,0.5,0.5.")
     ] = None,
@@ -125,7 +132,7 @@ def import_bundle(
         tokenizer=tokenizer,
         context_length=context_length,
         pad_id=pad_id,
-        preprocess=_preprocess(size, mean, std, interpolation, resize_mode),
+        preprocess=_preprocess(size, resize, mean, std, interpolation, resize_mode),
     )
     with progress_bar() as progress:
         task = progress.add_task("starting", total=None)
@@ -207,6 +214,7 @@ def _print_similarities(picture: Path | None, similarities: dict[str, float] | N
 
 def _preprocess(
     size: str | None,
+    resize: str | None,
     mean: str | None,
     std: str | None,
     interpolation: str | None,
@@ -215,8 +223,9 @@ def _preprocess(
     """Return the fields of `PreprocessSpec` that the options give."""
     fields: dict[str, Any] = {}
     if size is not None:
-        sides = _numbers("--size", size, (1, 2))
-        fields["height"], fields["width"] = int(sides[0]), int(sides[-1])
+        fields["height"], fields["width"] = _height_width("--size", size)
+    if resize is not None:
+        fields["resize"] = _height_width("--resize", resize)
     if mean is not None:
         fields["mean"] = _numbers("--mean", mean, (3,))
     if std is not None:
@@ -228,6 +237,13 @@ def _preprocess(
     if resize_mode is not None:
         fields["resize_mode"] = resize_mode
     return fields
+
+
+def _height_width(option: str, value: str) -> tuple[int, int]:
+    sides = _numbers(option, value, (1, 2))
+    if not all(side >= 1 and side.is_integer() for side in sides):
+        raise InvalidInputError(f"{option}: expected whole pixels, such as 224, got {value!r}")
+    return int(sides[0]), int(sides[-1])
 
 
 def _numbers(option: str, value: str, counts: tuple[int, ...]) -> tuple[float, ...]:

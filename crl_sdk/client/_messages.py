@@ -87,6 +87,7 @@ def _resized(image: ClientImage, preprocessing: ServedPreprocessing) -> ClientIm
         interpolation=preprocessing.interpolation,  # type: ignore[arg-type]
         resize_mode=preprocessing.resize_mode,  # type: ignore[arg-type]
         fill=preprocessing.fill,
+        resize=preprocessing.resize,
     )
     return load_pixels(image, spec)
 

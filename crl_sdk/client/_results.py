@@ -20,6 +20,8 @@ class ServedPreprocessing:
         fill: Grey level of the padding, 0 to 255. Used by `longest`.
         mean: Mean of each channel, subtracted inside the graph.
         std: Standard deviation of each channel, divided by inside the graph.
+        resize: Height and width that images are scaled to, before the centre is cropped to the size
+            of the pixels. None for that size itself.
     """
 
     height: int
@@ -29,6 +31,7 @@ class ServedPreprocessing:
     fill: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resize: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,7 @@ class ServedBasis:
 def read_model(message: embedding_pb2.GetModelResponse) -> ServedModel:
     """Return the model that a message describes."""
     preprocessing = message.preprocessing
+    resize = (preprocessing.resize_height, preprocessing.resize_width)
     return ServedModel(
         name=message.name,
         fingerprint=message.fingerprint,
@@ -114,6 +118,7 @@ def read_model(message: embedding_pb2.GetModelResponse) -> ServedModel:
             fill=preprocessing.fill,
             mean=tuple(preprocessing.mean),
             std=tuple(preprocessing.std),
+            resize=resize if any(resize) else None,
         ),
         context_length=message.context_length,
         max_images=message.max_images,

@@ -5,10 +5,11 @@ Unknown keys are refused, so that a misspelt field is noticed.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path, PurePosixPath
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import msgspec
 
@@ -18,13 +19,18 @@ from crl_sdk.model._tokenizer import Clean
 from crl_sdk.storage._atomic_files import write_atomically
 from crl_sdk.storage._json import decode_json
 
-SCHEMA = 1
+SCHEMA, RESIZE_SCHEMA = 1, 2
+"""Versions of the manifest: 2 has `preprocess.resize`, which readers of version 1 would ignore. A
+manifest without it is written in version 1, see `schema_for`."""
+
 MANIFEST = "manifest.json"
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 """Precision of the weights of an image graph."""
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+_PREPROCESS_FIELDS = {field.name for field in dataclasses.fields(PreprocessSpec)}
 
 RECOMMENDED_PROMPT = "a photo of {}"
 """Prompt that a bundle recommends by default.
@@ -156,7 +162,7 @@ class Manifest(
     """The description of a bundle, `manifest.json`.
 
     Attributes:
-        schema: Version of the manifest format.
+        schema: Version of the manifest format, see `schema_for`.
         name: Name for people. It is not part of the fingerprint.
         fingerprint: Identity of the embedding space, see `fingerprint_of`.
         embedding_dim: Length d of the universal embedding.
@@ -182,6 +188,11 @@ class Manifest(
     origin: Origin | None = None
 
 
+def schema_for(preprocess: PreprocessSpec) -> int:
+    """Return the version of a manifest with this preprocessing: the oldest that can say it."""
+    return SCHEMA if preprocess.resize is None else RESIZE_SCHEMA
+
+
 def fingerprint_of(source: Source, preprocess: PreprocessSpec, tokenizer_sha256: str | None) -> str:
     """Return the fingerprint of an embedding space.
 
@@ -201,11 +212,16 @@ def fingerprint_of(source: Source, preprocess: PreprocessSpec, tokenizer_sha256:
         "architecture": source.architecture,
         "weights_sha256": source.weights_sha256,
         "quick_gelu": source.quick_gelu,
-        "preprocess": msgspec.to_builtins(preprocess),
+        "preprocess": _without_no_resize(msgspec.to_builtins(preprocess)),
         "tokenizer_sha256": tokenizer_sha256,
     }
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _without_no_resize(preprocess: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a `PreprocessSpec` as version 1 has them, unless `resize` is set."""
+    return {key: value for key, value in preprocess.items() if key != "resize" or value is not None}
 
 
 def parse_manifest(data: bytes, *, where: str = MANIFEST) -> Manifest:
@@ -223,13 +239,17 @@ def parse_manifest(data: bytes, *, where: str = MANIFEST) -> Manifest:
     try:
         raw = decode_json(data)
         schema = raw.get("schema") if isinstance(raw, dict) else None
-        if isinstance(schema, int) and schema != SCHEMA:
-            newer = schema > SCHEMA
+        if isinstance(schema, int) and not SCHEMA <= schema <= RESIZE_SCHEMA:
+            newer = schema > RESIZE_SCHEMA
             raise UnsupportedSchemaError(
-                f"{where}: schema {schema}, this SDK reads {SCHEMA}: "
+                f"{where}: schema {schema}, this SDK reads {SCHEMA} and {RESIZE_SCHEMA}: "
                 + ("upgrade crl-embeddings" if newer else "export the model again")
             )
         manifest = msgspec.convert(raw, Manifest)
+        if unknown := set(raw["preprocess"]) - _PREPROCESS_FIELDS:
+            raise msgspec.ValidationError(
+                f"Object contains unknown field `{min(unknown)}` - at `$.preprocess`"
+            )  # msgspec refuses those of its own classes alone
     except msgspec.MsgspecError as error:
         raise BundleError(
             f"{where}: not a valid manifest ({error}); export the model again"
@@ -248,11 +268,18 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         BundleError: If it cannot be written.
     """
     _check_manifest(manifest, str(directory / MANIFEST))
-    text = msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=2)
+    fields = msgspec.to_builtins(manifest, order="deterministic")
+    fields["preprocess"] = _without_no_resize(fields["preprocess"])
+    text = msgspec.json.format(msgspec.json.encode(fields), indent=2)
     write_atomically(directory / MANIFEST, text + b"\n", BundleError)
 
 
 def _check_manifest(manifest: Manifest, where: str) -> None:
+    if manifest.schema < schema_for(manifest.preprocess):
+        raise IntegrityError(
+            f"{where}: schema {manifest.schema} has no `preprocess.resize`, which readers of this "
+            f"schema would ignore: expected schema {RESIZE_SCHEMA}; export the model again"
+        )
     precisions = [graph.precision for graph in manifest.images]
     if not precisions or len(set(precisions)) != len(precisions):
         raise IntegrityError(

@@ -23,6 +23,7 @@ from crl_sdk.errors import (
     EngineError,
     ImageError,
     ImageTooLargeError,
+    InvalidInputError,
     MissingDependencyError,
 )
 from crl_sdk.model._decode_memory import estimate_decode_bytes
@@ -81,6 +82,8 @@ class PreprocessSpec:
         resize_mode: `shortest` scales the shorter side and crops the centre, `longest` scales the
             longer side and pads, `squash` ignores the aspect ratio.
         fill: Grey level 0-255 of the padding of `longest`.
+        resize: Height and width that images are scaled to, in pixels, before the centre is cropped
+            to the model's input. None for the size of the input itself. Not for `longest`.
     """
 
     height: int
@@ -90,6 +93,45 @@ class PreprocessSpec:
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
     fill: int = 0
+    resize: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Check `resize`, and make it None if it is the size of the model's input.
+
+        Raises:
+            InvalidInputError: If it is malformed or smaller than the input, or the mode is
+                `longest`.
+        """
+        if self.resize is not None:
+            resize = _check_resize(self.resize, (self.height, self.width), self.resize_mode)
+            object.__setattr__(self, "resize", resize)
+
+
+def _check_resize(resize: Any, target: tuple[int, int], mode: str) -> tuple[int, int] | None:
+    if (
+        not isinstance(resize, tuple | list)
+        or len(resize) != 2
+        or not all(type(side) is int for side in resize)
+    ):
+        raise InvalidInputError(
+            f"resize: expected a height and a width in whole pixels, such as (256, 256), got "
+            f"{resize!r}"
+        )
+    (height, width), (target_height, target_width) = resize, target
+    if (height, width) == target:
+        return None
+    if height < target_height or width < target_width:
+        raise InvalidInputError(
+            f"resize: images scaled to {height}×{width} cannot be cropped to the model's "
+            f"{target_height}×{target_width} pixels: scale to {target_height}×{target_width} at "
+            "least (--resize), or check the size of the input (--size)"
+        )
+    if mode == "longest":
+        raise InvalidInputError(
+            f"resize: `longest` pads to {target_height}×{target_width} pixels and crops nothing: "
+            "leave out the size to scale to (--resize), or crop with `shortest` or `squash`"
+        )
+    return height, width
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +221,8 @@ def load_pixels(
             needed = _check_decode_bytes(opened, limits, name, copied=fast)
             with nullcontext() if budget is None else budget.reserve(needed):
                 decoded = decode_jpeg(opened, data) if decode == "gpu" else None
-                image = _upright(opened, data, decoded)
-                return _fit_fast(image, spec, shrunk) if fast else fit(image, spec)
+                upright = _upright(opened, data, decoded)
+                return _fit_fast(upright, spec, shrunk) if fast else fit(upright, spec)
         except (ImageError, EngineError, MissingDependencyError):
             raise
         except MemoryError as error:
@@ -316,14 +358,15 @@ def resized_size(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int]
         Width and height in pixels.
     """
     width, height = size
+    target_height, target_width = spec.resize or (spec.height, spec.width)
     if spec.resize_mode == "squash":
-        return spec.width, spec.height
-    if spec.resize_mode == "shortest" and spec.width == spec.height:
-        side = spec.width
+        return target_width, target_height
+    if spec.resize_mode == "shortest" and target_width == target_height:
+        side = target_width
         if width <= height:
             return side, int(side * height / width)
         return int(side * width / height), side
-    ratios = (height / spec.height, width / spec.width)
+    ratios = (height / target_height, width / target_width)
     ratio = max(ratios) if spec.resize_mode == "longest" else min(ratios)
     return max(round(width / ratio), 1), max(round(height / ratio), 1)
 
@@ -474,7 +517,8 @@ def _crop_offset(size: int, target: int) -> int:
 
 
 def _interpolation(spec: PreprocessSpec) -> Image.Resampling:
-    # For non-square targets the transform of open_clip always uses bicubic interpolation.
-    if spec.resize_mode == "shortest" and spec.width != spec.height:
+    # For non-square targets the transform of open_clip always uses bicubic interpolation. It knows
+    # no `resize`.
+    if spec.resize_mode == "shortest" and spec.resize is None and spec.width != spec.height:
         return Image.Resampling.BICUBIC
     return _RESAMPLING[spec.interpolation]

@@ -127,6 +127,7 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
             pipeline = self._models.find(request.model)
             embedder, manifest = pipeline.embedder, pipeline.embedder.bundle.manifest
             spec = manifest.preprocess
+            resize_height, resize_width = spec.resize or (0, 0)
             return embedding_pb2.GetModelResponse(
                 name=manifest.name,
                 fingerprint=manifest.fingerprint,
@@ -135,6 +136,7 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
                 preprocessing=embedding_pb2.Preprocessing(
                     height=spec.height, width=spec.width, interpolation=spec.interpolation,
                     resize_mode=spec.resize_mode, fill=spec.fill, mean=spec.mean, std=spec.std,
+                    resize_height=resize_height, resize_width=resize_width,
                 ),
                 context_length=manifest.text.context_length if manifest.text else 0,
                 max_images=pipeline.limits.max_images,

@@ -48,7 +48,6 @@ from crl_sdk.model._bundle import ModelBundle, sha256_file
 from crl_sdk.model._manifest import (
     PRECISIONS,
     RECOMMENDED_PROMPT,
-    SCHEMA,
     ImageGraph,
     Manifest,
     Origin,
@@ -57,6 +56,7 @@ from crl_sdk.model._manifest import (
     Source,
     TextGraph,
     fingerprint_of,
+    schema_for,
     write_manifest,
 )
 from crl_sdk.model._preprocess import PreprocessSpec
@@ -65,6 +65,9 @@ from crl_sdk.storage._atomic_files import make_directory, new_directory
 
 _AGAINST = "the imported graph"
 AnyTower = TypeVar("AnyTower", ImageTower, TextTower)
+
+_ALL_OF_IT = {"height", "mean", "std", "interpolation", "resize_mode"}
+"""Fields of the preprocessing that the caller gives in place of the file."""
 
 _TOOLS = ("onnx", "onnxruntime", "tokenizers")
 
@@ -220,8 +223,10 @@ def _preprocessing(layout: Layout, tower: ImageTower, given: Given) -> Preproces
         config = {
             "size": (tower.height, tower.width), "mean": OPENAI_MEAN, "std": OPENAI_STD,
         }  # fmt: skip
-    if config:
-        spec = replace(spec_from(config, layout.preprocess), **fields)
+    if config and not fields.keys() >= _ALL_OF_IT:
+        height, width = (fields.get(k) or getattr(tower, k) for k in ("height", "width"))
+        taken = (height, width) if height and width else None
+        spec = replace(spec_from(config, layout.preprocess, taken), **fields)
     else:
         height = fields.get("height", tower.height)
         if height is None or "mean" not in fields or "std" not in fields:
@@ -493,7 +498,7 @@ def _write_manifest(
     )
     tokenizer = files[TOKENIZER_FILE].sha256 if text is not None else None
     manifest = Manifest(
-        schema=SCHEMA,
+        schema=schema_for(spec),
         name=name,
         fingerprint=fingerprint_of(source, spec, tokenizer),
         embedding_dim=dim,

@@ -8,7 +8,7 @@ down, ours rounds it as torchvision does: an image may be cropped one pixel furt
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 from crl_sdk.errors import ExportError
 from crl_sdk.model._preprocess import PreprocessSpec
@@ -17,17 +17,27 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 """Mean and standard deviation of OpenAI's CLIP, which clip-as-service uses for every model."""
 
+Three: TypeAlias = "tuple[float, float, float]"
+"""A value for each channel."""
+
+_SQUASHED = 384
+"""Shortest edge from which ConvNextImageProcessor ignores the aspect ratio and crops nothing."""
+
 _PILLOW = {2: "bilinear", 3: "bicubic"}
 """Numbers of Pillow's filters that the models are trained with."""
 
 
-def spec_from(config: dict[str, Any], path: Path) -> PreprocessSpec:
+def spec_from(
+    config: dict[str, Any], path: Path, input_size: tuple[int, int] | None = None
+) -> PreprocessSpec:
     """Return the preprocessing that a file describes.
 
     Args:
         config: Content of `preprocessor_config.json` (Hugging Face) or `preprocess_cfg.json`
             (open_clip, as immich writes it).
         path: Path of the file, for error messages.
+        input_size: Height and width of the model's input, if they are known. An image whose
+            shortest edge is scaled, and which the file does not crop, is cropped to them.
 
     Raises:
         ExportError: If a step has no counterpart here. The message names the key.
@@ -35,11 +45,11 @@ def spec_from(config: dict[str, Any], path: Path) -> PreprocessSpec:
     try:
         if "mean" in config and "image_mean" not in config:
             return _from_open_clip(config, path)
-        return _from_hugging_face(config, path)
+        return _from_hugging_face(config, path, input_size)
     except (KeyError, TypeError, ValueError) as error:
         raise ExportError(
             f"{path}: {type(error).__name__} at {error}: not the preprocessing of a CLIP model; "
-            "give it with --size, --mean, --std, --interpolation and --resize-mode"
+            "give all of --size, --mean, --std, --interpolation and --resize-mode (and --resize)"
         ) from error
 
 
@@ -59,46 +69,83 @@ def _from_open_clip(config: dict[str, Any], path: Path) -> PreprocessSpec:
     )
 
 
-def _from_hugging_face(config: dict[str, Any], path: Path) -> PreprocessSpec:
-    if config.get("do_pad"):
-        raise _unsupported(path, "do_pad", True, "false")
-    if not config.get("do_resize", True):
-        raise _unsupported(path, "do_resize", False, "true")
+def _from_hugging_face(
+    config: dict[str, Any], path: Path, input_size: tuple[int, int] | None
+) -> PreprocessSpec:
+    for key, expected in (("do_pad", False), ("do_flip_channel_order", False), ("do_resize", True)):
+        if bool(config.get(key, expected)) != expected:
+            raise _unsupported(path, key, not expected, str(expected).lower())
+    resize_mode, resize, crop = _sizes(config, path, input_size)
+    if crop[0] > resize[0] or crop[1] > resize[1]:  # transformers would pad with black
+        raise _unsupported(
+            path, "crop_size", f"{crop[0]}×{crop[1]}", f"at most `size`, {resize[0]}×{resize[1]}"
+        )
+    mean, std = _normalisation(config)
+    return PreprocessSpec(
+        height=crop[0],
+        width=crop[1],
+        mean=mean,
+        std=std,
+        interpolation=_interpolation(config.get("resample", 3), path),
+        resize_mode=resize_mode,
+        resize=resize,
+    )
+
+
+def _sizes(
+    config: dict[str, Any], path: Path, input_size: tuple[int, int] | None
+) -> tuple[Literal["shortest", "squash"], tuple[int, int], tuple[int, int]]:
+    """Return how an image is scaled, to which height and width, and to which it is cropped."""
     size = config["size"]
     crops = bool(config.get("do_center_crop", "crop_size" in config))
     if isinstance(size, dict) and "longest_edge" in size:
         raise _unsupported(path, "size", size, "shortest_edge, or height and width")
     edge = size.get("shortest_edge") if isinstance(size, dict) else size if crops else None
-    if edge is not None:
-        height, width = _height_width(config.get("crop_size", edge) if crops else edge)
-        if not crops or not height == width == int(edge):
-            raise _unsupported(
-                path,
-                "size",
-                f"{size} with crop_size {config.get('crop_size')}",
-                "a crop of the size of the shortest edge (or pass --resize-mode yourself)",
-            )
+    if edge is None or isinstance(edge, list | tuple):
+        resize = _height_width(size)
+        return "squash", resize, _height_width(config.get("crop_size", size)) if crops else resize
+    edge = int(edge)
+    share = config.get("crop_pct")  # of ConvNextImageProcessor
+    if share is not None:
+        crop = (edge, edge)
+        if edge >= _SQUASHED:
+            return "squash", crop, crop
+        edge = int(edge / share)
+    elif crops:
+        crop = _height_width(config.get("crop_size", edge))
+    elif input_size is not None:
+        crop = input_size
     else:
-        height, width = _height_width(size)
-        if crops and _height_width(config.get("crop_size", size)) != (height, width):
-            raise _unsupported(path, "crop_size", config.get("crop_size"), f"{size}, or no crop")
-    # The graph takes pixels × factor; ours normalises pixels / 255.
+        raise _unsupported(
+            path,
+            "do_center_crop",
+            False,
+            f"a crop, because images scaled to a shortest edge of {edge} have several sizes: say "
+            f"what the model takes with --size {edge}",
+        )
+    return "shortest", (edge, edge), crop
+
+
+def _normalisation(config: dict[str, Any]) -> tuple[Three, Three]:
+    """Return mean and standard deviation in terms of pixels / 255.
+
+    The graph of Hugging Face takes (pixels × factor - offset - mean) / std, which
+    EfficientNetImageProcessor divides by std again if `include_top` is true, its default.
+    """
     factor = float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0
-    scale = 1 / (255 * factor)
+    offset = 1.0 if config.get("do_rescale", True) and config.get("rescale_offset") else 0.0
     normalises = config.get("do_normalize", True)
     mean = _three(config["image_mean"]) if normalises else (0.0, 0.0, 0.0)
     std = _three(config["image_std"]) if normalises else (1.0, 1.0, 1.0)
-    return PreprocessSpec(
-        height=height,
-        width=width,
-        mean=_scaled(mean, scale),
-        std=_scaled(std, scale),
-        interpolation=_interpolation(config.get("resample", 3), path),
-        resize_mode="squash" if edge is None else "shortest",
-    )
+    efficient_net = str(config.get("image_processor_type", "")).startswith("EfficientNet")
+    if config.get("include_top", efficient_net):
+        again = _three(config["image_std"])
+        std = _three([first * second for first, second in zip(std, again, strict=True)])
+    scale = 1 / (255 * factor)
+    return _scaled(_three([value + offset for value in mean]), scale), _scaled(std, scale)
 
 
-def _scaled(values: tuple[float, float, float], scale: float) -> tuple[float, float, float]:
+def _scaled(values: Three, scale: float) -> Three:
     return values if abs(scale - 1) < 1e-6 else _three([value * scale for value in values])
 
 
@@ -111,7 +158,7 @@ def _height_width(size: Any) -> tuple[int, int]:
     return int(size), int(size)
 
 
-def _three(values: Any) -> tuple[float, float, float]:
+def _three(values: Any) -> Three:
     if isinstance(values, int | float):
         values = (values,) * 3
     red, green, blue = (float(value) for value in values)

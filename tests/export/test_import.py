@@ -385,8 +385,13 @@ def test_an_old_opset_is_converted(tmp_path):
     ("changes", "message"),
     [
         ({"resample": 1}, "`resample` is 1, expected 2"),
-        ({"size": {"shortest_edge": 20}}, "crop of the size of the shortest edge"),
+        ({"size": {"shortest_edge": 12}}, "`crop_size` is 16×16, expected at most `size`, 12×12"),
+        ({"size": {"height": 15, "width": 30}}, "`crop_size` is 16×16, expected at most .*15×30"),
+        ({"do_center_crop": False, "size": {"shortest_edge": 12}}, "`crop_size` is 16×16"),
         ({"size": {"longest_edge": 16}}, "`size` is"),
+        ({"size": {"shortest_edge": "wide"}}, "--resize-mode"),
+        ({"crop_size": {"height": 16}}, "--resize-mode"),
+        ({"do_flip_channel_order": True}, "`do_flip_channel_order` is True, expected false"),
         ({"do_pad": True}, "`do_pad` is True"),
         ({"do_resize": False}, "`do_resize` is False"),
         ({"image_mean": [0.5, 0.5]}, "--mean"),
@@ -417,6 +422,85 @@ def test_preprocessing_of_hugging_face():
     assert raw.mean == pytest.approx((1, 1, 1))
     plain = spec_from(tiny.preprocessor(do_normalize=False), path)
     assert (plain.mean, plain.std) == ((0, 0, 0), (1, 1, 1))
+
+
+def test_sizes_of_hugging_face():
+    """What is scaled to which size, and cropped to which."""
+    path = Path("preprocessor_config.json")
+
+    def read(input_size=None, **changes):
+        spec = spec_from(tiny.preprocessor(**changes), path, input_size)
+        return spec.resize_mode, spec.resize, (spec.height, spec.width)
+
+    assert read(size={"shortest_edge": 20}) == ("shortest", (20, 20), (16, 16))
+    assert read(size=20, crop_size=16) == ("shortest", (20, 20), (16, 16))
+    assert read(size={"shortest_edge": 16}) == ("shortest", None, (16, 16))
+    tall = {"height": 20, "width": 16}
+    assert read(size={"shortest_edge": 20}, crop_size=tall) == ("shortest", (20, 20), (20, 16))
+    assert read(size=tall) == ("squash", (20, 16), (16, 16))
+    assert read(size=[20, 16]) == ("squash", (20, 16), (16, 16))
+    assert read(size=tall, do_center_crop=False) == ("squash", None, (20, 16))
+    assert read(size={"shortest_edge": 20}, do_center_crop=False, input_size=(16, 12)) == (
+        "shortest", (20, 20), (16, 12),
+    )  # fmt: skip
+    with pytest.raises(ExportError, match=r"`do_center_crop` is False, expected a crop.*--size 20"):
+        read(size={"shortest_edge": 20}, do_center_crop=False)
+    conv = {"do_center_crop": False, "crop_pct": 0.875}
+    assert read(size={"shortest_edge": 224}, **conv) == ("shortest", (256, 256), (224, 224))
+    assert read(size={"shortest_edge": 384}, **conv) == ("squash", None, (384, 384))
+
+
+def test_values_of_efficient_net():
+    """ALIGN's pixels are from -1 to 1; its classifiers divide by the deviation twice."""
+    path = Path("preprocessor_config.json")
+    align = {
+        "image_processor_type": "EfficientNetImageProcessor", "rescale_offset": True,
+        "rescale_factor": 0.00784313725490196, "do_normalize": False, "include_top": False,
+        "size": {"height": 346, "width": 346}, "crop_size": {"height": 289, "width": 289},
+        "resample": 2,
+    }  # fmt: skip
+    spec = spec_from(tiny.preprocessor(**align), path)
+    assert (spec.resize_mode, spec.resize, spec.height) == ("squash", (346, 346), 289)
+    assert spec.interpolation == "bilinear"
+    assert spec.mean == spec.std == pytest.approx((0.5, 0.5, 0.5), abs=1e-15)
+    again = spec_from(tiny.preprocessor(**{**align, "include_top": True}), path)
+    assert again.std == pytest.approx([each / 2 for each in tiny.STD])
+    del align["include_top"]  # true by default
+    assert spec_from(tiny.preprocessor(**align), path) == again
+    both = spec_from(tiny.preprocessor(**{**align, "do_normalize": True}), path)
+    assert both.mean == pytest.approx([(each + 1) / 2 for each in tiny.MEAN])
+    assert both.std == pytest.approx([each * each / 2 for each in tiny.STD])
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "expected"),
+    [
+        ({"size": {"shortest_edge": 20}}, (), ("shortest", (20, 20))),
+        ({"size": {"height": 19, "width": 22}}, (), ("squash", (19, 22))),
+        ({"size": {"shortest_edge": 20}, "do_center_crop": False}, (), ("shortest", (20, 20))),
+        ({}, ("--resize", "18,21"), ("shortest", (18, 21))),
+        ({"size": {"shortest_edge": 20}}, ("--resize", "16"), ("shortest", None)),
+        (
+            {"do_pad": True},  # a file that is wrong altogether is not needed
+            ("--size", "16", "--mean", ",".join(map(str, tiny.MEAN)), "--std",
+             ",".join(map(str, tiny.STD)), "--interpolation", "bicubic", "--resize-mode", "squash",
+             "--resize", "24"),
+            ("squash", (24, 24)),
+        ),
+    ],
+)  # fmt: skip
+def test_an_export_that_crops_less_than_it_scales(tmp_path, changes, options, expected):
+    source = tiny.transformers_js(tmp_path / "xenova", **changes)
+    code, printed, said = run("import", source, "--out", tmp_path / "b", *options)
+    assert code == 0, said
+    bundle = ModelBundle.open(tmp_path / "b")
+    spec = bundle.preprocess
+    assert (spec.resize_mode, spec.resize) == expected
+    assert bundle.manifest.schema == (1 if spec.resize is None else 2)
+    sizes = "16×16" if spec.resize is None else f"16×16, the centre of {spec.resize[0]}×"
+    assert sizes in printed
+    image = source / "onnx" / "vision_model.onnx"
+    assert_equals(embed(bundle)[0], definition(bundle, image, "image_embeds"))
 
 
 def test_the_tokenizer_of_another_model(tmp_path):
@@ -544,6 +628,12 @@ def test_command_says_what_a_bundle_without_texts_cannot_do(tmp_path):
         (["--check", "none.png", "red"], "no such picture"),
         (["--no-text", "--tokenizer", "x"], "--no-text leaves the text tower out"),
         (["--size", "a"], "--size: expected 1 or 2 numbers"),
+        (["--size", "inf"], "--size: expected whole pixels"),
+        (["--size", "0"], "--size: expected whole pixels"),
+        (["--resize", "20.5"], "--resize: expected whole pixels, such as 224, got '20.5'"),
+        (["--resize", "20,20,20"], "--resize: expected 1 or 2 numbers"),
+        (["--resize", "15"], "15×15 cannot be cropped to the model's 16×16 pixels"),
+        (["--resize", "20", "--resize-mode", "longest"], "`longest` pads to 16×16"),
         (["--mean", "1,2"], "--mean: expected 3 numbers"),
         (["--std", "1,2,0"], "--std: expected positive numbers"),
         (["--precision", "fp8"], "--precision: expected"),

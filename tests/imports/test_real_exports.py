@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import warnings
 
 import numpy as np
@@ -119,6 +120,28 @@ def test_siglip_gives_the_embeddings_of_transformers(folder):
     assert bundle.preprocess.resize_mode == "squash"
     assert bundle.manifest.text.context_length == 16
     assert_close(embeddings(bundle), hugging_face(model, folder / "siglip", 16))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"size": {"shortest_edge": 40}}, {"size": {"height": 42, "width": 36}, "resample": 2}],
+    ids=["shortest", "squash"],
+)
+def test_a_crop_smaller_than_the_scaled_image_gives_the_embeddings_of_transformers(
+    towers, clip, folder, sizes
+):
+    name = "-".join(["cropped", *sizes["size"]])
+    source = shutil.copytree(towers, folder / name)
+    written = folder / "clip" / "preprocessor_config.json"
+    config = json.dumps({**json.loads(written.read_text()), **sizes})
+    (source / "preprocessor_config.json").write_text(config)
+    bundle = import_model(source, out=folder / f"b-{name}")
+    assert bundle.preprocess.resize in ((40, 40), (42, 36)) and bundle.manifest.schema == 2
+    checkpoint = shutil.copytree(folder / "clip", folder / f"clip-{name}")
+    (checkpoint / "preprocessor_config.json").write_text(config)
+    assert_close(embeddings(bundle), hugging_face(clip, checkpoint, 77))
+    plain = hugging_face(clip, folder / "clip", 77)[0]
+    assert np.abs(embeddings(bundle)[0] - plain).max() > 1e-3  # the crop changes them
 
 
 def test_one_graph_of_optimum_is_cut_into_towers(clip, folder):

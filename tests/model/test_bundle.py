@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from crl_sdk import ModelBundle, demo_bundle
 from crl_sdk.errors import BundleError, IntegrityError, UnsupportedSchemaError
-from crl_sdk.model._manifest import parse_manifest, write_manifest
+from crl_sdk.model._manifest import fingerprint_of, parse_manifest, schema_for, write_manifest
 
 MANIFEST_BYTES = (demo_bundle() / "manifest.json").read_bytes()
 
@@ -61,8 +62,8 @@ def test_every_file_is_verified(bundle_copy):
 
 
 def test_other_schemas(bundle_copy):
-    edit(bundle_copy, schema=2, something_new=True)
-    with pytest.raises(UnsupportedSchemaError, match="schema 2, this SDK reads 1: upgrade"):
+    edit(bundle_copy, schema=3, something_new=True)
+    with pytest.raises(UnsupportedSchemaError, match="schema 3, this SDK reads 1 and 2: upgrade"):
         ModelBundle.open(bundle_copy)
     edit(bundle_copy, schema=0)
     with pytest.raises(UnsupportedSchemaError, match="export the model again"):
@@ -117,6 +118,60 @@ def test_the_fingerprint_binds_preprocessing_and_weights(bundle_copy):
     manifest["preprocess"]["mean"] = [0.1, 0.2, 0.3]
     edit(bundle_copy, **manifest)
     with pytest.raises(IntegrityError, match="does not follow"):
+        ModelBundle.open(bundle_copy)
+
+
+def resized(**preprocess) -> dict:
+    """Return the fields of a manifest whose images are scaled to 110×110 pixels and cropped."""
+    manifest = parse_manifest(MANIFEST_BYTES)
+    spec = dataclasses.replace(manifest.preprocess, resize=(110, 110))
+    tokenizer = manifest.files[manifest.text.tokenizer].sha256
+    raw = json.loads(MANIFEST_BYTES)
+    raw["preprocess"] |= {"resize": [110, 110], **preprocess}
+    return {**raw, "schema": 2, "fingerprint": fingerprint_of(manifest.source, spec, tokenizer)}
+
+
+def test_a_bundle_that_crops_has_a_schema_and_a_fingerprint_of_its_own(bundle_copy, tmp_path):
+    """So that an SDK that does not know `resize` refuses it, twice."""
+    edit(bundle_copy, **resized())
+    bundle = ModelBundle.open(bundle_copy)
+    assert bundle.preprocess.resize == (110, 110)
+    assert bundle.fingerprint != json.loads(MANIFEST_BYTES)["fingerprint"]
+    write_manifest(tmp_path, bundle.manifest)
+    assert parse_manifest((tmp_path / "manifest.json").read_bytes()) == bundle.manifest
+    assert schema_for(bundle.preprocess) == 2
+
+    edit(bundle_copy, schema=1)
+    with pytest.raises(IntegrityError, match=r"schema 1 has no `preprocess\.resize`"):
+        ModelBundle.open(bundle_copy)
+    edit(bundle_copy, schema=2, preprocess=json.loads(MANIFEST_BYTES)["preprocess"])
+    with pytest.raises(IntegrityError, match="does not follow"):
+        ModelBundle.open(bundle_copy)
+
+
+def test_a_size_that_says_nothing_is_not_written(bundle_copy, tmp_path):
+    """Neither null nor the size of the input changes a manifest or its fingerprint."""
+    raw = json.loads(MANIFEST_BYTES)
+    for resize in (None, [raw["preprocess"][side] for side in ("height", "width")]):
+        edit(bundle_copy, preprocess={**raw["preprocess"], "resize": resize})
+        write_manifest(tmp_path, ModelBundle.open(bundle_copy).manifest)
+        assert (tmp_path / "manifest.json").read_bytes() == MANIFEST_BYTES
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"resize": [90, 110]}, r"90×110 cannot be cropped to the model's 96×96 .*preprocess"),
+        ({"resize": [110]}, r"preprocess\.resize"),
+        ({"resize": "110"}, r"preprocess\.resize"),
+        ({"resize": [110.5, 110]}, r"preprocess\.resize"),
+        ({"resize_mode": "longest"}, "`longest` pads to 96×96"),
+        ({"resise": [110, 110]}, r"unknown field `resise` - at `\$\.preprocess`"),
+    ],
+)
+def test_malformed_sizes_in_a_manifest(bundle_copy, changes, words):
+    edit(bundle_copy, **resized(**changes))
+    with pytest.raises(BundleError, match=words):
         ModelBundle.open(bundle_copy)
 
 

@@ -65,6 +65,17 @@ def test_longest_pads_with_fill():
     assert (pixels[32] == (200, 0, 0)).all()
 
 
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "1", "P", "CMYK"])
+def test_an_image_of_the_caller_stays_open(kind):
+    image = gradient(90, 60).convert(kind)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.info["exif"] = exif.tobytes()
+    for decode in ("exact", "fast"):
+        assert load_pixels(image, SPEC, decode=decode).shape == (64, 64, 3)
+        image.getpixel((0, 0))
+
+
 def test_exif_orientation_is_applied():
     upright = gradient(90, 60)
     exif = Image.Exif()

@@ -540,14 +540,24 @@ class Preprocessing(_message.Message):
     FILL_FIELD_NUMBER: _builtins.int
     MEAN_FIELD_NUMBER: _builtins.int
     STD_FIELD_NUMBER: _builtins.int
+    RESIZE_HEIGHT_FIELD_NUMBER: _builtins.int
+    RESIZE_WIDTH_FIELD_NUMBER: _builtins.int
     height: _builtins.int
+    """Size of the pixels that the model takes."""
     width: _builtins.int
     interpolation: _builtins.str
     """`bicubic` or `bilinear`, always antialiased."""
     resize_mode: _builtins.str
-    """`shortest`, `longest` or `squash`."""
+    """`shortest`, `longest` or `squash`: scale the shorter side and crop the centre, scale the longer
+    side and pad, or ignore the aspect ratio.
+    """
     fill: _builtins.int
     """Grey level of the padding that `longest` adds, 0 to 255."""
+    resize_height: _builtins.int
+    """Size that `shortest` and `squash` scale images to, before the centre of `height` × `width` is
+    cropped. 0 if images are scaled to `height` and `width` themselves.
+    """
+    resize_width: _builtins.int
     @_builtins.property
     def mean(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Mean of each channel. The graph subtracts it."""
@@ -566,10 +576,12 @@ class Preprocessing(_message.Message):
         fill: _builtins.int = ...,
         mean: _abc.Iterable[_builtins.float] | None = ...,
         std: _abc.Iterable[_builtins.float] | None = ...,
+        resize_height: _builtins.int = ...,
+        resize_width: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fill", b"fill", "height", b"height", "interpolation", b"interpolation", "mean", b"mean", "resize_mode", b"resize_mode", "std", b"std", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fill", b"fill", "height", b"height", "interpolation", b"interpolation", "mean", b"mean", "resize_height", b"resize_height", "resize_mode", b"resize_mode", "resize_width", b"resize_width", "std", b"std", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
