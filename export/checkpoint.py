@@ -1,33 +1,35 @@
-"""Loads open_clip models and their weights by name and tag, from a file, or from a directory."""
+"""A model that is ready to be exported, whichever library it comes from."""
 
 from __future__ import annotations
 
-import difflib
-import gzip
 import hashlib
-import json
-import logging
-import pickle
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-import open_clip
+import msgspec
 import torch
-from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
-from open_clip.tokenizer import SimpleTokenizer
-from open_clip.transformer import QuickGELU
 
-from crl_export.clip_model import ClipModel
+from crl_export.encoders import ImageEncoder, TextEncoder
+from crl_export.tokenizers import TextTokenizer
 from crl_sdk.errors import ExportError
-from crl_sdk.model._manifest import RANDOM_WEIGHTS, Source
+from crl_sdk.model._manifest import Source
 from crl_sdk.model._preprocess import PreprocessSpec
 
-CONFIG_FILE = "open_clip_config.json"
-RANDOM = "none"
+
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    """The image tower, in eval mode, float32, on the CPU, with its preprocessing."""
+
+    model: ImageEncoder
+    preprocess: PreprocessSpec
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """The text tower, in eval mode, float32, on the CPU, with its tokenizer."""
+
+    model: TextEncoder
+    tokenizer: TextTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,202 +37,45 @@ class Checkpoint:
     """A model ready to be exported.
 
     Attributes:
-        model: Model of open_clip in eval mode, float32, on the CPU.
         name: Default name of the bundle.
-        make_tokenizer: Function that creates the tokenizer of the text tower.
-        preprocess: Preprocessing of the image tower.
+        image: Image tower; None if the files have none.
+        text: Text tower; None if it was not asked for, or the files have none.
         source: Origin of the weights.
+        library: Package that the image tower belongs to.
     """
 
-    model: ClipModel
     name: str
-    make_tokenizer: Callable[[], Any]
-    preprocess: PreprocessSpec
+    image: ImagePart | None
+    text: TextPart | None
     source: Source
+    library: str
 
 
-def load_checkpoint(architecture: str, pretrained: str | None, *, seed: int = 0) -> Checkpoint:
-    """Create a model and load its weights. Only tensors are unpickled.
-
-    Args:
-        architecture: Name of an open_clip architecture, or a directory with weights and
-            `open_clip_config.json`.
-        pretrained: Tag of open_clip, a `.safetensors` or `.pt` file, or `none` for random weights.
-            None if `architecture` is a directory, which has its own weights.
-        seed: Seed of random weights.
+def with_text_of(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """Return a checkpoint with the text tower of another one.
 
     Raises:
-        ExportError: If the architecture, tag or file does not exist, the file is not a checkpoint
-            of this architecture, or the weights cannot be downloaded.
+        ExportError: If the other one has no text tower.
     """
-    directory = Path(architecture)
-    if (directory / CONFIG_FILE).is_file():
-        if pretrained is not None:
-            raise ExportError(
-                f"{directory} has its own weights: leave out --pretrained {pretrained}"
-            )
-        return _load_directory(directory)
-    if architecture not in open_clip.list_models():
-        near = difflib.get_close_matches(architecture, open_clip.list_models(), n=4, cutoff=0.5)
-        hint = f"; near names are {', '.join(near)}" if near else ""
-        raise ExportError(
-            f"open_clip has no architecture {architecture!r}{hint}; expected one of "
-            f"open_clip.list_models(), or a directory with {CONFIG_FILE}"
-        )
-    if pretrained is None:
-        raise ExportError(
-            f"{architecture}: expected weights with --pretrained: {_known_tags(architecture)}, a "
-            f".safetensors or .pt file, or {RANDOM} for random weights, which know nothing"
-        )
-    _check_pretrained(architecture, pretrained)
-    with _quiet(), _typed_errors(architecture, pretrained):
-        torch.manual_seed(seed)
-        model = open_clip.create_model(
-            architecture,
-            pretrained=None if pretrained == RANDOM else pretrained,
-            pretrained_text=False,
-        )
-    label = Path(pretrained).name if Path(pretrained).is_file() else pretrained
-    if pretrained == RANDOM:
-        label = f"{RANDOM_WEIGHTS}, seed {seed})"
-    return Checkpoint(
-        model=model.eval().requires_grad_(False),
-        name=architecture,
-        make_tokenizer=lambda: open_clip.get_tokenizer(architecture),
-        preprocess=_preprocess_spec(open_clip.get_model_preprocess_cfg(model)),
-        source=_source(model, architecture, label),
+    if other.text is None:
+        raise ExportError(f"{other.source.pretrained}: has no text tower; check --text")
+    first, second = checkpoint.source, other.source
+    digest = hashlib.sha256(f"{first.weights_sha256} {second.weights_sha256}".encode())
+    source = msgspec.structs.replace(
+        first,
+        architecture=f"{first.architecture}, texts {second.architecture}",
+        pretrained=f"{first.pretrained}, texts {second.pretrained}",
+        weights_sha256=digest.hexdigest(),
+        license=" and ".join(dict.fromkeys((first.license, second.license))),
     )
+    return replace(checkpoint, text=other.text, source=source)
 
 
-def _load_directory(directory: Path) -> Checkpoint:
-    with _quiet(), _typed_errors(str(directory), "its own weights"):
-        config = json.loads((directory / CONFIG_FILE).read_text())["model_cfg"]
-        model = open_clip.create_model(f"local-dir:{directory}", require_pretrained=True)
-
-    def make_tokenizer() -> Any:
-        merges = sorted(directory.glob("bpe*.txt.gz"))
-        if not merges:
-            return open_clip.get_tokenizer(f"local-dir:{directory}")
-        context_length = config["text_cfg"]["context_length"]
-        return SimpleTokenizer(str(merges[0]), context_length=context_length)
-
-    # not the directory's name: a model that is moved or renamed is the same model
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-    name = directory.resolve().name
-    return Checkpoint(
-        model=model.eval().requires_grad_(False),
-        name=name,
-        make_tokenizer=make_tokenizer,
-        preprocess=_preprocess_spec(open_clip.get_model_preprocess_cfg(model)),
-        source=_source(model, f"config {digest[:16]}", f"directory {name}"),
-    )
-
-
-def _source(model: torch.nn.Module, architecture: str, label: str) -> Source:
-    return Source(
-        architecture=architecture,
-        pretrained=label,
-        weights_sha256=_weights_sha256(model),
-        # depends on the tag in open_clip, not on the weights
-        quick_gelu=any(isinstance(module, QuickGELU) for module in model.modules()),
-    )
-
-
-def _preprocess_spec(config: dict[str, Any]) -> PreprocessSpec:
-    size = config["size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return PreprocessSpec(
-        height=int(height),
-        width=int(width),
-        mean=_three(config["mean"]),
-        std=_three(config["std"]),
-        # open_clip evaluates with bicubic if training used a random filter
-        interpolation="bilinear" if config.get("interpolation") == "bilinear" else "bicubic",
-        resize_mode=config.get("resize_mode") or "shortest",
-        fill=int(config.get("fill_color") or 0),
-    )
-
-
-def _three(values: Any) -> tuple[float, float, float]:
-    if isinstance(values, int | float):
-        values = (values,) * 3
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
-
-
-def _weights_sha256(model: torch.nn.Module) -> str:
+def weights_sha256(model: torch.nn.Module) -> str:
     """Return the digest of names, dtypes, shapes and bytes of the state dict, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        values: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(values.data)
     return digest.hexdigest()
-
-
-def _check_pretrained(architecture: str, pretrained: str) -> None:
-    path = Path(pretrained)
-    if pretrained == RANDOM or path.is_file() or get_pretrained_cfg(architecture, pretrained):
-        return
-    if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or path.parent != Path():
-        raise ExportError(f"{path}: no such checkpoint file; check the path")
-    raise ExportError(
-        f"{architecture} has no weights {pretrained!r}: expected {_known_tags(architecture)}, or a "
-        ".safetensors or .pt file"
-    )
-
-
-def _known_tags(architecture: str) -> str:
-    tags = list_pretrained_tags_by_model(architecture)
-    return f"one of the tags {', '.join(tags)}" if tags else "a tag (open_clip has none for it)"
-
-
-@contextmanager
-def _typed_errors(architecture: str, pretrained: str) -> Iterator[None]:
-    """Translate exceptions of open_clip and torch into errors that say what to do."""
-    where = f"{architecture} with {pretrained}"
-    try:
-        yield
-    except (pickle.UnpicklingError, EOFError, gzip.BadGzipFile) as error:
-        raise ExportError(
-            f"{where}: not a checkpoint of tensors only ({error}); truncated, or pickled code, "
-            "which is never run. Convert it to .safetensors where you trust it"
-        ) from error
-    except OSError as error:
-        raise ExportError(
-            f"{where}: cannot be read or downloaded ({error}); without network, download the "
-            "file elsewhere and pass its path as --pretrained"
-        ) from error
-    except RuntimeError as error:
-        message = str(error)
-        if "download" in message or "onnect" in message:
-            advice = "without network, download the file elsewhere and pass its path"
-        elif "state_dict" in message or "size mismatch" in message:
-            advice = "the checkpoint is of another architecture"
-        else:
-            advice = "the file is damaged or no checkpoint; get it again"
-        raise ExportError(f"{where}: {_first_lines(message)}; {advice}") from error
-    except Exception as error:  # safetensors, json and open_clip raise many types
-        raise ExportError(
-            f"{where}: not a loadable checkpoint ({type(error).__name__}: "
-            f"{_first_lines(str(error))}); check the file"
-        ) from error
-
-
-def _first_lines(message: str, count: int = 4) -> str:
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return " ".join(lines[:count])[:600]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence log messages about weights and retried downloads. Failures are raised."""
-    levels = {name: logging.getLogger(name).level for name in (None, "huggingface_hub")}
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

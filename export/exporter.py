@@ -1,4 +1,4 @@
-"""Exports an open_clip model to a bundle and checks the graphs against torch."""
+"""Exports a model of open_clip or transformers to a bundle and checks the graphs against torch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from crl_export.bundle_parts import (
     list_files,
     tool_versions,
 )
-from crl_export.checkpoint import Checkpoint, load_checkpoint
-from crl_export.clip_model import ClipModel
+from crl_export.checkpoint import Checkpoint, ImagePart, TextPart
+from crl_export.encoders import ImageEncoder
 from crl_export.graphs import (
     ImageGraph,
     TextGraph,
@@ -31,8 +31,8 @@ from crl_export.graphs import (
     export_text_graph,
     half_graph,
 )
+from crl_export.loading import load_checkpoint
 from crl_export.precision import quantise
-from crl_export.tokenizers import write_tokenizer
 from crl_sdk.basis._build import check_prompts
 from crl_sdk.engines._onnx_sessions import open_session
 from crl_sdk.errors import ExportError, InvalidInputError, ParityError
@@ -53,16 +53,20 @@ from crl_sdk.model._preprocess import PreprocessSpec
 from crl_sdk.model._tokenizer import Tokenizer
 from crl_sdk.storage._atomic_files import make_directory, new_directory
 
+_TOOLS = ("torch", "onnx", "onnxruntime", "onnxscript", "tokenizers")
+
 
 def export_model(
-    architecture: str,
+    model: str,
     *,
     out: Path,
     pretrained: str | None = None,
+    text_model: str | None = None,
     precisions: Sequence[Precision] = ("fp32",),
     name: str | None = None,
-    license: str = "unknown",
+    license: str | None = None,
     text: bool = True,
+    context_length: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
     strict_int8: bool = False,
@@ -70,21 +74,25 @@ def export_model(
     prompt: str = RECOMMENDED_PROMPT,
     progress: Progress | None = None,
 ) -> ModelBundle:
-    """Export an open_clip model to a bundle.
+    """Export a model of open_clip or transformers to a bundle.
 
     Every graph is run in ONNX Runtime and compared with torch in fp32 on fixed images and texts.
     The manifest records the measured parity. The bundle is put in place when all graphs passed.
 
     Args:
-        architecture: Name of an open_clip architecture, or a directory with weights and
-            `open_clip_config.json`.
+        model: Name of an open_clip architecture; a directory with `open_clip_config.json`, or in
+            the format of Hugging Face; or `hf:OWNER/REPO`.
         out: Directory of the new bundle.
         pretrained: Tag of open_clip, a `.safetensors` or `.pt` file, or `none` for random weights.
-            None if `architecture` is a directory, which has its own weights.
+            None if `model` is a directory or repository, which has its own weights.
+        text_model: Directory or `hf:OWNER/REPO` of the text tower, if it is another one.
         precisions: Precisions of the image graph, one graph each.
-        name: Name of the model in the manifest; the architecture by default.
-        license: Licence of the weights, for the manifest.
+        name: Name of the model in the manifest; by default that of the architecture, directory or
+            repository.
+        license: Licence of the weights, for the manifest. None for that of the model card.
         text: Whether to export the text tower. A bundle without it cannot make bases.
+        context_length: Number of tokens per text of a text tower of Hugging Face; by default what
+            its files say, at most 128.
         seed: Seed of random weights.
         overwrite: Whether to replace a bundle at `out`.
         strict_int8: Whether to fail if int8 exceeds its tolerance, instead of warning.
@@ -104,6 +112,8 @@ def export_model(
             malformed.
     """
     check_prompts([prompt])
+    if text_model is not None and not text:
+        raise InvalidInputError("a text tower is named and left out: choose one of the two")
     if background is not None and not text:
         raise InvalidInputError("background texts need the text tower: leave one of the two out")
     unknown = set(precisions) - set(PRECISIONS)
@@ -114,16 +124,29 @@ def export_model(
     steps = Steps(progress, total=3 + 2 * len(set(precisions)) + (3 if text else 0))
 
     steps.begin("loading the model")
-    checkpoint = load_checkpoint(architecture, pretrained, seed=seed)
+    checkpoint = load_checkpoint(
+        model, pretrained, text=text, text_model=text_model, context_length=context_length,
+        seed=seed,
+    )  # fmt: skip
+    if checkpoint.image is None:
+        raise ExportError(f"{model}: has no image tower; name it, and this one with --text")
+    if text and checkpoint.text is None:
+        raise ExportError(
+            f"{model}: has no text tower; name one with --text, or export the image tower alone "
+            "with --no-text"
+        )
     make_directory(out.parent, ExportError)
     with new_directory(out, ExportError) as work:
-        dim, images = _export_images(checkpoint, work, precisions, strict_int8, steps)
-        entry = _export_text(checkpoint, work, prompt, steps) if text else None
+        dim, images = _export_images(checkpoint.image, work, precisions, strict_int8, steps)
+        entry = None
+        if checkpoint.text is not None:
+            entry = _export_text(checkpoint.text, work, dim, prompt, steps)
         steps.begin("writing the manifest")
         _write_manifest(
-            work, checkpoint, name=name, license=license, dim=dim, images=images, text=entry
-        )
-        if text:
+            work, checkpoint, checkpoint.image.preprocess, name=name, license=license, dim=dim,
+            images=images, text=entry,
+        )  # fmt: skip
+        if entry is not None:
             steps.begin("embedding the background texts")
             add_background(work, background)
         ModelBundle.open(work)
@@ -132,14 +155,14 @@ def export_model(
 
 
 def _export_images(
-    checkpoint: Checkpoint,
+    part: ImagePart,
     work: Path,
     precisions: Sequence[Precision],
     strict_int8: bool,
     steps: Steps,
 ) -> tuple[int, tuple[ImageEntry, ...]]:
     """Write and check the image graphs; return d and the entries of the manifest."""
-    model, spec = checkpoint.model, checkpoint.preprocess
+    model, spec = part.model, part.preprocess
     images = parity.images(spec)
     steps.begin("embedding the check images with torch")
     reference = parity.batched(lambda rows: _torch_images(model, spec, rows), images)
@@ -167,30 +190,28 @@ def _export_images(
     return dim, tuple(entries)
 
 
-def _export_text(checkpoint: Checkpoint, work: Path, prompt: str, steps: Steps) -> TextEntry:
+def _export_text(part: TextPart, work: Path, dim: int, prompt: str, steps: Steps) -> TextEntry:
     """Write and check the tokenizer and the text graph."""
     steps.begin("exporting the text tower")
-    try:
-        tokenizer = checkpoint.make_tokenizer()
-    except Exception as error:  # transformers and the hub raise many types
-        raise ExportError(
-            f"the tokenizer of {checkpoint.source.architecture} cannot be loaded ({error}); "
-            "export the image tower alone with --no-text"
-        ) from error
     path = work / TOKENIZER_FILE
-    context_length, pad_id, clean = write_tokenizer(tokenizer, path)
+    context_length, pad_id, clean = part.tokenizer.write(path)
     fast = Tokenizer.open(path, context_length=context_length, pad_id=pad_id, clean=clean)
     tokens = fast.encode(parity.TEXTS, truncate=True)
-    expected = tokenizer(list(parity.TEXTS)).numpy()
+    expected = part.tokenizer.ids(list(parity.TEXTS))
     if not np.array_equal(tokens, expected):
         row = int(np.flatnonzero((tokens != expected).any(axis=1))[0])
-        raise ParityError(f"the exported tokenizer differs from open_clip's: {parity.TEXTS[row]!r}")
+        raise ParityError(f"the exported tokenizer differs from the model's: {parity.TEXTS[row]!r}")
 
-    graph = TextGraph(checkpoint.model).eval()
-    export_text_graph(graph, torch.from_numpy(tokens), work / TEXT_FILE)
-    steps.begin("checking it against torch")
+    graph = TextGraph(part.model).eval()
     with torch.inference_mode():
         reference = graph(torch.from_numpy(tokens)).numpy()
+    if reference.shape[1] != dim:
+        raise ExportError(
+            f"the embeddings of texts have {reference.shape[1]} dimensions, those of images {dim}: "
+            "the towers are of different models; check --text"
+        )
+    export_text_graph(graph, torch.from_numpy(tokens), work / TEXT_FILE)
+    steps.begin("checking it against torch")
     session = open_session(work / TEXT_FILE)
     measured = parity.compare(
         reference,
@@ -209,9 +230,9 @@ def _export_text(checkpoint: Checkpoint, work: Path, prompt: str, steps: Steps) 
 
 
 def _torch_images(
-    model: ClipModel, spec: PreprocessSpec, rows: NDArray[np.generic]
+    model: ImageEncoder, spec: PreprocessSpec, rows: NDArray[np.generic]
 ) -> NDArray[np.float32]:
-    """Return the embeddings of open_clip itself, with its own normalisation and tower."""
+    """Return the embeddings of the model itself, with torchvision's normalisation."""
     pixels = torch.from_numpy(rows).permute(0, 3, 1, 2).float() / 255
     with torch.inference_mode():
         embedding = model.encode_image(normalize(pixels, list(spec.mean), list(spec.std)))
@@ -221,26 +242,29 @@ def _torch_images(
 def _write_manifest(
     work: Path,
     checkpoint: Checkpoint,
+    preprocess: PreprocessSpec,
     *,
     name: str | None,
-    license: str,
+    license: str | None,
     dim: int,
     images: tuple[ImageEntry, ...],
     text: TextEntry | None,
 ) -> None:
     files = list_files(work)
     tokenizer = files[TOKENIZER_FILE].sha256 if text is not None else None
-    tools = ("torch", "open_clip_torch", "onnx", "onnxruntime", "onnxscript", "tokenizers")
+    source = checkpoint.source
+    if license is not None:
+        source = msgspec.structs.replace(source, license=license)
     manifest = Manifest(
         schema=schema_for(checkpoint.preprocess),
         name=name or checkpoint.name,
-        fingerprint=fingerprint_of(checkpoint.source, checkpoint.preprocess, tokenizer),
+        fingerprint=fingerprint_of(source, preprocess, tokenizer),
         embedding_dim=dim,
-        preprocess=checkpoint.preprocess,
+        preprocess=preprocess,
         images=images,
         text=text,
         files=files,
-        source=msgspec.structs.replace(checkpoint.source, license=license),
-        made_by=tool_versions(tools),
+        source=source,
+        made_by=tool_versions((*_TOOLS, checkpoint.library)),
     )
     write_manifest(work, manifest)

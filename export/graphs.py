@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from crl_export.clip_model import ClipModel
+from crl_export.encoders import ImageEncoder, TextEncoder
 from crl_export.vit import lean_tower
 from crl_sdk.errors import ExportError
 from crl_sdk.model._preprocess import PreprocessSpec
@@ -36,12 +36,12 @@ class ImageGraph(torch.nn.Module):
     scale: torch.Tensor
 
     def __init__(
-        self, model: ClipModel, spec: PreprocessSpec, dtype: torch.dtype = torch.float32
+        self, model: ImageEncoder, spec: PreprocessSpec, dtype: torch.dtype = torch.float32
     ) -> None:
-        """Wrap the image tower of an open_clip model in float32.
+        """Wrap an image tower in float32.
 
         Args:
-            model: Model of open_clip in eval mode. A rewritten tower gets copies of its weights.
+            model: Model in eval mode. A rewritten tower gets copies of its weights.
             spec: Preprocessing of the model.
             dtype: Dtype of the tower. A model that is not rewritten is converted in place.
         """
@@ -77,7 +77,7 @@ class ImageGraph(torch.nn.Module):
         return embedding, embedding @ weight + bias
 
 
-def half_graph(model: ClipModel, spec: PreprocessSpec) -> ImageGraph:
+def half_graph(model: ImageEncoder, spec: PreprocessSpec) -> ImageGraph:
     """Return the image graph with its tower in half precision.
 
     Normalisation, projection, inputs and outputs keep their dtypes.
@@ -86,9 +86,9 @@ def half_graph(model: ClipModel, spec: PreprocessSpec) -> ImageGraph:
 
 
 class _ChannelsFirst(torch.nn.Module):
-    """The unchanged image tower of an open_clip model, for pixels of shape (b, H, W, 3)."""
+    """The unchanged image tower of a model, for pixels of shape (b, H, W, 3)."""
 
-    def __init__(self, model: ClipModel) -> None:
+    def __init__(self, model: ImageEncoder) -> None:
         super().__init__()
         self.model = model
 
@@ -99,8 +99,8 @@ class _ChannelsFirst(torch.nn.Module):
 class TextGraph(torch.nn.Module):
     """Text graph: from token ids, shape (b, L) int64, to unit embeddings, shape (b, d) float32."""
 
-    def __init__(self, model: ClipModel) -> None:
-        """Wrap the text tower of an open_clip model."""
+    def __init__(self, model: TextEncoder) -> None:
+        """Wrap a text tower."""
         super().__init__()
         self.model = model
 
@@ -179,12 +179,16 @@ def _export(
 
 
 def _free_names(graph: Any, names: set[str]) -> None:
-    """Rename inner values that have the name of an input or output. torch does not check this."""
+    """Rename inner values and constants that have the name of an input or output.
+
+    torch does not check this.
+    """
     outer = {id(value) for value in (*graph.inputs, *graph.outputs)}
-    for node in graph:
-        for value in node.outputs:
-            if value.name in names and id(value) not in outer:
-                value.name = f"inner_{value.name}"
+    constants = list(graph.initializers.values())
+    inner = [*constants, *(value for node in graph for value in node.outputs)]
+    clashes = [value for value in inner if value.name in names and id(value) not in outer]
+    for number, value in enumerate(clashes):
+        value.name = f"inner_{value.name}_{number}"
 
 
 def _forget_origin(model: Any) -> None:

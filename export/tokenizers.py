@@ -1,4 +1,4 @@
-"""Writes open_clip's tokenizers as one `tokenizers` file that gives the same ids.
+"""Writes the tokenizers of open_clip as one `tokenizers` file that gives the same ids.
 
 open_clip's BPE splits a text by one regular expression that contains the start and end tokens. A
 special token of `tokenizers` would also match inside a run of punctuation, where open_clip's does
@@ -8,27 +8,66 @@ not. Therefore the start and end tokens are built by merges of the lowest rank.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
 from crl_sdk.errors import ExportError
 from crl_sdk.model._tokenizer import Clean
 
+
+class TokenizerSettings(NamedTuple):
+    """How the ids of a tokenizer fill a row, see `crl_sdk.model.Tokenizer`."""
+
+    context_length: int
+    pad_id: int
+    clean: Clean
+
+
+class TextTokenizer(Protocol):
+    """The tokenizer of a text tower that is exported."""
+
+    def ids(self, texts: list[str]) -> NDArray[np.int64]:
+        """Return the token ids of texts as the model's own library gives them, shape (n, L)."""
+
+    def write(self, path: Path) -> TokenizerSettings:
+        """Write `tokenizer.json` and return its settings.
+
+        Raises:
+            ExportError: If this kind of tokenizer cannot be written.
+        """
+
+
 _PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _END_OF_WORD = "</w>"
 
 
-def write_tokenizer(tokenizer: Any, path: Path) -> tuple[int, int, Clean]:
+class OpenClipTokenizer:
+    """A tokenizer of open_clip: SimpleTokenizer, or HFTokenizer with a fast backend."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Wrap a tokenizer of open_clip."""
+        self._tokenizer = tokenizer
+
+    def ids(self, texts: list[str]) -> NDArray[np.int64]:
+        """Return the token ids of texts, shape (n, L), int64."""
+        rows: NDArray[np.int64] = self._tokenizer(texts).numpy()
+        return rows
+
+    def write(self, path: Path) -> TokenizerSettings:
+        """Write `tokenizer.json`, see `TextTokenizer.write`."""
+        return write_tokenizer(self._tokenizer, path)
+
+
+def write_tokenizer(tokenizer: Any, path: Path) -> TokenizerSettings:
     """Write `tokenizer.json`.
 
     Args:
         tokenizer: Tokenizer of open_clip: SimpleTokenizer, or HFTokenizer with a fast backend.
         path: Path of the file to write.
-
-    Returns:
-        The context length, the id of the padding token, and the name of the text cleaning.
 
     Raises:
         ExportError: If this kind of tokenizer cannot be written.
@@ -37,7 +76,8 @@ def write_tokenizer(tokenizer: Any, path: Path) -> tuple[int, int, Clean]:
         if tokenizer.reduction_fn is not None:
             raise ExportError("a tokenizer that drops tokens at random cannot be exported")
         from_bpe(tokenizer).save(str(path))
-        return int(tokenizer.context_length or 0), 0, _clean_name(tokenizer.clean_fn)
+        length = int(tokenizer.context_length or 0)
+        return TokenizerSettings(length, 0, _clean_name(tokenizer.clean_fn))
     if isinstance(tokenizer, HFTokenizer) and hasattr(tokenizer.tokenizer, "backend_tokenizer"):
         if tokenizer.tokenizer_mode or tokenizer.strip_sep_token:
             raise ExportError(
@@ -49,7 +89,8 @@ def write_tokenizer(tokenizer: Any, path: Path) -> tuple[int, int, Clean]:
         fast.no_truncation()
         fast.save(str(path))
         pad_id = int(tokenizer.tokenizer.pad_token_id or 0)
-        return int(tokenizer.context_length or 0), pad_id, _clean_name(tokenizer.clean_fn)
+        length = int(tokenizer.context_length or 0)
+        return TokenizerSettings(length, pad_id, _clean_name(tokenizer.clean_fn))
     raise ExportError(
         f"expected open_clip's SimpleTokenizer or a fast HFTokenizer, got "
         f"{type(tokenizer).__name__}: export the image tower alone with --no-text"

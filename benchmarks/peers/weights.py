@@ -173,11 +173,12 @@ def _make(work: Weights) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from crl_export.checkpoint import load_checkpoint
     from crl_export.exporter import export_model
+    from crl_export.loading import load_checkpoint
 
     checkpoint = load_checkpoint(ARCHITECTURE, "none", seed=SEED)
-    state = {name: value.contiguous() for name, value in checkpoint.model.state_dict().items()}
+    assert checkpoint.image is not None
+    state = {n: value.contiguous() for n, value in checkpoint.image.model.state_dict().items()}
     save_file(state, work.open_clip)
     torch.save(state, work.open_clip_pickle)
     export_model(
@@ -188,7 +189,7 @@ def _make(work: Weights) -> None:
     renamed = hugging_face_names(state)
     save_file(renamed, work.hugging_face / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(work.bundle / "tokenizer.json", work.hugging_face)
-    for name, content in hugging_face_files(checkpoint.preprocess).items():
+    for name, content in hugging_face_files(checkpoint.image.preprocess).items():
         (work.hugging_face / name).write_text(json.dumps(content, indent=1) + "\n")
 
     target = work.faster_clip / FASTER_CLIP

@@ -29,23 +29,40 @@ BackgroundOption = Annotated[
 def export(
     model: Annotated[
         str,
-        typer.Argument(help="open_clip architecture, or a directory with open_clip_config.json."),
+        typer.Argument(
+            help="open_clip architecture, hf:OWNER/REPO, or a directory of either library."
+        ),
     ],
     out_dir: Annotated[Path, typer.Option("--out", "-o", help="Directory of the new bundle.")],
     pretrained: Annotated[
         str | None,
         typer.Option(
             help="The weights: an open_clip tag, a .safetensors or .pt file, or `none` for random "
-            "ones. A directory has its own."
+            "ones. A directory or repository has its own."
         ),
+    ] = None,
+    text_model: Annotated[
+        str | None,
+        typer.Option(
+            "--text-model",
+            help="The text tower of another model: hf:OWNER/REPO, or a directory. Its embeddings "
+            "must be in the same space, such as those of a multilingual text tower.",
+        ),
+    ] = None,
+    context_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens per text, if the files of the model do not say it."),
     ] = None,
     precision: Annotated[
         str, typer.Option(help=f"Precisions, separated by commas: {', '.join(PRECISIONS)}.")
     ] = "fp32",
     name: Annotated[str | None, typer.Option(help="Name of the model in the manifest.")] = None,
     license_name: Annotated[
-        str, typer.Option("--license", help="Licence of the weights, for the manifest.")
-    ] = "unknown",
+        str | None,
+        typer.Option(
+            "--license", help="Licence of the weights. Default: that of the model card, or unknown."
+        ),
+    ] = None,
     text: Annotated[bool, typer.Option(help="Export the text tower too.")] = True,
     background: BackgroundOption = None,
     prompt: Annotated[
@@ -58,7 +75,7 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Export an open_clip model to a bundle.
+    """Export a model of open_clip or transformers to a bundle.
 
     The graphs are compared with torch. Nothing is written if one differs by more than its
     tolerance.
@@ -73,6 +90,8 @@ def export(
         bundle = export_model(
             model,
             pretrained=pretrained,
+            text_model=text_model,
+            context_length=context_length,
             out=out_dir,
             precisions=parse_precisions(precision),
             name=name,

@@ -18,7 +18,7 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
 from safetensors.torch import save_file
 
-from crl_export.clip_model import ClipModel
+from crl_export.encoders import ClipModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

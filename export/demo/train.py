@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from crl_export.clip_model import ClipModel
 from crl_export.demo import model as demo_model
 from crl_export.demo.captions import CODES, NEUTRAL_PROMPT, Captioner, filler_words, true_of
 from crl_export.demo.dataset import (
@@ -32,6 +31,7 @@ from crl_export.demo.evaluate import as_table, evaluate, kmeans_accuracy, own_wo
 from crl_export.demo.lexicon import OFF_TOPIC
 from crl_export.demo.loss import readout_loss, truth_loss
 from crl_export.demo.world import CRITERIA, FACTORS
+from crl_export.encoders import ClipModel
 from crl_sdk._processors import count_processors
 from crl_sdk.basis._methods import make_projection
 

@@ -1,0 +1,1 @@
+"""Exports models in the format of Hugging Face: from a directory, or from the hub."""

@@ -1,0 +1,140 @@
+"""Makes a checkpoint of a directory in the format of Hugging Face."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crl_export.checkpoint import Checkpoint, ImagePart, TextPart, weights_sha256
+from crl_export.hugging_face.hub import label_of, license_of
+from crl_export.hugging_face.models import (
+    Architecture,
+    ImageTower,
+    TextTower,
+    architecture_of,
+    import_transformers,
+    load_model,
+    quiet,
+    random_model,
+    read_config,
+)
+from crl_export.hugging_face.tokenizers import HuggingFaceTokenizer
+from crl_export.imported.preprocessing import spec_from
+from crl_sdk.errors import ExportError
+from crl_sdk.model._manifest import RANDOM_WEIGHTS, Source
+from crl_sdk.model._preprocess import PreprocessSpec
+
+RANDOM = "none"
+
+_VOLATILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+"""Keys of a configuration that change without changing the model."""
+
+
+def load_directory(
+    directory: Path,
+    pretrained: str | None = None,
+    *,
+    text: bool = True,
+    context_length: int | None = None,
+    seed: int = 0,
+) -> Checkpoint:
+    """Load a model of transformers, its preprocessing and its tokenizer.
+
+    Args:
+        directory: Directory with `config.json`, the weights, `preprocessor_config.json` and the
+            tokenizer.
+        pretrained: `none` for random weights, which know nothing.
+        text: Whether to load the tokenizer of the text tower too.
+        context_length: Number of tokens per text, if the files do not say it.
+        seed: Seed of random weights.
+
+    Raises:
+        ExportError: If a file is missing or damaged, or the type of the model is not supported.
+        MissingDependencyError: If transformers is not installed.
+    """
+    config = read_config(directory)
+    architecture = architecture_of(directory, config)
+    label = label_of(directory)
+    if pretrained == RANDOM:
+        model = random_model(directory, architecture, seed)
+        label = f"{RANDOM_WEIGHTS}, seed {seed}) for {label}"
+    elif pretrained is not None:
+        raise ExportError(
+            f"{directory} has its own weights: leave out --pretrained {pretrained}, or pass "
+            f"{RANDOM} for random ones"
+        )
+    else:
+        model = load_model(directory, architecture)
+    return Checkpoint(
+        name=label_of(directory).removeprefix("directory ").split("@")[0].split("/")[-1],
+        image=_image_part(directory, model, architecture),
+        text=_text_part(directory, model, architecture, config, context_length) if text else None,
+        source=Source(
+            architecture=f"{architecture.model} {_digest(config)}",
+            pretrained=label,
+            weights_sha256=weights_sha256(model),
+            quick_gelu="quick_gelu" in json.dumps(config),
+            license=license_of(directory) or "unknown",
+        ),
+        library="transformers",
+    )
+
+
+def _digest(config: dict[str, Any]) -> str:
+    def stable(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: stable(each) for key, each in value.items() if key not in _VOLATILE}
+
+    return hashlib.sha256(json.dumps(stable(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _image_part(
+    directory: Path, model: torch.nn.Module, architecture: Architecture
+) -> ImagePart | None:
+    if architecture.image is None:
+        return None
+    return ImagePart(ImageTower(model, architecture), read_preprocessing(directory))
+
+
+def read_preprocessing(directory: Path) -> PreprocessSpec:
+    """Return the preprocessing of a directory, with the defaults of transformers filled in.
+
+    Raises:
+        ExportError: If there is none, or it has no counterpart here.
+    """
+    transformers = import_transformers()
+    slow = {"use_fast": False} if transformers.__version__.startswith("4.") else {"backend": "pil"}
+    path = directory / "preprocessor_config.json"
+    with quiet():
+        try:
+            processor = transformers.AutoImageProcessor.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False, **slow
+            )
+        except Exception as error:  # transformers raises many types
+            raise ExportError(
+                f"{path}: transformers cannot load the preprocessing ({type(error).__name__}: "
+                f"{str(error)[:200]}); get the file from the repository of the model"
+            ) from error
+    return spec_from(
+        {key: value for key, value in processor.to_dict().items() if value is not None}, path
+    )
+
+
+def _text_part(
+    directory: Path,
+    model: torch.nn.Module,
+    architecture: Architecture,
+    config: dict[str, Any],
+    context_length: int | None,
+) -> TextPart | None:
+    if architecture.text is None:
+        return None
+    texts = config.get("text_config") or config.get("qformer_config") or config
+    positions = texts.get("max_position_embeddings")
+    tokenizer = HuggingFaceTokenizer(directory, positions=positions, context_length=context_length)
+    return TextPart(TextTower(model, architecture, tokenizer.pad_id), tokenizer)

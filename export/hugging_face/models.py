@@ -1,0 +1,310 @@
+"""Loads image and text towers with transformers, from a directory in the format of Hugging Face.
+
+Weights are read as tensors only, and no code of a repository runs. A tower is used only if the
+directory has all of its weights: transformers itself fills missing ones with random numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crl_export.encoders import ImageEncoder, TextEncoder
+from crl_export.imported.reading import read_json
+from crl_sdk.errors import ExportError, MissingDependencyError
+
+CONFIG_FILE = "config.json"
+
+MAX_LAYERS, MAX_WIDTH = 1_000, 1_000_000
+"""Bounds on the sizes in a configuration. A vocabulary has up to 256,000 entries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """How the towers of a type of model are called.
+
+    Attributes:
+        model: Name of its class in transformers.
+        image: Function from the model and normalised pixels, shape (b, 3, H, W), to the features
+            of images, shape (b, d); None if it has no image tower.
+        text: Function from the model, token ids and attention mask, both of shape (b, L) and int64,
+            to the features of texts, shape (b, d); None if it has no text tower.
+        masked: Whether the text tower takes an attention mask. The others read the padding too, or
+            stop before it.
+    """
+
+    model: str
+    image: Callable[[Any, torch.Tensor], torch.Tensor] | None
+    text: Callable[[Any, torch.Tensor, torch.Tensor | None], torch.Tensor] | None
+    masked: bool = False
+
+
+def _pooled(output: Any) -> torch.Tensor:
+    """Return the features: transformers 4 returns them alone, 5 among other outputs."""
+    features = output if isinstance(output, torch.Tensor) else output.pooler_output
+    assert isinstance(features, torch.Tensor)
+    return features
+
+
+def _image(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    return _pooled(model.get_image_features(pixel_values=pixels))
+
+
+def _text(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return _pooled(model.get_text_features(input_ids=tokens, attention_mask=mask))
+
+
+def _projected_image(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    features = model(pixel_values=pixels).image_embeds
+    assert isinstance(features, torch.Tensor)
+    return features
+
+
+def _projected_text(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    features = model(input_ids=tokens, attention_mask=mask).text_embeds
+    assert isinstance(features, torch.Tensor)
+    return features
+
+
+def _blip_2_image(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Return the embedding of the first query of BLIP-2.
+
+    BLIP-2 has one embedding for each of its queries. Its authors take the first one where an image
+    needs a single embedding (examples/blip2_feature_extraction.ipynb of
+    github.com/salesforce/LAVIS).
+    """
+    patches = model.vision_model(pixel_values=pixels).last_hidden_state
+    queries = model.query_tokens.expand(patches.shape[0], -1, -1)
+    seen = model.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
+    features = model.vision_projection(seen[:, 0].to(model.vision_projection.weight.dtype))
+    assert isinstance(features, torch.Tensor)
+    return features
+
+
+def _blip_2_text(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    words = model.embeddings(input_ids=tokens)
+    read = model.qformer(query_embeds=words, query_length=0, attention_mask=mask).last_hidden_state
+    features = model.text_projection(read[:, 0])
+    assert isinstance(features, torch.Tensor)
+    return features
+
+
+ARCHITECTURES = {
+    "align": Architecture("AlignModel", _image, _text, masked=True),
+    "altclip": Architecture("AltCLIPModel", _image, _text, masked=True),
+    "blip-2": Architecture("Blip2ForImageTextRetrieval", _blip_2_image, _blip_2_text, masked=True),
+    "chinese_clip": Architecture("ChineseCLIPModel", _image, _text, masked=True),
+    "clip": Architecture("CLIPModel", _image, _text),
+    "clip_text_model": Architecture("CLIPTextModelWithProjection", None, _projected_text),
+    "clip_vision_model": Architecture("CLIPVisionModelWithProjection", _projected_image, None),
+    "metaclip_2": Architecture("MetaClip2Model", _image, _text),
+    "siglip": Architecture("SiglipModel", _image, _text),
+}
+"""What can be exported, by `model_type` of `config.json`."""
+
+_ELSEWHERE = {
+    "siglip2": "it is a NaFlex model, which takes images of any size as patches; take a SigLIP 2 "
+    "of fixed size, such as google/siglip2-base-patch16-224",
+    "jina_clip": "it runs code of its repository; take its ONNX export: crl import DIR --out B",
+}
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read `config.json` and check its sizes.
+
+    Raises:
+        ExportError: If there is none, or a size is out of bounds.
+    """
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise ExportError(
+            f"{directory}: has no {CONFIG_FILE}; expected a directory in the format of Hugging "
+            "Face, with config.json, the weights, preprocessor_config.json and the tokenizer"
+        )
+    config = read_json(path)
+    for key, value in _numbers(config):
+        limit = MAX_LAYERS if "layers" in key or "heads" in key else MAX_WIDTH
+        if key.endswith(("_layers", "_heads", "_size", "_dim")) and not 0 < value <= limit:
+            raise ExportError(
+                f"{path}: {key} is {value:,}, expected 1 to {limit:,}; get the file again"
+            )
+    return config
+
+
+def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _numbers(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield key, value
+
+
+def architecture_of(directory: Path, config: dict[str, Any]) -> Architecture:
+    """Return how the model of a directory is called.
+
+    Raises:
+        ExportError: If its type is not supported.
+    """
+    kind = str(config.get("model_type", ""))
+    if kind in ARCHITECTURES:
+        return ARCHITECTURES[kind]
+    reason = _ELSEWHERE.get(kind, "no code of a repository is run")
+    raise ExportError(
+        f"{directory}: models of type {kind or 'unknown'!r} cannot be exported ({reason}); "
+        f"expected one of {', '.join(sorted(ARCHITECTURES))}"
+    )
+
+
+def load_model(directory: Path, architecture: Architecture) -> torch.nn.Module:
+    """Load a model in float32 with all of its weights.
+
+    Args:
+        directory: Directory with `config.json` and the weights.
+        architecture: Type of the model.
+
+    Raises:
+        ExportError: If weights are missing, of other shapes, or not readable as tensors.
+        MissingDependencyError: If transformers is not installed.
+    """
+    transformers = import_transformers()
+    kind = getattr(transformers, architecture.model, None)
+    if kind is None:
+        raise ExportError(
+            f"transformers {transformers.__version__} has no {architecture.model}; upgrade it"
+        )
+    with quiet():
+        try:
+            model, loaded = kind.from_pretrained(
+                directory,
+                local_files_only=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+        except Exception as error:  # transformers, safetensors and torch raise many types
+            raise ExportError(
+                f"{directory}: transformers cannot load it as {architecture.model} "
+                f"({type(error).__name__}: {_first_lines(str(error))}); expected model.safetensors "
+                "or pytorch_model.bin with tensors only: get the files again"
+            ) from error
+    wrong = [*loaded["mismatched_keys"], *loaded["missing_keys"]]
+    if wrong:
+        names = sorted(str(each[0] if isinstance(each, tuple) else each) for each in wrong)
+        raise ExportError(
+            f"{directory}: {len(names)} weights of {architecture.model} are missing or of another "
+            f"shape, such as {names[0]}; config.json and the weights belong to different models"
+            + (
+                ". BLIP-2 needs the image-text contrastive weights of Salesforce/blip2-itm-vit-g"
+                if architecture.model.startswith("Blip2")
+                else ""
+            )
+        )
+    assert isinstance(model, torch.nn.Module)
+    return model.eval().requires_grad_(False)
+
+
+def random_model(directory: Path, architecture: Architecture, seed: int) -> torch.nn.Module:
+    """Return a model with random weights, of the sizes in `config.json`.
+
+    Raises:
+        ExportError: If the configuration is not one of this type.
+    """
+    transformers = import_transformers()
+    with quiet():
+        try:
+            torch.manual_seed(seed)
+            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+            model = getattr(transformers, architecture.model)(config)
+        except Exception as error:  # transformers raises many types
+            raise ExportError(
+                f"{directory / CONFIG_FILE}: transformers cannot make a {architecture.model} of it "
+                f"({type(error).__name__}: {_first_lines(str(error))})"
+            ) from error
+    assert isinstance(model, torch.nn.Module)
+    return model.eval().requires_grad_(False)
+
+
+class ImageTower(ImageEncoder):
+    """The image tower of a model, with the method that open_clip's models have."""
+
+    def __init__(self, model: torch.nn.Module, architecture: Architecture) -> None:
+        """Wrap a model that has an image tower."""
+        super().__init__()
+        self.model, self.features = model, architecture.image
+
+    def encode_image(self, image: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        """Return the features of normalised images, shape (b, 3, H, W)."""
+        assert self.features is not None
+        features = self.features(self.model, image)
+        return torch.nn.functional.normalize(features, dim=-1) if normalize else features
+
+
+class TextTower(TextEncoder):
+    """The text tower of a model, with the method that open_clip's models have."""
+
+    def __init__(self, model: torch.nn.Module, architecture: Architecture, pad_id: int) -> None:
+        """Wrap a model that has a text tower.
+
+        Args:
+            model: The model.
+            architecture: Its type.
+            pad_id: Token id that fills the rest of a row.
+        """
+        super().__init__()
+        self.model, self.features = model, architecture.text
+        self.masked, self.pad_id = architecture.masked, pad_id
+
+    def encode_text(self, text: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        """Return the features of texts.
+
+        Args:
+            text: Token ids, shape (b, L), int64.
+            normalize: Whether to return unit rows.
+        """
+        assert self.features is not None
+        mask = (text != self.pad_id).to(torch.int64) if self.masked else None
+        features = self.features(self.model, text, mask)
+        return torch.nn.functional.normalize(features, dim=-1) if normalize else features
+
+
+def import_transformers() -> Any:
+    """Import transformers.
+
+    Raises:
+        MissingDependencyError: If it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError(
+            "transformers", "transformers", "exporting a model of Hugging Face"
+        ) from error
+    return transformers
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the messages and progress bars of transformers. Failures are raised."""
+    log = logging.getLogger("transformers")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _first_lines(message: str, count: int = 3) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return " ".join(lines[:count])[:400]

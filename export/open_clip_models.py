@@ -1,0 +1,223 @@
+"""Loads models of open_clip by name and tag, from a file, or from a directory."""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import hashlib
+import json
+import logging
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+from open_clip.tokenizer import SimpleTokenizer
+from open_clip.transformer import QuickGELU
+
+from crl_export.checkpoint import Checkpoint, ImagePart, TextPart, weights_sha256
+from crl_export.hugging_face.hub import OPEN_CLIP_CONFIG, label_of
+from crl_export.tokenizers import OpenClipTokenizer
+from crl_sdk.errors import ExportError
+from crl_sdk.model._manifest import RANDOM_WEIGHTS, Source
+from crl_sdk.model._preprocess import PreprocessSpec
+
+RANDOM = "none"
+
+
+def load_architecture(
+    architecture: str, pretrained: str | None, *, text: bool = True, seed: int = 0
+) -> Checkpoint:
+    """Create a model by name and load its weights.
+
+    Args:
+        architecture: Name of an open_clip architecture.
+        pretrained: Tag of open_clip, a `.safetensors` or `.pt` file, or `none` for random weights.
+        text: Whether to load the tokenizer of the text tower too.
+        seed: Seed of random weights.
+
+    Raises:
+        ExportError: If the architecture, tag or file does not exist, the file is not a checkpoint
+            of this architecture, or the weights cannot be downloaded.
+    """
+    if architecture not in open_clip.list_models():
+        near = difflib.get_close_matches(architecture, open_clip.list_models(), n=4, cutoff=0.5)
+        hint = f"; near names are {', '.join(near)}" if near else ""
+        raise ExportError(
+            f"open_clip has no architecture {architecture!r}{hint}; expected one of "
+            f"open_clip.list_models(), a directory with {OPEN_CLIP_CONFIG} or in the format of "
+            "Hugging Face, or hf:OWNER/REPO"
+        )
+    if pretrained is None:
+        raise ExportError(
+            f"{architecture}: expected weights with --pretrained: {_known_tags(architecture)}, a "
+            f".safetensors or .pt file, or {RANDOM} for random weights, which know nothing"
+        )
+    _check_pretrained(architecture, pretrained)
+    with _quiet(), _typed_errors(architecture, pretrained):
+        torch.manual_seed(seed)
+        model = open_clip.create_model(
+            architecture,
+            pretrained=None if pretrained == RANDOM else pretrained,
+            pretrained_text=False,
+        )
+    label = Path(pretrained).name if Path(pretrained).is_file() else pretrained
+    if pretrained == RANDOM:
+        label = f"{RANDOM_WEIGHTS}, seed {seed})"
+    tokenizer = _tokenizer(architecture, open_clip.get_tokenizer) if text else None
+    return _checkpoint(model, architecture, tokenizer, architecture, label)
+
+
+def load_directory(directory: Path, *, text: bool = True) -> Checkpoint:
+    """Load a directory with `open_clip_config.json` and weights.
+
+    Raises:
+        ExportError: If a file is missing or damaged.
+    """
+    with _quiet(), _typed_errors(str(directory), "its own weights"):
+        config = json.loads((directory / OPEN_CLIP_CONFIG).read_text())["model_cfg"]
+        model = open_clip.create_model(f"local-dir:{directory}", require_pretrained=True)
+
+    def make_tokenizer(name: str) -> Any:
+        merges = sorted(directory.glob("bpe*.txt.gz"))
+        if not merges:
+            return open_clip.get_tokenizer(name)
+        context_length = config["text_cfg"]["context_length"]
+        return SimpleTokenizer(str(merges[0]), context_length=context_length)
+
+    tokenizer = _tokenizer(f"local-dir:{directory}", make_tokenizer) if text else None
+
+    # not the directory's name: a model that is moved or renamed is the same model
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    label = label_of(directory)
+    name = label.removeprefix("directory ").split("@")[0].split("/")[-1]
+    return _checkpoint(model, name, tokenizer, f"config {digest[:16]}", label)
+
+
+def _checkpoint(
+    model: Any, name: str, tokenizer: OpenClipTokenizer | None, architecture: str, label: str
+) -> Checkpoint:
+    model.eval().requires_grad_(False)
+    return Checkpoint(
+        name=name,
+        image=ImagePart(model, _preprocess_spec(open_clip.get_model_preprocess_cfg(model))),
+        text=None if tokenizer is None else TextPart(model, tokenizer),
+        source=_source(model, architecture, label),
+        library="open_clip_torch",
+    )
+
+
+def _tokenizer(name: str, make: Callable[[str], Any]) -> OpenClipTokenizer:
+    try:
+        return OpenClipTokenizer(make(name))
+    except Exception as error:  # transformers and the hub raise many types
+        raise ExportError(
+            f"the tokenizer of {name} cannot be loaded ({error}); export the image tower alone "
+            "with --no-text"
+        ) from error
+
+
+def _source(model: torch.nn.Module, architecture: str, label: str) -> Source:
+    return Source(
+        architecture=architecture,
+        pretrained=label,
+        weights_sha256=weights_sha256(model),
+        # depends on the tag in open_clip, not on the weights
+        quick_gelu=any(isinstance(module, QuickGELU) for module in model.modules()),
+    )
+
+
+def _preprocess_spec(config: dict[str, Any]) -> PreprocessSpec:
+    size = config["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return PreprocessSpec(
+        height=int(height),
+        width=int(width),
+        mean=_three(config["mean"]),
+        std=_three(config["std"]),
+        # open_clip evaluates with bicubic if training used a random filter
+        interpolation="bilinear" if config.get("interpolation") == "bilinear" else "bicubic",
+        resize_mode=config.get("resize_mode") or "shortest",
+        fill=int(config.get("fill_color") or 0),
+    )
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    if isinstance(values, int | float):
+        values = (values,) * 3
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+def _check_pretrained(architecture: str, pretrained: str) -> None:
+    path = Path(pretrained)
+    if pretrained == RANDOM or path.is_file() or get_pretrained_cfg(architecture, pretrained):
+        return
+    if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or path.parent != Path():
+        raise ExportError(f"{path}: no such checkpoint file; check the path")
+    raise ExportError(
+        f"{architecture} has no weights {pretrained!r}: expected {_known_tags(architecture)}, or a "
+        ".safetensors or .pt file"
+    )
+
+
+def _known_tags(architecture: str) -> str:
+    tags = list_pretrained_tags_by_model(architecture)
+    return f"one of the tags {', '.join(tags)}" if tags else "a tag (open_clip has none for it)"
+
+
+@contextmanager
+def _typed_errors(architecture: str, pretrained: str) -> Iterator[None]:
+    """Translate exceptions of open_clip and torch into errors that say what to do."""
+    where = f"{architecture} with {pretrained}"
+    try:
+        yield
+    except (pickle.UnpicklingError, EOFError, gzip.BadGzipFile) as error:
+        raise ExportError(
+            f"{where}: not a checkpoint of tensors only ({error}); truncated, or pickled code, "
+            "which is never run. Convert it to .safetensors where you trust it"
+        ) from error
+    except OSError as error:
+        raise ExportError(
+            f"{where}: cannot be read or downloaded ({error}); without network, download the "
+            "file elsewhere and pass its path as --pretrained"
+        ) from error
+    except RuntimeError as error:
+        message = str(error)
+        if "download" in message or "onnect" in message:
+            advice = "without network, download the file elsewhere and pass its path"
+        elif "state_dict" in message or "size mismatch" in message:
+            advice = "the checkpoint is of another architecture"
+        else:
+            advice = "the file is damaged or no checkpoint; get it again"
+        raise ExportError(f"{where}: {_first_lines(message)}; {advice}") from error
+    except Exception as error:  # safetensors, json and open_clip raise many types
+        raise ExportError(
+            f"{where}: not a loadable checkpoint ({type(error).__name__}: "
+            f"{_first_lines(str(error))}); check the file"
+        ) from error
+
+
+def _first_lines(message: str, count: int = 4) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return " ".join(lines[:count])[:600]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence log messages about weights and retried downloads. Failures are raised."""
+    levels = {name: logging.getLogger(name).level for name in (None, "huggingface_hub")}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

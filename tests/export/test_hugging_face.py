@@ -1,0 +1,113 @@
+"""`crl export` of models in the format of Hugging Face equals transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tiny_hugging_face as tiny
+from crl_export.exporter import export_model
+from crl_export.hugging_face.hub import license_of, wanted_files
+from crl_sdk import Embedder
+from crl_sdk.errors import ExportError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+transformers = pytest.importorskip("transformers")
+
+TEXTS = ["a photo of a cat", "red circle", "the small dog", "It is a LARGE blue square on red"]
+TOLERANCE = 2e-6
+
+
+def pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    made = []
+    for width, height in ((64, 48), (40, 60), (32, 32), (90, 90), (100, 32)):
+        small = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        made.append(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+    return made
+
+
+def unit(rows) -> np.ndarray:
+    rows = np.asarray(rows if isinstance(rows, torch.Tensor) else rows.pooler_output)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def of_transformers(model, folder, processor: str) -> tuple[np.ndarray, np.ndarray]:
+    """The embeddings of transformers itself, with its own processor and tokenizer."""
+    pixels = tiny.pillow(processor).from_pretrained(folder)(images=pictures(), return_tensors="pt")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        return (
+            unit(model.get_image_features(pixel_values=pixels["pixel_values"])),
+            unit(model.get_text_features(tokens["input_ids"], tokens["attention_mask"])),
+        )
+
+
+def assert_equal_embeddings(bundle, expected) -> None:
+    with Embedder.open(bundle, threads=1) as embedder:
+        found = embedder.embed(pictures()).universal, embedder.embed_text(TEXTS)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.abs(ours - theirs).max() < TOLERANCE
+        assert np.abs(theirs - theirs.mean(axis=0)).max() > 1e-2  # the embeddings differ at all
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf") / "clip"
+    return tiny.clip(folder), folder
+
+
+def test_clip_equals_transformers(clip, tmp_path):
+    model, folder = clip
+    bundle = export_model(str(folder), out=tmp_path / "b")
+    assert bundle.manifest.source.quick_gelu
+    assert bundle.manifest.made_by["transformers"] == transformers.__version__
+    assert_equal_embeddings(bundle, of_transformers(model, folder, "CLIPImageProcessor"))
+
+
+def test_missing_weights_are_not_filled_with_random_ones(clip, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    _, folder = clip
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    weights = load_file(broken / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=r"1 weights of CLIPModel are .*visual_projection"):
+        export_model(str(broken), out=tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("siglip2", "NaFlex"), ("jina_clip", "crl import"), ("llama", "expected one of align")],
+)
+def test_other_types_are_refused(kind, message, clip, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ExportError, match=message):
+        export_model(str(tmp_path), out=tmp_path / "b")
+
+
+def test_the_weights_that_are_downloaded():
+    clip = ["README.md", "config.json", "model.safetensors", "pytorch_model.bin", "tf_model.h5"]
+    assert wanted_files(clip) == ["README.md", "config.json", "model.safetensors"]
+    assert wanted_files(["pytorch_model.bin"]) == ["pytorch_model.bin"]
+    sharded = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    assert wanted_files([*sharded, "onnx/model.onnx"]) == sharded
+    both = ["open_clip_config.json", "open_clip_pytorch_model.bin", "model.safetensors"]
+    assert wanted_files(both) == ["open_clip_config.json", "open_clip_pytorch_model.bin"]
+    folders = ["2_Dense/model.safetensors", "2_Dense/pytorch_model.bin", "1_Pooling/config.json"]
+    assert wanted_files(folders) == ["1_Pooling/config.json", "2_Dense/model.safetensors"]
+
+
+def test_the_licence_of_the_model_card(tmp_path):
+    assert license_of(tmp_path) is None
+    (tmp_path / "README.md").write_text("---\ntags:\n- x\nlicense: apache-2.0\n---\nlicense: no\n")
+    assert license_of(tmp_path) == "apache-2.0"
