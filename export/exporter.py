@@ -256,7 +256,7 @@ def _write_manifest(
     if license is not None:
         source = msgspec.structs.replace(source, license=license)
     manifest = Manifest(
-        schema=schema_for(checkpoint.preprocess),
+        schema=schema_for(preprocess),
         name=name or checkpoint.name,
         fingerprint=fingerprint_of(source, preprocess, tokenizer),
         embedding_dim=dim,

@@ -1,4 +1,4 @@
-"""open_clip's vision transformer rewritten for inference: the same embeddings from less work.
+"""The vision transformer of CLIP rewritten for inference: the same embeddings from less work.
 
 Compared with open_clip's module:
 
@@ -17,18 +17,25 @@ from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import nn
 
+from crl_export.hugging_face.models import ImageTower as HuggingFaceImageTower
+from crl_export.hugging_face.vision_transformer import as_open_clip
+
 
 def lean_tower(model: nn.Module) -> LeanTower | None:
-    """Return the rewritten image tower of an open_clip model.
+    """Return the rewritten image tower of a model.
 
     Args:
-        model: Model of open_clip in eval mode.
+        model: Model of open_clip or transformers in eval mode.
 
     Returns:
         The rewritten tower, or None if the tower is not a plain vision transformer.
     """
-    tower: Any = getattr(model, "visual", None)
-    if type(model) not in (CLIP, CustomTextCLIP) or type(tower) is not VisionTransformer:
+    tower: Any
+    if isinstance(model, HuggingFaceImageTower):
+        tower = as_open_clip(model.model)
+    else:
+        tower = model.visual if type(model) in (CLIP, CustomTextCLIP) else None
+    if type(tower) is not VisionTransformer:
         return None
     sides = zip(tower.image_size, tower.grid_size, tower.patch_size, strict=True)
     plain = (

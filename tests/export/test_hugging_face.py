@@ -13,6 +13,8 @@ from PIL import Image
 import tiny_hugging_face as tiny
 from crl_export.exporter import export_model
 from crl_export.hugging_face.hub import license_of, wanted_files
+from crl_export.hugging_face.models import ARCHITECTURES, ImageTower
+from crl_export.vit import lean_tower
 from crl_sdk import Embedder
 from crl_sdk.errors import ExportError
 
@@ -111,3 +113,37 @@ def test_the_licence_of_the_model_card(tmp_path):
     assert license_of(tmp_path) is None
     (tmp_path / "README.md").write_text("---\ntags:\n- x\nlicense: apache-2.0\n---\nlicense: no\n")
     assert license_of(tmp_path) == "apache-2.0"
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "MetaClip2", "AltCLIP", "ChineseCLIP"])
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_the_rewritten_image_tower_gives_what_transformers_gives(kind, activation):
+    text = {**tiny.TEXT, "vocab_size": 100, "max_position_embeddings": 20, "project_dim": 16}
+    vision = {**tiny.VISION, "hidden_act": activation, "projection_dim": 16}
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=text, vision_config=vision, projection_dim=16
+    )
+    model = tiny.randomise(getattr(transformers, f"{kind}Model")(config))
+    with torch.no_grad():  # layers that are not the identity
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    tower = ImageTower(model, ARCHITECTURES[str(config.model_type)])
+    lean = lean_tower(tower)
+    assert lean is not None
+    pixels = torch.randn(5, 3, tiny.SIZE, tiny.SIZE)
+    with torch.inference_mode():
+        theirs, ours = tower.encode_image(pixels), lean(pixels.permute(0, 2, 3, 1))
+    assert theirs.std(0).mean() > 1e-2
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def test_other_image_towers_are_not_rewritten():
+    vision = {**tiny.VISION, "hidden_act": "relu"}
+    text = {**tiny.TEXT, "vocab_size": 100}
+    relu = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
+    siglip = transformers.SiglipModel(
+        transformers.SiglipConfig(text_config=text, vision_config=tiny.VISION)
+    )
+    assert lean_tower(ImageTower(relu, ARCHITECTURES["clip"])) is None
+    assert lean_tower(ImageTower(siglip, ARCHITECTURES["siglip"])) is None
