@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -9,11 +10,13 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
 from crl_sdk import Embedder, demo_bundle
+from crl_sdk.model._manifest import fingerprint_of, parse_manifest, schema_for, write_manifest
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so the processes that
 # they start and interrupt.
@@ -50,6 +53,24 @@ def embedder() -> Iterator[Embedder]:
 def bundle_copy(tmp_path: Path) -> Path:
     """A copy of the demo bundle to damage."""
     return Path(shutil.copytree(demo_bundle(), tmp_path / "bundle"))
+
+
+@pytest.fixture
+def cropping_bundle(bundle_copy: Path) -> Path:
+    """The demo model with images that are scaled to 110 × 121 pixels and cropped."""
+    manifest = parse_manifest((bundle_copy / "manifest.json").read_bytes())
+    assert manifest.text is not None
+    spec = dataclasses.replace(manifest.preprocess, resize=(110, 121))
+    changed = msgspec.structs.replace(
+        manifest,
+        schema=schema_for(spec),
+        preprocess=spec,
+        fingerprint=fingerprint_of(
+            manifest.source, spec, manifest.files[manifest.text.tokenizer].sha256
+        ),
+    )
+    write_manifest(bundle_copy, changed)
+    return bundle_copy
 
 
 @pytest.fixture(scope="session")

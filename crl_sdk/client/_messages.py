@@ -57,8 +57,8 @@ def embed_request(
     messages, errors = [], {}
     for position, image in enumerate(images):
         try:
-            ready = image if resize is None else _resized(image, resize)
-            messages.append(_image(ready, position))
+            sent = _image(image, position) if resize is None else _resized(image, position, resize)
+            messages.append(sent)
         except ImageError as error:
             errors[position] = error
     request = embedding_pb2.EmbedRequest(
@@ -67,14 +67,16 @@ def embed_request(
     return request, errors
 
 
-def _resized(image: ClientImage, preprocessing: ServedPreprocessing) -> ClientImage:
+def _resized(
+    image: ClientImage, position: int, preprocessing: ServedPreprocessing
+) -> embedding_pb2.Image:
     """Return the pixels that the server would make of an image, or a stored embedding unchanged.
 
     Raises:
         ImageError: If the image cannot be read.
     """
     if isinstance(image, np.ndarray) and is_row_dtype(image.dtype):
-        return image
+        return _image(image, position)
     try:
         from crl_sdk.model._preprocess import PreprocessSpec, load_pixels
     except ImportError as error:
@@ -89,7 +91,10 @@ def _resized(image: ClientImage, preprocessing: ServedPreprocessing) -> ClientIm
         fill=preprocessing.fill,
         resize=preprocessing.resize,
     )
-    return load_pixels(image, spec)
+    pixels = encode_tensor(load_pixels(image, spec))
+    if spec.resize is None:  # the server has nothing to resize in pixels of this size
+        return embedding_pb2.Image(pixels=pixels)
+    return embedding_pb2.Image(prepared=pixels)
 
 
 _MAX_FILE = 2**31 - 1

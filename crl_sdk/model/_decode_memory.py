@@ -23,15 +23,22 @@ _BITS, _SAMPLES, _ROWS, _TILE_WIDTH, _TILE_HEIGHT = 258, 277, 278, 322, 323
 
 
 def estimate_decode_bytes(
-    image: Image.Image, *, turned: bool, plain: bool, copied: bool = False
+    image: Image.Image,
+    *,
+    turned: bool,
+    plain: bool,
+    copied: bool = False,
+    scaled: tuple[int, int] | None = None,
 ) -> int:
-    """Return about how many bytes it takes to decode an opened image and to convert it.
+    """Return about how many bytes it takes to decode an opened image, convert it and scale it.
 
     Args:
         image: Image whose header was read.
         turned: Whether its orientation is changed, for which it is copied.
         plain: Whether it is of the mode L or RGB and opaque, so that it is not converted.
         copied: Whether its pixels are copied twice, without padding, to be resized.
+        scaled: Width and height that the whole image is scaled to: first its width, then its
+            height. None if only a part of it is.
     """
     pixels = image.width * image.height
     bands = len(image.getbands())
@@ -44,11 +51,13 @@ def estimate_decode_bytes(
         decoder = 4
     if image.info.get("progressive"):
         decoder = bands * _PROGRESSIVE
+    width, height = scaled or (0, 0)
     blocks = _tiff_block_bytes(image) if form == "TIFF" else 0
     return max(
         pixels * (3 if grey else 10) if copied else 0,
         pixels * (source + max(decoder, source if turned else 0, converted)),
         pixels * source + blocks,
+        pixels * (source + converted) + width * (image.height + height) * (1 if grey else 4),
     )
 
 

@@ -218,7 +218,8 @@ def load_pixels(
         try:
             fast = decode != "exact"
             shrunk = _shrink_while_decoding(opened, spec) if decode == "fast" else None
-            needed = _check_decode_bytes(opened, limits, name, copied=fast)
+            scaled = None if fast else resized_size(opened.size, spec)
+            needed = _check_decode_bytes(opened, limits, name, copied=fast, scaled=scaled)
             with nullcontext() if budget is None else budget.reserve(needed):
                 decoded = decode_jpeg(opened, data) if decode == "gpu" else None
                 upright = _upright(opened, data, decoded)
@@ -445,22 +446,28 @@ def _out_of_memory(what: str, name: str) -> ImageError:
 
 
 def _check_decode_bytes(
-    opened: Image.Image, limits: ImageLimits, name: str, *, copied: bool
+    opened: Image.Image,
+    limits: ImageLimits,
+    name: str,
+    *,
+    copied: bool,
+    scaled: tuple[int, int] | None,
 ) -> int:
-    """Return about how many bytes decoding takes, if the limit allows it."""
+    """Return about how many bytes decoding and scaling take, if the limit allows it."""
     told = opened.format != "PNG" or "exif" in opened.info  # else `getexif` would load a PNG file
     needed = estimate_decode_bytes(
         opened,
         turned=told and opened.getexif().get(_ORIENTATION) in _TRANSPOSITIONS,
         plain=is_plain(opened),
         copied=copied,
+        scaled=scaled,
     )
     if needed > limits.max_decode_bytes:
         needed_mib, most_mib = needed / 2**20, limits.max_decode_bytes / 2**20
         raise ImageTooLargeError(
-            f"decoding {opened.width}×{opened.height} pixels of the mode {opened.mode} takes about "
-            f"{needed_mib:,.1f} MiB, over the limit of {most_mib:,.1f} MiB; send a smaller "
-            "image, or raise ImageLimits.max_decode_bytes (--max-decode-mb)",
+            f"decoding and scaling {opened.width}×{opened.height} pixels of the mode {opened.mode} "
+            f"takes about {needed_mib:,.1f} MiB, over the limit of {most_mib:,.1f} MiB; send a "
+            "smaller image, or raise ImageLimits.max_decode_bytes (--max-decode-mb)",
             source=name,
         )
     return needed

@@ -24,7 +24,7 @@ from crl_sdk.serving._call_interceptor import caller, typed_error
 from crl_sdk.serving._models import Models
 from crl_sdk.serving._pipeline import Pipeline
 from crl_sdk.serving._responses import Context, respond
-from crl_sdk.serving._results import EmbedResult, ImageOutcome, ImageSource
+from crl_sdk.serving._results import EmbedResult, ImageOutcome, ImageSource, PreparedPixels
 
 STREAM_WINDOW = 8
 """Number of requests of one stream that are in progress at once.
@@ -184,18 +184,21 @@ def _read_source(image: embedding_pb2.Image) -> ImageSource | ImageError:
     if kind is None:
         return ImageError("expected encoded bytes, pixels or an embedding, got none of them")
     try:
-        array = decode_tensor(image.pixels if kind == "pixels" else image.embedding)
+        array = decode_tensor(getattr(image, kind))
     except InvalidInputError as error:
         return ImageError(str(error))
     if kind == "pixels":
         fits = array.dtype.kind == "u" and array.ndim in (2, 3)
         expected = "pixels UINT8 of shape (height, width[, channels])"
+    elif kind == "prepared":
+        fits = array.dtype.kind == "u"
+        expected = "prepared pixels UINT8 of shape (height, width, 3)"
     else:
         fits = is_row_dtype(array.dtype) and array.ndim == 1
         expected = "embedding FLOAT32, FLOAT16 or INT8 of shape (d)"
     if not fits:
         return ImageError(f"expected {expected}, got {array.dtype} of shape {array.shape}")
-    return array
+    return PreparedPixels(array) if kind == "prepared" else array
 
 
 def _to_response(

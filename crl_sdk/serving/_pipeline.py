@@ -26,7 +26,13 @@ from crl_sdk.serving._batcher import Batcher, EmbeddedImage
 from crl_sdk.serving._cache import EmbeddingCache
 from crl_sdk.serving._cpu_turns import CpuTurns, NoTurns
 from crl_sdk.serving._projection_pack import BasesInUse, EngineRow
-from crl_sdk.serving._results import EmbedResult, ImageOutcome, ImageSource, RequestTiming
+from crl_sdk.serving._results import (
+    EmbedResult,
+    ImageOutcome,
+    ImageSource,
+    PreparedPixels,
+    RequestTiming,
+)
 from crl_sdk.serving._text_work import TextWork
 
 _log = logging.getLogger(__name__)
@@ -159,6 +165,15 @@ class Pipeline:
             if not np.isfinite(row).all():
                 return ImageOutcome(error=ImageError("the embedding holds NaN or infinity"))
             return ImageOutcome(embedding=row)
+        if isinstance(source, PreparedPixels):
+            spec = self.embedder.bundle.preprocess
+            if source.pixels.shape != (spec.height, spec.width, 3):
+                return ImageOutcome(
+                    error=ImageError(
+                        f"expected prepared pixels of shape ({spec.height}, {spec.width}, 3), got "
+                        f"{source.pixels.shape}"
+                    )
+                )
         outcome = ImageOutcome(digest=digest_image(source))
         outcome.embedding = self.cache.get(outcome.digest)
         outcome.cached = outcome.embedding is not None
@@ -235,6 +250,8 @@ class Pipeline:
         now = time.monotonic()
         if future.cancelled() or (deadline is not None and deadline <= now):
             return self.admission.drop(cancelled=future.cancelled(), waited=now - submitted)
+        if isinstance(source, PreparedPixels):
+            return source.pixels
         try:
             return self.embedder.load_pixels(source)
         except Exception as error:  # any exception must reach the caller, not end in the pool
@@ -314,9 +331,13 @@ class Pipeline:
 
 
 def digest_image(source: ImageSource) -> bytes:
-    """Return the SHA-256 of encoded bytes, or of shape and pixels: 32 bytes."""
+    """Return the SHA-256 of encoded bytes, or of the kind, the shape and the pixels: 32 bytes."""
     if isinstance(source, bytes):
         return hashlib.sha256(source).digest()
-    digest = hashlib.sha256(f"pixels {source.shape}".encode())
-    digest.update(np.ascontiguousarray(source).data)
+    if isinstance(source, PreparedPixels):
+        kind, pixels = "prepared", source.pixels
+    else:
+        kind, pixels = "pixels", source
+    digest = hashlib.sha256(f"{kind} {pixels.shape}".encode())
+    digest.update(np.ascontiguousarray(pixels).data)
     return digest.digest()

@@ -12,9 +12,17 @@ from crl_sdk.errors import ImageError
 from crl_sdk.serving._bases import StoredBasis
 from crl_sdk.serving._projection_pack import EngineRow
 
-ImageSource = bytes | NDArray[Any]
-"""An encoded image (bytes), pixels (uint8, shape (h, w) or (h, w, channels)), or a stored
-universal embedding (a float dtype or int8, shape (d,))."""
+
+@dataclass(frozen=True, slots=True)
+class PreparedPixels:
+    """Pixels that the client has resized and cropped for the model, shape (H, W, 3), uint8."""
+
+    pixels: NDArray[np.uint8]
+
+
+ImageSource = bytes | NDArray[Any] | PreparedPixels
+"""An encoded image (bytes), pixels (uint8, shape (h, w) or (h, w, channels)), a stored universal
+embedding (a float dtype or int8, shape (d,)), or prepared pixels."""
 
 
 @dataclass(slots=True)
@@ -24,7 +32,7 @@ class ImageOutcome:
     Attributes:
         embedding: Universal embedding, shape (d,), float32; None if the image failed.
         error: Reason why the image failed, or None.
-        digest: SHA-256 of the encoded bytes or the pixels, 32 bytes; empty for a stored embedding.
+        digest: Digest of the image, see `digest_image`; empty for a stored embedding.
         cached: Whether the embedding came from the cache.
         engine_row: What the engine returned; None for a cached or stored embedding.
     """

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crl_sdk import AsyncClient, Basis, Client
+from crl_sdk import AsyncClient, Basis, Client, Embedder
 from crl_sdk.client import ClientOptions, ClientSecurity
 from crl_sdk.client._messages import stale_parts
 from crl_sdk.errors import (
@@ -70,6 +70,28 @@ def test_resizing_before_sending_changes_no_bit(server):
     for i, name in enumerate(images):
         np.testing.assert_array_equal(here.universal[i], there.universal[i], err_msg=name)
     np.testing.assert_array_equal(here["color"], there["color"])
+
+
+def test_pixels_of_a_model_that_crops_are_not_resized_twice(serve, cropping_bundle):
+    """The client sends what is left of the crop, and the server takes it as it is."""
+    with Embedder.open(cropping_bundle) as embedder:
+        server = serve(embedder)
+        images = list(awkward_images().values())
+        with (
+            Client(server.address) as far,
+            Client(server.address, ClientOptions(resize=True)) as near,
+        ):
+            assert far.model().preprocessing.resize == (110, 121)
+            there, here = far.embed(images).universal, near.embed(images).universal
+            np.testing.assert_allclose(here, embedder.embed(images).universal, atol=1e-6)
+            np.testing.assert_array_equal(here, there)
+
+            # the same pixels as an image of their own are scaled and cropped again
+            pixels = np.stack([embedder.load_pixels(image) for image in images])
+            again = near.embed(list(pixels)).universal
+            np.testing.assert_allclose(again, embedder.embed(list(pixels)).universal, atol=1e-6)
+            assert np.abs(again - here).max() > 1e-3
+            assert near.embed(images).cached.all()  # not mixed up in the cache
 
 
 def test_what_cannot_be_resized_fails_alone(server, image_files):

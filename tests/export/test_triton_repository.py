@@ -164,9 +164,18 @@ def test_the_files_of_a_repository(export, bundle):
     assert not list(written.path.parent.glob(".repository*"))
 
 
-def test_the_decoding_step_is_load_pixels_and_needs_numpy_and_pillow_alone(export, tmp_path):
+@pytest.mark.parametrize("crops", [False, True])
+def test_the_decoding_step_is_load_pixels_and_needs_numpy_and_pillow_alone(
+    cropping_bundle, tmp_path, crops
+):
     """Run the step in a process without the SDK, with a module in place of Triton's."""
-    written = export()
+    with Embedder.open(cropping_bundle if crops else demo_bundle()) as embedder:
+        save_basis(embedder.create_basis("color", COLOURS, load=False), tmp_path / "bases")
+    written = export_repository(
+        embedder.bundle, tmp_path / "bases", tmp_path / "repository", Options()
+    )
+    spec = embedder.bundle.preprocess
+    assert (spec.resize is not None) == crops
     rng = np.random.default_rng(0)
     encoded = []
     for size, mode, form in (
@@ -229,7 +238,6 @@ model.finalize()
          tmp_path / "images.npz", tmp_path / "pixels.npy"],
         check=True, env={**environment, "PYTHONDONTWRITEBYTECODE": "1"},
     )  # fmt: skip
-    spec = ModelBundle.open(demo_bundle()).preprocess
     expected = np.stack([load_pixels(each, spec) for each in encoded])
     assert (np.load(tmp_path / "pixels.npy") == expected).all()
 

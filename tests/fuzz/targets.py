@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -21,18 +22,22 @@ from crl_sdk.rpc._tensors import decode_tensor
 from crl_sdk.serving._kserve_tensors import read_images
 from crl_sdk.serving._shared_memory import SharedMemory
 
-SPEC = PreprocessSpec(32, 32, (0.5,) * 3, (0.5,) * 3)
+SPECS = (
+    PreprocessSpec(32, 32, (0.5,) * 3, (0.5,) * 3),
+    PreprocessSpec(32, 32, (0.5,) * 3, (0.5,) * 3, resize=(45, 45)),
+    PreprocessSpec(32, 32, (0.5,) * 3, (0.5,) * 3, resize_mode="squash", resize=(45, 36)),
+)
 LIMITS = ImageLimits(max_pixels=250_000, max_decode_bytes=16 << 20)
 _scratch = Path(tempfile.mkdtemp(prefix="crl-fuzz-"))
 
 
 def image(data: bytes) -> None:
-    """Decode an image, exactly and fast."""
+    """Decode an image, exactly and fast, with all of it and with a crop."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about damaged metadata
-        for decode in ("exact", "fast"):
+        for spec, decode in itertools.product(SPECS, ("exact", "fast")):
             try:
-                pixels = load_pixels(data, SPEC, limits=LIMITS, decode=decode)
+                pixels = load_pixels(data, spec, limits=LIMITS, decode=decode)
             except CrlError:
                 continue
             assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8

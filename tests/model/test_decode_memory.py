@@ -47,11 +47,27 @@ def test_the_estimate_before_decoding(mode, form, options, per_pixel):
 
 def test_an_image_over_the_limit_is_refused_before_it_is_decoded(monkeypatch):
     data = encoded("RGBA")
-    limits = ImageLimits(max_decode_bytes=400 * 300 * 8)
+    needed = 400 * 300 * 8 + 21 * (300 + 16) * 4
+    limits = ImageLimits(max_decode_bytes=needed)
     assert load_pixels(data, SPEC, limits=limits).shape == (16, 16, 3)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("decoded"))
     with pytest.raises(ImageTooLargeError, match=r"400×300 pixels of the mode RGBA .*--max-decode"):
-        load_pixels(data, SPEC, limits=ImageLimits(max_decode_bytes=400 * 300 * 8 - 1))
+        load_pixels(data, SPEC, limits=ImageLimits(max_decode_bytes=needed - 1))
+
+
+def test_an_image_that_becomes_large_when_it_is_scaled_is_counted():
+    """Wherever it comes from: a long one, or one of a model that scales to much and crops."""
+    long = np.zeros((2000, 16, 3), np.uint8)  # 2,000 × 250,000 pixels once scaled
+    cropped = PreprocessSpec(16, 16, (0,) * 3, (1,) * 3, resize_mode="squash", resize=(2000, 2000))
+    for image, spec in ((long, PreprocessSpec(256, 256, (0,) * 3, (1,) * 3)), (long, cropped)):
+        with pytest.raises(ImageTooLargeError, match=r"decoding and scaling 16×2000 .* about \d+"):
+            load_pixels(image, spec, limits=ImageLimits(max_decode_bytes=8 << 20))
+        shape = (spec.height, spec.width, 3)
+        assert (
+            load_pixels(image, spec, limits=ImageLimits(max_decode_bytes=64 << 20)).shape == shape
+        )
+        fast = ImageLimits(max_decode_bytes=400_000)  # scales the part that is kept alone
+        assert load_pixels(image, spec, limits=fast, decode="fast").shape == shape
 
 
 def test_the_budget_bounds_the_sum_and_keeps_the_order():
@@ -128,12 +144,24 @@ WORST = {
     "strip": ("RGB", "TIFF", {"compression": "tiff_lzw", "strip_size": 1 << 30}),
     "float": ("F", "TIFF", {"compression": "tiff_lzw", "strip_size": 1 << 30}),
     "tile": None,
+    "thin": ("RGB", "PNG", {}),
+    "thin grey": ("L", "PNG", {}),
+    "cropped": ("RGB", "PNG", {}),
 }
+THIN = {"thin": (10, 2600), "thin grey": (2600, 10), "cropped": (40, 40)}
+"""Width and height of images that are scaled to far more pixels than they have."""
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads VmHWM")
 @pytest.mark.parametrize(
-    ("worst", "decode"), [*((worst, "exact") for worst in WORST), ("LA", "fast"), ("png", "fast")]
+    ("worst", "decode"),
+    [
+        *((worst, "exact") for worst in WORST),
+        ("LA", "fast"),
+        ("png", "fast"),
+        ("thin", "fast"),
+        ("cropped", "fast"),
+    ],
 )
 def test_the_worst_images_take_no_more_than_was_estimated(worst, decode, tmp_path):
     """4000 × 4000 pixels in a process of its own: its peak grows by the estimate and 64 MiB."""
@@ -142,7 +170,10 @@ def test_the_worst_images_take_no_more_than_was_estimated(worst, decode, tmp_pat
         path.write_bytes(tiled_tiff(32, 12000))
     else:
         mode, form, options = WORST[worst]
-        path.write_bytes(encoded(mode, (4000, 4000), form, **options))
+        path.write_bytes(encoded(mode, THIN.get(worst, (4000, 4000)), form, **options))
+    side, resize = {
+        "thin": (480, None), "thin grey": (480, None), "cropped": (224, (7000, 7000)),
+    }.get(worst, (224, None))  # fmt: skip
     code = (
         "import sys\n"
         "from PIL import Image\n"
@@ -150,14 +181,16 @@ def test_the_worst_images_take_no_more_than_was_estimated(worst, decode, tmp_pat
         "from crl_sdk.model._image_colours import is_plain\n"
         "from crl_sdk.model._image_formats import SUFFIXES\n"
         "from crl_sdk.model._preprocess import ImageLimits, PreprocessSpec, load_pixels\n"
+        "from crl_sdk.model._preprocess import resized_size\n"
         "def peak():\n"
         "    lines = open('/proc/self/status').read().splitlines()\n"
         "    return next(int(l.split()[1]) for l in lines if l.startswith('VmHWM'))\n"
-        "spec = PreprocessSpec(224, 224, (.5,) * 3, (.5,) * 3)\n"
-        "load_pixels(Image.new('RGB', (300, 300)), spec)\n"
+        "load_pixels(Image.new('RGB', (300, 300)), PreprocessSpec(224, 224, (0,) * 3, (1,) * 3))\n"
+        f"spec = PreprocessSpec({side}, {side}, (.5,) * 3, (.5,) * 3, resize={resize})\n"
+        "fast = sys.argv[2] == 'fast'\n"
         "with Image.open(sys.argv[1]) as image:\n"
         "    estimate = estimate_decode_bytes(image, turned=False, plain=is_plain(image),\n"
-        "        copied=sys.argv[2] == 'fast')\n"
+        "        copied=fast, scaled=None if fast else resized_size(image.size, spec))\n"
         "before = peak()\n"
         "limits = ImageLimits(formats=tuple(SUFFIXES))\n"
         "load_pixels(sys.argv[1], spec, limits=limits, decode=sys.argv[2])\n"
@@ -189,7 +222,9 @@ def tiled_tiff(side, tile):
 def test_a_tile_that_is_larger_than_its_image_is_refused():
     data = tiled_tiff(32, 1000)
     assert load_pixels(data, SPEC, limits=ImageLimits(max_decode_bytes=4_000_000)).max() == 0
-    with pytest.raises(ImageTooLargeError, match="decoding 32×32 pixels of the mode RGB takes"):
+    with pytest.raises(
+        ImageTooLargeError, match="decoding and scaling 32×32 pixels of the mode RGB takes"
+    ):
         load_pixels(data, SPEC, limits=ImageLimits(max_decode_bytes=2_000_000))
 
 

@@ -82,9 +82,13 @@ def turned(orientation: int) -> bytes:
         *(turned(orientation) for orientation in range(2, 9)),
     ],
 )
-@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
-def test_a_jpeg_has_the_pixels_of_pillow(on_the_processor, data, mode):
-    spec = PreprocessSpec(64, 64, SPEC.mean, SPEC.std, resize_mode=mode)
+@pytest.mark.parametrize(
+    ("mode", "resize"),
+    [("shortest", None), ("longest", None), ("squash", None), ("shortest", (73, 73)),
+     ("squash", (73, 80))],
+)  # fmt: skip
+def test_a_jpeg_has_the_pixels_of_pillow(on_the_processor, data, mode, resize):
+    spec = PreprocessSpec(64, 64, SPEC.mean, SPEC.std, resize_mode=mode, resize=resize)
     got = load_pixels(data, spec, decode="gpu")
     assert on_the_processor == [True]
     exact = load_pixels(data, spec)

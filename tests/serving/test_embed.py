@@ -188,6 +188,20 @@ def pixels(shape, data, dtype=embedding_pb2.DTYPE_UINT8):
     return embedding_pb2.Image(pixels=embedding_pb2.Tensor(dtype=dtype, shape=shape, data=data))
 
 
+def prepared(array):
+    return embedding_pb2.Image(prepared=encode_tensor(np.asarray(array)))
+
+
+def test_prepared_pixels_are_embedded_as_they_are(stub, embedder):
+    array = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    both = [prepared(array), embedding_pb2.Image(pixels=encode_tensor(array))]
+    reply = stub.Embed(embedding_pb2.EmbedRequest(images=both))
+    assert [each.code for each in reply.images] == [embedding_pb2.ImageStatus.CODE_OK] * 2
+    assert reply.images[0].digest != reply.images[1].digest
+    rows = decode_tensor(reply.universal)
+    np.testing.assert_allclose(rows, embedder.embed([array] * 2).universal, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("image", "words"),
     [
@@ -198,6 +212,11 @@ def pixels(shape, data, dtype=embedding_pb2.DTYPE_UINT8):
         (pixels([4, 4, 1, 3], bytes(48)), "expected pixels UINT8 of shape"),
         (pixels([2, 2], bytes(16), embedding_pb2.DTYPE_FLOAT32), "expected pixels UINT8"),
         (pixels([4, 4], bytes(16), 77), "expected a tensor of dtype"),
+        (prepared(np.zeros((96, 95, 3), np.uint8)), r"shape \(96, 96, 3\), got \(96, 95, 3\)"),
+        (prepared(np.zeros((96, 96), np.uint8)), r"shape \(96, 96, 3\), got \(96, 96\)"),
+        (prepared(np.zeros((1, 96, 96, 3), np.uint8)), r"shape \(96, 96, 3\), got \(1, 96"),
+        (prepared(np.zeros((96, 96, 3), np.float32)), "expected prepared pixels UINT8"),
+        (prepared(np.zeros((96, 96, 3), np.int8)), "expected prepared pixels UINT8"),
         (embedding_pb2.Image(embedding=encode_tensor(np.ones(5, np.float32))), r"shape \(128,\)"),
         (embedding_pb2.Image(embedding=encode_tensor(np.full(128, np.nan, np.float32))), "NaN"),
         (embedding_pb2.Image(embedding=encode_tensor(np.zeros(128, np.int8))), "NaN"),

@@ -24,47 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!crl_sdk/pb/crl/v1/embedding.proto\x12\x06\x63rl.v1\"\x84\x01\n\x0c\x45mbedRequest\x12\x1d\n\x06images\x18\x01 \x03(\x0b\x32\r.crl.v1.Image\x12\x10\n\x08\x63riteria\x18\x02 \x03(\t\x12\x1c\n\x05\x64type\x18\x03 \x01(\x0e\x32\r.crl.v1.Dtype\x12\x16\n\x0eomit_universal\x18\x04 \x01(\x08\x12\r\n\x05model\x18\x05 \x01(\t\"k\n\x05Image\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12 \n\x06pixels\x18\x02 \x01(\x0b\x32\x0e.crl.v1.TensorH\x00\x12#\n\tembedding\x18\x03 \x01(\x0b\x32\x0e.crl.v1.TensorH\x00\x42\x08\n\x06source\"\xc1\x01\n\rEmbedResponse\x12#\n\x06images\x18\x01 \x03(\x0b\x32\x13.crl.v1.ImageStatus\x12!\n\tuniversal\x18\x02 \x01(\x0b\x32\x0e.crl.v1.Tensor\x12\x31\n\x0b\x63onditional\x18\x03 \x03(\x0b\x32\x1c.crl.v1.ConditionalEmbedding\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12 \n\x07timings\x18\x05 \x01(\x0b\x32\x0f.crl.v1.Timings\"\xa1\x01\n\x0bImageStatus\x12&\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x18.crl.v1.ImageStatus.Code\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\x08\"9\n\x04\x43ode\x12\x0b\n\x07\x43ODE_OK\x10\x00\x12\x10\n\x0c\x43ODE_INVALID\x10\x01\x12\x12\n\x0e\x43ODE_TOO_LARGE\x10\x02\"]\n\x14\x43onditionalEmbedding\x12\x11\n\tcriterion\x18\x01 \x01(\t\x12\x1c\n\x04rows\x18\x02 \x01(\x0b\x32\x0e.crl.v1.Tensor\x12\x14\n\x0c\x62\x61sis_sha256\x18\x03 \x01(\t\"j\n\x07Timings\x12\x15\n\rpreprocess_us\x18\x01 \x01(\x04\x12\x10\n\x08queue_us\x18\x02 \x01(\x04\x12\x10\n\x08infer_us\x18\x03 \x01(\x04\x12\x12\n\nproject_us\x18\x04 \x01(\x04\x12\x10\n\x08total_us\x18\x05 \x01(\x04\"G\n\x12\x45mbedStreamRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12%\n\x07request\x18\x02 \x01(\x0b\x32\x14.crl.v1.EmbedRequest\"x\n\x13\x45mbedStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12)\n\x08response\x18\x02 \x01(\x0b\x32\x15.crl.v1.EmbedResponseH\x00\x12\x1f\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x0e.crl.v1.StatusH\x00\x42\t\n\x07outcome\"\'\n\x06Status\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"`\n\x10\x45mbedTextRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x1c\n\x05\x64type\x18\x02 \x01(\x0e\x32\r.crl.v1.Dtype\x12\x10\n\x08truncate\x18\x03 \x01(\x08\x12\r\n\x05model\x18\x04 \x01(\t\"L\n\x11\x45mbedTextResponse\x12\"\n\nembeddings\x18\x01 \x01(\x0b\x32\x0e.crl.v1.Tensor\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xee\x01\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x15\n\rembedding_dim\x18\x03 \x01(\r\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12,\n\rpreprocessing\x18\x05 \x01(\x0b\x32\x15.crl.v1.Preprocessing\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12\x12\n\nmax_images\x18\x07 \x01(\r\x12\x16\n\x0eserver_version\x18\x08 \x01(\t\x12\x0e\n\x06prompt\x18\t \x01(\t\x12\x0e\n\x06models\x18\n \x03(\t\"\xb0\x01\n\rPreprocessing\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x15\n\rinterpolation\x18\x03 \x01(\t\x12\x13\n\x0bresize_mode\x18\x04 \x01(\t\x12\x0c\n\x04\x66ill\x18\x05 \x01(\r\x12\x0c\n\x04mean\x18\x06 \x03(\x02\x12\x0b\n\x03std\x18\x07 \x03(\x02\x12\x15\n\rresize_height\x18\x08 \x01(\r\x12\x14\n\x0cresize_width\x18\t \x01(\r\"C\n\x06Tensor\x12\x1c\n\x05\x64type\x18\x01 \x01(\x0e\x32\r.crl.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c*e\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x03\x12\x0e\n\nDTYPE_INT8\x10\x04\x32\x95\x02\n\x10\x45mbeddingService\x12\x34\n\x05\x45mbed\x12\x14.crl.v1.EmbedRequest\x1a\x15.crl.v1.EmbedResponse\x12J\n\x0b\x45mbedStream\x12\x1a.crl.v1.EmbedStreamRequest\x1a\x1b.crl.v1.EmbedStreamResponse(\x01\x30\x01\x12@\n\tEmbedText\x12\x18.crl.v1.EmbedTextRequest\x1a\x19.crl.v1.EmbedTextResponse\x12=\n\x08GetModel\x12\x17.crl.v1.GetModelRequest\x1a\x18.crl.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!crl_sdk/pb/crl/v1/embedding.proto\x12\x06\x63rl.v1\"\x84\x01\n\x0c\x45mbedRequest\x12\x1d\n\x06images\x18\x01 \x03(\x0b\x32\r.crl.v1.Image\x12\x10\n\x08\x63riteria\x18\x02 \x03(\t\x12\x1c\n\x05\x64type\x18\x03 \x01(\x0e\x32\r.crl.v1.Dtype\x12\x16\n\x0eomit_universal\x18\x04 \x01(\x08\x12\r\n\x05model\x18\x05 \x01(\t\"\x8f\x01\n\x05Image\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12 \n\x06pixels\x18\x02 \x01(\x0b\x32\x0e.crl.v1.TensorH\x00\x12#\n\tembedding\x18\x03 \x01(\x0b\x32\x0e.crl.v1.TensorH\x00\x12\"\n\x08prepared\x18\x04 \x01(\x0b\x32\x0e.crl.v1.TensorH\x00\x42\x08\n\x06source\"\xc1\x01\n\rEmbedResponse\x12#\n\x06images\x18\x01 \x03(\x0b\x32\x13.crl.v1.ImageStatus\x12!\n\tuniversal\x18\x02 \x01(\x0b\x32\x0e.crl.v1.Tensor\x12\x31\n\x0b\x63onditional\x18\x03 \x03(\x0b\x32\x1c.crl.v1.ConditionalEmbedding\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12 \n\x07timings\x18\x05 \x01(\x0b\x32\x0f.crl.v1.Timings\"\xa1\x01\n\x0bImageStatus\x12&\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x18.crl.v1.ImageStatus.Code\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\x08\"9\n\x04\x43ode\x12\x0b\n\x07\x43ODE_OK\x10\x00\x12\x10\n\x0c\x43ODE_INVALID\x10\x01\x12\x12\n\x0e\x43ODE_TOO_LARGE\x10\x02\"]\n\x14\x43onditionalEmbedding\x12\x11\n\tcriterion\x18\x01 \x01(\t\x12\x1c\n\x04rows\x18\x02 \x01(\x0b\x32\x0e.crl.v1.Tensor\x12\x14\n\x0c\x62\x61sis_sha256\x18\x03 \x01(\t\"j\n\x07Timings\x12\x15\n\rpreprocess_us\x18\x01 \x01(\x04\x12\x10\n\x08queue_us\x18\x02 \x01(\x04\x12\x10\n\x08infer_us\x18\x03 \x01(\x04\x12\x12\n\nproject_us\x18\x04 \x01(\x04\x12\x10\n\x08total_us\x18\x05 \x01(\x04\"G\n\x12\x45mbedStreamRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12%\n\x07request\x18\x02 \x01(\x0b\x32\x14.crl.v1.EmbedRequest\"x\n\x13\x45mbedStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12)\n\x08response\x18\x02 \x01(\x0b\x32\x15.crl.v1.EmbedResponseH\x00\x12\x1f\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x0e.crl.v1.StatusH\x00\x42\t\n\x07outcome\"\'\n\x06Status\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"`\n\x10\x45mbedTextRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x1c\n\x05\x64type\x18\x02 \x01(\x0e\x32\r.crl.v1.Dtype\x12\x10\n\x08truncate\x18\x03 \x01(\x08\x12\r\n\x05model\x18\x04 \x01(\t\"L\n\x11\x45mbedTextResponse\x12\"\n\nembeddings\x18\x01 \x01(\x0b\x32\x0e.crl.v1.Tensor\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xee\x01\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x15\n\rembedding_dim\x18\x03 \x01(\r\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12,\n\rpreprocessing\x18\x05 \x01(\x0b\x32\x15.crl.v1.Preprocessing\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12\x12\n\nmax_images\x18\x07 \x01(\r\x12\x16\n\x0eserver_version\x18\x08 \x01(\t\x12\x0e\n\x06prompt\x18\t \x01(\t\x12\x0e\n\x06models\x18\n \x03(\t\"\xb0\x01\n\rPreprocessing\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x15\n\rinterpolation\x18\x03 \x01(\t\x12\x13\n\x0bresize_mode\x18\x04 \x01(\t\x12\x0c\n\x04\x66ill\x18\x05 \x01(\r\x12\x0c\n\x04mean\x18\x06 \x03(\x02\x12\x0b\n\x03std\x18\x07 \x03(\x02\x12\x15\n\rresize_height\x18\x08 \x01(\r\x12\x14\n\x0cresize_width\x18\t \x01(\r\"C\n\x06Tensor\x12\x1c\n\x05\x64type\x18\x01 \x01(\x0e\x32\r.crl.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c*e\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x03\x12\x0e\n\nDTYPE_INT8\x10\x04\x32\x95\x02\n\x10\x45mbeddingService\x12\x34\n\x05\x45mbed\x12\x14.crl.v1.EmbedRequest\x1a\x15.crl.v1.EmbedResponse\x12J\n\x0b\x45mbedStream\x12\x1a.crl.v1.EmbedStreamRequest\x1a\x1b.crl.v1.EmbedStreamResponse(\x01\x30\x01\x12@\n\tEmbedText\x12\x18.crl.v1.EmbedTextRequest\x1a\x19.crl.v1.EmbedTextResponse\x12=\n\x08GetModel\x12\x17.crl.v1.GetModelRequest\x1a\x18.crl.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'crl_sdk.pb.crl.v1.embedding_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=1787
-  _globals['_DTYPE']._serialized_end=1888
+  _globals['_DTYPE']._serialized_start=1824
+  _globals['_DTYPE']._serialized_end=1925
   _globals['_EMBEDREQUEST']._serialized_start=46
   _globals['_EMBEDREQUEST']._serialized_end=178
-  _globals['_IMAGE']._serialized_start=180
-  _globals['_IMAGE']._serialized_end=287
-  _globals['_EMBEDRESPONSE']._serialized_start=290
-  _globals['_EMBEDRESPONSE']._serialized_end=483
-  _globals['_IMAGESTATUS']._serialized_start=486
-  _globals['_IMAGESTATUS']._serialized_end=647
-  _globals['_IMAGESTATUS_CODE']._serialized_start=590
-  _globals['_IMAGESTATUS_CODE']._serialized_end=647
-  _globals['_CONDITIONALEMBEDDING']._serialized_start=649
-  _globals['_CONDITIONALEMBEDDING']._serialized_end=742
-  _globals['_TIMINGS']._serialized_start=744
-  _globals['_TIMINGS']._serialized_end=850
-  _globals['_EMBEDSTREAMREQUEST']._serialized_start=852
-  _globals['_EMBEDSTREAMREQUEST']._serialized_end=923
-  _globals['_EMBEDSTREAMRESPONSE']._serialized_start=925
-  _globals['_EMBEDSTREAMRESPONSE']._serialized_end=1045
-  _globals['_STATUS']._serialized_start=1047
-  _globals['_STATUS']._serialized_end=1086
-  _globals['_EMBEDTEXTREQUEST']._serialized_start=1088
-  _globals['_EMBEDTEXTREQUEST']._serialized_end=1184
-  _globals['_EMBEDTEXTRESPONSE']._serialized_start=1186
-  _globals['_EMBEDTEXTRESPONSE']._serialized_end=1262
-  _globals['_GETMODELREQUEST']._serialized_start=1264
-  _globals['_GETMODELREQUEST']._serialized_end=1296
-  _globals['_GETMODELRESPONSE']._serialized_start=1299
-  _globals['_GETMODELRESPONSE']._serialized_end=1537
-  _globals['_PREPROCESSING']._serialized_start=1540
-  _globals['_PREPROCESSING']._serialized_end=1716
-  _globals['_TENSOR']._serialized_start=1718
-  _globals['_TENSOR']._serialized_end=1785
-  _globals['_EMBEDDINGSERVICE']._serialized_start=1891
-  _globals['_EMBEDDINGSERVICE']._serialized_end=2168
+  _globals['_IMAGE']._serialized_start=181
+  _globals['_IMAGE']._serialized_end=324
+  _globals['_EMBEDRESPONSE']._serialized_start=327
+  _globals['_EMBEDRESPONSE']._serialized_end=520
+  _globals['_IMAGESTATUS']._serialized_start=523
+  _globals['_IMAGESTATUS']._serialized_end=684
+  _globals['_IMAGESTATUS_CODE']._serialized_start=627
+  _globals['_IMAGESTATUS_CODE']._serialized_end=684
+  _globals['_CONDITIONALEMBEDDING']._serialized_start=686
+  _globals['_CONDITIONALEMBEDDING']._serialized_end=779
+  _globals['_TIMINGS']._serialized_start=781
+  _globals['_TIMINGS']._serialized_end=887
+  _globals['_EMBEDSTREAMREQUEST']._serialized_start=889
+  _globals['_EMBEDSTREAMREQUEST']._serialized_end=960
+  _globals['_EMBEDSTREAMRESPONSE']._serialized_start=962
+  _globals['_EMBEDSTREAMRESPONSE']._serialized_end=1082
+  _globals['_STATUS']._serialized_start=1084
+  _globals['_STATUS']._serialized_end=1123
+  _globals['_EMBEDTEXTREQUEST']._serialized_start=1125
+  _globals['_EMBEDTEXTREQUEST']._serialized_end=1221
+  _globals['_EMBEDTEXTRESPONSE']._serialized_start=1223
+  _globals['_EMBEDTEXTRESPONSE']._serialized_end=1299
+  _globals['_GETMODELREQUEST']._serialized_start=1301
+  _globals['_GETMODELREQUEST']._serialized_end=1333
+  _globals['_GETMODELRESPONSE']._serialized_start=1336
+  _globals['_GETMODELRESPONSE']._serialized_end=1574
+  _globals['_PREPROCESSING']._serialized_start=1577
+  _globals['_PREPROCESSING']._serialized_end=1753
+  _globals['_TENSOR']._serialized_start=1755
+  _globals['_TENSOR']._serialized_end=1822
+  _globals['_EMBEDDINGSERVICE']._serialized_start=1928
+  _globals['_EMBEDDINGSERVICE']._serialized_end=2205
 # @@protoc_insertion_point(module_scope)

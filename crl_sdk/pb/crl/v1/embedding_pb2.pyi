@@ -108,13 +108,14 @@ Global___EmbedRequest: _TypeAlias = EmbedRequest  # noqa: Y015
 
 @_typing.final
 class Image(_message.Message):
-    """One image, in one of three forms."""
+    """One image, in one of four forms."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ENCODED_FIELD_NUMBER: _builtins.int
     PIXELS_FIELD_NUMBER: _builtins.int
     EMBEDDING_FIELD_NUMBER: _builtins.int
+    PREPARED_FIELD_NUMBER: _builtins.int
     encoded: _builtins.bytes
     """Encoded image: JPEG, PNG, WebP, BMP, GIF (first frame) or TIFF."""
     @_builtins.property
@@ -130,18 +131,26 @@ class Image(_message.Message):
         without running the model.
         """
 
+    @_builtins.property
+    def prepared(self) -> Global___Tensor:
+        """Pixels of the size that the model takes, UINT8, of shape (height, width, 3), which the client
+        made as `Preprocessing` says. They are not resized again. If `resize_height` is 0, `pixels`
+        of this size are not resized either.
+        """
+
     def __init__(
         self,
         *,
         encoded: _builtins.bytes = ...,
         pixels: Global___Tensor | None = ...,
         embedding: Global___Tensor | None = ...,
+        prepared: Global___Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["embedding", b"embedding", "encoded", b"encoded", "pixels", b"pixels", "source", b"source"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["embedding", b"embedding", "encoded", b"encoded", "pixels", b"pixels", "prepared", b"prepared", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding", b"embedding", "encoded", b"encoded", "pixels", b"pixels", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding", b"embedding", "encoded", b"encoded", "pixels", b"pixels", "prepared", b"prepared", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["encoded", "pixels", "embedding"]  # noqa: Y015
+    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["encoded", "pixels", "embedding", "prepared"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
 
