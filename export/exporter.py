@@ -29,7 +29,6 @@ from crl_export.graphs import (
     TextGraph,
     export_image_graph,
     export_text_graph,
-    half_graph,
 )
 from crl_export.loading import load_checkpoint
 from crl_export.precision import quantise
@@ -166,6 +165,7 @@ def _export_images(
     images = parity.images(spec)
     steps.begin("embedding the check images with torch")
     reference = parity.batched(lambda rows: _torch_images(model, spec, rows), images)
+    _check_norms(reference, "images")
     dim = reference.shape[1]
 
     entries: list[ImageEntry] = []
@@ -175,7 +175,7 @@ def _export_images(
         path = work / f"image.{precision}.onnx"
         steps.begin(f"exporting the image tower in {precision}")
         if precision == "fp16":
-            export_image_graph(half_graph(model, spec), spec, dim, path)
+            export_image_graph(ImageGraph(model, spec, torch.float16), spec, dim, path)
         else:
             if not fp32.exists():
                 export_image_graph(ImageGraph(model, spec, torch.float32), spec, dim, fp32)
@@ -205,6 +205,7 @@ def _export_text(part: TextPart, work: Path, dim: int, prompt: str, steps: Steps
     graph = TextGraph(part.model).eval()
     with torch.inference_mode():
         reference = graph(torch.from_numpy(tokens)).numpy()
+    _check_norms(reference, "texts")
     if reference.shape[1] != dim:
         raise ExportError(
             f"the embeddings of texts have {reference.shape[1]} dimensions, those of images {dim}: "
@@ -227,6 +228,16 @@ def _export_text(part: TextPart, work: Path, dim: int, prompt: str, steps: Steps
         parity=measured,
         prompt=prompt,
     )
+
+
+def _check_norms(embeddings: NDArray[np.float32], of: str) -> None:
+    """Check that embeddings are neither zero nor infinite, as with damaged weights."""
+    norms = np.linalg.norm(embeddings, axis=1)
+    if not np.all(np.abs(norms - 1) < 1e-3):
+        raise ExportError(
+            f"the model gives {of} embeddings that are zero or not finite (norms from "
+            f"{norms.min():.3g} to {norms.max():.3g}): the weights are damaged; get them again"
+        )
 
 
 def _torch_images(

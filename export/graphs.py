@@ -41,9 +41,9 @@ class ImageGraph(torch.nn.Module):
         """Wrap an image tower in float32.
 
         Args:
-            model: Model in eval mode. A rewritten tower gets copies of its weights.
+            model: Model in eval mode, which is not changed.
             spec: Preprocessing of the model.
-            dtype: Dtype of the tower. A model that is not rewritten is converted in place.
+            dtype: Dtype of the tower.
         """
         super().__init__()
         mean = torch.tensor(spec.mean) * 255
@@ -52,7 +52,8 @@ class ImageGraph(torch.nn.Module):
         self.folded = lean is not None and dtype == torch.float32
         if lean is not None and self.folded:
             lean.fold(mean, scale)
-        self.tower = (lean or _ChannelsFirst(model)).to(dtype)
+        tower = lean or _ChannelsFirst(model)
+        self.tower = tower if dtype == torch.float32 else copy.deepcopy(tower).to(dtype)
         self.dtype = dtype
         self.register_buffer("mean", mean)
         self.register_buffer("scale", scale)
@@ -75,14 +76,6 @@ class ImageGraph(torch.nn.Module):
             pixels = ((pixels - self.mean) * self.scale).to(self.dtype)
         embedding = F.normalize(self.tower(pixels).to(torch.float32), dim=-1)
         return embedding, embedding @ weight + bias
-
-
-def half_graph(model: ImageEncoder, spec: PreprocessSpec) -> ImageGraph:
-    """Return the image graph with its tower in half precision.
-
-    Normalisation, projection, inputs and outputs keep their dtypes.
-    """
-    return ImageGraph(copy.deepcopy(model), spec, torch.float16)
 
 
 class _ChannelsFirst(torch.nn.Module):

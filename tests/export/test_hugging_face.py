@@ -88,6 +88,22 @@ def test_missing_weights_are_not_filled_with_random_ones(clip, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("value", "words"), [(0.0, "norms from 0 to 0"), (np.nan, "norms from nan")]
+)
+def test_damaged_weights_are_refused(value, words, clip, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(clip[1], tmp_path / "damaged")
+    file = tmp_path / "damaged" / "model.safetensors"
+    weights = load_file(file)
+    weights["visual_projection.weight"].fill_(value)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=f"zero or not finite .{words}"):
+        export_model(str(tmp_path / "damaged"), out=tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
     ("kind", "message"),
     [("siglip2", "NaFlex"), ("jina_clip", "crl import"), ("llama", "expected one of align")],
 )

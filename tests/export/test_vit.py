@@ -12,7 +12,7 @@ import torch
 from open_clip.transformer import VisionTransformer
 
 from crl_export.demo.scenes import render_scene, sample_scene
-from crl_export.graphs import ImageGraph, export_image_graph, half_graph
+from crl_export.graphs import ImageGraph, export_image_graph
 from crl_export.precision import quantise
 from crl_export.vit import lean_tower
 from crl_sdk.engines._onnx_sessions import open_session
@@ -89,11 +89,12 @@ def test_other_towers_are_left_as_they_are(vision):
     assert lean_tower(open_clip.CLIP(24, resnet, TEXT)) is None
 
 
-def test_the_model_is_left_as_it_was():
-    made = model(ls_init_value=0.3)
+@pytest.mark.parametrize("vision", [{"ls_init_value": 0.3}, {"attentional_pool": True}], ids=str)
+def test_the_model_is_left_as_it_was(vision):
+    made = model(**vision)
     before = copy.deepcopy(made.state_dict())
     ImageGraph(made, SPEC)
-    half_graph(made, SPEC)
+    ImageGraph(made, SPEC, torch.float16)
     after = made.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
