@@ -46,10 +46,11 @@ def spec_from(
         if "mean" in config and "image_mean" not in config:
             return _from_open_clip(config, path)
         return _from_hugging_face(config, path, input_size)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ExportError(
             f"{path}: {type(error).__name__} at {error}: not the preprocessing of a CLIP model; "
-            "give all of --size, --mean, --std, --interpolation and --resize-mode (and --resize)"
+            "give `crl import` all of --size, --mean, --std, --interpolation and --resize-mode "
+            "(and --resize)"
         ) from error
 
 
@@ -100,12 +101,15 @@ def _sizes(
     crops = bool(config.get("do_center_crop", "crop_size" in config))
     if isinstance(size, dict) and "longest_edge" in size:
         raise _unsupported(path, "size", size, "shortest_edge, or height and width")
-    edge = size.get("shortest_edge") if isinstance(size, dict) else size if crops else None
-    if edge is None or isinstance(edge, list | tuple):
+    share = config.get("crop_pct")  # of ConvNextImageProcessor
+    if isinstance(size, dict):
+        edge = size.get("shortest_edge")
+    else:  # as older versions of transformers wrote it
+        edge = size if (crops or share) and not isinstance(size, list | tuple) else None
+    if edge is None:
         resize = _height_width(size)
         return "squash", resize, _height_width(config.get("crop_size", size)) if crops else resize
-    edge = int(edge)
-    share = config.get("crop_pct")  # of ConvNextImageProcessor
+    edge, _ = _height_width(edge)
     if share is not None:
         crop = (edge, edge)
         if edge >= _SQUASHED:
@@ -120,8 +124,8 @@ def _sizes(
             path,
             "do_center_crop",
             False,
-            f"a crop, because images scaled to a shortest edge of {edge} have several sizes: say "
-            f"what the model takes with --size {edge}",
+            f"a crop, because images scaled to a shortest edge of {edge} have several sizes "
+            f"(`crl import --size {edge}` says what the model takes)",
         )
     return "shortest", (edge, edge), crop
 
@@ -132,8 +136,9 @@ def _normalisation(config: dict[str, Any]) -> tuple[Three, Three]:
     The graph of Hugging Face takes (pixels × factor - offset - mean) / std, which
     EfficientNetImageProcessor divides by std again if `include_top` is true, its default.
     """
-    factor = float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0
-    offset = 1.0 if config.get("do_rescale", True) and config.get("rescale_offset") else 0.0
+    rescales = config.get("do_rescale", True)
+    factor = float(config.get("rescale_factor", 1 / 255)) if rescales else 1.0
+    offset = 1.0 if rescales and config.get("rescale_offset") else 0.0
     normalises = config.get("do_normalize", True)
     mean = _three(config["image_mean"]) if normalises else (0.0, 0.0, 0.0)
     std = _three(config["image_std"]) if normalises else (1.0, 1.0, 1.0)
@@ -151,11 +156,14 @@ def _scaled(values: Three, scale: float) -> Three:
 
 def _height_width(size: Any) -> tuple[int, int]:
     if isinstance(size, dict):
-        return int(size["height"]), int(size["width"])
-    if isinstance(size, list | tuple):
+        height, width = size["height"], size["width"]
+    elif isinstance(size, list | tuple):
         height, width = size
-        return int(height), int(width)
-    return int(size), int(size)
+    else:
+        height = width = size
+    if int(height) < 1 or int(width) < 1:
+        raise ValueError(f"a size of {height}×{width} pixels")
+    return int(height), int(width)
 
 
 def _three(values: Any) -> Three:

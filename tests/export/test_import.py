@@ -390,6 +390,10 @@ def test_an_old_opset_is_converted(tmp_path):
         ({"do_center_crop": False, "size": {"shortest_edge": 12}}, "`crop_size` is 16×16"),
         ({"size": {"longest_edge": 16}}, "`size` is"),
         ({"size": {"shortest_edge": "wide"}}, "--resize-mode"),
+        ({"do_center_crop": False, "crop_pct": 0, "size": {"shortest_edge": 16}}, "--resize-mode"),
+        ({"size": {"shortest_edge": 0}, "crop_size": 0}, "a size of 0×0 pixels: .*--resize-mode"),
+        ({"crop_size": {"height": -16, "width": 16}}, "a size of -16×16 pixels"),
+        ({"rescale_factor": 0}, "ZeroDivisionError.*--resize-mode"),
         ({"crop_size": {"height": 16}}, "--resize-mode"),
         ({"do_flip_channel_order": True}, "`do_flip_channel_order` is True, expected false"),
         ({"do_pad": True}, "`do_pad` is True"),
@@ -433,7 +437,7 @@ def test_sizes_of_hugging_face():
         return spec.resize_mode, spec.resize, (spec.height, spec.width)
 
     assert read(size={"shortest_edge": 20}) == ("shortest", (20, 20), (16, 16))
-    assert read(size=20, crop_size=16) == ("shortest", (20, 20), (16, 16))
+    assert read(size=20.0, crop_size=16) == ("shortest", (20, 20), (16, 16))
     assert read(size={"shortest_edge": 16}) == ("shortest", None, (16, 16))
     tall = {"height": 20, "width": 16}
     assert read(size={"shortest_edge": 20}, crop_size=tall) == ("shortest", (20, 20), (20, 16))
@@ -443,10 +447,13 @@ def test_sizes_of_hugging_face():
     assert read(size={"shortest_edge": 20}, do_center_crop=False, input_size=(16, 12)) == (
         "shortest", (20, 20), (16, 12),
     )  # fmt: skip
-    with pytest.raises(ExportError, match=r"`do_center_crop` is False, expected a crop.*--size 20"):
+    with pytest.raises(
+        ExportError, match=r"`do_center_crop` is False, expected a crop.*import --size 20"
+    ):
         read(size={"shortest_edge": 20}, do_center_crop=False)
     conv = {"do_center_crop": False, "crop_pct": 0.875}
     assert read(size={"shortest_edge": 224}, **conv) == ("shortest", (256, 256), (224, 224))
+    assert read(size=224, **conv) == ("shortest", (256, 256), (224, 224))
     assert read(size={"shortest_edge": 384}, **conv) == ("squash", None, (384, 384))
 
 
