@@ -21,7 +21,9 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import QuickGELU
 
 from crl_export.checkpoint import Checkpoint, ImagePart, TextPart, weights_sha256
+from crl_export.checkpoint_files import load_weights
 from crl_export.hugging_face.hub import OPEN_CLIP_CONFIG, label_of
+from crl_export.pretrained_tags import doubts_about_file, needs_quick_gelu, preprocess_of_file
 from crl_export.tokenizers import OpenClipTokenizer
 from crl_sdk.errors import ExportError
 from crl_sdk.model._manifest import RANDOM_WEIGHTS, Source
@@ -61,11 +63,18 @@ def load_architecture(
     _check_pretrained(architecture, pretrained)
     with _quiet(), _typed_errors(architecture, pretrained):
         torch.manual_seed(seed)
+        file = _weights_file(architecture, pretrained)
         model = open_clip.create_model(
             architecture,
-            pretrained=None if pretrained == RANDOM else pretrained,
+            pretrained=None if pretrained == RANDOM or file else pretrained,
             pretrained_text=False,
+            force_quick_gelu=needs_quick_gelu(architecture, pretrained),
+            force_preprocess_cfg=preprocess_of_file(architecture) if file else None,
         )
+        if file is not None:
+            load_weights(model, architecture, file, text=text)
+    for doubt in doubts_about_file(architecture) if file else ():
+        warnings.warn(doubt, stacklevel=2)
     label = Path(pretrained).name if Path(pretrained).is_file() else pretrained
     if pretrained == RANDOM:
         label = f"{RANDOM_WEIGHTS}, seed {seed})"
@@ -154,6 +163,14 @@ def _three(values: Any) -> tuple[float, float, float]:
     return red, green, blue
 
 
+def _weights_file(architecture: str, pretrained: str) -> Path | None:
+    """Return the file that `pretrained` names, unless it is one that open_clip reads itself."""
+    path = Path(pretrained)
+    if get_pretrained_cfg(architecture, pretrained) or not path.is_file():
+        return None
+    return None if path.suffix in (".npz", ".npy") else path  # big_vision's
+
+
 def _check_pretrained(architecture: str, pretrained: str) -> None:
     path = Path(pretrained)
     if pretrained == RANDOM or path.is_file() or get_pretrained_cfg(architecture, pretrained):
@@ -177,6 +194,8 @@ def _typed_errors(architecture: str, pretrained: str) -> Iterator[None]:
     where = f"{architecture} with {pretrained}"
     try:
         yield
+    except ExportError:
+        raise
     except (pickle.UnpicklingError, EOFError, gzip.BadGzipFile) as error:
         raise ExportError(
             f"{where}: not a checkpoint of tensors only ({error}); truncated, or pickled code, "

@@ -191,6 +191,7 @@ def _facts(manifest: Manifest) -> dict[str, object]:
         "fingerprint": manifest.fingerprint,
         "source": f"{manifest.source.architecture} / {manifest.source.pretrained}",
         "licence": manifest.source.license,
+        **({"activations": _activations(manifest)} if manifest.origin is None else {}),
         "embedding": f"{manifest.embedding_dim} × float32",
         "images": f"{spec.height}×{spec.width}{cropped}, {spec.resize_mode}, {spec.interpolation}",
         "made by": ", ".join(f"{tool} {version}" for tool, version in manifest.made_by.items()),
@@ -208,6 +209,12 @@ def _facts(manifest: Manifest) -> dict[str, object]:
     else:
         facts["texts"] = "none: image-only bundle"
     return facts
+
+
+def _activations(manifest: Manifest) -> str:
+    if manifest.source.quick_gelu:
+        return "QuickGELU, as of OpenAI's models"
+    return "the architecture's own, without QuickGELU"
 
 
 def _batching(how: str) -> str:
