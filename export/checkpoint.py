@@ -58,7 +58,7 @@ def with_text_of(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
         ExportError: If the other one has no text tower.
     """
     if other.text is None:
-        raise ExportError(f"{other.source.pretrained}: has no text tower; check --text")
+        raise ExportError(f"{other.source.pretrained}: has no text tower; check --text-model")
     first, second = checkpoint.source, other.source
     digest = hashlib.sha256(f"{first.weights_sha256} {second.weights_sha256}".encode())
     source = msgspec.structs.replace(

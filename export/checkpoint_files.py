@@ -243,8 +243,8 @@ def _describe(document: Mapping[Any, Any], compared: list[_Weights], architectur
         if any(re.search(r"(^|\.)(conv1\.weight|class_embedding)$", name) for name in tensors):
             place = f" under {where!r}" if where else ""
             return (
-                f"the weights{place} are an image tower alone: give a text tower with --text, or "
-                "leave the texts out with --no-text; docs/MODELS.md has the commands"
+                f"the weights{place} are an image tower alone: give a text tower with "
+                "--text-model, or leave the texts out with --no-text; docs/MODELS.md has the commands"
             )
     parts = ", ".join(
         f"{where or 'the file'} ({len(tensors)} tensors, such as {next(iter(tensors))})"

@@ -128,11 +128,11 @@ def export_model(
         seed=seed,
     )  # fmt: skip
     if checkpoint.image is None:
-        raise ExportError(f"{model}: has no image tower; name it, and this one with --text")
+        raise ExportError(f"{model}: has no image tower; name it, and this one with --text-model")
     if text and checkpoint.text is None:
         raise ExportError(
-            f"{model}: has no text tower; name one with --text, or export the image tower alone "
-            "with --no-text"
+            f"{model}: has no text tower; name one with --text-model, or export the image tower "
+            "alone with --no-text"
         )
     make_directory(out.parent, ExportError)
     with new_directory(out, ExportError) as work:
@@ -209,7 +209,7 @@ def _export_text(part: TextPart, work: Path, dim: int, prompt: str, steps: Steps
     if reference.shape[1] != dim:
         raise ExportError(
             f"the embeddings of texts have {reference.shape[1]} dimensions, those of images {dim}: "
-            "the towers are of different models; check --text"
+            "the towers are of different models; check --text-model"
         )
     export_text_graph(graph, torch.from_numpy(tokens), work / TEXT_FILE)
     steps.begin("checking it against torch")
