@@ -24,7 +24,7 @@ Floats: TypeAlias = "NDArray[np.float32]"
 _AXES_ARE_INPUT = 18
 """Opset from which the axes of ReduceMin and ReduceMax are an input."""
 
-_INLINE_BYTES = 1 << 30
+INLINE_BYTES = 1 << 30
 """Larger models are written with their weights beside the graph: a file holds 2 GiB at most."""
 
 
@@ -118,11 +118,18 @@ def run_probe(model: onnx.ModelProto, names: Sequence[str], feeds: Feeds) -> lis
         return list(session.run(list(names), dict(feeds)))
 
 
+def is_large(model: onnx.ModelProto) -> bool:
+    """Return whether a model has to be written with its weights beside the graph.
+
+    `ByteSize` fails for those that protobuf cannot write as one message.
+    """
+    return sum(len(each.raw_data) for each in model.graph.initializer) > INLINE_BYTES
+
+
 @contextmanager
 def open_probe(model: onnx.ModelProto) -> Iterator[ort.InferenceSession]:
     """Open a graph that is not in a file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "probe.onnx"
-        large = model.ByteSize() > _INLINE_BYTES
-        onnx.save(model, path, save_as_external_data=large, location="probe.data")
+        onnx.save(model, path, save_as_external_data=is_large(model), location="probe.data")
         yield open_session(path)

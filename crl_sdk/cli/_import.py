@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,6 +53,9 @@ def import_bundle(
         str,
         typer.Option(help="Which files to take: fp32, fp16, int8, uint8 or quantized."),
     ] = "fp32",
+    text_variant: Annotated[
+        str | None, typer.Option(help="Which file of the text tower to take. Default: --variant.")
+    ] = None,
     precision: Annotated[
         str,
         typer.Option(
@@ -99,6 +103,12 @@ def import_bundle(
     prompt: Annotated[
         str, typer.Option(help="Prompt that the bundle recommends for its bases, with one {}.")
     ] = RECOMMENDED_PROMPT,
+    time_limit: Annotated[
+        float,
+        typer.Option(
+            min=1, help="Seconds that a graph of the export may take for the check inputs."
+        ),
+    ] = 600,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -134,13 +144,15 @@ def import_bundle(
         pad_id=pad_id,
         preprocess=_preprocess(size, resize, mean, std, interpolation, resize_mode),
     )
-    with progress_bar() as progress:
+    with warnings.catch_warnings(record=True) as said, progress_bar() as progress:
+        warnings.simplefilter("always", UserWarning)
         task = progress.add_task("starting", total=None)
         bundle = import_model(
             source,
             out=out_dir,
             text_source=text,
             variant=variant,
+            text_variant=text_variant,
             precisions=parse_precisions(precision) if precision else (),
             name=name,
             license=license_name,
@@ -149,10 +161,13 @@ def import_bundle(
             prompt=prompt,
             overwrite=overwrite,
             given=given,
+            time_limit=time_limit,
             progress=lambda stage, done, total: progress.update(
                 task, description=stage, completed=done, total=total
             ),
         )
+    for each in said:
+        warn(str(each.message))
     note(f"wrote {out_dir}")
     _note_limits(bundle)
     similarities = None

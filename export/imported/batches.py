@@ -21,7 +21,6 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx.helper import get_attribute_value, make_node
 
-from crl_export.imported.onnx_edits import INLINE_BYTES
 from crl_export.imported.towers import ImageTower
 
 _ELEMENTWISE = {
@@ -42,7 +41,7 @@ def with_any_batch(tower: ImageTower) -> ImageTower | None:
     Args:
         tower: The tower, whose nodes hold a batch of one. It is not changed.
     """
-    if tower.bytes > INLINE_BYTES:
+    if tower.weights is not None:
         return None  # the folded model would have to be written in parts
     try:
         folded = _folded(tower.model)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,10 +26,11 @@ from crl_export.bundle_parts import (
     quiet_run,
     tool_versions,
 )
+from crl_export.imported import bounded_run
 from crl_export.imported.batches import with_any_batch
 from crl_export.imported.graphs import Batching, image_graph, text_graph, with_dynamic_batch
 from crl_export.imported.layouts import Layout, find_layout
-from crl_export.imported.onnx_edits import opened, save, sort_nodes
+from crl_export.imported.onnx_edits import sort_nodes
 from crl_export.imported.preprocessing import OPENAI_MEAN, OPENAI_STD, spec_from
 from crl_export.imported.reading import OnnxFile, read_json, read_onnx
 from crl_export.imported.texts import TextSettings, lengths_of, text_settings
@@ -38,6 +41,13 @@ from crl_export.imported.towers import (
     has_text,
     image_tower,
     text_tower,
+)
+from crl_export.imported.weights import (
+    AnyTower,
+    move_weights,
+    take_weights,
+    weight_bytes,
+    written,
 )
 from crl_export.precision import quantise
 from crl_sdk.basis._build import check_prompts
@@ -64,7 +74,12 @@ from crl_sdk.model._tokenizer import Clean, Tokenizer
 from crl_sdk.storage._atomic_files import make_directory, new_directory
 
 _AGAINST = "the imported graph"
-AnyTower = TypeVar("AnyTower", ImageTower, TextTower)
+_LARGEST_SIDE = 4096
+"""Largest height and width of an input in pixels."""
+
+_SPARE_ROWS = 0.9
+"""Part of the rows of a table of token embeddings that a tokenizer uses at least. The others fill
+the table up to a round number."""
 
 _ALL_OF_IT = {"height", "mean", "std", "interpolation", "resize_mode"}
 """Fields of the preprocessing that the caller gives in place of the file."""
@@ -101,6 +116,7 @@ def import_model(
     out: Path,
     text_source: Path | None = None,
     variant: str = "fp32",
+    text_variant: str | None = None,
     precisions: Sequence[Precision] = (),
     name: str | None = None,
     license: str = "unknown",
@@ -109,12 +125,14 @@ def import_model(
     background: Sequence[str] | None = None,
     prompt: str = RECOMMENDED_PROMPT,
     given: Given | None = None,
+    time_limit: float = bounded_run.SECONDS,
     progress: Progress | None = None,
 ) -> ModelBundle:
     """Import an ONNX export of a CLIP model as a bundle.
 
     Every graph is run in batches and compared with the export, whose graphs run the same images and
-    texts one by one. The bundle is put in place when all graphs passed.
+    texts one by one, in a process with limits on memory and time. The bundle is put in place when
+    all graphs passed.
 
     Args:
         source: Directory of the export, or the ONNX file of an image tower.
@@ -122,6 +140,7 @@ def import_model(
         text_source: Directory or ONNX file of the text tower, if it is elsewhere.
         variant: Which of several files of a tower to import, see
             `crl_export.imported.layouts.VARIANTS`.
+        text_variant: The same for the text tower; None for `variant`.
         precisions: Precisions of the image graph; by default that of the imported one. Others are
             made from an fp32 graph.
         name: Name of the model in the manifest; that of the directory by default.
@@ -131,6 +150,7 @@ def import_model(
         background: Generic texts, see `crl_export.background.add_background`.
         prompt: Prompt that the bundle recommends for the texts of a basis, with one `{}`.
         given: What the files of the export do not say.
+        time_limit: Seconds that a graph of the export may take for the check images or texts.
         progress: Function that is called with the progress.
 
     Returns:
@@ -150,7 +170,7 @@ def import_model(
     check_place(out, overwrite)
     steps = Steps(progress, total=8)
     steps.begin("reading the export")
-    layout = find_layout(Path(source), text=text_source, variant=variant)
+    layout = find_layout(Path(source), text=text_source, variant=variant, text_variant=text_variant)
     if not text:
         layout = replace(layout, text=None, text_directory=None)
     image, words, files = _read_towers(layout, given)
@@ -164,17 +184,21 @@ def import_model(
 
     make_directory(out.parent, ExportError)
     with new_directory(out, ExportError) as work:
+        graphs = _Graphs(work, time_limit)
         steps.begin("embedding the check images with the imported graph")
+        image = take_weights(image, work, _image_file(image.precision))
         pixels = image.pixels(parity.images(spec), spec.mean, spec.std)
-        reference = _run_singly(image, [{image.input: pixels}])
+        reference = graphs.run_singly(image, {image.input: pixels})
         dim = reference.shape[1]
         steps.begin("writing the image graphs")
-        entries, image_batch = _write_images(image, spec, reference, wanted, work)
+        entries, image_batch = graphs.write_images(image, spec, reference, wanted)
         entry, text_batch = None, None
         if words is not None:
             steps.begin("writing the text graph")
             settings = _text_settings(layout, words, given, work / TOKENIZER_FILE)
-            entry, text_batch = _write_text(words, settings, dim, prompt, work)
+            _compare_vocabularies(layout, words, settings)
+            words = take_weights(words, work, TEXT_FILE)
+            entry, text_batch = graphs.write_text(words, settings, dim, prompt)
             files["tokenizer.json"] = sha256_file(work / TOKENIZER_FILE)
         steps.begin("writing the manifest")
         origin = Origin(
@@ -237,6 +261,16 @@ def _preprocessing(layout: Layout, tower: ImageTower, given: Given) -> Preproces
             )
         size = {"height": height, "width": fields.get("width", tower.width or height)}
         spec = PreprocessSpec(**{**size, **fields})
+    if not all(0 < side <= _LARGEST_SIDE for side in (spec.height, spec.width)):
+        raise ExportError(
+            f"{layout.preprocess}: an input of {spec.height}×{spec.width} pixels, expected 1 to "
+            f"{_LARGEST_SIDE}; pass --size"
+        )
+    if not all(math.isfinite(each) for each in (*spec.mean, *spec.std)) or min(spec.std) <= 0:
+        raise ExportError(
+            f"{layout.preprocess}: mean {spec.mean} and standard deviation {spec.std}, expected "
+            "numbers, and positive ones for the second; pass --mean and --std"
+        )
     fixed = (tower.height or spec.height, tower.width or spec.width)
     if fixed != (spec.height, spec.width):
         raise ExportError(
@@ -247,84 +281,173 @@ def _preprocessing(layout: Layout, tower: ImageTower, given: Given) -> Preproces
     return spec
 
 
-def _run_singly(tower: Tower, feeds: Sequence[dict[str, NDArray[Any]]]) -> NDArray[np.float32]:
-    """Run the imported graph itself on one input at a time; return unit rows, float32.
+@dataclass(frozen=True, slots=True)
+class _Graphs:
+    """Runs the imported graphs, and writes and checks those of the bundle.
 
-    Args:
-        tower: The tower.
-        feeds: Its inputs, each with the batch as first axis.
+    Attributes:
+        work: Directory of the new bundle.
+        seconds: How long an imported graph may run.
     """
-    rows = []
-    try:
-        with opened(tower.model, tower.bytes, tower.precision) as session:
-            for each in feeds:
-                for at in range(len(next(iter(each.values())))):
-                    one = {name: values[at : at + 1] for name, values in each.items()}
-                    rows.append(session.run([tower.output], one, quiet_run())[0])
-    except EngineError as error:
-        raise ExportError(
-            f"{tower.path}: ONNX Runtime cannot load it ({_reason(error)}); take another export, "
-            "or a newer onnxruntime"
-        ) from error
-    except Exception as error:  # ONNX Runtime's exceptions have no common base class
-        raise ExportError(
-            f"{tower.path}: ONNX Runtime cannot run it on one input ({_reason(error)}); its files "
-            "may belong to different models"
-        ) from error
-    if any(row.ndim != 2 or row.shape[0] != 1 for row in rows):
-        raise ExportError(
-            f"{tower.path}: its output {tower.output!r} has the shape {rows[0].shape}, expected "
-            "(1, d); name another output"
-        )
-    found = np.concatenate(rows).astype(np.float32)
-    if not np.isfinite(found).all():
-        raise ExportError(
-            f"{tower.path}: gives values that are not finite; take an fp32 export (--variant fp32)"
-        )
-    return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
 
+    work: Path
+    seconds: float
 
-def _write_images(
-    tower: ImageTower,
-    spec: PreprocessSpec,
-    reference: NDArray[np.float32],
-    wanted: Sequence[Precision],
-    work: Path,
-) -> tuple[tuple[ImageGraph, ...], Batching]:
-    """Write and check the image graphs; return their entries and how they run a batch."""
-    images = parity.images(spec)
-    dim = reference.shape[1]
-    base = work / f"image.{tower.precision}.onnx"
+    def run_singly(self, tower: Tower, feeds: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Run the imported graph itself on one input at a time; return unit rows, float32.
 
-    def write(tried: ImageTower, batching: Batching) -> Parity:
-        save(image_graph(tried, spec, dim, batching), base, tower.bytes)
-        return check_image_graph(
-            base, tower.precision, images, reference, strict_int8=True, against=_AGAINST
-        )
+        Args:
+            tower: The tower.
+            feeds: Its inputs, each with the batch as first axis.
 
-    measured, chosen, batching = _first_that_agrees(write, tower)
-    entries = {
-        tower.precision: ImageGraph(file=base.name, precision=tower.precision, parity=measured)
-    }
-    for precision in [each for each in wanted if each != tower.precision]:
-        path = work / f"image.{precision}.onnx"
-        if precision == "fp16":
-            save(image_graph(_half(chosen), spec, dim, batching), path, tower.bytes)
-        elif batching == "one by one":
+        Raises:
+            ExportError: If the graph cannot run, or its embeddings are not finite.
+        """
+        try:
+            with written(tower, self.work) as graph:
+                found = bounded_run.run_singly(
+                    graph, tower.output, feeds, name=tower.path, precision=tower.precision,
+                    weights=weight_bytes(tower), seconds=self.seconds,
+                )  # fmt: skip
+        except bounded_run.RowError as error:
+            if error.row < 0:
+                raise ExportError(
+                    f"{tower.path}: ONNX Runtime cannot load it ({error}); take another export, "
+                    "or a newer onnxruntime"
+                ) from error
             raise ExportError(
-                f"{tower.path}: takes one image at a time, so that int8 cannot be made from it; "
-                "leave out --precision int8, or export the model with a dynamic batch"
+                f"{tower.path}: ONNX Runtime cannot run it on one input ({error}); its files may "
+                "belong to different models, or name another output"
+            ) from error
+        if not np.isfinite(found).all():
+            raise ExportError(
+                f"{tower.path}: gives values that are not finite; take an fp32 export (--variant "
+                "fp32)"
             )
-        else:
-            quantise(base, path, spec)
-        found = check_image_graph(
-            path, precision, images, reference, strict_int8=False, against=_AGAINST
+        return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+
+    def write_images(
+        self,
+        tower: ImageTower,
+        spec: PreprocessSpec,
+        reference: NDArray[np.float32],
+        wanted: Sequence[Precision],
+    ) -> tuple[tuple[ImageGraph, ...], Batching]:
+        """Write and check the image graphs; return their entries and how they run a batch."""
+        images = parity.images(spec)
+        dim = reference.shape[1]
+        base = self.work / _image_file(tower.precision)
+
+        def write(tried: ImageTower, batching: Batching) -> Parity:
+            onnx.save(image_graph(tried, spec, dim, batching), base)
+            return check_image_graph(
+                base, tower.precision, images, reference, strict_int8=True, against=_AGAINST
+            )
+
+        measured, chosen, batching = _first_that_agrees(write, tower)
+        entries = {
+            tower.precision: ImageGraph(file=base.name, precision=tower.precision, parity=measured)
+        }
+        for precision in [each for each in wanted if each != tower.precision]:
+            path = self.work / _image_file(precision)
+            if precision == "fp16":
+                onnx.save(image_graph(_half(chosen, self.work), spec, dim, batching), path)
+            elif batching == "one by one":
+                raise ExportError(
+                    f"{tower.path}: takes one image at a time, so that int8 cannot be made from "
+                    "it; leave out --precision int8, or export the model with a dynamic batch"
+                )
+            else:
+                quantise(base, path, spec)
+            found = check_image_graph(
+                path, precision, images, reference, strict_int8=False, against=_AGAINST
+            )
+            entries[precision] = ImageGraph(file=path.name, precision=precision, parity=found)
+        if tower.precision not in wanted:
+            base.unlink()
+            Path(f"{base}.data").unlink(missing_ok=True)
+        return tuple(entries[each] for each in wanted), batching
+
+    def write_text(
+        self, tower: TextTower, settings: TextSettings, dim: int, prompt: str
+    ) -> tuple[TextGraph, Batching]:
+        """Write and check the text graph; return its entry and how it runs a batch."""
+        tokenizer = Tokenizer.open(
+            settings.path,
+            context_length=settings.context_length,
+            pad_id=settings.pad_id,
+            clean=settings.clean,
         )
-        entries[precision] = ImageGraph(file=path.name, precision=precision, parity=found)
-    if tower.precision not in wanted:
-        base.unlink()
-        Path(f"{base}.data").unlink(missing_ok=True)
-    return tuple(entries[each] for each in wanted), batching
+        tokens = tokenizer.encode(parity.TEXTS, truncate=True)
+        reference = self._embed_texts(tower, settings, tokens, lengths_of(tokenizer, parity.TEXTS))
+        if reference.shape[1] != dim:
+            raise ExportError(
+                f"{tower.path}: its embeddings have {reference.shape[1]} dimensions, those of the "
+                f"image tower {dim}: the towers are of different models"
+            )
+        path = self.work / TEXT_FILE
+
+        def write(tried: TextTower, batching: Batching) -> Parity:
+            graph = text_graph(
+                tried,
+                dim,
+                context_length=settings.context_length,
+                pad_id=settings.pad_id,
+                pad_ends_texts=settings.pad_ends_texts,
+                batching=batching,
+            )
+            onnx.save(graph, path)
+            session, options = open_session(path), quiet_run()
+            measured = parity.compare(
+                reference,
+                parity.batched(
+                    lambda rows: session.run(["embedding"], {"tokens": rows}, options)[0], tokens
+                ),
+            )
+            parity.require(measured, parity.TOLERANCES[tower.precision], TEXT_FILE, _AGAINST)
+            return measured
+
+        measured, _, batching = _first_that_agrees(write, tower)
+        entry = TextGraph(
+            file=TEXT_FILE,
+            tokenizer=TOKENIZER_FILE,
+            context_length=settings.context_length,
+            pad_id=settings.pad_id,
+            clean=settings.clean,
+            parity=measured,
+            prompt=prompt,
+        )
+        return entry, batching
+
+    def _embed_texts(
+        self,
+        tower: TextTower,
+        settings: TextSettings,
+        tokens: NDArray[np.int64],
+        lengths: list[int],
+    ) -> NDArray[np.float32]:
+        """Return the embeddings of texts, and check that the tower has one for each token.
+
+        Args:
+            tower: The tower.
+            settings: The settings of its tokenizer.
+            tokens: Token ids, shape (n, L).
+            lengths: Number of tokens of each text without padding.
+        """
+        largest = tokens[:1].copy()
+        largest[0, 1] = settings.vocabulary - 1
+        rows = np.concatenate([largest, tokens])
+        try:
+            return self.run_singly(tower, tower.feeds(rows, [rows.shape[1], *lengths]))[1:]
+        except ExportError as error:
+            cause = error.__cause__
+            if not isinstance(cause, bounded_run.RowError) or cause.row != 0:
+                raise
+            raise ExportError(
+                f"{tower.path}: cannot run the token ids of its tokenizer, the largest of which is "
+                f"{settings.vocabulary - 1} ({cause}); the tokenizer is of another model: pass the "
+                "right one with --tokenizer"
+            ) from error
 
 
 def _text_settings(layout: Layout, tower: TextTower, given: Given, out: Path) -> TextSettings:
@@ -340,6 +463,21 @@ def _text_settings(layout: Layout, tower: TextTower, given: Given, out: Path) ->
     )
 
 
+def _compare_vocabularies(layout: Layout, tower: TextTower, settings: TextSettings) -> None:
+    """Warn if the tower has embeddings of many more tokens than its tokenizer has."""
+    text_config = layout.text_config.get("text_config")
+    config = text_config if isinstance(text_config, dict) else layout.text_config
+    stated = config.get("vocab_size")
+    rows = tower.rows or (stated if isinstance(stated, int) else None)
+    if rows is not None and settings.vocabulary < _SPARE_ROWS * rows:
+        warnings.warn(
+            f"{tower.path} has embeddings of {rows:,} tokens, its tokenizer {settings.vocabulary:,}"
+            " tokens: the tokenizer is probably of another model. Compare a picture with texts "
+            "(--check), or pass the right one with --tokenizer",
+            stacklevel=2,
+        )
+
+
 def _cleaning(layout: Layout) -> Clean:
     """Return how texts are cleaned before they are tokenised.
 
@@ -350,73 +488,6 @@ def _cleaning(layout: Layout) -> Clean:
         return "none"
     options = layout.config.get("text_cfg", {}).get("tokenizer_kwargs") or {}
     return "canonicalize" if options.get("clean") == "canonicalize" else "whitespace"
-
-
-def _write_text(
-    tower: TextTower, settings: TextSettings, dim: int, prompt: str, work: Path
-) -> tuple[TextGraph, Batching]:
-    """Write and check the text graph; return its entry and how it runs a batch."""
-    tokenizer = Tokenizer.open(
-        settings.path,
-        context_length=settings.context_length,
-        pad_id=settings.pad_id,
-        clean=settings.clean,
-    )
-    tokens = tokenizer.encode(parity.TEXTS, truncate=True)
-    _check_vocabulary(tower, settings, tokens)
-    reference = _run_singly(tower, [tower.feeds(tokens, lengths_of(tokenizer, parity.TEXTS))])
-    if reference.shape[1] != dim:
-        raise ExportError(
-            f"{tower.path}: its embeddings have {reference.shape[1]} dimensions, those of the "
-            f"image tower {dim}: the towers are of different models"
-        )
-    path = work / TEXT_FILE
-
-    def write(tried: TextTower, batching: Batching) -> Parity:
-        graph = text_graph(
-            tried,
-            dim,
-            context_length=settings.context_length,
-            pad_id=settings.pad_id,
-            pad_ends_texts=settings.pad_ends_texts,
-            batching=batching,
-        )
-        save(graph, path, tower.bytes)
-        session, options = open_session(path), quiet_run()
-        measured = parity.compare(
-            reference,
-            parity.batched(
-                lambda rows: session.run(["embedding"], {"tokens": rows}, options)[0], tokens
-            ),
-        )
-        parity.require(measured, parity.TOLERANCES[tower.precision], TEXT_FILE, _AGAINST)
-        return measured
-
-    measured, _, batching = _first_that_agrees(write, tower)
-    entry = TextGraph(
-        file=TEXT_FILE,
-        tokenizer=TOKENIZER_FILE,
-        context_length=settings.context_length,
-        pad_id=settings.pad_id,
-        clean=settings.clean,
-        parity=measured,
-        prompt=prompt,
-    )
-    return entry, batching
-
-
-def _check_vocabulary(tower: TextTower, settings: TextSettings, tokens: NDArray[np.int64]) -> None:
-    """Check that the tower has an embedding for the largest token id of the tokenizer."""
-    rows = tokens[:1].copy()
-    rows[0, 1] = settings.vocabulary - 1
-    try:
-        _run_singly(tower, [tower.feeds(rows, [rows.shape[1]])])
-    except ExportError as error:
-        raise ExportError(
-            f"{tower.path}: cannot run the token ids of its tokenizer, the largest of which is "
-            f"{settings.vocabulary - 1} ({error.__cause__}); the tokenizer is of another model: "
-            "pass the right one with --tokenizer"
-        ) from error
 
 
 def _first_that_agrees(
@@ -437,7 +508,7 @@ def _first_that_agrees(
             return write(tried, batching), tried, batching
         except (ParityError, EngineError) as error:
             failed = error
-        except ExportError:
+        except (ExportError, OSError):
             raise
         except Exception as error:  # ONNX Runtime's exceptions have no common base class
             failed = error
@@ -464,15 +535,19 @@ def _declared_dynamic(tower: AnyTower) -> AnyTower:
     return replace(tower, model=model)
 
 
-def _half(tower: ImageTower) -> ImageTower:
+def _image_file(precision: Precision) -> str:
+    return f"image.{precision}.onnx"
+
+
+def _half(tower: ImageTower, work: Path) -> ImageTower:
     """Return a tower in half precision, whose inputs and outputs keep their types."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    model = onnx.ModelProto()
-    model.CopyFrom(tower.model)
-    half = convert_float_to_float16(model, keep_io_types=True)
+    with written(tower, work) as path:
+        half = convert_float_to_float16(str(path), keep_io_types=True)
     sort_nodes(half.graph)  # it appends casts, and a Scan takes sorted nodes only
-    return replace(tower, model=half)
+    made = replace(tower, model=half, weights=None)
+    return made if tower.weights is None else move_weights(made, work, work, _image_file("fp16"))
 
 
 def _write_manifest(

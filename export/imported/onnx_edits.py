@@ -1,23 +1,14 @@
-"""Edits of ONNX models in memory: what a tower needs, names, saving with large weights."""
+"""Edits of ONNX graphs in memory: what a tower needs, names, the order of nodes."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from graphlib import TopologicalSorter
-from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime as ort
 
 from crl_export.imported.reading import all_graphs
-from crl_sdk.engines._onnx_sessions import open_session
-from crl_sdk.model._manifest import Precision
-
-INLINE_BYTES = 1 << 30
-"""Larger models are written with their weights beside the graph: a file holds 2 GiB at most."""
 
 
 def keep_only(graph: onnx.GraphProto, output: str) -> None:
@@ -32,18 +23,19 @@ def keep_only(graph: onnx.GraphProto, output: str) -> None:
         needed.add(name)
         if name in made_by:
             waiting += reads_of(made_by[name])
-    for node in [each for each in graph.node if not needed.intersection(each.output)]:
-        graph.node.remove(node)
-    for tensor in [each for each in graph.initializer if each.name not in needed]:
-        graph.initializer.remove(tensor)
-    for value in [each for each in graph.input if each.name not in needed]:
-        graph.input.remove(value)
-    for value in [each for each in graph.output if each.name != output]:
-        graph.output.remove(value)
+    _keep(graph.node, lambda node: bool(needed.intersection(node.output)))
+    _keep(graph.initializer, lambda tensor: tensor.name in needed)
     constants = {tensor.name for tensor in graph.initializer}
-    for value in [each for each in graph.input if each.name in constants]:
-        graph.input.remove(value)
+    _keep(graph.input, lambda value: value.name in needed and value.name not in constants)
+    _keep(graph.output, lambda value: value.name == output)
     del graph.value_info[:]  # they may have a fixed batch
+
+
+def _keep(items: Any, wanted: Callable[[Any], bool]) -> None:
+    """Remove the items of a field that are not wanted. Removal by value would compare weights."""
+    for at in reversed(range(len(items))):
+        if not wanted(items[at]):
+            del items[at]
 
 
 def reads_of(node: onnx.NodeProto) -> list[str]:
@@ -92,29 +84,3 @@ def sort_nodes(graph: onnx.GraphProto) -> None:
     ordered.node.extend(nodes)
     del graph.node[:]
     graph.node.extend(ordered.node)
-
-
-def save(model: onnx.ModelProto, path: Path, size: int) -> None:
-    """Write a model, with its weights in `PATH.data` if they are large. The model stays as it is.
-
-    Args:
-        model: The model.
-        path: Path of the ONNX file to write.
-        size: About how many bytes its weights have.
-    """
-    if size <= INLINE_BYTES:
-        onnx.save(model, path)
-        return
-    onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data")
-    onnx.external_data_helper.load_external_data_for_model(model, str(path.parent))
-
-
-@contextmanager
-def opened(
-    model: onnx.ModelProto, size: int, precision: Precision
-) -> Iterator[ort.InferenceSession]:
-    """Open a model that is not in a file in ONNX Runtime."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        save(model, path, size)
-        yield open_session(path, precision=precision)

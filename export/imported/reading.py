@@ -1,14 +1,14 @@
-"""Reads the files of a foreign export: bounded JSON, and ONNX with its external data.
+"""Reads the files of a foreign export: bounded JSON, and ONNX whose external data is checked.
 
-Nothing outside the directory is read, and no more bytes than its files have. ONNX Runtime never
-opens a foreign file itself.
+Nothing outside the directory is read, and no more bytes than its files have.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -21,8 +21,27 @@ from crl_sdk.storage._json import decode_json
 MAX_JSON = 64 << 20
 """Largest JSON file that is read, in bytes. The tokenizer of a multilingual model has 17 MB."""
 
+MAX_MODEL = 2 << 30
+"""Largest ONNX file in bytes, without external data: protobuf has no larger messages."""
+
+MAX_WEIGHTS = 64 << 30
+"""Largest external data that is read, in bytes. The largest towers of open_clip have 20 GB."""
+
+MAX_NODES = 500_000
+"""Largest number of nodes of a graph, with its local functions inlined. Towers have thousands."""
+
 MIN_OPSET, CONVERTED_OPSET = 13, 17
 """Graphs of older opsets than the first are converted to the second."""
+
+_BITS = tuple(
+    kind
+    for name, kind in onnx.TensorProto.DataType.items()
+    if name.endswith(("INT4", "INT2", "FLOAT4E2M1", "FLOAT8E8M0"))
+)
+"""Types of tensors with less than a byte for each value, or without a type in NumPy."""
+
+_VALUES = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+"""Fields of a tensor with values that are not raw bytes."""
 
 _LFS = b"version https://git-lfs.github.com"
 
@@ -36,15 +55,13 @@ class OnnxFile:
 
     Attributes:
         path: The file.
-        model: The model, with its external data.
+        model: The model. Its external data is checked, but not read.
         sha256: Digest of the file and of its external data, 64 hex digits.
-        bytes: Number of bytes of its weights.
     """
 
     path: Path
     model: onnx.ModelProto
     sha256: str
-    bytes: int
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -55,6 +72,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {}
+    if not path.is_file():
+        raise ExportError(f"{path}: expected a file, got {_kind(path)}; get the file again")
     try:
         if path.stat().st_size > MAX_JSON:
             raise ExportError(
@@ -74,16 +93,85 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_onnx(path: Path) -> OnnxFile:
-    """Read an ONNX file and its external data.
+    """Read an ONNX file and check its external data.
 
     Local functions are inlined, and opsets below `MIN_OPSET` are converted.
 
     Raises:
-        ExportError: If the file is truncated or not ONNX, its external data is missing, short or
-            outside its directory, or it has operators that ONNX Runtime does not have.
+        ExportError: If the file is truncated, too large or not ONNX, its external data is missing,
+            short or outside its directory, or it has operators that ONNX Runtime does not have.
     """
     if not path.is_file():
-        raise ExportError(f"{path}: no such file; check the path")
+        found = _kind(path) if path.exists() else "nothing"
+        raise ExportError(f"{path}: expected a file, got {found}; check the path")
+    try:
+        model = _parse(path)
+        sizes = _check_weights(path, model)
+        digest = hashlib.sha256(sha256_file(path).encode())
+        for location in sorted(sizes):
+            digest.update(sha256_file(path.parent / location).encode())
+    except OSError as error:
+        raise ExportError(
+            f"{path}: cannot be read ({error.strerror or error}); check its permissions, or "
+            "download it again"
+        ) from error
+    model = _modern(path, model)
+    _check_domains(path, model)
+    return OnnxFile(path, model, digest.hexdigest())
+
+
+def check_inside(file: Path, directory: Path) -> None:
+    """Check that a file is not a link that leads out of a directory.
+
+    Links into the cache of huggingface_hub are followed, if the directory is a part of it.
+
+    Raises:
+        ExportError: If the link leads elsewhere.
+    """
+    if not file.resolve().is_relative_to(_root(directory)):
+        raise ExportError(
+            f"{file}: a link that leads out of the directory of the model; do not use this model, "
+            "or copy the file if you trust it"
+        )
+
+
+def external_part(tensor: onnx.TensorProto) -> tuple[str, int, int]:
+    """Return where external data is: the name of the file, the offset and the number of bytes.
+
+    Raises:
+        ValueError: If one of the numbers is none.
+    """
+    entries = {each.key: each.value for each in tensor.external_data}
+    length = entries.get("length")
+    return (
+        entries.get("location", ""),
+        int(entries.get("offset") or 0),
+        int(length) if length else size_of(tensor) or 0,
+    )
+
+
+def size_of(tensor: onnx.TensorProto) -> int | None:
+    """Return how many bytes the shape of a tensor stands for; None if its type has no fixed size.
+
+    Types of less than a byte and strings have none.
+    """
+    kind = tensor.data_type
+    if kind in _BITS or kind in (onnx.TensorProto.STRING, onnx.TensorProto.UNDEFINED):
+        return None
+    return prod(tensor.dims) * int(onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize)
+
+
+def _kind(path: Path) -> str:
+    return "a directory" if path.is_dir() else "a device or a pipe"
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    size = path.stat().st_size
+    if size > MAX_MODEL:
+        raise ExportError(
+            f"{path}: has {size >> 30} GiB; an ONNX file has at most {MAX_MODEL >> 30} and its "
+            "weights beside it: download it again, or save it with external data"
+        )
     with path.open("rb") as file:
         if file.read(len(_LFS)) == _LFS:
             raise ExportError(
@@ -93,6 +181,8 @@ def read_onnx(path: Path) -> OnnxFile:
     try:
         model = onnx.load(path, load_external_data=False)
         nodes = len(model.graph.node)
+    except OSError:
+        raise
     except Exception as error:  # protobuf raises types of its own
         raise ExportError(
             f"{path}: not a complete ONNX file ({_first_line(error)}); it is truncated or of "
@@ -102,10 +192,7 @@ def read_onnx(path: Path) -> OnnxFile:
         raise ExportError(
             f"{path}: expected an ONNX model, got a file without operators; download it again"
         )
-    digest = hashlib.sha256(sha256_file(path).encode())
-    size = _load_external_data(path, model, digest)
-    _check_domains(path, model)
-    return OnnxFile(path, _modern(path, model), digest.hexdigest(), size)
+    return model
 
 
 def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
@@ -125,12 +212,11 @@ def opset_of(model: onnx.ModelProto) -> int:
     return max(versions, default=0)
 
 
-def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    graphs = [*all_graphs(model.graph)]
+def constants_in_nodes(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Yield the tensors that are attributes of nodes."""
+    graphs = all_graphs(model.graph)
     nodes = [node for graph in graphs for node in graph.node]
     nodes += [node for function in model.functions for node in function.node]
-    for graph in graphs:
-        yield from graph.initializer
     for node in nodes:
         for attribute in node.attribute:
             if attribute.HasField("t"):
@@ -138,24 +224,26 @@ def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
             yield from attribute.tensors
 
 
-def _load_external_data(path: Path, model: onnx.ModelProto, digest: Any) -> int:
-    """Put external data into a model; return the number of bytes of all weights."""
-    outside = [t for t in _tensors(model) if t.data_location == onnx.TensorProto.EXTERNAL]
-    inside = path.stat().st_size
-    if not outside:
-        return inside
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    for graph in all_graphs(model.graph):
+        yield from graph.initializer
+    yield from constants_in_nodes(model)
+
+
+def _check_weights(path: Path, model: onnx.ModelProto) -> dict[str, int]:
+    """Check that all weights are there; return the sizes of the files of external data."""
     sizes: dict[str, int] = {}
-    wanted = []
-    for tensor in outside:
-        entries = {each.key: each.value for each in tensor.external_data}
-        location = entries.get("location", "")
+    total = 0
+    for tensor in _tensors(model):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            _check_size(path, tensor)
+            continue
+        try:
+            location, offset, length = external_part(tensor)
+        except ValueError as error:
+            raise _bad_external(path, tensor, "its offset or length is not a number") from error
         if location not in sizes:
             sizes[location] = _external_file(path, location).stat().st_size
-        try:
-            offset = int(entries.get("offset", 0))
-            length = int(entries.get("length", sizes[location] - offset))
-        except ValueError as error:
-            raise _bad_external(path, tensor, "its offset is not a number") from error
         if offset < 0 or length < 0 or offset + length > sizes[location]:
             raise _bad_external(
                 path,
@@ -163,22 +251,39 @@ def _load_external_data(path: Path, model: onnx.ModelProto, digest: Any) -> int:
                 f"bytes {offset:,} to {offset + length:,} of {location!r}, which has "
                 f"{sizes[location]:,}",
             )
-        wanted.append((tensor, location, offset, length))
-    total = sum(length for *_, length in wanted)
+        if size_of(tensor) not in (None, length):
+            raise _bad_external(
+                path, tensor, f"{length:,} bytes for a shape of {size_of(tensor):,}"
+            )
+        total += length
     if total > sum(sizes.values()):
         raise ExportError(
             f"{path}: its tensors claim {total:,} bytes of external data, the files have "
             f"{sum(sizes.values()):,}; get the model from a source you trust"
         )
-    for location in sorted(sizes):
-        digest.update(sha256_file(path.parent / location).encode())
-    for tensor, location, offset, length in wanted:
-        with (path.parent / location).open("rb") as file:
-            file.seek(offset)
-            tensor.raw_data = file.read(length)
-        tensor.data_location = onnx.TensorProto.DEFAULT
-        del tensor.external_data[:]
-    return inside + total
+    if sum(sizes.values()) > MAX_WEIGHTS:
+        raise ExportError(
+            f"{path}: its external data has {sum(sizes.values()) >> 30} GiB, expected at most "
+            f"{MAX_WEIGHTS >> 30}; this is not the tower of a CLIP model"
+        )
+    return sizes
+
+
+def _check_size(path: Path, tensor: onnx.TensorProto) -> None:
+    """Check that a tensor inside a model has as many values as its shape says."""
+    claimed = size_of(tensor)
+    if any(dim < 0 for dim in tensor.dims):
+        claimed = -1
+    if tensor.HasField("raw_data"):
+        held: int | None = len(tensor.raw_data)
+    else:
+        counts = (len(getattr(tensor, field)) for field in _VALUES)
+        held = None if claimed is None else max(counts) * (claimed // max(prod(tensor.dims), 1))
+    if claimed not in (None, held):
+        raise ExportError(
+            f"{path}: the shape of the weights {tensor.name!r} is {list(tensor.dims)}, the file "
+            f"holds {held:,} bytes of them; it is damaged: download it again"
+        )
 
 
 def _external_file(path: Path, location: str) -> Path:
@@ -195,25 +300,21 @@ def _external_file(path: Path, location: str) -> Path:
             f"{path}: its external data {location!r} is missing; download that file into "
             f"{path.parent} too"
         )
-    if not file.resolve().is_relative_to(_root(path)):
-        raise ExportError(
-            f"{file}: a link that leads out of the directory of the model; do not use this model, "
-            "or copy the file if you trust it"
-        )
+    check_inside(file, path.parent)
     return file
 
 
-def _root(path: Path) -> Path:
+def _root(directory: Path) -> Path:
     """Return the directory that links may point into: the model's own, or its cache.
 
     The cache of huggingface_hub has `models--OWNER--NAME/snapshots/REVISION`, whose files are links
     into `models--OWNER--NAME/blobs`.
     """
-    directory = path.absolute().parent
-    for parent in directory.parents:
-        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
-            return parent.parent.resolve()
-    return directory.resolve()
+    absolute = directory.absolute()
+    for parent in (absolute, *absolute.parents):
+        if parent.parent.name == "snapshots" and parent.parent.parent.name.startswith("models--"):
+            return parent.parent.parent.resolve()
+    return absolute.resolve()
 
 
 def _bad_external(path: Path, tensor: onnx.TensorProto, reason: str) -> ExportError:
@@ -224,9 +325,9 @@ def _bad_external(path: Path, tensor: onnx.TensorProto, reason: str) -> ExportEr
 
 
 def _check_domains(path: Path, model: onnx.ModelProto) -> None:
-    own = {function.domain for function in model.functions}
+    """Check that ONNX Runtime has all operators of a model without local functions."""
     used = {node.domain for graph in all_graphs(model.graph) for node in graph.node}
-    foreign = sorted(used - own - set(RUNTIME_DOMAINS))
+    foreign = sorted(used - set(RUNTIME_DOMAINS))
     if foreign:
         raise ExportError(
             f"{path}: has operators of {', '.join(foreign)}, which ONNX Runtime does not have; "
@@ -242,6 +343,7 @@ def _check_domains(path: Path, model: onnx.ModelProto) -> None:
 
 def _modern(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
     """Inline local functions and raise an old opset."""
+    _check_count(path, model)
     if model.functions:
         from onnx.inliner import inline_local_functions
 
@@ -258,6 +360,42 @@ def _modern(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
             f"{path}: opset {opset} is too old and cannot be converted ({_first_line(error)}); "
             f"export the model again with opset {MIN_OPSET} or later"
         ) from error
+
+
+def _check_count(path: Path, model: onnx.ModelProto) -> None:
+    """Check that a graph stays small when its local functions are inlined."""
+    functions = {(each.domain, each.name): each for each in model.functions}
+    counts: dict[tuple[str, str], int] = {}
+    begun: set[tuple[str, str]] = set()
+
+    def count(nodes: Iterable[onnx.NodeProto]) -> int:
+        total = 0
+        for node in nodes:
+            key = (node.domain, node.op_type)
+            total += count_function(key) if key in functions else 1
+            for attribute in node.attribute:
+                total += count(attribute.g.node)
+                total += sum(count(graph.node) for graph in attribute.graphs)
+        return total
+
+    def count_function(key: tuple[str, str]) -> int:
+        if key not in counts:
+            if key in begun:
+                raise ExportError(
+                    f"{path}: its local function {key[1]!r} calls itself; take another export"
+                )
+            begun.add(key)
+            counts[key] = count(functions[key].node)
+        return counts[key]
+
+    try:
+        total = count(model.graph.node)
+    except RecursionError:
+        total = MAX_NODES + 1
+    if total > MAX_NODES:
+        raise ExportError(
+            f"{path}: has more than {MAX_NODES:,} operators; this is not the tower of a CLIP model"
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -17,6 +17,12 @@ and criteria are short; multilingual towers read up to 8,192 tokens."""
 _UNLIMITED = 1_000_000
 """Lengths above this mean no limit: transformers writes 1e30."""
 
+LARGEST = 32_768
+"""Largest context length. Every text is filled up to it."""
+
+_DEFAULT_LENGTHS = {"clip": 77, "siglip": 64, "siglip2": 64}
+"""Context lengths of models whose configuration leaves out what is transformers' default."""
+
 FILE = "tokenizer.json"
 
 
@@ -70,8 +76,14 @@ def text_settings(
     directory, path = _find(directory, tokenizer)
     from tokenizers import Tokenizer as FastTokenizer
 
-    if path.stat().st_size > MAX_JSON:
-        raise ExportError(f"{path}: larger than {MAX_JSON >> 20} MiB; this is not a tokenizer")
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise ExportError(f"{path}: larger than {MAX_JSON >> 20} MiB; this is not a tokenizer")
+        path.open("rb").close()  # the library says nothing about the reason
+    except OSError as error:
+        raise ExportError(
+            f"{path}: cannot be read ({error.strerror}); check its permissions"
+        ) from error
     try:
         fast = FastTokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
@@ -82,6 +94,11 @@ def text_settings(
     length = _given_length(fixed_length, context_length) or _context_length(
         path, fast, settings, config
     )
+    if not 2 <= length <= LARGEST:
+        raise ExportError(
+            f"{path}: a context length of {length:,}, expected 2 to {LARGEST:,}; pass "
+            "--context-length"
+        )
     pad = pad_id if pad_id is not None else _pad_id(directory, fast, settings, config)
     fast.no_padding()
     fast.no_truncation()
@@ -128,7 +145,7 @@ def _given_length(fixed: int | None, given: int | None) -> int | None:
 
 
 def _context_length(path: Path, fast: Any, settings: dict[str, Any], config: dict[str, Any]) -> int:
-    text_config = config.get("text_config") or config.get("text_cfg") or config
+    text_config = _text_config(config)
     truncation = (fast.truncation or {}).get("max_length")
     candidates = (
         text_config.get("max_position_embeddings"),
@@ -139,12 +156,21 @@ def _context_length(path: Path, fast: Any, settings: dict[str, Any], config: dic
     limits = [
         int(each) for each in candidates if isinstance(each, int | float) and 0 < each < _UNLIMITED
     ]
+    kind = str(text_config.get("model_type") or config.get("model_type") or "")
+    if not limits and (default := _DEFAULT_LENGTHS.get(kind.removesuffix("_text_model"))):
+        limits = [default]
     if not limits:
         raise ExportError(
             f"{path}: neither config.json nor tokenizer_config.json says how many tokens the text "
             "tower reads; pass --context-length (77 for CLIP, 64 for SigLIP)"
         )
     return min(*limits, LONGEST)
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of `config.json` about the text tower."""
+    found = (config.get(key) for key in ("text_config", "text_cfg"))
+    return next((each for each in found if isinstance(each, dict)), config)
 
 
 def _pad_id(directory: Path, fast: Any, settings: dict[str, Any], config: dict[str, Any]) -> int:
@@ -155,9 +181,9 @@ def _pad_id(directory: Path, fast: Any, settings: dict[str, Any], config: dict[s
             return int(found)
     if fast.padding is not None:
         return int(fast.padding["pad_id"])
-    text_config = config.get("text_config") or config
-    if isinstance(text_config.get("pad_token_id"), int):
-        return int(text_config["pad_token_id"])
+    stated = _text_config(config).get("pad_token_id")
+    if isinstance(stated, int):
+        return stated
     raise ExportError(
         f"{directory}: the token that fills short texts is not known; pass --pad-id (0 for "
         "open_clip's CLIP, the id of <|endoftext|> for OpenAI's in transformers)"

@@ -15,13 +15,24 @@ from crl_export.imported.reading import OnnxFile, all_graphs
 from crl_sdk.errors import ExportError
 from crl_sdk.model._manifest import Precision
 
-_IMAGE_OUTPUTS = ("image_embeds", "image_embeddings", "image_features", "embedding")
-_TEXT_OUTPUTS = ("text_embeds", "text_embeddings", "text_features", "embedding")
+_IMAGE_OUTPUTS = (
+    "image_embeds", "image_embeddings", "image_features", "l2norm_image_embeddings", "embedding",
+)  # fmt: skip
+_TEXT_OUTPUTS = (
+    "text_embeds", "text_embeddings", "text_features", "l2norm_text_embeddings", "embedding",
+    "sentence_embedding",
+)  # fmt: skip
 _POOLED = "pooler_output"
 _HIDDEN = ("last_hidden_state", _POOLED, "hidden_states")
 
 _WITHOUT_PROJECTION = ("siglip", "siglip2")
 """Types of models whose towers end with the pooling: `pooler_output` is the embedding."""
+
+_SCORES = ("logit", "prob", "score", "class")
+"""Parts of the names of outputs of classifiers."""
+
+_LISTED = 6
+"""Number of inputs or outputs that an error message lists."""
 
 _INT8_OPERATORS = {
     "ConvInteger", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulInteger",
@@ -41,14 +52,14 @@ class Tower:
         model: The model, reduced to this tower.
         output: Name of the output with the embeddings, shape (B, d) float.
         precision: Precision of its weights.
-        bytes: About how many bytes its weights have.
+        weights: Directory of the file that holds its weights; None if they are in the model.
     """
 
     path: Path
     model: onnx.ModelProto
     output: str
     precision: Precision
-    bytes: int
+    weights: Path | None
 
     @property
     def inputs(self) -> list[onnx.ValueInfoProto]:
@@ -103,12 +114,14 @@ class TextTower(Tower):
         mask: Name of the input with the attention mask, if it has one.
         types: Name of the input with the token types, if it has one.
         length: Number of tokens, if it is fixed.
+        rows: Number of rows of its table of token embeddings, if it is found.
     """
 
     ids: str
     mask: str | None
     types: str | None
     length: int | None
+    rows: int | None
 
     def element(self, name: str) -> int:
         """Return the element type of an input, of `onnx.TensorProto`."""
@@ -185,7 +198,7 @@ def image_tower(
         model,
         chosen,
         precision_of(model),
-        file.bytes,
+        file.path.parent,
         input=name,
         element=tensor.elem_type,
         channels="last" if last else "first",
@@ -228,12 +241,25 @@ def text_tower(file: OnnxFile, model_type: str, *, output: str | None = None) ->
         model,
         chosen,
         precision_of(model),
-        file.bytes,
+        file.path.parent,
         ids=rest[0],
         mask=mask,
         types=types,
         length=length,
+        rows=_table_rows(model.graph, rest[0]),
     )
+
+
+def _table_rows(graph: onnx.GraphProto, ids: str) -> int | None:
+    """Return the number of rows of the table that token ids are looked up in."""
+    tables = {each.name: each.dims for each in graph.initializer if len(each.dims) == 2}
+    followed = {ids}
+    for node in graph.node:
+        if node.op_type in ("Cast", "Identity") and node.input[0] in followed:
+            followed.update(node.output)
+        if node.op_type == "Gather" and node.input[1] in followed and node.input[0] in tables:
+            return int(tables[node.input[0]][0])
+    return None
 
 
 def has_text(file: OnnxFile) -> bool:
@@ -293,11 +319,24 @@ def _choose_output(
         if len(each.type.tensor_type.shape.dim) == 2 and each.type.tensor_type.elem_type in _FLOATS
     ]
     if len(outputs) == 1 and len(flat) == 1:
+        if _are_scores(file.model.graph, flat[0]):
+            raise ExportError(
+                f"{file.path}: its output {flat[0]!r} has scores of classes and no embeddings: "
+                f"this is not the {kind} tower of a CLIP model; pass --{kind}-output {flat[0]} if "
+                "you know that it is an embedding"
+            )
         return flat[0]
     raise ExportError(
         f"{file.path}: expected an output named {' or '.join(names)}, got "
         f"{_described(outputs)}; this is not the {kind} tower of a CLIP model, or name its "
         f"output with --{kind}-output"
+    )
+
+
+def _are_scores(graph: onnx.GraphProto, output: str) -> bool:
+    last = next((node.op_type for node in graph.node if output in node.output), "")
+    return last in ("Softmax", "LogSoftmax", "Sigmoid") or any(
+        word in output.lower() for word in _SCORES
     )
 
 
@@ -308,4 +347,5 @@ def _described(values: dict[str, onnx.ValueInfoProto]) -> str:
         kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
         dims = ", ".join(str(dim.dim_value or dim.dim_param or "?") for dim in tensor.shape.dim)
         parts.append(f"{name} {kind} ({dims})")
-    return ", ".join(parts) or "nothing"
+    more = len(parts) - _LISTED
+    return ", ".join(parts[:_LISTED]) + (f" and {more} more" if more > 0 else "") or "nothing"

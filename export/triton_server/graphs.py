@@ -14,6 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from crl_export.graph_products import is_large
 from crl_sdk.basis._basis import Basis
 from crl_sdk.engines._onnx_sessions import open_session
 from crl_sdk.errors import ExportError, ParityError
@@ -37,9 +38,6 @@ BASIS_TOLERANCE = 1e-5
 _OPSET, _IR = 20, 10
 """Versions of the graphs of a basis: those of exported bundles, which servers of 2024 read."""
 
-_INLINE_BYTES = 1 << 30
-"""Larger towers are written with their weights beside the graph: a file holds 2 GiB at most."""
-
 
 def write_tower(bundle: ModelBundle, precision: Precision, path: Path) -> float:
     """Write the image graph of a bundle without the projection.
@@ -60,8 +58,7 @@ def write_tower(bundle: ModelBundle, precision: Precision, path: Path) -> float:
     whole = bundle.image_graph(precision)
     model = onnx.load(whole)
     _keep(model.graph, UNIT, whole)
-    large = model.ByteSize() > _INLINE_BYTES
-    onnx.save(model, path, save_as_external_data=large, location=f"{path.name}.data")
+    onnx.save(model, path, save_as_external_data=is_large(model), location=f"{path.name}.data")
     fused = open_session(whole, precision=precision)
     cut = open_session(path, precision=precision)
     none: dict[str, NDArray[Any]] = {

@@ -19,7 +19,7 @@ from onnx import TensorProto
 from typer.testing import CliRunner
 
 import tiny_exports as tiny
-from crl_export.imported import onnx_edits
+from crl_export.imported import weights
 from crl_export.imported.importer import Given, import_model
 from crl_export.imported.preprocessing import spec_from
 from crl_sdk import Embedder
@@ -212,7 +212,7 @@ def test_external_data_and_large_weights(tmp_path, monkeypatch):
         onnx.load(file), file, save_as_external_data=True, location="vision_model.onnx_data",
         size_threshold=0,
     )  # fmt: skip
-    monkeypatch.setattr(onnx_edits, "INLINE_BYTES", 100)
+    monkeypatch.setattr(weights, "INLINE_BYTES", 100)
     bundle = import_model(source, out=tmp_path / "b", precisions=("fp32", "int8"))
     assert "image.fp32.onnx.data" in bundle.manifest.files
     assert_equals(bundle.background.astype(np.float64), inline.background.astype(np.float64))

@@ -17,6 +17,7 @@ from crl_export.imported.batches import with_any_batch
 from crl_export.imported.graphs import with_dynamic_batch
 from crl_export.imported.reading import read_onnx
 from crl_export.imported.towers import image_tower
+from crl_export.imported.weights import take_weights
 
 TEXT = {"context_length": 12, "vocab_size": 99, "width": 32, "heads": 2, "layers": 1}
 TOWERS = {
@@ -81,7 +82,7 @@ def in_batches(model: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("kind", TOWERS)
 def test_traced_towers_take_any_batch(tmp_path, kind):
     path = traced(tmp_path, kind, dynamo=False)
-    tower = image_tower(read_onnx(path), "")
+    tower = take_weights(image_tower(read_onnx(path), ""), tmp_path, "image")
     before = tower.model.SerializeToString()
     images = np.random.default_rng(0).standard_normal((3, 3, tower.height, tower.width))
     images = images.astype(np.float32)
@@ -96,4 +97,5 @@ def test_traced_towers_take_any_batch(tmp_path, kind):
 
 def test_a_tower_with_a_node_without_a_rule_is_left_alone(tmp_path):
     onnx.save(tiny.image_model(batch=1, fixed_reshape=True, einsum=True), tmp_path / "tower.onnx")
-    assert with_any_batch(image_tower(read_onnx(tmp_path / "tower.onnx"), "")) is None
+    tower = image_tower(read_onnx(tmp_path / "tower.onnx"), "")
+    assert with_any_batch(take_weights(tower, tmp_path, "image")) is None
