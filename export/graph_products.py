@@ -34,13 +34,25 @@ class Product:
 
     Attributes:
         node: Its node, a MatMul or Gemm.
-        weight: Its weights, shape (k, n).
+        tensor: Its weights in the graph.
         transposed: Whether the graph holds them as (n, k).
     """
 
     node: onnx.NodeProto
-    weight: Floats
+    tensor: onnx.TensorProto
     transposed: bool
+
+    @property
+    def weight(self) -> Floats:
+        """Its weights, shape (k, n). They are read anew, since all of them may be gigabytes."""
+        values: Floats = onnx.numpy_helper.to_array(self.tensor)
+        return values.T if self.transposed else values
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (k, n) of its weights."""
+        rows, columns = self.tensor.dims
+        return (columns, rows) if self.transposed else (rows, columns)
 
     @property
     def source(self) -> str:
@@ -56,10 +68,9 @@ def find_products(graph: onnx.GraphProto) -> list[Product]:
         if node.op_type not in ("MatMul", "Gemm") or node.input[1] not in constants:
             continue
         options = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
-        weight = onnx.numpy_helper.to_array(constants[node.input[1]])
-        if weight.ndim == 2 and not options.get("transA", 0):
-            transposed = bool(options.get("transB", 0))
-            found.append(Product(node, weight.T if transposed else weight, transposed))
+        tensor = constants[node.input[1]]
+        if len(tensor.dims) == 2 and not options.get("transA", 0):
+            found.append(Product(node, tensor, bool(options.get("transB", 0))))
     return found
 
 

@@ -47,6 +47,7 @@ def quantise(
     if against_outliers:
         feeds = _calibration_feeds(model.graph, spec)
         equalise(model, feeds, skip=skip)
+        model = _compact(model)
         skip += choose_float_products(model, feeds, skip=skip)
     quantise_products(model, int8, skip=skip)
     if patches is not None:
@@ -78,6 +79,13 @@ def quantise_products(model: onnx.ModelProto, path: Path, *, skip: Sequence[str]
             )
     finally:
         root.setLevel(level)
+
+
+def _compact(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy of a model. A message keeps the memory of what was removed from it."""
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    return copied
 
 
 def _calibration_feeds(graph: onnx.GraphProto, spec: PreprocessSpec) -> Feeds:

@@ -6,6 +6,7 @@ not. Errors of different products add up nearly independently.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -108,8 +109,8 @@ def _shares(
     for count, product in zip(counts, products, strict=True):
         probe.graph.node.append(onnx.helper.make_node("Size", [product.source], [count]))
     values = np.array([int(n) for n in run_probe(probe, counts, feeds)], np.float64)
-    multiplications = values * [each.weight.shape[1] for each in products]
-    weights = np.array([each.weight.size for each in products], np.float64)
+    multiplications = values * [each.shape[1] for each in products]
+    weights = np.array([math.prod(each.shape) for each in products], np.float64)
     return np.maximum(multiplications / multiplications.sum(), weights / weights.sum())
 
 

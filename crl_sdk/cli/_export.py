@@ -222,8 +222,13 @@ def _batching(how: str) -> str:
 
 
 def _graph_row(manifest: Manifest, file: str, parity: Parity) -> list[str]:
+    size = sum(
+        entry.bytes
+        for name, entry in manifest.files.items()
+        if name == file or (name.startswith(f"{file}.") and name.endswith(".data"))
+    )
     return [
-        f"{manifest.files[file].bytes / 1e6:.1f}",
+        f"{size / 1e6:.1f}",
         f"{parity.cosine_mean:.7f}",
         f"{parity.cosine_min:.7f}",
         f"{parity.max_abs:.1e}",

@@ -1,9 +1,9 @@
 """Rewrites a graph whose nodes hold a batch of one so that it takes any batch.
 
-Exporters that trace with one image write its batch into the shapes of Reshape nodes and into
-constants such as the class token. ONNX Runtime first folds everything that is constant for a batch
-of one. Then the axis of the batch is followed from node to node. A node without a rule ends the
-attempt. That the result is right is not assumed: the importer compares it with the graph itself.
+Exporters that trace with one image or text write its batch into the shapes of Reshape nodes and
+into constants such as the class token. ONNX Runtime first folds everything that is constant for a
+batch of one. Then the axis of the batch is followed from node to node. A node without a rule ends
+the attempt. That the result is right is not assumed: the importer compares it with the graph.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,12 +22,14 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx.helper import get_attribute_value, make_node
 
-from crl_export.imported.towers import ImageTower
+from crl_export.imported.weights import SMALLEST, AnyTower, is_outside, weights_file
 
 _ELEMENTWISE = {
-    "Add", "BatchNormalization", "Cast", "Clip", "Div", "Erf", "Exp", "Gelu", "HardSigmoid",
-    "HardSwish", "Identity", "LayerNormalization", "LpNormalization", "Max", "Min", "Mul", "Neg",
-    "Pow", "Reciprocal", "Relu", "Sigmoid", "Softmax", "Sqrt", "Sub", "Tanh", "Where",
+    "Abs", "Add", "And", "BatchNormalization", "Cast", "Ceil", "Clip", "Cos", "Div", "Equal", "Erf",
+    "Exp", "Floor", "Gelu", "Greater", "GreaterOrEqual", "HardSigmoid", "HardSwish", "Identity",
+    "LayerNormalization", "Less", "LessOrEqual", "Log", "LpNormalization", "Max", "Min", "Mod",
+    "Mul", "Neg", "Not", "Or", "Pow", "Reciprocal", "Relu", "Sigmoid", "Sin", "Softmax", "Sqrt",
+    "Sub", "Tanh", "Where",
 }  # fmt: skip
 _CONVOLUTIONS = {"AveragePool", "Conv", "GlobalAveragePool", "MaxPool"}
 
@@ -35,32 +38,41 @@ class _NoRuleError(Exception):
     """A node for which the axis of the batch cannot be followed."""
 
 
-def with_any_batch(tower: ImageTower) -> ImageTower | None:
+def with_any_batch(tower: AnyTower) -> AnyTower | None:
     """Return a tower whose nodes take any batch; None if it has nodes without a rule.
 
     Args:
-        tower: The tower, whose nodes hold a batch of one. It is not changed.
+        tower: The tower, whose nodes hold a batch of one. It is not changed. If its weights are in
+            a file, those of the result are in another one in the same directory.
     """
-    if tower.weights is not None:
-        return None  # the folded model would have to be written in parts
     try:
-        folded = _folded(tower.model)
+        folded = _folded(tower)
         _Rewriting(folded).run()
-    except Exception:  # a model that cannot be followed is no error: its images run one by one
+    except Exception:  # a model that cannot be followed is no error: its inputs run one by one
         return None
     return replace(tower, model=folded)
 
 
-def _folded(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a model with fixed shapes, in which everything constant is folded."""
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
+def _folded(tower: AnyTower) -> onnx.ModelProto:
+    """Return the model of a tower with fixed shapes, in which everything constant is folded."""
+    fixed: onnx.ModelProto = onnx.ModelProto()
+    fixed.CopyFrom(tower.model)
     for value in (*fixed.graph.input, *fixed.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "source.onnx", Path(folder) / "folded.onnx"
-        onnx.save(fixed, source)
+    with ExitStack() as stack:
         options = ort.SessionOptions()
+        if tower.weights is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            folder = tower.weights
+            prefix = "session.optimized_model_external_initializers_"
+            name = f"{weights_file(tower.model).removesuffix('.data')}.folded.data"
+            options.add_session_config_entry(f"{prefix}file_name", name)
+            options.add_session_config_entry(f"{prefix}min_size_in_bytes", str(SMALLEST))
+        source, target = folder / "source.onnx", folder / "folded.onnx"
+        for temporary in (source, target):
+            stack.callback(temporary.unlink, missing_ok=True)
+        onnx.save(fixed, source)
         options.log_severity_level = 4
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(target)
@@ -70,7 +82,8 @@ def _folded(model: onnx.ModelProto) -> onnx.ModelProto:
             providers=["CPUExecutionProvider"],
             disabled_optimizers=["MatMulAddFusion"],  # its Gemm takes two axes alone
         )
-        return onnx.shape_inference.infer_shapes(onnx.load(target), data_prop=True)
+        folded = onnx.load(target, load_external_data=False)
+        return onnx.shape_inference.infer_shapes(folded, data_prop=True)
 
 
 class _Rewriting:
@@ -78,11 +91,16 @@ class _Rewriting:
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.graph = model.graph
-        self.constants = {t.name: onnx.numpy_helper.to_array(t) for t in self.graph.initializer}
+        self.constants = {
+            tensor.name: onnx.numpy_helper.to_array(tensor)
+            for tensor in self.graph.initializer
+            if not is_outside(tensor)
+        }
         for node in self.graph.node:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
                 self.constants[node.output[0]] = onnx.numpy_helper.to_array(node.attribute[0].t)
         self.shapes = {name: list(value.shape) for name, value in self.constants.items()}
+        self.shapes |= {tensor.name: list(tensor.dims) for tensor in self.graph.initializer}
         for value in (*self.graph.input, *self.graph.output, *self.graph.value_info):
             dims = value.type.tensor_type.shape.dim
             self.shapes[value.name] = [dim.dim_value for dim in dims]
@@ -215,14 +233,70 @@ class _Rewriting:
         return [], axis - sum(each < axis for each in gone)
 
     def _gather(self, node: onnx.NodeProto) -> _Followed:
-        over, axis = _option(node, "axis", 0), self._only(node, at=None)
-        data, indices = (self.shapes[name] for name in node.input)
-        over %= len(data)
-        if node.input[1] in self.axes:
+        data, indices = node.input
+        over = _option(node, "axis", 0) % len(self.shapes[data])
+        if data in self.axes and indices in self.axes:
+            return self._gather_rows(node, over)
+        axis = self._only(node, at=None)
+        if indices in self.axes:
             return [], over + axis
         if axis == over:
             raise _NoRuleError("Gather")
-        return [], axis if axis < over else axis - 1 + len(indices)
+        return [], axis if axis < over else axis - 1 + len(self.shapes[indices])
+
+    def _gather_rows(self, node: onnx.NodeProto, over: int) -> _Followed:
+        """Follow a Gather of one token of each text, from the tokens of all texts in one axis."""
+        data, indices = node.input
+        if self.axes[data] != over or data in self.inner:
+            raise _NoRuleError("Gather")
+        before, starts = self._counted(self.shapes[data][over], indices)
+        moved = f"{starts}_moved"
+        before.append(make_node("Add", [indices, starts], [moved], f"{moved}_node"))
+        node.input[1] = moved
+        return before, over + self.axes[indices]
+
+    def _gathernd(self, node: onnx.NodeProto) -> _Followed:
+        """Follow a GatherND whose first index is that of the text, 0 in the batch of one."""
+        data, indices = node.input
+        rank = len(self.shapes[indices])
+        places = (self.axes.get(data), self.axes.get(indices), _option(node, "batch_dims", 0))
+        if places != (0, 0, 0) or rank < 2 or self.shapes[indices][-1] < 2:
+            raise _NoRuleError("GatherND")
+        before, rows = self._counted(1, indices)
+        wide, kept, new = (f"{rows}_{each}" for each in ("wide", "kept", "new"))
+        ends = [
+            self._new_constant(np.array([each]), "end") for each in (1, np.iinfo(np.int64).max, -1)
+        ]
+        before += [
+            make_node("Slice", [indices, ends[0], ends[1], ends[2]], [kept], f"{kept}_node"),
+            make_node("Mul", [indices, self._new_constant(np.array(0), "none")], [f"{new}_zero"]),
+            make_node("Add", [f"{new}_zero", rows], [f"{new}_all"]),
+            make_node("Slice", [f"{new}_all", ends[2], ends[1], ends[2]], [wide], f"{wide}_node"),
+            make_node("Concat", [wide, kept], [new], f"{new}_node", axis=-1),
+        ]
+        node.input[1] = new
+        return before, 0
+
+    def _counted(self, step: int, like: str) -> tuple[list[onnx.NodeProto], str]:
+        """Return nodes that count the inputs of the batch in steps, and the name of the result.
+
+        Args:
+            step: What is added for each input.
+            like: Value whose rank and axis of the batch the result has; its other axes have size 1.
+        """
+        self.added += 1
+        name = f"crl_count_{self.added}"
+        shape = [1] * len(self.shapes[like])
+        shape[self.axes[like]] = -1
+        constants = [self._new_constant(np.array(each), "count") for each in (0, 1, step)]
+        one = self._new_constant(np.array([0]), "axis")
+        target = self._new_constant(np.array(shape), "shape")
+        return [
+            make_node("Squeeze", [self.batch, one], [f"{name}_size"], f"{name}_squeeze"),
+            make_node("Range", [constants[0], f"{name}_size", constants[1]], [f"{name}_range"]),
+            make_node("Mul", [f"{name}_range", constants[2]], [f"{name}_steps"], f"{name}_mul"),
+            make_node("Reshape", [f"{name}_steps", target], [name], f"{name}_reshape"),
+        ], name
 
     def _slice(self, node: onnx.NodeProto) -> _Followed:
         axis, rank = self._only(node), len(self.shapes[node.input[0]])
@@ -258,6 +332,22 @@ class _Rewriting:
         return [], axis if kept else axis - sum(each < axis for each in gone)
 
     _reducesum = _reducel2 = _reducemax = _reducemean
+
+    def _argmax(self, node: onnx.NodeProto) -> _Followed:
+        axis, rank = self._only(node), len(self.shapes[node.input[0]])
+        gone = _option(node, "axis", 0) % rank
+        if axis == gone:
+            raise _NoRuleError(node.op_type)
+        kept = bool(_option(node, "keepdims", 1))
+        return [], axis if kept else axis - (gone < axis)
+
+    _argmin = _argmax
+
+    def _cumsum(self, node: onnx.NodeProto) -> _Followed:
+        axis, rank = self._only(node), len(self.shapes[node.input[0]])
+        if axis == int(self._constant(node, 1).reshape(-1)[0]) % rank:
+            raise _NoRuleError("CumSum")
+        return [], axis
 
     def _expand(self, node: onnx.NodeProto) -> _Followed:
         axis = self._only(node)

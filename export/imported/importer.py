@@ -45,6 +45,7 @@ from crl_export.imported.towers import (
 from crl_export.imported.weights import (
     AnyTower,
     move_weights,
+    remove_unused_weights,
     take_weights,
     weight_bytes,
     written,
@@ -200,6 +201,7 @@ def import_model(
             words = take_weights(words, work, TEXT_FILE)
             entry, text_batch = graphs.write_text(words, settings, dim, prompt)
             files["tokenizer.json"] = sha256_file(work / TOKENIZER_FILE)
+        remove_unused_weights(work)
         steps.begin("writing the manifest")
         origin = Origin(
             layout=layout.name, files=files, image_batch=image_batch, text_batch=text_batch
@@ -365,7 +367,6 @@ class _Graphs:
             entries[precision] = ImageGraph(file=path.name, precision=precision, parity=found)
         if tower.precision not in wanted:
             base.unlink()
-            Path(f"{base}.data").unlink(missing_ok=True)
         return tuple(entries[each] for each in wanted), batching
 
     def write_text(
@@ -523,7 +524,7 @@ def _first_that_agrees(
 def _candidates(tower: AnyTower) -> Iterator[tuple[AnyTower, Batching]]:
     """Yield a tower with its batch declared as dynamic, rewritten so, and as it is."""
     yield _declared_dynamic(tower), "dynamic"
-    if isinstance(tower, ImageTower) and (rewritten := with_any_batch(tower)) is not None:
+    if (rewritten := with_any_batch(tower)) is not None:
         yield _declared_dynamic(rewritten), "dynamic"
     yield tower, "one by one"
 

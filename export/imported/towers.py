@@ -255,7 +255,7 @@ def _table_rows(graph: onnx.GraphProto, ids: str) -> int | None:
     tables = {each.name: each.dims for each in graph.initializer if len(each.dims) == 2}
     followed = {ids}
     for node in graph.node:
-        if node.op_type in ("Cast", "Identity") and node.input[0] in followed:
+        if node.op_type in ("Cast", "Identity", "Reshape") and node.input[0] in followed:
             followed.update(node.output)
         if node.op_type == "Gather" and node.input[1] in followed and node.input[0] in tables:
             return int(tables[node.input[0]][0])

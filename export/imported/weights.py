@@ -21,7 +21,7 @@ from crl_export.imported.towers import ImageTower, TextTower, Tower
 INLINE_BYTES = 1 << 30
 """Larger weights are written into a file beside the graph."""
 
-_SMALLEST = 1024
+SMALLEST = 1024
 """Smaller tensors stay in the model: ONNX Runtime reads shapes from them when it loads it."""
 
 _PAGE = 4096
@@ -61,8 +61,8 @@ def move_weights(tower: AnyTower, source: Path, store: Path, graph: str) -> AnyT
     name = f"{graph}.data"
     with (store / name).open("xb") as file:
         for tensor in _initializers(tower.model):
-            outside = _is_outside(tensor)
-            if (external_part(tensor)[2] if outside else len(tensor.raw_data)) < _SMALLEST:
+            outside = is_outside(tensor)
+            if (external_part(tensor)[2] if outside else len(tensor.raw_data)) < SMALLEST:
                 _load(tensor, source)
                 continue
             file.seek(-(-file.tell() // _PAGE) * _PAGE)
@@ -78,6 +78,23 @@ def move_weights(tower: AnyTower, source: Path, store: Path, graph: str) -> AnyT
 def weight_bytes(tower: Tower) -> int:
     """Return the number of bytes of the weights of a tower."""
     return sum(size_of(each) or len(each.raw_data) for each in _initializers(tower.model))
+
+
+def weights_file(model: onnx.ModelProto) -> str:
+    """Return the name of the one file that holds the weights of a model."""
+    (name,) = {external_part(each)[0] for each in _initializers(model) if is_outside(each)}
+    return name
+
+
+def remove_unused_weights(directory: Path) -> None:
+    """Remove the files of weights that no graph of a directory refers to."""
+    used = set()
+    for path in directory.glob("*.onnx"):
+        model = onnx.load(path, load_external_data=False)
+        used |= {external_part(each)[0] for each in _initializers(model) if is_outside(each)}
+    for path in directory.glob("*.data"):
+        if path.name not in used:
+            path.unlink()
 
 
 @contextmanager
@@ -101,13 +118,14 @@ def _initializers(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
         yield from graph.initializer
 
 
-def _is_outside(tensor: onnx.TensorProto) -> bool:
+def is_outside(tensor: onnx.TensorProto) -> bool:
+    """Return whether the values of a tensor are in another file."""
     return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
 
 
 def _load(tensor: onnx.TensorProto, source: Path) -> None:
     """Read external data into a tensor. ONNX's own function refuses links of a cache."""
-    if _is_outside(tensor):
+    if is_outside(tensor):
         tensor.raw_data = b"".join(_parts(tensor, source))
         tensor.data_location = onnx.TensorProto.DEFAULT
         del tensor.external_data[:]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import large_exports as large
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -19,6 +20,7 @@ from onnx import TensorProto
 from typer.testing import CliRunner
 
 import tiny_exports as tiny
+from crl_export import graph_products
 from crl_export.imported import weights
 from crl_export.imported.importer import Given, import_model
 from crl_export.imported.preprocessing import spec_from
@@ -226,6 +228,28 @@ def test_external_data_and_large_weights(tmp_path, monkeypatch):
     data.write_bytes(changed)
     other = import_model(source, out=tmp_path / "b2")
     assert other.fingerprint != bundle.fingerprint
+
+
+def test_a_large_transformer(tmp_path, monkeypatch):
+    """Every precision of a tower whose weights stay in files, with a lower limit for large ones."""
+    options = {"width": 64, "layers": 2, "words": 600, "text_width": 64, "text_layers": 1}
+    source = large.transformers_js(tmp_path / "export", **options)
+    small = import_model(source, out=tmp_path / "small", precisions=("fp32", "fp16", "int8"))
+    monkeypatch.setattr(weights, "INLINE_BYTES", 1000)
+    monkeypatch.setattr(graph_products, "INLINE_BYTES", 1000)
+    bundle = import_model(source, out=tmp_path / "b", precisions=("fp32", "fp16", "int8"))
+    assert set(bundle.manifest.files) - set(small.manifest.files) == {
+        "image.fp32.onnx.data", "image.fp16.onnx.data", "text.onnx.data",
+    }  # fmt: skip
+    assert bundle.fingerprint == small.fingerprint
+    for precision in bundle.precisions:
+        found = []
+        for each in (small, bundle):
+            with Embedder.open(each, engine=f"onnx/cpu/{precision}", threads=1) as embedder:
+                found.append(embedder.embed(list(PIXELS)).universal)
+        assert np.abs(found[0] - found[1]).max() < 1e-3
+    alone = import_model(source, out=tmp_path / "c", precisions=("int8",), text=False)
+    assert not [name for name in alone.manifest.files if name.endswith(".data")]
 
 
 def test_links_of_the_hugging_face_cache_are_followed_and_others_are_not(tmp_path):
