@@ -263,11 +263,12 @@ def _preprocessing(layout: Layout, tower: ImageTower, given: Given) -> Preproces
             )
         size = {"height": height, "width": fields.get("width", tower.width or height)}
         spec = PreprocessSpec(**{**size, **fields})
-    if not all(0 < side <= _LARGEST_SIDE for side in (spec.height, spec.width)):
-        raise ExportError(
-            f"{layout.preprocess}: an input of {spec.height}×{spec.width} pixels, expected 1 to "
-            f"{_LARGEST_SIDE}; pass --size"
-        )
+    for option, sides in (("--size", (spec.height, spec.width)), ("--resize", spec.resize)):
+        if sides is not None and not all(0 < side <= _LARGEST_SIDE for side in sides):
+            raise ExportError(
+                f"{layout.preprocess}: {sides[0]}×{sides[1]} pixels, expected 1 to "
+                f"{_LARGEST_SIDE}; pass {option}"
+            )
     if not all(math.isfinite(each) for each in (*spec.mean, *spec.std)) or min(spec.std) <= 0:
         raise ExportError(
             f"{layout.preprocess}: mean {spec.mean} and standard deviation {spec.std}, expected "
