@@ -244,7 +244,7 @@ def _describe(document: Mapping[Any, Any], compared: list[_Weights], architectur
             place = f" under {where!r}" if where else ""
             return (
                 f"the weights{place} are an image tower alone: give a text tower with "
-                "--text-model, or leave the texts out with --no-text; docs/MODELS.md has the commands"
+                "--text-model, or leave the texts out with --no-text (docs/MODELS.md)"
             )
     parts = ", ".join(
         f"{where or 'the file'} ({len(tensors)} tensors, such as {next(iter(tensors))})"
