@@ -42,6 +42,11 @@ class Steps:
             self._progress(stage, min(self._begun, self._total), self._total)
         self._begun += 1
 
+    def detail(self, stage: str) -> None:
+        """Report what the current step does now."""
+        if self._progress is not None:
+            self._progress(stage, min(self._begun - 1, self._total), self._total)
+
 
 def check_place(out: Path, overwrite: bool) -> None:
     """Check that a bundle may be written to a directory.

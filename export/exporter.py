@@ -125,7 +125,7 @@ def export_model(
     steps.begin("loading the model")
     checkpoint = load_checkpoint(
         model, pretrained, text=text, text_model=text_model, context_length=context_length,
-        seed=seed,
+        seed=seed, report=steps.detail,
     )  # fmt: skip
     if checkpoint.image is None:
         raise ExportError(f"{model}: has no image tower; name it, and this one with --text-model")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from crl_export import open_clip_models
 from crl_export.checkpoint import Checkpoint, with_text_of
-from crl_export.hugging_face.hub import OPEN_CLIP_CONFIG, PREFIX, find_directory
+from crl_export.hugging_face.hub import OPEN_CLIP_CONFIG, PREFIX, Report, find_directory
 from crl_sdk.errors import ExportError
 
 
@@ -18,6 +18,7 @@ def load_checkpoint(
     text_model: str | None = None,
     context_length: int | None = None,
     seed: int = 0,
+    report: Report | None = None,
 ) -> Checkpoint:
     """Load a model and its weights. Only tensors are unpickled, and no code of a model is run.
 
@@ -31,6 +32,7 @@ def load_checkpoint(
         context_length: Number of tokens per text of a text tower of Hugging Face; by default what
             its files say, at most 128.
         seed: Seed of random weights.
+        report: Function that is called with the progress of downloads.
 
     Raises:
         ExportError: If the model or its weights do not exist, cannot be downloaded, or do not fit
@@ -38,23 +40,45 @@ def load_checkpoint(
         MissingDependencyError: If the library that the model belongs to is not installed.
     """
     if text_model is None:
-        return _load(model, pretrained, text, context_length, seed)
-    checkpoint = _load(model, pretrained, False, None, seed)
-    return with_text_of(checkpoint, _load(text_model, None, True, context_length, seed))
+        return _load(
+            model, pretrained, text=text, context_length=context_length, seed=seed, report=report
+        )
+    if not text_model.startswith(PREFIX) and not Path(text_model).is_dir():
+        raise ExportError(
+            f"--text-model: {text_model} is no directory; expected one, or hf:OWNER/REPO"
+        )
+    checkpoint = _load(model, pretrained, text=False, context_length=None, seed=seed, report=report)
+    words = _load(
+        text_model, None, text=True, context_length=context_length, seed=seed, report=report
+    )
+    return with_text_of(checkpoint, words)
 
 
 def _load(
-    name: str, pretrained: str | None, text: bool, context_length: int | None, seed: int
+    name: str,
+    pretrained: str | None,
+    *,
+    text: bool,
+    context_length: int | None,
+    seed: int,
+    report: Report | None,
 ) -> Checkpoint:
     if not name.startswith(PREFIX) and not Path(name).is_dir():
         return open_clip_models.load_architecture(name, pretrained, text=text, seed=seed)
-    directory = find_directory(name)
+    directory = find_directory(name, report)
     if (directory / OPEN_CLIP_CONFIG).is_file():
         if pretrained is not None:
             raise ExportError(f"{name} has its own weights: leave out --pretrained {pretrained}")
-        return open_clip_models.load_directory(directory, text=text)
-    from crl_export.hugging_face.checkpoint import load_directory  # transformers takes seconds
+        return open_clip_models.load_directory(directory, text=text, report=report)
+    # transformers takes seconds
+    from crl_export.hugging_face.checkpoint import load_directory
+    from crl_export.hugging_face.text_towers import clip_folder, load_text_tower
 
+    folder = clip_folder(directory)
+    if folder is None:
+        if pretrained is not None:
+            raise ExportError(f"{name} has its own weights: leave out --pretrained {pretrained}")
+        return load_text_tower(directory, context_length=context_length)
     return load_directory(
-        directory, pretrained, text=text, context_length=context_length, seed=seed
+        folder, pretrained, text=text, context_length=context_length, seed=seed, root=directory
     )

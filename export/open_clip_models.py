@@ -11,18 +11,27 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import open_clip
 import torch
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
 from open_clip.transformer import QuickGELU
 
 from crl_export.checkpoint import Checkpoint, ImagePart, TextPart, weights_sha256
 from crl_export.checkpoint_files import load_weights
-from crl_export.hugging_face.hub import OPEN_CLIP_CONFIG, label_of
+from crl_export.hugging_face.cache import is_cached, label_of, license_of, name_of
+from crl_export.hugging_face.hub import (
+    OPEN_CLIP_CONFIG,
+    PREFIX,
+    Report,
+    find_directory,
+    small_files,
+)
 from crl_export.pretrained_tags import doubts_about_file, needs_quick_gelu, preprocess_of_file
 from crl_export.tokenizers import OpenClipTokenizer
 from crl_sdk.errors import ExportError
@@ -30,6 +39,9 @@ from crl_sdk.model._manifest import RANDOM_WEIGHTS, Source
 from crl_sdk.model._preprocess import PreprocessSpec
 
 RANDOM = "none"
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
+"""Files of which a directory has one at least if it has a tokenizer of transformers."""
 
 
 def load_architecture(
@@ -82,11 +94,19 @@ def load_architecture(
     return _checkpoint(model, architecture, tokenizer, architecture, label)
 
 
-def load_directory(directory: Path, *, text: bool = True) -> Checkpoint:
+def load_directory(
+    directory: Path, *, text: bool = True, report: Report | None = None
+) -> Checkpoint:
     """Load a directory with `open_clip_config.json` and weights.
 
+    Args:
+        directory: The directory.
+        text: Whether to load the tokenizer of the text tower too.
+        report: Function that is called with the progress of downloads: a repository of the hub may
+            take its tokenizer from another one.
+
     Raises:
-        ExportError: If a file is missing or damaged.
+        ExportError: If a file is missing or damaged, or there is no tokenizer.
     """
     with _quiet(), _typed_errors(str(directory), "its own weights"):
         config = json.loads((directory / OPEN_CLIP_CONFIG).read_text())["model_cfg"]
@@ -94,18 +114,34 @@ def load_directory(directory: Path, *, text: bool = True) -> Checkpoint:
 
     def make_tokenizer(name: str) -> Any:
         merges = sorted(directory.glob("bpe*.txt.gz"))
-        if not merges:
+        words = config["text_cfg"]
+        if merges:
+            return SimpleTokenizer(str(merges[0]), context_length=words["context_length"])
+        other = words.get("hf_tokenizer_name")
+        if not other or any((directory / each).is_file() for each in _TOKENIZER_FILES):
             return open_clip.get_tokenizer(name)
-        context_length = config["text_cfg"]["context_length"]
-        return SimpleTokenizer(str(merges[0]), context_length=context_length)
+        if not is_cached(directory):
+            raise ExportError(
+                f"its tokenizer is that of {other}: copy {', '.join(_TOKENIZER_FILES[:2])} of that "
+                f"repository into {directory}"
+            )
+        return HFTokenizer(
+            str(find_directory(f"{PREFIX}{other}", report, choose=small_files)),
+            context_length=words.get("context_length", DEFAULT_CONTEXT_LENGTH),
+            tokenizer_mode=words.get("tokenizer_mode"),
+            **words.get("tokenizer_kwargs", {}),
+        )
 
     tokenizer = _tokenizer(f"local-dir:{directory}", make_tokenizer) if text else None
 
     # not the directory's name: a model that is moved or renamed is the same model
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     label = label_of(directory)
-    name = label.removeprefix("directory ").split("@")[0].split("/")[-1]
-    return _checkpoint(model, name, tokenizer, f"config {digest[:16]}", label)
+    checkpoint = _checkpoint(model, name_of(directory), tokenizer, f"config {digest[:16]}", label)
+    known = msgspec.structs.replace(
+        checkpoint.source, license=license_of(directory) or checkpoint.source.license
+    )
+    return replace(checkpoint, source=known)
 
 
 def _checkpoint(

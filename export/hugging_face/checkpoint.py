@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from crl_export.checkpoint import Checkpoint, ImagePart, TextPart, weights_sha256
-from crl_export.hugging_face.hub import label_of, license_of
+from crl_export.hugging_face.cache import label_of, license_of, name_of
 from crl_export.hugging_face.models import (
     Architecture,
     ImageTower,
@@ -41,6 +41,7 @@ def load_directory(
     text: bool = True,
     context_length: int | None = None,
     seed: int = 0,
+    root: Path | None = None,
 ) -> Checkpoint:
     """Load a model of transformers, its preprocessing and its tokenizer.
 
@@ -51,6 +52,7 @@ def load_directory(
         text: Whether to load the tokenizer of the text tower too.
         context_length: Number of tokens per text, if the files do not say it.
         seed: Seed of random weights.
+        root: Directory of the repository, if the model is in a folder of it.
 
     Raises:
         ExportError: If a file is missing or damaged, or the type of the model is not supported.
@@ -58,7 +60,7 @@ def load_directory(
     """
     config = read_config(directory)
     architecture = architecture_of(directory, config)
-    label = label_of(directory)
+    label = label_of(root or directory)
     if pretrained == RANDOM:
         model = random_model(directory, architecture, seed)
         label = f"{RANDOM_WEIGHTS}, seed {seed}) for {label}"
@@ -70,21 +72,23 @@ def load_directory(
     else:
         model = load_model(directory, architecture)
     return Checkpoint(
-        name=label_of(directory).removeprefix("directory ").split("@")[0].split("/")[-1],
+        name=name_of(root or directory),
         image=_image_part(directory, model, architecture),
         text=_text_part(directory, model, architecture, config, context_length) if text else None,
         source=Source(
-            architecture=f"{architecture.model} {_digest(config)}",
+            architecture=f"{architecture.model} {config_digest(config)}",
             pretrained=label,
             weights_sha256=weights_sha256(model),
             quick_gelu="quick_gelu" in json.dumps(config),
-            license=license_of(directory) or "unknown",
+            license=license_of(root or directory) or "unknown",
         ),
         library="transformers",
     )
 
 
-def _digest(config: dict[str, Any]) -> str:
+def config_digest(config: dict[str, Any]) -> str:
+    """Return a digest of a configuration, without what changes without changing the model."""
+
     def stable(value: Any) -> Any:
         if not isinstance(value, dict):
             return value

@@ -12,7 +12,8 @@ from PIL import Image
 
 import tiny_hugging_face as tiny
 from crl_export.exporter import export_model
-from crl_export.hugging_face.hub import license_of, wanted_files
+from crl_export.hugging_face.cache import license_of
+from crl_export.hugging_face.hub import wanted_files
 from crl_export.hugging_face.models import ARCHITECTURES, ImageTower
 from crl_export.vit import lean_tower
 from crl_sdk import Embedder
