@@ -116,6 +116,8 @@ def _options(
         format="%(message)s",
         handlers=[LogHandler()],
     )
+    # downloads are said, not only with --verbose
+    logging.getLogger("crl_export.hugging_face.hub").setLevel(logging.INFO)
 
 
 def run() -> None:

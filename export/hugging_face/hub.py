@@ -105,7 +105,7 @@ class Repository:
             if "tqdm_class" in signature(hf_hub_download).parameters:  # huggingface_hub 1 and later
                 options["tqdm_class"] = _reporting_bar(stage, report)
         try:
-            with _without_bars():
+            with _quiet():
                 hf_hub_download(self.name, file, revision=self.commit, **options)
         except Exception as error:  # huggingface_hub and its HTTP library raise many types
             raise _failure(f"{PREFIX}{self.name}", error, file) from error
@@ -164,7 +164,8 @@ def open_repository(name: str, extra: str = "transformers") -> Repository:
     except ImportError as error:
         raise MissingDependencyError("huggingface_hub", extra, "downloading a model") from error
     try:
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+        with _quiet():
+            info = HfApi().model_info(repository, revision=revision, files_metadata=True)
     except Exception as error:  # huggingface_hub and its HTTP library raise many types
         failure = _failure(name, error)
         if isinstance(error, _denials()):
@@ -263,9 +264,12 @@ def _megabytes(size: int) -> str:
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """Silence the progress bars of huggingface_hub, which would be drawn over that of `crl`."""
-    from huggingface_hub.utils import (
+def _quiet() -> Iterator[None]:
+    """Silence the bars and the log of huggingface_hub, which would be drawn over the bar of `crl`.
+
+    Failures are raised.
+    """
+    from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
@@ -273,9 +277,13 @@ def _without_bars() -> Iterator[None]:
 
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
+        log.setLevel(level)
         if shown:
             enable_progress_bars()
 

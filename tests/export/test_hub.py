@@ -1,0 +1,175 @@
+"""Models of the hub of Hugging Face: what is requested, downloaded, checked and kept."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+pytest.importorskip("huggingface_hub")
+
+from fake_hub import FakeHub, Repository
+
+import tiny_hugging_face as tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+USER_AGENT = r"unknown/None; hf_hub/[\w.]+; python/[\d.]+"
+"""The library's own, without what telemetry would add to it."""
+
+FIND = (
+    "-c",
+    "import sys; from crl_sdk.errors import CrlError\n"
+    "from crl_export.hugging_face.hub import find_directory\n"
+    "try: print(find_directory(sys.argv[1], print))\n"
+    "except CrlError as error: sys.exit(f'{type(error).__name__}: {error}')\n"
+    "assert 'torch' not in sys.modules and 'transformers' not in sys.modules",
+)
+"""Downloads the files of a model alone."""
+
+SMALL = {
+    "config.json": b"{}",
+    "README.md": b"---\nlicense: mit\n---\n",
+    "tokenizer.json": b'{"model": {}}',
+}
+WEIGHTS = bytes(range(256)) * 40
+
+
+@pytest.fixture
+def hub():
+    with FakeHub() as running:
+        running.repositories["o/r"] = Repository({**SMALL, "model.safetensors": WEIGHTS})
+        yield running
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub") / "clip"
+    tiny.clip(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    return folder
+
+
+def test_export_downloads_what_it_needs_and_says_so(hub, clip, tmp_path):
+    other = {"pytorch_model.bin": b"x", "tf_model.h5": b"x", "onnx/model.onnx": b"x", "a.py": b"x"}
+    hub.repositories["o/clip"] = Repository.of(clip, **other)
+    commit = hub.repositories["o/clip"].commit
+    command = ("-m", "crl_sdk", "export", "hf:o/clip@v1", "--json", "--out")
+    made = hub.run(tmp_path / "home", *command, str(tmp_path / "b"), HF_TOKEN="hf_secret")
+    assert made.returncode == 0, made.stderr
+    manifest = json.loads(made.stdout)
+    assert manifest["source"]["pretrained"] == f"o/clip@{commit}"
+    assert (manifest["source"]["license"], manifest["name"]) == ("apache-2.0", "clip")
+    assert re.search(rf"downloading \d+ files, [\d.]+ MB, of o/clip at {commit[:12]}", made.stderr)
+    assert "%|" not in made.stderr  # no bar of the library
+
+    files = sorted(each.relative_to(clip).as_posix() for each in clip.rglob("*"))
+    assert hub.downloaded() == files
+    resolved = {f"/o/clip/resolve/{commit}/{file}" for file in files}
+    described = {"/api/models/o/clip/revision/v1?blobs=true"}
+    of_hub = [each for each in hub.requests if each.server == "hub"]
+    of_storage = [each for each in hub.requests if each.server == "storage"]
+    assert {each.path for each in of_hub} == resolved | described
+    assert {each.path for each in of_storage} == {"/o/clip/model.safetensors"}
+    assert {each.headers.get("authorization") for each in of_hub} == {"Bearer hf_secret"}
+    assert all("authorization" not in each.headers for each in of_storage)
+    for each in hub.requests:
+        assert re.fullmatch(USER_AGENT, each.headers["user-agent"]), each.headers
+        assert not {"cookie", "referer", "from"} & each.headers.keys()
+
+    hub.close()  # from here on there is no network
+    again = hub.run(tmp_path / "home", *command, str(tmp_path / "c"))
+    assert again.returncode == 0, again.stderr
+    assert "the hub cannot be reached; taking what was downloaded before" in again.stderr
+    assert json.loads(again.stdout)["fingerprint"] == manifest["fingerprint"]
+
+
+def test_files_are_downloaded_once(hub, tmp_path):
+    first = hub.run(tmp_path, *FIND, "hf:o/r")
+    assert first.returncode == 0, first.stderr
+    assert hub.downloaded() == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
+    assert "downloading model.safetensors" in first.stdout
+    hub.requests.clear()
+    second = hub.run(tmp_path, *FIND, "hf:o/r@main")
+    assert second.stdout.splitlines() == first.stdout.splitlines()[-1:]
+    assert [each.path for each in hub.requests] == ["/api/models/o/r/revision/main?blobs=true"]
+    hub.close()
+    third = hub.run(tmp_path, *FIND, "hf:o/r", HF_HUB_OFFLINE="1")
+    assert third.stdout == second.stdout
+
+
+def refused(hub, home, name: str, *messages: str, **environment: str) -> None:
+    """Assert that a model is refused with an `ExportError`."""
+    said = hub.run(home, *FIND, name, **environment)
+    assert said.returncode == 1, said.stdout
+    assert said.stderr.startswith("ExportError: "), said.stderr
+    for message in messages:
+        assert message in said.stderr
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf:clip", "hf:a/b/c", "hf:a/b@", "hf:../x", "hf:-a/b"])
+def test_wrong_names(name, hub, tmp_path):
+    refused(hub, tmp_path, name, "expected hf:OWNER/REPO or hf:OWNER/REPO@REVISION, got")
+    assert not hub.requests
+
+
+def test_repositories_and_revisions_that_do_not_exist(hub, tmp_path):
+    refused(hub, tmp_path, "hf:o/none", "no such repository, or it is private", "HF_TOKEN")
+    refused(hub, tmp_path, "hf:o/r@v9", "hf:o/r@v9", "no such revision")
+    assert not (tmp_path / "hub").exists() or not list((tmp_path / "hub").rglob("blobs/*"))
+
+
+def test_private_and_gated_repositories(hub, tmp_path):
+    hub.repositories["o/private"] = Repository({"model.safetensors": b"x"}, token="hf_mine")
+    refused(hub, tmp_path, "hf:o/private", "private", "HF_TOKEN", HF_TOKEN="hf_other")
+    found = hub.run(tmp_path, *FIND, "hf:o/private", HF_TOKEN="hf_mine")
+    assert found.returncode == 0, found.stderr
+    hub.repositories["o/gated"] = Repository({"model.safetensors": b"x"}, gated=True)
+    refused(
+        hub, tmp_path, "hf:o/gated", "gated", f"accept its terms at {hub.endpoint}/o/gated",
+        "HF_TOKEN",
+    )  # fmt: skip
+
+
+def test_a_download_that_breaks_off(hub, tmp_path):
+    hub.repositories["o/r"].cut.add("model.safetensors")
+    refused(hub, tmp_path, "hf:o/r", "model.safetensors", "broke off", "run the command again")
+    hub.repositories["o/r"].cut.clear()
+    hub.requests.clear()
+    found = hub.run(tmp_path, *FIND, "hf:o/r")
+    assert found.returncode == 0, found.stderr
+    assert hub.downloaded() == ["model.safetensors"]  # the other files are kept
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_a_file_with_other_bytes_is_refused(file, hub, tmp_path):
+    hub.repositories["o/r"].wrong.add(file)
+    refused(hub, tmp_path, "hf:o/r", file, "is damaged", "delete ")
+    refused(hub, tmp_path, "hf:o/r", file, "is damaged")
+    hub.repositories["o/r"].wrong.clear()
+    for blob in (tmp_path / "hub").rglob("blobs/*"):
+        if blob.read_bytes().count(0) == blob.stat().st_size:
+            blob.unlink()
+    assert hub.run(tmp_path, *FIND, "hf:o/r").returncode == 0
+
+
+def test_no_network_and_nothing_in_the_cache(hub, tmp_path):
+    hub.close()
+    refused(hub, tmp_path, "hf:o/r", "cannot be reached", "was not downloaded before")
+    refused(hub, tmp_path, "hf:o/r", "was not downloaded before", HF_HUB_OFFLINE="1")
+
+
+def test_repositories_without_weights(hub, tmp_path):
+    hub.repositories["o/onnx"] = Repository({**SMALL, "onnx/model.onnx": b"x"})
+    refused(hub, tmp_path, "hf:o/onnx", "crl import hf:o/onnx --out")
+    hub.repositories["o/llm"] = Repository({**SMALL, "model.gguf": b"x"})
+    refused(hub, tmp_path, "hf:o/llm", "has no model.safetensors", "it has README.md, config.json")
+    assert hub.downloaded() == []
+
+
+def test_names_that_lead_out_of_the_directory_are_not_downloaded(hub, tmp_path):
+    for name in ("../evil.json", "a/../../evil.json", "/evil.json"):
+        hub.repositories["o/r"].files[name] = b"{}"
+    assert hub.run(tmp_path / "home", *FIND, "hf:o/r").returncode == 0
+    assert not [each for each in hub.requests if "evil" in each.path]
