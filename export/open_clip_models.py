@@ -110,11 +110,21 @@ def load_directory(
     """
     with _quiet(), _typed_errors(str(directory), "its own weights"):
         config = json.loads((directory / OPEN_CLIP_CONFIG).read_text())["model_cfg"]
-        model = open_clip.create_model(f"local-dir:{directory}", require_pretrained=True)
+        words = config["text_cfg"]
+        changed = {}
+        if "hf_model_name" in words and is_cached(directory):
+            base = find_directory(
+                f"{PREFIX}{words['hf_model_name']}", report, choose=lambda _: ["config.json"]
+            )
+            changed["text_cfg"] = {
+                **words,
+                "hf_model_name": str(base),
+                "hf_model_pretrained": False,
+            }
+        model = open_clip.create_model(f"local-dir:{directory}", require_pretrained=True, **changed)
 
     def make_tokenizer(name: str) -> Any:
         merges = sorted(directory.glob("bpe*.txt.gz"))
-        words = config["text_cfg"]
         if merges:
             return SimpleTokenizer(str(merges[0]), context_length=words["context_length"])
         other = words.get("hf_tokenizer_name")

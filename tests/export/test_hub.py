@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("huggingface_hub")
 
+import tiny_text_towers as towers
 from fake_hub import FakeHub, Repository
 
 import tiny_hugging_face as tiny
@@ -57,7 +58,7 @@ def test_export_downloads_what_it_needs_and_says_so(hub, clip, tmp_path):
     commit = hub.repositories["o/clip"].commit
     command = ("-m", "crl_sdk", "export", "hf:o/clip@v1", "--json", "--out")
     made = hub.run(tmp_path / "home", *command, str(tmp_path / "b"), HF_TOKEN="hf_secret")
-    assert made.returncode == 0, made.stderr
+    assert made.returncode == 0, made.stdout + made.stderr
     manifest = json.loads(made.stdout)
     assert manifest["source"]["pretrained"] == f"o/clip@{commit}"
     assert (manifest["source"]["license"], manifest["name"]) == ("apache-2.0", "clip")
@@ -173,3 +174,48 @@ def test_names_that_lead_out_of_the_directory_are_not_downloaded(hub, tmp_path):
         hub.repositories["o/r"].files[name] = b"{}"
     assert hub.run(tmp_path / "home", *FIND, "hf:o/r").returncode == 0
     assert not [each for each in hub.requests if "evil" in each.path]
+
+
+def test_open_clip_with_the_text_tower_and_tokenizer_of_another_repository(hub, tmp_path):
+    import open_clip
+    import transformers
+    from safetensors.torch import save_file
+
+    base = tmp_path / "base"
+    words = towers.sentence_pieces(base)
+    transformers.XLMRobertaConfig(
+        vocab_size=words, hidden_size=64, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=1, max_position_embeddings=50, type_vocab_size=1, pad_token_id=1,
+    ).save_pretrained(base)  # fmt: skip
+    text = {
+        "hf_model_name": "o/base", "hf_tokenizer_name": "o/base", "hf_proj_type": "mlp",
+        "hf_pooler_type": "mean_pooler", "context_length": 48,
+    }  # fmt: skip
+    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8}
+    config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+    local = {**config, "text_cfg": {**text, "hf_model_name": str(base)}}
+    local["text_cfg"]["hf_model_pretrained"] = False
+    model = open_clip.CustomTextCLIP(**local)
+    folder = tmp_path / "open"
+    towers.write_json(folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": {}})
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+
+    hub.repositories["o/open"] = Repository.of(folder, **{"README.md": SMALL["README.md"]})
+    hub.repositories["o/base"] = Repository.of(base, **{"model.safetensors": b"not needed"})
+    command = ("-m", "crl_sdk", "export", "hf:o/open", "--json", "--out")
+    made = hub.run(tmp_path / "home", *command, str(tmp_path / "b"))
+    assert made.returncode == 0, made.stdout + made.stderr
+    manifest = json.loads(made.stdout)
+    assert manifest["source"]["license"] == "mit"
+    assert manifest["text"]["context_length"] == 48
+    assert hub.downloaded().count("open_clip_model.safetensors") == 1
+    assert "model.safetensors" not in hub.downloaded()
+    for each in hub.requests:
+        assert re.fullmatch(USER_AGENT, each.headers["user-agent"]), each.headers
+
+    # the same files in a directory do not cause a download
+    requests = len(hub.requests)
+    local = hub.run(tmp_path / "home", "-m", "crl_sdk", "export", str(folder), "--out", "c")
+    assert local.returncode == 1
+    assert "its tokenizer is that of o/base: copy tokenizer.json" in local.stderr.replace("\n", " ")
+    assert not [each for each in hub.requests[requests:] if "tokenizer" in each.path]
