@@ -60,8 +60,8 @@ _TRANSPOSITIONS = {
 """What brings an image with an orientation upright."""
 
 FAST_SIZE = 2.5
-"""Smallest size, as a multiple of the model's input, at which `fast` decodes a JPEG. `make
-bench-photos` shows the drift."""
+"""Smallest size at which `fast` decodes a JPEG, as a multiple of the size that it is scaled to.
+`make bench-photos` shows the drift."""
 
 _JPEG = b"\xff\xd8\xff"
 """First bytes of every JPEG."""
@@ -189,10 +189,10 @@ def load_pixels(
         source: Name of the image in error messages; the path by default.
         decode: `exact` decodes and resizes as in the training of the models. `fast` lets libjpeg
             decode large JPEGs at a half, a quarter or an eighth of their size, but no smaller than
-            `FAST_SIZE` times the model's input, and resizes only the part that is not cropped, with
-            vector instructions. `gpu` decodes JPEGs on an NVIDIA GPU at their full size, and
-            resizes as `fast` does; it has not been run on hardware. The pixels differ slightly, see
-            docs/IMAGES.md.
+            `FAST_SIZE` times the size that they are scaled to, and resizes only the part that is
+            not cropped, with vector instructions. `gpu` decodes JPEGs on an NVIDIA GPU at their
+            full size, and resizes as `fast` does; it has not been run on hardware. The pixels
+            differ slightly, see docs/IMAGES.md.
         budget: Bound on the memory of the images that are decoded at once. None for no bound.
 
     Returns:
