@@ -22,6 +22,7 @@ from crl_export.checkpoint_files import architectures_of
 from crl_export.exporter import export_model
 from crl_export.loading import load_checkpoint
 from crl_export.torchscript import read_torchscript
+from crl_sdk import Embedder
 from crl_sdk.errors import ExportError
 
 TEXT = {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -426,3 +427,44 @@ def test_a_directory_has_its_own_activations(tmp_path):
     save_file(weights(), directory / "open_clip_model.safetensors")
     bundle = export_model(str(directory), out=tmp_path / "bundle", text=False)
     assert bundle.manifest.source.quick_gelu
+
+
+def test_metaclips_worldwide_model_from_tag_to_bundle(tmp_path, monkeypatch):
+    """Its layout: an XLM tokenizer, texts pooled where they end, QuickGELU; here in small."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["<s>", "<pad>", "</s>", "<unk>", *(f"▁{w}" for w in ("a", "cat", "rot", "Käse", "猫"))]
+    model = tokenizers.models.Unigram([(w, -float(i)) for i, w in enumerate(words)], unk_id=3)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>",
+        unk_token="<unk>",
+    )  # fmt: skip
+    monkeypatch.undo()
+    name = "ViT-H-14-worldwide"
+    text = {
+        **open_clip.get_model_config(name)["text_cfg"],
+        **TEXT,
+        "vocab_size": len(words),
+        "context_length": 77,
+    }
+    monkeypatch.setitem(_MODEL_CONFIGS, name, {**shrink(name), "text_cfg": text})
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: fast)
+    state = weights(name)
+    torch.save(state, tmp_path / "downloaded.pt")
+    monkeypatch.setattr(
+        open_clip.factory, "download_pretrained", lambda *_, **__: str(tmp_path / "downloaded.pt")
+    )
+    bundle = export_model(name, pretrained="metaclip2_worldwide", out=tmp_path / "bundle")
+    assert bundle.manifest.source.quick_gelu
+    theirs = open_clip.create_model(name, force_quick_gelu=True).eval()
+    theirs.load_state_dict(state)
+    texts = ["a cat", "Käse rot", "猫"]
+    with torch.inference_mode():
+        expected = theirs.encode_text(open_clip.get_tokenizer(name)(texts), normalize=True)
+    with Embedder.open(bundle, engine="onnx/cpu/fp32") as embedder:
+        np.testing.assert_allclose(embedder.embed_text(texts), expected, atol=1e-5)
