@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -32,6 +33,7 @@ from crl_export.graphs import (
 )
 from crl_export.loading import load_checkpoint
 from crl_export.precision import quantise
+from crl_export.tokenizers import TokenizerSettings
 from crl_sdk.basis._build import check_prompts
 from crl_sdk.engines._onnx_sessions import open_session
 from crl_sdk.errors import ExportError, InvalidInputError, ParityError
@@ -120,7 +122,8 @@ def export_model(
         raise InvalidInputError(f"expected precisions among {PRECISIONS}, got {tuple(precisions)}")
     out = Path(out)
     check_place(out, overwrite)
-    steps = Steps(progress, total=3 + 2 * len(set(precisions)) + (3 if text else 0))
+    made = len(_exported(precisions)) + len(set(precisions)) + ("int8" in precisions)
+    steps = Steps(progress, total=3 + made + (3 if text else 0))
 
     steps.begin("loading the model")
     checkpoint = load_checkpoint(
@@ -134,16 +137,23 @@ def export_model(
             f"{model}: has no text tower; name one with --text-model, or export the image tower "
             "alone with --no-text"
         )
+    spec = checkpoint.image.preprocess
     make_directory(out.parent, ExportError)
     with new_directory(out, ExportError) as work:
-        dim, images = _export_images(checkpoint.image, work, precisions, strict_int8, steps)
-        entry = None
+        images = _write_images(checkpoint.image, work, precisions, steps)
+        texts = None
         if checkpoint.text is not None:
-            entry = _export_text(checkpoint.text, work, dim, prompt, steps)
+            texts = _write_text(checkpoint.text, work, images.shape[1], steps)
+        # the model may be as large as the graphs that are loaded next
+        checkpoint = replace(checkpoint, image=None, text=None)
+        entries = _check_images(
+            images, spec, work, precisions, strict_int8=strict_int8, steps=steps
+        )
+        entry = None if texts is None else _check_text(texts, work, prompt, steps)
         steps.begin("writing the manifest")
         _write_manifest(
-            work, checkpoint, checkpoint.image.preprocess, name=name, license=license, dim=dim,
-            images=images, text=entry,
+            work, checkpoint, spec, name=name, license=license, dim=images.shape[1],
+            images=entries, text=entry,
         )  # fmt: skip
         if entry is not None:
             steps.begin("embedding the background texts")
@@ -153,50 +163,72 @@ def export_model(
     return ModelBundle.open(out)
 
 
-def _export_images(
-    part: ImagePart,
+def _write_images(
+    part: ImagePart, work: Path, precisions: Sequence[Precision], steps: Steps
+) -> NDArray[np.float32]:
+    """Write the image graphs that torch makes; return the embeddings of the check images."""
+    model, spec = part.model, part.preprocess
+    steps.begin("embedding the check images with torch")
+    reference = parity.batched(lambda rows: _torch_images(model, spec, rows), parity.images(spec))
+    _check_norms(reference, "images")
+    for precision in _exported(precisions):
+        steps.begin(f"exporting the image tower in {precision}")
+        graph = ImageGraph(model, spec, torch.float16 if precision == "fp16" else torch.float32)
+        export_image_graph(graph, spec, reference.shape[1], work / _image_file(precision))
+    return reference
+
+
+def _check_images(
+    reference: NDArray[np.float32],
+    spec: PreprocessSpec,
     work: Path,
     precisions: Sequence[Precision],
+    *,
     strict_int8: bool,
     steps: Steps,
-) -> tuple[int, tuple[ImageEntry, ...]]:
-    """Write and check the image graphs; return d and the entries of the manifest."""
-    model, spec = part.model, part.preprocess
+) -> tuple[ImageEntry, ...]:
+    """Make the int8 graph, check all image graphs and return their entries in the manifest."""
     images = parity.images(spec)
-    steps.begin("embedding the check images with torch")
-    reference = parity.batched(lambda rows: _torch_images(model, spec, rows), images)
-    _check_norms(reference, "images")
-    dim = reference.shape[1]
-
+    fp32 = work / _image_file("fp32")
     entries: list[ImageEntry] = []
-    fp32 = work / "image.fp32.onnx"
-    wanted = [precision for precision in PRECISIONS if precision in precisions]
-    for precision in wanted:
-        path = work / f"image.{precision}.onnx"
-        steps.begin(f"exporting the image tower in {precision}")
-        if precision == "fp16":
-            export_image_graph(ImageGraph(model, spec, torch.float16), spec, dim, path)
-        else:
-            if not fp32.exists():
-                export_image_graph(ImageGraph(model, spec, torch.float32), spec, dim, fp32)
-            if precision == "int8":
-                quantise(fp32, path, spec)
-        steps.begin(f"checking it in {precision} against torch")
+    for precision in [each for each in PRECISIONS if each in precisions]:
+        path = work / _image_file(precision)
+        if precision == "int8":
+            steps.begin("making the image graph in int8")
+            quantise(fp32, path, spec)
+        steps.begin(f"checking the image graph in {precision} against torch")
         measured = check_image_graph(path, precision, images, reference, strict_int8=strict_int8)
         entries.append(ImageEntry(file=path.name, precision=precision, parity=measured))
-    if "fp32" not in wanted:
+    if "fp32" not in precisions:
         fp32.unlink(missing_ok=True)
         Path(f"{fp32}.data").unlink(missing_ok=True)
-    return dim, tuple(entries)
+    return tuple(entries)
 
 
-def _export_text(part: TextPart, work: Path, dim: int, prompt: str, steps: Steps) -> TextEntry:
-    """Write and check the tokenizer and the text graph."""
+def _exported(precisions: Sequence[Precision]) -> list[Precision]:
+    """Return the precisions that torch exports for others: int8 is made from fp32."""
+    return sorted({"fp16" if each == "fp16" else "fp32" for each in precisions}, reverse=True)
+
+
+def _image_file(precision: str) -> str:
+    return f"image.{precision}.onnx"
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """The check texts: settings of the tokenizer, token ids, and embeddings by torch."""
+
+    settings: TokenizerSettings
+    tokens: NDArray[np.int64]
+    reference: NDArray[np.float32]
+
+
+def _write_text(part: TextPart, work: Path, dim: int, steps: Steps) -> _Texts:
+    """Write the tokenizer and the text graph, and check the tokenizer."""
     steps.begin("exporting the text tower")
     path = work / TOKENIZER_FILE
-    context_length, pad_id, clean = part.tokenizer.write(path)
-    fast = Tokenizer.open(path, context_length=context_length, pad_id=pad_id, clean=clean)
-    tokens = fast.encode(parity.TEXTS, truncate=True)
+    settings = part.tokenizer.write(path)
+    tokens = Tokenizer.open(path, **settings._asdict()).encode(parity.TEXTS, truncate=True)
     expected = part.tokenizer.ids(list(parity.TEXTS))
     if not np.array_equal(tokens, expected):
         row = int(np.flatnonzero((tokens != expected).any(axis=1))[0])
@@ -212,19 +244,22 @@ def _export_text(part: TextPart, work: Path, dim: int, prompt: str, steps: Steps
             "the towers are of different models; check --text-model"
         )
     export_text_graph(graph, torch.from_numpy(tokens), work / TEXT_FILE)
-    steps.begin("checking it against torch")
+    return _Texts(settings, tokens, reference)
+
+
+def _check_text(texts: _Texts, work: Path, prompt: str, steps: Steps) -> TextEntry:
+    """Check the text graph and return its entry in the manifest."""
+    steps.begin("checking the text graph against torch")
     session = open_session(work / TEXT_FILE)
     measured = parity.compare(
-        reference,
-        parity.batched(lambda rows: session.run(["embedding"], {"tokens": rows})[0], tokens),
+        texts.reference,
+        parity.batched(lambda rows: session.run(["embedding"], {"tokens": rows})[0], texts.tokens),
     )
     parity.require(measured, parity.TOLERANCES["fp32"], TEXT_FILE)
     return TextEntry(
         file=TEXT_FILE,
         tokenizer=TOKENIZER_FILE,
-        context_length=context_length,
-        pad_id=pad_id,
-        clean=clean,
+        **texts.settings._asdict(),
         parity=measured,
         prompt=prompt,
     )
