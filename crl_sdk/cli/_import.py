@@ -26,8 +26,10 @@ _SMALL_SPREAD = 0.01
 
 def import_bundle(
     source: Annotated[
-        Path,
-        typer.Argument(help="Directory of the export, or the ONNX file of an image tower."),
+        str,
+        typer.Argument(
+            help="Directory of the export, hf:OWNER/REPO, or the ONNX file of an image tower."
+        ),
     ],
     out_dir: Annotated[Path, typer.Option("--out", "-o", help="Directory of the new bundle.")],
     texts: Annotated[
@@ -37,10 +39,11 @@ def import_bundle(
         Path | None,
         typer.Option(help="A picture to compare with the texts, to see at once that it works."),
     ] = None,
-    text: Annotated[
-        Path | None,
+    text_model: Annotated[
+        str | None,
         typer.Option(
-            "--text", help="Directory or ONNX file of the text tower, if it is elsewhere."
+            "--text-model",
+            help="Directory, hf:OWNER/REPO or ONNX file of the text tower, if it is elsewhere.",
         ),
     ] = None,
     no_text: Annotated[
@@ -97,8 +100,11 @@ def import_bundle(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model in the manifest.")] = None,
     license_name: Annotated[
-        str, typer.Option("--license", help="Licence of the weights, for the manifest.")
-    ] = "unknown",
+        str | None,
+        typer.Option(
+            "--license", help="Licence of the weights. Default: that of the model card, or unknown."
+        ),
+    ] = None,
     background: BackgroundOption = None,
     prompt: Annotated[
         str, typer.Option(help="Prompt that the bundle recommends for its bases, with one {}.")
@@ -130,9 +136,9 @@ def import_bundle(
         )
     if check is not None and not check.is_file():
         raise InvalidInputError(f"{check}: no such picture; check --check")
-    if no_text and (text or check or background or tokenizer):
+    if no_text and (text_model or check or background or tokenizer):
         raise InvalidInputError(
-            "--no-text leaves the text tower out: leave out --text, --tokenizer, --check and "
+            "--no-text leaves the text tower out: leave out --text-model, --tokenizer, --check and "
             "--background, or --no-text"
         )
     given = Given(
@@ -150,7 +156,7 @@ def import_bundle(
         bundle = import_model(
             source,
             out=out_dir,
-            text_source=text,
+            text_source=text_model,
             variant=variant,
             text_variant=text_variant,
             precisions=parse_precisions(precision) if precision else (),
@@ -192,7 +198,7 @@ def _note_limits(bundle: ModelBundle) -> None:
         warn(
             "no text tower: `crl embed` and `crl serve` give plain embeddings of images; `crl "
             "basis create`, and every command that makes a basis from words, need the text tower. "
-            "Import again with --text DIR"
+            "Import again with --text-model DIR"
         )
 
 
@@ -202,7 +208,7 @@ def _compare(bundle: ModelBundle, picture: Path, texts: list[str]) -> dict[str, 
 
     if bundle.manifest.text is None:
         raise InvalidInputError(
-            "--check needs the text tower, which this export does not have: pass --text DIR"
+            "--check needs the text tower, which this export does not have: pass --text-model DIR"
         )
     with Embedder.open(bundle) as embedder:
         rows = embedder.embed([picture]).universal @ embedder.embed_text(texts).T

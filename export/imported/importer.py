@@ -28,6 +28,7 @@ from crl_export.bundle_parts import (
 )
 from crl_export.imported import bounded_run
 from crl_export.imported.batches import with_any_batch
+from crl_export.imported.downloads import fetch_export
 from crl_export.imported.graphs import Batching, image_graph, text_graph, with_dynamic_batch
 from crl_export.imported.layouts import Layout, find_layout
 from crl_export.imported.onnx_edits import sort_nodes
@@ -112,15 +113,15 @@ class Given:
 
 
 def import_model(
-    source: Path,
+    source: str | Path,
     *,
     out: Path,
-    text_source: Path | None = None,
+    text_source: str | Path | None = None,
     variant: str = "fp32",
     text_variant: str | None = None,
     precisions: Sequence[Precision] = (),
     name: str | None = None,
-    license: str = "unknown",
+    license: str | None = None,
     text: bool = True,
     overwrite: bool = False,
     background: Sequence[str] | None = None,
@@ -136,16 +137,17 @@ def import_model(
     all graphs passed.
 
     Args:
-        source: Directory of the export, or the ONNX file of an image tower.
+        source: Directory of the export, the ONNX file of an image tower, or `hf:OWNER/REPO`.
         out: Directory of the new bundle.
-        text_source: Directory or ONNX file of the text tower, if it is elsewhere.
+        text_source: The same for the text tower, if it is elsewhere.
         variant: Which of several files of a tower to import, see
             `crl_export.imported.layouts.VARIANTS`.
         text_variant: The same for the text tower; None for `variant`.
         precisions: Precisions of the image graph; by default that of the imported one. Others are
             made from an fp32 graph.
-        name: Name of the model in the manifest; that of the directory by default.
-        license: Licence of the weights, for the manifest.
+        name: Name of the model in the manifest; that of the directory or repository by default.
+        license: Licence of the weights, for the manifest. None for that of the repository's model
+            card.
         text: Whether to import the text tower. A bundle without it cannot make bases from texts.
         overwrite: Whether to replace a bundle at `out`.
         background: Generic texts, see `crl_export.background.add_background`.
@@ -171,7 +173,13 @@ def import_model(
     check_place(out, overwrite)
     steps = Steps(progress, total=8)
     steps.begin("reading the export")
-    layout = find_layout(Path(source), text=text_source, variant=variant, text_variant=text_variant)
+    places = fetch_export(
+        source, text_source=text_source, text=text, variant=variant, text_variant=text_variant,
+        report=steps.detail,
+    )  # fmt: skip
+    layout = find_layout(
+        places.source, text=places.text, variant=variant, text_variant=text_variant
+    )
     if not text:
         layout = replace(layout, text=None, text_directory=None)
     image, words, files = _read_towers(layout, given)
@@ -207,8 +215,9 @@ def import_model(
             layout=layout.name, files=files, image_batch=image_batch, text_batch=text_batch
         )
         _write_manifest(
-            work, layout, origin, name=name or Path(source).resolve().name, license=license,
-            spec=spec, dim=dim, images=entries, text=entry,
+            work, layout, origin, name=name or places.name, label=places.label,
+            license=license or places.license or "unknown", spec=spec, dim=dim, images=entries,
+            text=entry,
         )  # fmt: skip
         if entry is not None:
             steps.begin("embedding the background texts")
@@ -558,6 +567,7 @@ def _write_manifest(
     origin: Origin,
     *,
     name: str,
+    label: str,
     license: str,
     spec: PreprocessSpec,
     dim: int,
@@ -568,7 +578,7 @@ def _write_manifest(
     weights = hashlib.sha256("\n".join(f"{k} {v}" for k, v in origin.files.items()).encode())
     source = Source(
         architecture=f"imported {layout.config.get('model_type', 'CLIP')}",
-        pretrained=f"{layout.name} export {name}",
+        pretrained=f"{layout.name} export {label}",
         weights_sha256=weights.hexdigest(),
         quick_gelu=False,  # the graphs show their activations, and their digest covers them
         license=license,

@@ -251,7 +251,7 @@ def _with_text(found: Layout, text: Path, wanted: _Wanted) -> Layout:
             name = "text_model" if _has_variant(onnx, "text_model") else "model"
             file = wanted.file(onnx, name, "text")
     else:
-        raise ExportError(f"{text}: no such file or directory; check --text")
+        raise ExportError(f"{text}: no such file or directory; check --text-model")
     layout = replace(
         found,
         text=file,

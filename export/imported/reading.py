@@ -120,6 +120,20 @@ def read_onnx(path: Path) -> OnnxFile:
     return OnnxFile(path, model, digest.hexdigest())
 
 
+def external_files(path: Path) -> list[str]:
+    """Return the names that an ONNX file has for the files with its external data.
+
+    Raises:
+        ExportError: If the file is truncated, too large or not ONNX.
+    """
+    outside = onnx.TensorProto.EXTERNAL
+    tensors = [each for each in _tensors(_parse(path)) if each.data_location == outside]
+    names = [
+        entry.value for each in tensors for entry in each.external_data if entry.key == "location"
+    ]
+    return list(dict.fromkeys(names))
+
+
 def check_inside(file: Path, directory: Path) -> None:
     """Check that a file is not a link that leads out of a directory.
 

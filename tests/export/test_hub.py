@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import onnx
 import pytest
 
 pytest.importorskip("huggingface_hub")
@@ -12,6 +13,7 @@ pytest.importorskip("huggingface_hub")
 import tiny_text_towers as towers
 from fake_hub import FakeHub, Repository
 
+import tiny_exports as exports
 import tiny_hugging_face as tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -219,3 +221,83 @@ def test_open_clip_with_the_text_tower_and_tokenizer_of_another_repository(hub, 
     assert local.returncode == 1
     assert "its tokenizer is that of o/base: copy tokenizer.json" in local.stderr.replace("\n", " ")
     assert not [each for each in hub.requests[requests:] if "tokenizer" in each.path]
+
+
+def imported(hub, home, *arguments: str) -> dict:
+    """Run `crl import --json` and return what it prints."""
+    made = hub.run(home, "-m", "crl_sdk", "import", *arguments, "--json")
+    return {**json.loads(made.stdout), "stderr": made.stderr}
+
+
+def test_import_downloads_the_files_of_the_variant(hub, tmp_path):
+    folder = exports.transformers_js(tmp_path / "x")
+    others = {
+        f"onnx/{tower}{variant}.onnx": b"x"
+        for tower in ("vision_model", "text_model", "model")
+        for variant in ("_fp16", "_int8", "_quantized")
+    }
+    others |= {"onnx/model.onnx": b"x", "model.safetensors": b"x", "onnx/notes.json": b"{}"}
+    hub.repositories["o/x"] = Repository.of(folder, **others, **{"README.md": SMALL["README.md"]})
+    found = imported(hub, tmp_path / "home", "hf:o/x", "--out", str(tmp_path / "b"))
+    assert "source" in found, found
+    commit = hub.repositories["o/x"].commit
+    assert found["source"]["pretrained"] == f"transformers.js export o/x@{commit}"
+    assert (found["name"], found["source"]["license"]) == ("x", "mit")
+    assert hub.downloaded() == [
+        "README.md", "config.json", "onnx/text_model.onnx", "onnx/vision_model.onnx",
+        "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    assert "of o/x at 0123456789ab" in found["stderr"]
+    local = imported(hub, tmp_path / "home", str(folder), "--out", str(tmp_path / "c"))
+    assert local["fingerprint"] == found["fingerprint"]
+    hub.close()
+    again = imported(hub, tmp_path / "home", "hf:o/x", "--out", str(tmp_path / "d"), "--no-text")
+    assert again["text"] is None and again["source"]["license"] == "mit"
+
+
+def test_import_downloads_external_data_and_the_text_tower_of_another_repository(hub, tmp_path):
+    folder = exports.transformers_js(tmp_path / "x")
+    onnx.save(
+        exports.image_model(), folder / "onnx" / "vision_model.onnx", save_as_external_data=True,
+        location="vision_model.onnx_data", size_threshold=0,
+    )  # fmt: skip
+    (folder / "onnx" / "other.onnx_data").write_bytes(b"x")
+    text = exports.transformers_js(tmp_path / "y")
+    hub.repositories["o/x"] = Repository.of(folder)
+    hub.repositories["o/y"] = Repository.of(text, **{"README.md": SMALL["README.md"]})
+    found = imported(
+        hub, tmp_path / "home", "hf:o/x", "--text-model", "hf:o/y", "--out", str(tmp_path / "b")
+    )
+    assert "source" in found, found
+    commit = hub.repositories["o/x"].commit
+    label = f"transformers.js export o/x@{commit}, texts o/y@{commit}"
+    assert found["source"]["pretrained"] == label
+    got = {each.path for each in hub.requests if each.method == "GET"}
+    stored = {path for path in got if path.startswith("/o/") and "/resolve/" not in path}
+    assert stored == {
+        "/o/x/onnx/vision_model.onnx", "/o/x/onnx/vision_model.onnx_data",
+        "/o/y/onnx/text_model.onnx",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("hf:o/none",), "no such repository"),
+        (("hf:o/r",), "hf:o/r: expected visual/model.onnx.*model.safetensors, a checkpoint"),
+        (("hf:o/x", "--variant", "int8"), "hf:o/x/onnx/vision_model_int8.onnx: no such file"),
+        (("hf:o/x", "--text-model", "hf:o/r"), "hf:o/r/model.onnx: no such file"),
+        (("hf:o/cut",), "onnx/vision_model.onnx cannot be downloaded.*broke off"),
+        (("hf:o/html",), "vision_model.onnx: not a complete ONNX file"),
+    ],
+)
+def test_imports_that_are_refused(arguments, message, hub, tmp_path):
+    folder = exports.transformers_js(tmp_path / "x")
+    for name in ("o/x", "o/cut", "o/html"):
+        hub.repositories[name] = Repository.of(folder)
+    hub.repositories["o/cut"].cut.add("onnx/vision_model.onnx")
+    hub.repositories["o/html"].files["onnx/vision_model.onnx"] = b"<html>"
+    found = imported(hub, tmp_path / "home", *arguments, "--out", str(tmp_path / "b"))
+    assert found["error"]["type"] == "ExportError"
+    assert re.search(message, found["error"]["message"]), found
+    assert not (tmp_path / "b").exists()
