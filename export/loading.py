@@ -49,7 +49,13 @@ def load_checkpoint(
         )
     checkpoint = _load(model, pretrained, text=False, context_length=None, seed=seed, report=report)
     words = _load(
-        text_model, None, text=True, context_length=context_length, seed=seed, report=report
+        text_model,
+        None,
+        image=False,
+        text=True,
+        context_length=context_length,
+        seed=seed,
+        report=report,
     )
     return with_text_of(checkpoint, words)
 
@@ -58,6 +64,7 @@ def _load(
     name: str,
     pretrained: str | None,
     *,
+    image: bool = True,
     text: bool,
     context_length: int | None,
     seed: int,
@@ -80,5 +87,11 @@ def _load(
             raise ExportError(f"{name} has its own weights: leave out --pretrained {pretrained}")
         return load_text_tower(directory, context_length=context_length)
     return load_directory(
-        folder, pretrained, text=text, context_length=context_length, seed=seed, root=directory
+        folder,
+        pretrained,
+        image=image,
+        text=text,
+        context_length=context_length,
+        seed=seed,
+        root=directory,
     )

@@ -164,7 +164,8 @@ def sentence_transformer(
 ):
     """A directory of sentence-transformers; return the transformer and the linear layer."""
     name, write_tokenizer, sizes, unused = TRANSFORMERS[kind]
-    words = write_tokenizer(folder)
+    own = "DistilBertTokenizer" if kind == "distilbert" else None
+    words = write_tokenizer(folder, **({"tokenizer_class": own} if own else {}))
     config = getattr(transformers, name.replace("Model", "Config"))(
         vocab_size=words,
         pad_token_id=0 if write_tokenizer is word_pieces else 1,

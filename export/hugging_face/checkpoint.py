@@ -38,6 +38,7 @@ def load_directory(
     directory: Path,
     pretrained: str | None = None,
     *,
+    image: bool = True,
     text: bool = True,
     context_length: int | None = None,
     seed: int = 0,
@@ -49,6 +50,7 @@ def load_directory(
         directory: Directory with `config.json`, the weights, `preprocessor_config.json` and the
             tokenizer.
         pretrained: `none` for random weights, which know nothing.
+        image: Whether to load the preprocessing of the image tower too.
         text: Whether to load the tokenizer of the text tower too.
         context_length: Number of tokens per text, if the files do not say it.
         seed: Seed of random weights.
@@ -73,7 +75,7 @@ def load_directory(
         model = load_model(directory, architecture)
     return Checkpoint(
         name=name_of(root or directory),
-        image=_image_part(directory, model, architecture),
+        image=_image_part(directory, model, architecture) if image else None,
         text=_text_part(directory, model, architecture, config, context_length) if text else None,
         source=Source(
             architecture=f"{architecture.model} {config_digest(config)}",

@@ -156,7 +156,7 @@ def open_repository(name: str, extra: str = "transformers") -> Repository:
         MissingDependencyError: If huggingface_hub is not installed.
     """
     match = _NAME.fullmatch(name)
-    if match is None:
+    if match is None or ".." in name:  # a revision is a part of paths in the cache
         raise ExportError(f"expected hf:OWNER/REPO or hf:OWNER/REPO@REVISION, got {name[:120]!r}")
     repository, revision = match[1], match[2] or "main"
     try:
@@ -181,6 +181,11 @@ def open_repository(name: str, extra: str = "transformers") -> Repository:
         each.rfilename: each.size or 0 for each in info.siblings or () if _is_inside(each.rfilename)
     }
     commit = str(info.sha)
+    if not re.fullmatch("[0-9a-f]{40}", commit):
+        raise ExportError(
+            f"{name}: {_endpoint()} names the commit {commit[:80]!r}, expected 40 hex digits; "
+            "check HF_ENDPOINT"
+        )
     return Repository(repository, revision, commit, files, snapshot_of(repository, commit))
 
 

@@ -111,7 +111,9 @@ def refused(hub, home, name: str, *messages: str, **environment: str) -> None:
         assert message in said.stderr
 
 
-@pytest.mark.parametrize("name", ["hf:", "hf:clip", "hf:a/b/c", "hf:a/b@", "hf:../x", "hf:-a/b"])
+@pytest.mark.parametrize(
+    "name", ["hf:", "hf:clip", "hf:a/b/c", "hf:a/b@", "hf:../x", "hf:a/b@../../c"]
+)
 def test_wrong_names(name, hub, tmp_path):
     refused(hub, tmp_path, name, "expected hf:OWNER/REPO or hf:OWNER/REPO@REVISION, got")
     assert not hub.requests
@@ -121,6 +123,11 @@ def test_repositories_and_revisions_that_do_not_exist(hub, tmp_path):
     refused(hub, tmp_path, "hf:o/none", "no such repository, or it is private", "HF_TOKEN")
     refused(hub, tmp_path, "hf:o/r@v9", "hf:o/r@v9", "no such revision")
     assert not (tmp_path / "hub").exists() or not list((tmp_path / "hub").rglob("blobs/*"))
+
+
+def test_a_hub_that_names_no_commit(hub, tmp_path):
+    hub.repositories["o/r"].commit = "../../x"
+    refused(hub, tmp_path, "hf:o/r", "names the commit '../../x', expected 40 hex digits")
 
 
 def test_private_and_gated_repositories(hub, tmp_path):

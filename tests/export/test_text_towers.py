@@ -140,9 +140,13 @@ def test_image_tower_of_open_clip_and_text_tower_of_transformers(tmp_path):
     model = open_clip.CLIP(**config).eval()
     save_file(model.state_dict(), tmp_path / "image" / "open_clip_model.safetensors")
     tiny.clip(tmp_path / "text")
+    preprocessing = tmp_path / "text" / "preprocessor_config.json"
+    held = preprocessing.read_bytes()
+    preprocessing.unlink()  # texts need none
     bundle = export_model(
         str(tmp_path / "image"), text_model=str(tmp_path / "text"), out=tmp_path / "b"
     )
+    preprocessing.write_bytes(held)
     alone = export_model(str(tmp_path / "text"), out=tmp_path / "c")
     both = export_model(str(tmp_path / "image"), out=tmp_path / "d")
     assert bundle.manifest.fingerprint not in (
