@@ -9,7 +9,15 @@ import typer
 from rich.table import Table
 
 from crl_sdk.cli._basis import read_texts
-from crl_sdk.cli._console import JsonOption, note, out, print_facts, print_json, progress_bar
+from crl_sdk.cli._console import (
+    JsonOption,
+    note,
+    out,
+    plain_warnings,
+    print_facts,
+    print_json,
+    progress_bar,
+)
 from crl_sdk.cli._options import command
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.model._background import BACKGROUND_FILE
@@ -85,7 +93,7 @@ def export(
     except ImportError as error:
         raise MissingDependencyError(error.name or "torch", "export", "crl export") from error
 
-    with progress_bar() as progress:
+    with progress_bar() as progress, plain_warnings():
         task = progress.add_task("starting", total=None)
         bundle = export_model(
             model,

@@ -81,7 +81,7 @@ def load_directory(
             architecture=f"{architecture.model} {config_digest(config)}",
             pretrained=label,
             weights_sha256=weights_sha256(model),
-            quick_gelu="quick_gelu" in json.dumps(config),
+            quick_gelu=any("QuickGELU" in type(module).__name__ for module in model.modules()),
             license=license_of(root or directory) or "unknown",
         ),
         library="transformers",

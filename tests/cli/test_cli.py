@@ -300,3 +300,15 @@ def test_an_interrupted_generation_writes_nothing(tmp_path):
     _, stderr = process.communicate(timeout=200)
     assert process.returncode == 130 and "Traceback" not in stderr
     assert not list(tmp_path.rglob("*.safetensors*"))
+
+
+def test_warnings_of_an_export_are_printed_without_the_code_that_gave_them(capsys):
+    import warnings
+
+    from crl_sdk.cli._console import plain_warnings
+
+    with plain_warnings():
+        warnings.simplefilter("always")  # not the error that pytest makes of it
+        warnings.warn("ViT-B-32 has [GELU] activations", stacklevel=1)
+    captured = capsys.readouterr()
+    assert captured.err == "warning: ViT-B-32 has [GELU] activations\n" and not captured.out

@@ -15,6 +15,7 @@ from crl_export.exporter import export_model
 from crl_export.hugging_face.cache import license_of
 from crl_export.hugging_face.hub import wanted_files
 from crl_export.hugging_face.models import ARCHITECTURES, ImageTower
+from crl_export.loading import load_checkpoint
 from crl_export.vit import lean_tower
 from crl_sdk import Embedder
 from crl_sdk.errors import ExportError
@@ -72,6 +73,17 @@ def test_clip_equals_transformers(clip, tmp_path):
     assert bundle.manifest.source.quick_gelu
     assert bundle.manifest.made_by["transformers"] == transformers.__version__
     assert_equal_embeddings(bundle, of_transformers(model, folder, "CLIPImageProcessor"))
+
+
+def test_activations_are_known_if_the_configuration_leaves_out_its_defaults(clip, tmp_path):
+    """As transformers 4 writes it: QuickGELU is the default of CLIP."""
+    lean = tmp_path / "lean"
+    shutil.copytree(clip[1], lean)
+    config = json.loads((lean / "config.json").read_text())
+    for tower in ("text_config", "vision_config"):
+        assert config[tower].pop("hidden_act") == "quick_gelu"
+    (lean / "config.json").write_text(json.dumps(config))
+    assert load_checkpoint(str(lean), text=False).source.quick_gelu
 
 
 def test_missing_weights_are_not_filled_with_random_ones(clip, tmp_path):
