@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from crl_export.equalisation import equalise
-from crl_export.graph_products import Feeds
+from crl_export.graph_products import Feeds, is_large
 from crl_export.sensitivity import choose_float_products
 from crl_sdk.model._parity import images
 from crl_sdk.model._preprocess import PreprocessSpec
@@ -42,25 +43,32 @@ def quantise(
             benchmarks show what that changes.
     """
     model = onnx.load(fp32)
-    patches = _patch_product(model.graph)
-    skip = [] if patches is None else [patches.name]
+    product = _patch_product(model.graph)
+    patches = None if product is None else str(product.name)
+    skip = [] if patches is None else [patches]
     if against_outliers:
         feeds = _calibration_feeds(model.graph, spec)
         equalise(model, feeds, skip=skip)
         model = _compact(model)
         skip += choose_float_products(model, feeds, skip=skip)
-    quantise_products(model, int8, skip=skip)
+    with tempfile.TemporaryDirectory(dir=int8.parent) as folder:
+        spread = Path(folder) / "spread.onnx"
+        onnx.save(model, spread, save_as_external_data=is_large(model), location="spread.data")
+        del model, product  # or its weights would be in memory twice
+        quantise_products(spread, int8, skip=skip)
     if patches is not None:
         quantised = onnx.load(int8)
-        _multiply_bytes(quantised.graph, patches.name, spec)
+        _multiply_bytes(quantised.graph, patches, spec)
         onnx.save(quantised, int8)
 
 
-def quantise_products(model: onnx.ModelProto, path: Path, *, skip: Sequence[str] = ()) -> None:
+def quantise_products(
+    model: onnx.ModelProto | Path, path: Path, *, skip: Sequence[str] = ()
+) -> None:
     """Write a graph whose matrix products with constant weights are in int8.
 
     Args:
-        model: The graph in float32. It is changed.
+        model: The graph in float32, which is changed, or its file.
         path: Path of the graph to write.
         skip: Names of nodes of products that stay in float32.
     """
