@@ -126,7 +126,7 @@ def import_bundle(
     """
     try:
         from crl_export.imported.importer import Given, import_model
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise MissingDependencyError(error.name or "onnx", "import", "crl import") from error
 
     if bool(texts) != (check is not None):

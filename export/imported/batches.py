@@ -9,9 +9,7 @@ the attempt. That the result is right is not assumed: the importer compares it w
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -38,40 +36,41 @@ class _NoRuleError(Exception):
     """A node for which the axis of the batch cannot be followed."""
 
 
-def with_any_batch(tower: AnyTower) -> AnyTower | None:
+def with_any_batch(tower: AnyTower, folder: Path) -> AnyTower | None:
     """Return a tower whose nodes take any batch; None if it has nodes without a rule.
 
     Args:
         tower: The tower, whose nodes hold a batch of one. It is not changed. If its weights are in
             a file, those of the result are in another one in the same directory.
+        folder: Directory for temporary files: that of the weights, if they are in a file.
+
+    Raises:
+        OSError: If a file cannot be written.
     """
     try:
-        folded = _folded(tower)
+        folded = _folded(tower, folder)
         _Rewriting(folded).run()
+    except OSError:
+        raise
     except Exception:  # a model that cannot be followed is no error: its inputs run one by one
         return None
     return replace(tower, model=folded)
 
 
-def _folded(tower: AnyTower) -> onnx.ModelProto:
+def _folded(tower: AnyTower, folder: Path) -> onnx.ModelProto:
     """Return the model of a tower with fixed shapes, in which everything constant is folded."""
     fixed: onnx.ModelProto = onnx.ModelProto()
     fixed.CopyFrom(tower.model)
     for value in (*fixed.graph.input, *fixed.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1
-    with ExitStack() as stack:
-        options = ort.SessionOptions()
-        if tower.weights is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        else:
-            folder = tower.weights
-            prefix = "session.optimized_model_external_initializers_"
-            name = f"{weights_file(tower.model).removesuffix('.data')}.folded.data"
-            options.add_session_config_entry(f"{prefix}file_name", name)
-            options.add_session_config_entry(f"{prefix}min_size_in_bytes", str(SMALLEST))
-        source, target = folder / "source.onnx", folder / "folded.onnx"
-        for temporary in (source, target):
-            stack.callback(temporary.unlink, missing_ok=True)
+    options = ort.SessionOptions()
+    if tower.weights is not None:
+        prefix = "session.optimized_model_external_initializers_"
+        name = f"{weights_file(tower.model).removesuffix('.data')}.folded.data"
+        options.add_session_config_entry(f"{prefix}file_name", name)
+        options.add_session_config_entry(f"{prefix}min_size_in_bytes", str(SMALLEST))
+    source, target = folder / "imported.onnx", folder / "folded.onnx"
+    try:
         onnx.save(fixed, source)
         options.log_severity_level = 4
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -83,7 +82,10 @@ def _folded(tower: AnyTower) -> onnx.ModelProto:
             disabled_optimizers=["MatMulAddFusion"],  # its Gemm takes two axes alone
         )
         folded = onnx.load(target, load_external_data=False)
-        return onnx.shape_inference.infer_shapes(folded, data_prop=True)
+    finally:
+        source.unlink(missing_ok=True)
+        target.unlink(missing_ok=True)
+    return onnx.shape_inference.infer_shapes(folded, data_prop=True)
 
 
 class _Rewriting:

@@ -6,6 +6,7 @@ runs once with the check inputs, before this process opens it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -80,14 +81,13 @@ def run_singly(
         ExportError: If it needs too much memory or time, or crashes.
     """
     with tempfile.TemporaryDirectory(prefix="run.", dir=graph.parent) as folder:
-        inputs, found, failed = (Path(folder) / each for each in ("in.npz", "out.npy", "failed"))
+        inputs, found = Path(folder) / "in.npz", Path(folder) / "out.npy"
         stored: dict[str, Any] = {f"input_{at}": rows for at, rows in enumerate(feeds.values())}
         np.savez(inputs, **stored)
         memory = _MEMORY + _COPIES * weights
         job = {
             "graph": str(graph), "output": output, "names": list(feeds), "inputs": str(inputs),
-            "found": str(found), "failed": str(failed), "precision": precision,
-            "memory": memory, "seconds": seconds,
+            "found": str(found), "precision": precision, "memory": memory, "seconds": seconds,
         }  # fmt: skip
         environment = {
             **os.environ,
@@ -106,9 +106,11 @@ def run_singly(
                 f"{name}: took more than {seconds:g} s for the check inputs; if the machine is "
                 "slow, pass a longer --time-limit, otherwise do not use this model"
             ) from error
-        if failed.exists():
-            content = json.loads(failed.read_text())
-            raise RowError(content["message"], content["row"])
+        answer = json.loads(done.stdout) if done.returncode == 0 else {}
+        if "errno" in answer:
+            raise OSError(answer["errno"], os.strerror(answer["errno"]))
+        if "message" in answer:
+            raise RowError(answer["message"], answer["row"])
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
             raise ExportError(
@@ -119,8 +121,8 @@ def run_singly(
         return np.load(found, allow_pickle=False).astype(np.float32)
 
 
-def _run(job: dict[str, Any]) -> None:
-    """Do a job in the child process."""
+def _run(job: dict[str, Any]) -> dict[str, Any]:
+    """Do a job in the child process; return what failed, if anything."""
     from crl_sdk._processors import count_cores
     from crl_sdk.engines._onnx_sessions import open_session
     from crl_sdk.errors import EngineError
@@ -142,12 +144,15 @@ def _run(job: dict[str, Any]) -> None:
                 )
             rows.append(found)
         np.save(job["found"], np.concatenate(rows))
+    except OSError as error:
+        return {"errno": error.errno or errno.EIO}
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
         if isinstance(error, EngineError) and isinstance(error.__cause__, Exception):
             error = error.__cause__  # it names no temporary file
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         message = lines[0][:300] if lines else type(error).__name__
-        Path(job["failed"]).write_text(json.dumps({"message": message, "row": row}))
+        return {"message": message, "row": row}
+    return {}
 
 
 def _limit(memory: int, seconds: float) -> None:
@@ -167,4 +172,4 @@ def _limit(memory: int, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    _run(json.loads(sys.stdin.read()))
+    print(json.dumps(_run(json.loads(sys.stdin.read()))))

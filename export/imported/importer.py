@@ -34,7 +34,7 @@ from crl_export.imported.layouts import Layout, find_layout
 from crl_export.imported.onnx_edits import sort_nodes
 from crl_export.imported.preprocessing import OPENAI_MEAN, OPENAI_STD, spec_from
 from crl_export.imported.reading import OnnxFile, read_json, read_onnx
-from crl_export.imported.texts import TextSettings, lengths_of, text_settings
+from crl_export.imported.texts import TextSettings, lengths_of, text_part, text_settings
 from crl_export.imported.towers import (
     ImageTower,
     TextTower,
@@ -194,6 +194,11 @@ def import_model(
     make_directory(out.parent, ExportError)
     with new_directory(out, ExportError) as work:
         graphs = _Graphs(work, time_limit)
+        settings = None
+        if words is not None:
+            settings = _text_settings(layout, words, given, work / TOKENIZER_FILE)
+            _compare_vocabularies(layout, words, settings)
+            files["tokenizer.json"] = sha256_file(work / TOKENIZER_FILE)
         steps.begin("embedding the check images with the imported graph")
         image = take_weights(image, work, _image_file(image.precision))
         pixels = image.pixels(parity.images(spec), spec.mean, spec.std)
@@ -202,13 +207,10 @@ def import_model(
         steps.begin("writing the image graphs")
         entries, image_batch = graphs.write_images(image, spec, reference, wanted)
         entry, text_batch = None, None
-        if words is not None:
+        if words is not None and settings is not None:
             steps.begin("writing the text graph")
-            settings = _text_settings(layout, words, given, work / TOKENIZER_FILE)
-            _compare_vocabularies(layout, words, settings)
             words = take_weights(words, work, TEXT_FILE)
             entry, text_batch = graphs.write_text(words, settings, dim, prompt)
-            files["tokenizer.json"] = sha256_file(work / TOKENIZER_FILE)
         remove_unused_weights(work)
         steps.begin("writing the manifest")
         origin = Origin(
@@ -356,7 +358,7 @@ class _Graphs:
                 base, tower.precision, images, reference, strict_int8=True, against=_AGAINST
             )
 
-        measured, chosen, batching = _first_that_agrees(write, tower)
+        measured, chosen, batching = _first_that_agrees(write, tower, self.work)
         entries = {
             tower.precision: ImageGraph(file=base.name, precision=tower.precision, parity=measured)
         }
@@ -418,7 +420,7 @@ class _Graphs:
             parity.require(measured, parity.TOLERANCES[tower.precision], TEXT_FILE, _AGAINST)
             return measured
 
-        measured, _, batching = _first_that_agrees(write, tower)
+        measured, _, batching = _first_that_agrees(write, tower, self.work)
         entry = TextGraph(
             file=TEXT_FILE,
             tokenizer=TOKENIZER_FILE,
@@ -476,9 +478,7 @@ def _text_settings(layout: Layout, tower: TextTower, given: Given, out: Path) ->
 
 def _compare_vocabularies(layout: Layout, tower: TextTower, settings: TextSettings) -> None:
     """Warn if the tower has embeddings of many more tokens than its tokenizer has."""
-    text_config = layout.text_config.get("text_config")
-    config = text_config if isinstance(text_config, dict) else layout.text_config
-    stated = config.get("vocab_size")
+    stated = text_part(layout.text_config).get("vocab_size")
     rows = tower.rows or (stated if isinstance(stated, int) else None)
     if rows is not None and settings.vocabulary < _SPARE_ROWS * rows:
         warnings.warn(
@@ -497,24 +497,26 @@ def _cleaning(layout: Layout) -> Clean:
     """
     if layout.name not in ("immich", "clip-as-service"):
         return "none"
-    options = layout.config.get("text_cfg", {}).get("tokenizer_kwargs") or {}
-    return "canonicalize" if options.get("clean") == "canonicalize" else "whitespace"
+    options = text_part(layout.config).get("tokenizer_kwargs")
+    clean = options.get("clean") if isinstance(options, dict) else None
+    return "canonicalize" if clean == "canonicalize" else "whitespace"
 
 
 def _first_that_agrees(
-    write: Callable[[AnyTower, Batching], Parity], tower: AnyTower
+    write: Callable[[AnyTower, Batching], Parity], tower: AnyTower, work: Path
 ) -> tuple[Parity, AnyTower, Batching]:
     """Write a graph that agrees with the export: if possible, one that runs batches as such.
 
     Args:
         write: Function that writes and checks the graph of a tower.
         tower: The tower.
+        work: Directory for temporary files.
 
     Returns:
         The parity, the tower that was written, and how it runs a batch.
     """
     failed: Exception | None = None
-    for tried, batching in _candidates(tower):
+    for tried, batching in _candidates(tower, work):
         try:
             return write(tried, batching), tried, batching
         except (ParityError, EngineError) as error:
@@ -531,10 +533,10 @@ def _first_that_agrees(
     ) from failed
 
 
-def _candidates(tower: AnyTower) -> Iterator[tuple[AnyTower, Batching]]:
+def _candidates(tower: AnyTower, work: Path) -> Iterator[tuple[AnyTower, Batching]]:
     """Yield a tower with its batch declared as dynamic, rewritten so, and as it is."""
     yield _declared_dynamic(tower), "dynamic"
-    if (rewritten := with_any_batch(tower)) is not None:
+    if (rewritten := with_any_batch(tower, work)) is not None:
         yield _declared_dynamic(rewritten), "dynamic"
     yield tower, "one by one"
 

@@ -81,22 +81,31 @@ def find_layout(
         if each not in VARIANTS:
             raise ExportError(f"expected a variant among {', '.join(VARIANTS)}, got {each!r}")
     wanted = _Wanted(variant, text_variant or variant)
-    if source.is_file():
-        found = _find_file(source)
-    elif source.is_dir():
-        found = _find_in_directory(source, wanted)
-        _check_links(source, found)
-    elif source.exists():
-        raise ExportError(f"{source}: expected a directory or a file, got a device or a pipe")
-    else:
-        raise ExportError(f"{source}: no such file or directory; check the path")
-    found = found if text is None else _with_text(found, text, wanted)
+    try:
+        found = _find(source, wanted)
+        found = found if text is None else _with_text(found, text, wanted)
+    except OSError as error:
+        raise ExportError(
+            f"{error.filename or source}: cannot be read ({error.strerror}); check its permissions"
+        ) from error
     if variant != "fp32" and not wanted.used:
         raise ExportError(
             f"{found.image}: the layout {found.name!r} has one file for each tower, so that there "
             "is no variant to choose; leave out --variant"
         )
     return found
+
+
+def _find(source: Path, wanted: _Wanted) -> Layout:
+    if source.is_file():
+        return _find_file(source)
+    if source.is_dir():
+        found = _find_in_directory(source, wanted)
+        _check_links(source, found)
+        return found
+    if source.exists():
+        raise ExportError(f"{source}: expected a directory or a file, got a device or a pipe")
+    raise ExportError(f"{source}: no such file or directory; check the path")
 
 
 @dataclass(slots=True)

@@ -175,6 +175,15 @@ def size_of(tensor: onnx.TensorProto) -> int | None:
     return prod(tensor.dims) * int(onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize)
 
 
+def _names(model: onnx.ModelProto) -> Iterator[Any]:
+    """Yield the names in a model: text, or bytes where they are no text."""
+    for graph in all_graphs(model.graph):
+        values: list[Any] = [*graph.input, *graph.output, *graph.initializer]
+        yield from (value.name for value in values)
+        for node in graph.node:
+            yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+
+
 def _kind(path: Path) -> str:
     return "a directory" if path.is_dir() else "a device or a pipe"
 
@@ -202,6 +211,8 @@ def _parse(path: Path) -> onnx.ModelProto:
             f"{path}: not a complete ONNX file ({_first_line(error)}); it is truncated or of "
             "another format: download it again"
         ) from error
+    if not all(isinstance(name, str) for name in _names(model)):
+        raise ExportError(f"{path}: has names that are not UTF-8; it is damaged: download it again")
     if not nodes or not model.opset_import:
         raise ExportError(
             f"{path}: expected an ONNX model, got a file without operators; download it again"

@@ -102,7 +102,7 @@ def text_settings(
     pad = pad_id if pad_id is not None else _pad_id(directory, fast, settings, config)
     fast.no_padding()
     fast.no_truncation()
-    fast.save(str(out))
+    out.write_bytes(fast.to_str(pretty=True).encode())  # `save` raises bare Exception
     last = fast.encode("a photo").ids[-1]
     return TextSettings(
         path=out,
@@ -117,6 +117,12 @@ def text_settings(
 def lengths_of(tokenizer: Tokenizer, texts: tuple[str, ...]) -> list[int]:
     """Return the number of tokens of each text, at most the context length."""
     return [min(n, tokenizer.context_length) for n in tokenizer.count(texts)]
+
+
+def text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of `config.json` about the text tower."""
+    found = (config.get(key) for key in ("text_config", "text_cfg"))
+    return next((each for each in found if isinstance(each, dict)), config)
 
 
 def _find(directory: Path | None, tokenizer: Path | None) -> tuple[Path, Path]:
@@ -145,7 +151,7 @@ def _given_length(fixed: int | None, given: int | None) -> int | None:
 
 
 def _context_length(path: Path, fast: Any, settings: dict[str, Any], config: dict[str, Any]) -> int:
-    text_config = _text_config(config)
+    text_config = text_part(config)
     truncation = (fast.truncation or {}).get("max_length")
     candidates = (
         text_config.get("max_position_embeddings"),
@@ -167,12 +173,6 @@ def _context_length(path: Path, fast: Any, settings: dict[str, Any], config: dic
     return min(*limits, LONGEST)
 
 
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of `config.json` about the text tower."""
-    found = (config.get(key) for key in ("text_config", "text_cfg"))
-    return next((each for each in found if isinstance(each, dict)), config)
-
-
 def _pad_id(directory: Path, fast: Any, settings: dict[str, Any], config: dict[str, Any]) -> int:
     special = read_json(directory / "special_tokens_map.json")
     for token in (settings.get("pad_token"), special.get("pad_token")):
@@ -181,7 +181,7 @@ def _pad_id(directory: Path, fast: Any, settings: dict[str, Any], config: dict[s
             return int(found)
     if fast.padding is not None:
         return int(fast.padding["pad_id"])
-    stated = _text_config(config).get("pad_token_id")
+    stated = text_part(config).get("pad_token_id")
     if isinstance(stated, int):
         return stated
     raise ExportError(

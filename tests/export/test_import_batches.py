@@ -111,7 +111,7 @@ def test_traced_towers_take_any_batch(tmp_path, kind):
     before = tower.model.SerializeToString()
     images = np.random.default_rng(0).standard_normal((3, 3, tower.height, tower.width))
     images = images.astype(np.float32)
-    rewritten = with_any_batch(tower)
+    rewritten = with_any_batch(tower, tower.weights or tmp_path)
     assert rewritten is not None
     assert tower.model.SerializeToString() == before
     expected = singly(path, images)
@@ -130,7 +130,7 @@ def test_text_towers_take_any_batch(tmp_path, kind, dynamo):
     tokens = rng.integers(1, 90, (5, tower.length), dtype=np.int32)
     for row, end in zip(tokens, (3, 5, 2, tower.length - 1, 7), strict=True):
         row[end], row[end + 1 :] = 98, 0  # texts of different lengths
-    rewritten = with_any_batch(tower)
+    rewritten = with_any_batch(tower, tower.weights or tmp_path)
     assert rewritten is not None
     expected = singly(path, tokens)
     assert np.abs(in_batches(rewritten, tokens) - expected).max() < 1e-5
@@ -144,7 +144,7 @@ def test_large_towers_take_any_batch(tmp_path, monkeypatch):
     path = traced_text(tmp_path, "clip", dynamo=False)
     (tmp_path / "store").mkdir()
     tower = take_weights(text_tower(read_onnx(path), ""), tmp_path / "store", "text.onnx")
-    rewritten = with_any_batch(tower)
+    rewritten = with_any_batch(tower, tower.weights or tmp_path)
     assert rewritten is not None
     assert sorted(each.name for each in (tmp_path / "store").iterdir()) == [
         "text.onnx.data", "text.onnx.folded.data",
@@ -156,4 +156,4 @@ def test_large_towers_take_any_batch(tmp_path, monkeypatch):
 def test_a_tower_with_a_node_without_a_rule_is_left_alone(tmp_path):
     onnx.save(tiny.image_model(batch=1, fixed_reshape=True, einsum=True), tmp_path / "tower.onnx")
     tower = image_tower(read_onnx(tmp_path / "tower.onnx"), "")
-    assert with_any_batch(take_weights(tower, tmp_path, "image")) is None
+    assert with_any_batch(take_weights(tower, tmp_path, "image"), tmp_path) is None

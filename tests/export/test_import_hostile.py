@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from onnx.helper import (
 )
 
 import tiny_exports as tiny
-from crl_export.imported import reading
+from crl_export.imported import importer, reading
 from crl_export.imported.importer import Given, import_model
 from crl_sdk.errors import ExportError
 from crl_sdk.model import ModelBundle
@@ -278,6 +279,27 @@ def test_a_full_disk(source, tmp_path):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["xenova"]
 
 
+def test_a_directory_that_may_not_be_read(source, monkeypatch):
+    is_dir = Path.is_dir
+
+    def fail(self: Path) -> bool:
+        if self == source:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return is_dir(self)
+
+    monkeypatch.setattr(Path, "is_dir", fail)
+    refused(source, r"xenova: cannot be read .*check its permissions")
+
+
+def test_a_disk_that_fills_up_while_the_graph_runs(source, monkeypatch):
+    from crl_export.imported import bounded_run
+
+    answer = json.dumps({"errno": errno.ENOSPC})
+    done = subprocess.CompletedProcess([], 0, stdout=answer, stderr="")
+    monkeypatch.setattr(bounded_run.subprocess, "run", lambda *_, **__: done)
+    refused(source, "cannot be written .*No space left on device")
+
+
 def test_a_failed_import_keeps_the_old_bundle(source, tmp_path):
     import_model(source, out=tmp_path / "b")
     before = {each.name: each.read_bytes() for each in (tmp_path / "b").iterdir()}
@@ -401,3 +423,52 @@ def test_a_model_of_no_graph(source):
         tower(source),
     )
     refused(source, "without operators")
+
+
+def changed(value, rng: random.Random):
+    """Return a JSON value of which a part is gone or is something else."""
+    others = (None, True, -1, 10**30, 0.5, "", "x", [], [1], {}, {"a": 1}, {"height": [1]})
+    if isinstance(value, dict) and value and rng.random() < 0.85:
+        key = rng.choice(list(value))
+        rest = {each: value[each] for each in value if each != key}
+        return rest if rng.random() < 0.3 else {**rest, key: changed(value[key], rng)}
+    return rng.choice(others)
+
+
+def test_configurations_of_any_content(tmp_path, monkeypatch):
+    """Whatever the files say, the importer accepts it or raises an error of its own."""
+
+    class StoppedError(Exception):
+        """The configuration was accepted, and the graph would run."""
+
+    def stop(*_, **__):
+        raise StoppedError
+
+    monkeypatch.setattr(importer, "take_weights", stop)
+    monkeypatch.setattr(importer.warnings, "warn", lambda *_, **__: None)
+    rng = random.Random(0)
+    sources = {
+        tiny.transformers_js(tmp_path / "xenova"): (
+            "config.json", "preprocessor_config.json", "tokenizer_config.json",
+        ),
+        tiny.immich(tmp_path / "immich"): ("config.json", "visual/preprocess_cfg.json"),
+    }  # fmt: skip
+    ends = set()
+    for _ in range(300):
+        source = rng.choice(list(sources))
+        path = source / rng.choice(sources[source])
+        old = path.read_text()
+        path.write_text(json.dumps(changed(changed(json.loads(old), rng), rng)))
+        try:
+            import_model(source, out=tmp_path / "b")
+        except (ExportError, StoppedError) as error:
+            ends.add(type(error))
+        path.write_text(old)
+    assert ends == {ExportError, StoppedError}
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["immich", "xenova"]
+
+
+def test_names_that_are_no_text(source):
+    content = tower(source).read_bytes()
+    tower(source).write_bytes(content.replace(b"image_embeds", b"image_embed\xff"))
+    refused(source, "names that are not UTF-8")
