@@ -72,7 +72,7 @@ def _load(
 ) -> Checkpoint:
     if not name.startswith(PREFIX) and not Path(name).is_dir():
         return open_clip_models.load_architecture(name, pretrained, text=text, seed=seed)
-    directory = find_directory(name, report)
+    directory = find_directory(name, report, check=_check)
     if (directory / OPEN_CLIP_CONFIG).is_file():
         if pretrained is not None:
             raise ExportError(f"{name} has its own weights: leave out --pretrained {pretrained}")
@@ -95,3 +95,16 @@ def _load(
         seed=seed,
         root=directory,
     )
+
+
+def _check(directory: Path) -> None:
+    """Check that the configuration of a repository is one that can be exported."""
+    if (directory / OPEN_CLIP_CONFIG).is_file():
+        return
+    # transformers takes seconds
+    from crl_export.hugging_face.models import architecture_of, read_config
+    from crl_export.hugging_face.text_towers import clip_folder
+
+    folder = clip_folder(directory)
+    if folder is not None:
+        architecture_of(folder, read_config(folder))

@@ -116,6 +116,7 @@ def find_directory(
     report: Report | None = None,
     *,
     choose: Callable[[Sequence[str]], list[str]] | None = None,
+    check: Callable[[Path], object] | None = None,
 ) -> Path:
     """Return the directory of a model, after downloading what is needed and not there yet.
 
@@ -124,6 +125,8 @@ def find_directory(
         report: Function that is called with the progress of downloads.
         choose: Function from the names of the files to those that are needed. None for those of
             `wanted_files`.
+        check: Function that is called with the directory before weights are downloaded, when all
+            other files are there. It raises if the model cannot be exported.
 
     Raises:
         ExportError: If there is no such directory or repository, it has no weights, or it cannot be
@@ -140,6 +143,8 @@ def find_directory(
     wanted = (choose or wanted_files)(files)
     if choose is None and not any(file.endswith(_WEIGHT_ENDS) for file in wanted):
         raise _without_weights(name, repository)
+    if check is not None:
+        check(repository.download(small_files(wanted), report))
     return repository.download(wanted, report)
 
 

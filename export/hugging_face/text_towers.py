@@ -20,7 +20,7 @@ from torch import nn
 
 from crl_export.checkpoint import Checkpoint, TextPart, weights_sha256
 from crl_export.encoders import TextEncoder
-from crl_export.hugging_face.cache import label_of, license_of, name_of
+from crl_export.hugging_face.cache import is_cached, label_of, license_of, name_of
 from crl_export.hugging_face.checkpoint import config_digest
 from crl_export.hugging_face.models import CONFIG_FILE, import_transformers, quiet, read_config
 from crl_export.hugging_face.tokenizers import HuggingFaceTokenizer
@@ -297,9 +297,11 @@ def _read_modules(directory: Path) -> list[tuple[str, Path]]:
     found = []
     for kind, name in modules:
         if not kind.startswith("sentence_transformers."):
+            cached = is_cached(directory)
+            again = f"hf:{label_of(directory).split('@')[0]}" if cached else str(directory)
             raise ExportError(
                 f"{path}: {kind} is code of the repository, which is never run; take an ONNX "
-                f"export of the model: crl import {directory} --out BUNDLE"
+                f"export of the model: crl import {again} --out BUNDLE"
             )
         folder = directory / name
         if not folder.resolve().is_relative_to(directory.resolve()):

@@ -178,6 +178,22 @@ def test_repositories_without_weights(hub, tmp_path):
     assert hub.downloaded() == []
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"modules.json": b'[{"type": "custom_st.X", "path": ""}]'}, "crl import hf:o/r --out"),
+        ({"config.json": b'{"model_type": "jina_clip"}'}, "runs code of its repository"),
+        ({"config.json": b'{"model_type": "llama"}'}, "expected one of align"),
+    ],
+)
+def test_models_that_cannot_be_exported_are_not_downloaded(files, message, hub, tmp_path):
+    hub.repositories["o/r"].files.update(files)
+    said = hub.run(tmp_path, "-m", "crl_sdk", "export", "hf:o/r", "--out", str(tmp_path / "b"))
+    assert said.returncode == 1
+    assert message in said.stderr.replace("\n", " ")
+    assert "model.safetensors" not in hub.downloaded()
+
+
 def test_names_that_lead_out_of_the_directory_are_not_downloaded(hub, tmp_path):
     for name in ("../evil.json", "a/../../evil.json", "/evil.json"):
         hub.repositories["o/r"].files[name] = b"{}"
