@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from crl_sdk.cli._console import JsonOption, note, out, print_json, progress_bar, warn
+from crl_sdk.cli._console import (
+    JsonOption,
+    note,
+    out,
+    plain_warnings,
+    print_json,
+    progress_bar,
+    warn,
+)
 from crl_sdk.cli._export import (
     BackgroundOption,
     background_texts,
@@ -150,8 +157,7 @@ def import_bundle(
         pad_id=pad_id,
         preprocess=_preprocess(size, resize, mean, std, interpolation, resize_mode),
     )
-    with warnings.catch_warnings(record=True) as said, progress_bar() as progress:
-        warnings.simplefilter("always", UserWarning)
+    with progress_bar() as progress, plain_warnings():
         task = progress.add_task("starting", total=None)
         bundle = import_model(
             source,
@@ -172,8 +178,6 @@ def import_bundle(
                 task, description=stage, completed=done, total=total
             ),
         )
-    for each in said:
-        warn(str(each.message))
     note(f"wrote {out_dir}")
     _note_limits(bundle)
     similarities = None

@@ -25,10 +25,12 @@ from onnx.helper import (
     make_opsetid,
     make_tensor_value_info,
 )
+from typer.testing import CliRunner
 
 import tiny_exports as tiny
 from crl_export.imported import importer, reading
 from crl_export.imported.importer import Given, import_model
+from crl_sdk.cli import app
 from crl_sdk.errors import ExportError
 from crl_sdk.model import ModelBundle
 
@@ -393,6 +395,15 @@ def test_a_tokenizer_with_few_of_the_tokens_of_the_tower(source, tmp_path):
     onnx.save(tiny.text_model(words=5000), source / "onnx" / "text_model.onnx")
     with pytest.warns(UserWarning, match="has embeddings of 5,000 tokens, its tokenizer"):
         import_model(source, out=tmp_path / "b")
+
+
+@pytest.mark.filterwarnings("always")  # not the error that pytest makes of it
+def test_the_command_prints_the_warning_about_the_tokenizer(source, tmp_path):
+    onnx.save(tiny.text_model(words=5000), source / "onnx" / "text_model.onnx")
+    words = ["import", str(source), "--out", str(tmp_path / "b")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0
+    assert "warning:" in result.stderr and "its tokenizer" in result.stderr
 
 
 def test_a_configuration_with_more_tokens_than_the_tokenizer(source, tmp_path):
