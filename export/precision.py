@@ -14,8 +14,9 @@ import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from crl_export.equalisation import equalise
-from crl_export.graph_products import Feeds, is_large
+from crl_export.graph_products import Feeds, find_products, is_large
 from crl_export.sensitivity import choose_float_products
+from crl_sdk.errors import ExportError
 from crl_sdk.model._parity import images
 from crl_sdk.model._preprocess import PreprocessSpec
 
@@ -41,8 +42,16 @@ def quantise(
         spec: Preprocessing, which gives the mean of the pixels.
         against_outliers: Whether to spread outliers and to leave products in float32. Without it,
             benchmarks show what that changes.
+
+    Raises:
+        ExportError: If the graph has no such product, as those of convolutions alone.
     """
     model = onnx.load(fp32)
+    if not find_products(model.graph):
+        raise ExportError(
+            "the image tower has no matrix product that int8 would round, convolutions alone: "
+            "leave int8 out of --precision; fp16 is smaller too"
+        )
     product = _patch_product(model.graph)
     patches = None if product is None else str(product.name)
     skip = [] if patches is None else [patches]

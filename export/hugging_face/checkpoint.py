@@ -11,6 +11,7 @@ import torch
 
 from crl_export.checkpoint import Checkpoint, ImagePart, TextPart, weights_sha256
 from crl_export.hugging_face.cache import label_of, license_of, name_of
+from crl_export.hugging_face.files import check_files, check_weights
 from crl_export.hugging_face.models import (
     Architecture,
     ImageTower,
@@ -29,6 +30,8 @@ from crl_sdk.model._manifest import RANDOM_WEIGHTS, Source
 from crl_sdk.model._preprocess import PreprocessSpec
 
 RANDOM = "none"
+
+PREPROCESSING_FILE = "preprocessor_config.json"
 
 _VOLATILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 """Keys of a configuration that change without changing the model."""
@@ -60,6 +63,7 @@ def load_directory(
         ExportError: If a file is missing or damaged, or the type of the model is not supported.
         MissingDependencyError: If transformers is not installed.
     """
+    check_files(directory)
     config = read_config(directory)
     architecture = architecture_of(directory, config)
     label = label_of(root or directory)
@@ -72,11 +76,12 @@ def load_directory(
             f"{RANDOM} for random ones"
         )
     else:
+        check_weights(directory)
         model = load_model(directory, architecture)
     return Checkpoint(
         name=name_of(root or directory),
         image=_image_part(directory, model, architecture) if image else None,
-        text=_text_part(directory, model, architecture, config, context_length) if text else None,
+        text=_text_part(directory, model, architecture, context_length) if text else None,
         source=Source(
             architecture=f"{architecture.model} {config_digest(config)}",
             pretrained=label,
@@ -104,7 +109,17 @@ def _image_part(
 ) -> ImagePart | None:
     if architecture.image is None:
         return None
-    return ImagePart(ImageTower(model, architecture), read_preprocessing(directory))
+    tower, spec = ImageTower(model, architecture), read_preprocessing(directory)
+    try:
+        with torch.inference_mode():
+            tower.encode_image(torch.zeros(1, 3, spec.height, spec.width))
+    except (RuntimeError, ValueError) as error:  # the towers check the size of their input
+        raise ExportError(
+            f"{directory / PREPROCESSING_FILE}: makes images of {spec.height}×{spec.width} pixels, "
+            f"which {architecture.model} does not take ({str(error)[:200]}); get the file of this "
+            "model"
+        ) from error
+    return ImagePart(tower, spec)
 
 
 def read_preprocessing(directory: Path) -> PreprocessSpec:
@@ -115,7 +130,7 @@ def read_preprocessing(directory: Path) -> PreprocessSpec:
     """
     transformers = import_transformers()
     slow = {"use_fast": False} if transformers.__version__.startswith("4.") else {"backend": "pil"}
-    path = directory / "preprocessor_config.json"
+    path = directory / PREPROCESSING_FILE
     with quiet():
         try:
             processor = transformers.AutoImageProcessor.from_pretrained(
@@ -135,12 +150,51 @@ def _text_part(
     directory: Path,
     model: torch.nn.Module,
     architecture: Architecture,
-    config: dict[str, Any],
     context_length: int | None,
 ) -> TextPart | None:
     if architecture.text is None:
         return None
-    texts = config.get("text_config") or config.get("qformer_config") or config
-    positions = texts.get("max_position_embeddings")
-    tokenizer = HuggingFaceTokenizer(directory, positions=positions, context_length=context_length)
-    return TextPart(TextTower(model, architecture, tokenizer.pad_id), tokenizer)
+    texts: Any = model.config
+    texts = getattr(texts, architecture.texts) if architecture.texts else texts
+    positions = int(texts.max_position_embeddings)
+    if architecture.model == "AltCLIPModel":  # as in RoBERTa, positions begin after the padding's
+        positions -= int(texts.pad_token_id) + 1
+    siglip = architecture.padding == "none"
+    tokenizer = HuggingFaceTokenizer(
+        directory, positions=positions, context_length=context_length, lower_case=siglip
+    )
+    if siglip and context_length not in (None, positions):
+        raise ExportError(
+            f"{architecture.model} reads its padding, and was trained with {positions} tokens: "
+            "leave out --context-length"
+        )
+    _check_fit(directory, tokenizer, texts, architecture)
+    ended = tokenizer.end_id == tokenizer.pad_id
+    tower = TextTower(model, architecture, tokenizer.pad_id, pad_ends_texts=ended)
+    return TextPart(tower, tokenizer)
+
+
+_LEGACY_END = 2
+"""`eos_token_id` of older configurations of CLIP, whose tower stops at the largest token id."""
+
+
+def _check_fit(
+    directory: Path, tokenizer: HuggingFaceTokenizer, texts: Any, architecture: Architecture
+) -> None:
+    """Raise an error if a tokenizer is not that of a text tower."""
+    remedy = "get the tokenizer of this model, or export the image tower alone with --no-text"
+    if tokenizer.vocabulary > texts.vocab_size:
+        raise ExportError(
+            f"{directory}: its tokenizer has token ids up to {tokenizer.vocabulary - 1:,}, the "
+            f"text tower knows those below {texts.vocab_size:,}; {remedy}"
+        )
+    if architecture.padding != "end":
+        return
+    end = texts.eos_token_id
+    if end == _LEGACY_END and architecture.model.startswith("CLIP"):
+        end = max(tokenizer.ids(["a photo"])[0])
+    if tokenizer.end_id != end:
+        raise ExportError(
+            f"{directory}: texts end with the token id {tokenizer.end_id}, the text tower reads "
+            f"its embedding at {end}; {remedy}"
+        )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,8 +24,11 @@ from crl_sdk.errors import ExportError, MissingDependencyError
 
 CONFIG_FILE = "config.json"
 
-MAX_LAYERS, MAX_WIDTH = 1_000, 1_000_000
-"""Bounds on the sizes in a configuration. A vocabulary has up to 256,000 entries."""
+MAX_WIDTH = 1_000_000
+"""Largest number in a configuration. The vocabulary of MetaCLIP 2 has 901,629 entries."""
+
+_LIMITS = {"layers": 1_000, "heads": 1_000, "repeats": 20, "coefficient": 20, "image_size": 10_000}
+"""Largest numbers under names with these words. The others are of ALIGN's EfficientNet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +41,18 @@ class Architecture:
             of images, shape (b, d); None if it has no image tower.
         text: Function from the model, token ids and attention mask, both of shape (b, L) and int64,
             to the features of texts, shape (b, d); None if it has no text tower.
-        masked: Whether the text tower takes an attention mask. The others read the padding too, or
-            stop before it.
+        padding: What keeps the padding of a text out of its embedding. `mask`: the text tower takes
+            an attention mask. `end`: it reads no further than the end token. `none`: it was
+            trained with texts that fill all of its positions, and reads the padding too.
+        texts: Name of the part of the configuration that describes the text tower; empty if the
+            configuration has no parts.
     """
 
     model: str
     image: Callable[[Any, torch.Tensor], torch.Tensor] | None
     text: Callable[[Any, torch.Tensor, torch.Tensor | None], torch.Tensor] | None
-    masked: bool = False
+    padding: Literal["mask", "end", "none"] = "end"
+    texts: str = "text_config"
 
 
 def _pooled(output: Any) -> torch.Tensor:
@@ -99,15 +106,17 @@ def _blip_2_text(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None) ->
 
 
 ARCHITECTURES = {
-    "align": Architecture("AlignModel", _image, _text, masked=True),
-    "altclip": Architecture("AltCLIPModel", _image, _text, masked=True),
-    "blip-2": Architecture("Blip2ForImageTextRetrieval", _blip_2_image, _blip_2_text, masked=True),
-    "chinese_clip": Architecture("ChineseCLIPModel", _image, _text, masked=True),
+    "align": Architecture("AlignModel", _image, _text, "mask"),
+    "altclip": Architecture("AltCLIPModel", _image, _text, "mask"),
+    "blip-2": Architecture(
+        "Blip2ForImageTextRetrieval", _blip_2_image, _blip_2_text, "mask", texts="qformer_config"
+    ),
+    "chinese_clip": Architecture("ChineseCLIPModel", _image, _text, "mask"),
     "clip": Architecture("CLIPModel", _image, _text),
-    "clip_text_model": Architecture("CLIPTextModelWithProjection", None, _projected_text),
+    "clip_text_model": Architecture("CLIPTextModelWithProjection", None, _projected_text, texts=""),
     "clip_vision_model": Architecture("CLIPVisionModelWithProjection", _projected_image, None),
     "metaclip_2": Architecture("MetaClip2Model", _image, _text),
-    "siglip": Architecture("SiglipModel", _image, _text),
+    "siglip": Architecture("SiglipModel", _image, _text, "none"),
 }
 """What can be exported, by `model_type` of `config.json`."""
 
@@ -132,20 +141,26 @@ def read_config(directory: Path) -> dict[str, Any]:
         )
     config = read_json(path)
     for key, value in _numbers(config):
-        limit = MAX_LAYERS if "layers" in key or "heads" in key else MAX_WIDTH
-        if key.endswith(("_layers", "_heads", "_size", "_dim")) and not 0 < value <= limit:
+        limit = next((most for name, most in _LIMITS.items() if name in key), MAX_WIDTH)
+        sized = key.endswith(("_layers", "_heads", "_size", "_dim"))
+        if value > limit or (sized and value < 1):
             raise ExportError(
-                f"{path}: {key} is {value:,}, expected 1 to {limit:,}; get the file again"
+                f"{path}: {key} is {value:,}, expected at most {limit:,} and at least 1; "
+                "get the file again"
             )
     return config
 
 
-def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _numbers(value)
-        elif isinstance(value, int) and not isinstance(value, bool):
-            yield key, value
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numbers of a configuration with their names."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield from _numbers(each, name)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _numbers(each, key)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield key, value
 
 
 def architecture_of(directory: Path, config: dict[str, Any]) -> Architecture:
@@ -251,17 +266,26 @@ class ImageTower(ImageEncoder):
 class TextTower(TextEncoder):
     """The text tower of a model, with the method that open_clip's models have."""
 
-    def __init__(self, model: torch.nn.Module, architecture: Architecture, pad_id: int) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        architecture: Architecture,
+        pad_id: int,
+        *,
+        pad_ends_texts: bool = False,
+    ) -> None:
         """Wrap a model that has a text tower.
 
         Args:
             model: The model.
             architecture: Its type.
             pad_id: Token id that fills the rest of a row.
+            pad_ends_texts: Whether that token is also the last one of each text.
         """
         super().__init__()
         self.model, self.features = model, architecture.text
-        self.masked, self.pad_id = architecture.masked, pad_id
+        self.masked = architecture.padding == "mask"
+        self.pad_id, self.pad_ends_texts = pad_id, pad_ends_texts
 
     def encode_text(self, text: torch.Tensor, normalize: bool = False) -> torch.Tensor:
         """Return the features of texts.
@@ -271,9 +295,26 @@ class TextTower(TextEncoder):
             normalize: Whether to return unit rows.
         """
         assert self.features is not None
-        mask = (text != self.pad_id).to(torch.int64) if self.masked else None
+        mask = attention_mask(text, self.pad_id, self.pad_ends_texts) if self.masked else None
         features = self.features(self.model, text, mask)
         return torch.nn.functional.normalize(features, dim=-1) if normalize else features
+
+
+def attention_mask(tokens: torch.Tensor, pad_id: int, pad_ends_texts: bool = False) -> torch.Tensor:
+    """Return 1 for the tokens of a text and 0 for the padding behind them.
+
+    Args:
+        tokens: Token ids, shape (b, L), int64.
+        pad_id: Token id that fills rows. A text may contain it too.
+        pad_ends_texts: Whether it is also the last token of each text.
+
+    Returns:
+        The mask, shape (b, L), int64.
+    """
+    others = (tokens != pad_id).to(torch.int64)
+    mask = (others.flip(1).cumsum(1).flip(1) > 0).to(torch.int64)
+    # shifted by one: the token after the last other one ends the text
+    return torch.cat([mask[:, :1], mask[:, :-1]], dim=1) if pad_ends_texts else mask
 
 
 def import_transformers() -> Any:

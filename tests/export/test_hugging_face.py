@@ -6,6 +6,7 @@ import json
 import shutil
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -13,18 +14,22 @@ from PIL import Image
 import tiny_hugging_face as tiny
 from crl_export.exporter import export_model
 from crl_export.hugging_face.cache import license_of
+from crl_export.hugging_face.checkpoint import load_directory
 from crl_export.hugging_face.hub import wanted_files
 from crl_export.hugging_face.models import ARCHITECTURES, ImageTower
 from crl_export.loading import load_checkpoint
+from crl_export.precision import quantise
 from crl_export.vit import lean_tower
 from crl_sdk import Embedder
 from crl_sdk.errors import ExportError
+from crl_sdk.model import PreprocessSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 transformers = pytest.importorskip("transformers")
 
 TEXTS = ["a photo of a cat", "red circle", "the small dog", "It is a LARGE blue square on red"]
-TOLERANCE = 2e-6
+TOLERANCE = 5e-6
+SPEC = PreprocessSpec(32, 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def pictures() -> list[Image.Image]:
@@ -41,16 +46,29 @@ def unit(rows) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def of_transformers(model, folder, processor: str) -> tuple[np.ndarray, np.ndarray]:
+def of_transformers(model, folder, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """The embeddings of transformers itself, with its own processor and tokenizer."""
-    pixels = tiny.pillow(processor).from_pretrained(folder)(images=pictures(), return_tensors="pt")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    tokens = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    processor = tiny.pillow(tiny.PROCESSORS[kind]).from_pretrained(folder)
+    pixels = processor(images=pictures(), return_tensors="pt")["pixel_values"]
+    filled = kind.startswith("siglip")  # they were trained so
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)(
+        [text.lower() for text in TEXTS] if kind == "siglip_2" else TEXTS,
+        padding="max_length" if filled else True,
+        max_length=64,
+        truncation=True,
+        return_tensors="pt",
+    )
+    read = {"input_ids": tokens["input_ids"]}
+    if not filled:
+        read["attention_mask"] = tokens["attention_mask"]
     with torch.inference_mode():
-        return (
-            unit(model.get_image_features(pixel_values=pixels["pixel_values"])),
-            unit(model.get_text_features(tokens["input_ids"], tokens["attention_mask"])),
-        )
+        if kind != "blip_2":
+            images = model.get_image_features(pixel_values=pixels)
+            return unit(images), unit(model.get_text_features(**read))
+        first = {name: rows[:1].expand(len(pixels), -1) for name, rows in read.items()}
+        queries = model(pixel_values=pixels, **first).image_embeds
+        repeated = pixels[:1].expand(len(TEXTS), -1, -1, -1)
+        return unit(queries[:, 0]), unit(model(pixel_values=repeated, **read).text_embeds)
 
 
 def assert_equal_embeddings(bundle, expected) -> None:
@@ -72,7 +90,71 @@ def test_clip_equals_transformers(clip, tmp_path):
     bundle = export_model(str(folder), out=tmp_path / "b")
     assert bundle.manifest.source.quick_gelu
     assert bundle.manifest.made_by["transformers"] == transformers.__version__
-    assert_equal_embeddings(bundle, of_transformers(model, folder, "CLIPImageProcessor"))
+    assert_equal_embeddings(bundle, of_transformers(model, folder, "clip"))
+
+
+@pytest.mark.parametrize("kind", sorted(set(tiny.PROCESSORS) - {"clip"}))
+def test_an_architecture_equals_transformers(kind, tmp_path):
+    folder = tmp_path / kind
+    model = getattr(tiny, kind)(folder)
+    bundle = export_model(str(folder), out=tmp_path / "b")
+    assert bundle.manifest.text.clean == "none"
+    assert bundle.manifest.text.context_length == tiny.CONTEXT_LENGTHS.get(kind, 77)
+    assert bundle.manifest.preprocess.resize == ((346, 346) if kind == "align" else None)
+    assert_equal_embeddings(bundle, of_transformers(model, folder, kind))
+
+
+def test_the_end_token_of_older_configurations_of_clip(tmp_path):
+    """Their `eos_token_id` is 2, which is not that of the tokenizer."""
+    model = tiny.clip(tmp_path / "clip", end=2)
+    part = load_directory(tmp_path / "clip").text
+    ids = torch.from_numpy(part.tokenizer.ids(TEXTS))
+    with torch.inference_mode():
+        expected = unit(model.get_text_features(ids))
+        assert np.abs(unit(part.model.encode_text(ids)) - expected).max() < TOLERANCE
+    assert np.abs(expected - expected.mean(axis=0)).max() > 1e-2
+
+
+def test_towers_of_different_directories(tmp_path):
+    image, text = tiny.clip_towers(tmp_path)
+    loaded = load_checkpoint(str(tmp_path / "image"), text_model=str(tmp_path / "text"))
+    pixels = torch.randn(3, 3, tiny.SIZE, tiny.SIZE)
+    ids = loaded.text.tokenizer.ids(TEXTS)
+    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "text")(
+        TEXTS, padding=True, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        ours = loaded.image.model.encode_image(pixels)
+        assert torch.equal(ours, image(pixel_values=pixels).image_embeds)
+        ours = loaded.text.model.encode_text(torch.from_numpy(ids))
+        assert (ours - text(**tokens).text_embeds).abs().max() < TOLERANCE
+    for name, message in (("image", "has no text tower"), ("text", "has no image tower")):
+        with pytest.raises(ExportError, match=message):
+            export_model(str(tmp_path / name), out=tmp_path / "c")
+        assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("kind", ["siglip", pytest.param("blip_2", marks=pytest.mark.slow)])
+def test_smaller_precisions(kind, tmp_path):
+    """The bounds are those of every model: `crl_sdk.model._parity.TOLERANCES`."""
+    getattr(tiny, kind)(tmp_path / kind)
+    export_model(
+        str(tmp_path / kind), out=tmp_path / "b", text=False, precisions=("fp16", "int8"),
+        strict_int8=True,
+    )  # fmt: skip
+
+
+def test_convolutions_alone_have_no_int8(tmp_path):
+    """As ALIGN's image tower, which ends with the mean of its last convolution."""
+    weight = onnx.numpy_helper.from_array(np.ones((4, 3, 2, 2), np.float32), "w")
+    values = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in "xy"
+    ]
+    node = onnx.helper.make_node("Conv", ["x", "w"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", values[:1], values[1:], [weight])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "fp32.onnx")
+    with pytest.raises(ExportError, match="leave int8 out of --precision"):
+        quantise(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", SPEC)
 
 
 def test_activations_are_known_if_the_configuration_leaves_out_its_defaults(clip, tmp_path):
