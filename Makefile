@@ -50,8 +50,9 @@ $(TRITON)/.done: constraints-triton.txt
 # conflicts with constraints.txt.
 IMPORT := build/import
 
-test-import: $(IMPORT)/.done links ## crl import of exports made by transformers, optimum-onnx and open_clip: 1 minute
-	PYTHONPATH=.:build/types $(IMPORT)/bin/python -m pytest tests/imports
+test-import: $(IMPORT)/.done links ## crl import of exports made by transformers, optimum-onnx and open_clip; transformers 4: 3 minutes
+	PYTHONPATH=.:build/types $(IMPORT)/bin/python -m pytest tests/imports tests/export/test_hugging_face.py \
+	  tests/export/test_hugging_face_files.py tests/export/test_hugging_face_tokenizers.py
 
 $(IMPORT)/.done: $(VENV)/.dev constraints-import.txt
 	@echo "installing transformers, optimum-onnx and fastembed (once; 170 MB) …"

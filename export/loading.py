@@ -6,6 +6,7 @@ from pathlib import Path
 
 from crl_export import open_clip_models
 from crl_export.checkpoint import Checkpoint, with_text_of
+from crl_export.hugging_face.files import check_files
 from crl_export.hugging_face.hub import OPEN_CLIP_CONFIG, PREFIX, Report, find_directory
 from crl_sdk.errors import ExportError
 
@@ -77,6 +78,7 @@ def _load(
         if pretrained is not None:
             raise ExportError(f"{name} has its own weights: leave out --pretrained {pretrained}")
         return open_clip_models.load_directory(directory, text=text, report=report)
+    check_files(directory)
     # transformers takes seconds
     from crl_export.hugging_face.checkpoint import load_directory
     from crl_export.hugging_face.text_towers import clip_folder, load_text_tower

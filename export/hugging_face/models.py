@@ -145,8 +145,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         sized = key.endswith(("_layers", "_heads", "_size", "_dim"))
         if value > limit or (sized and value < 1):
             raise ExportError(
-                f"{path}: {key} is {value:,}, expected at most {limit:,} and at least 1; "
-                "get the file again"
+                f"{path}: {key} is {value:,}, expected 1 to {limit:,}; get the file again"
             )
     return config
 

@@ -249,7 +249,7 @@ def test_links_of_the_cache_of_huggingface_hub(clip, tmp_path):
     for at, path in enumerate(sorted(clip.iterdir())):
         shutil.copy(path, repository / "blobs" / str(at))
         (snapshot / path.name).symlink_to(f"../../blobs/{at}")
-    assert load_directory(snapshot).source.pretrained == "owner/tiny@000000000000"
+    assert load_directory(snapshot).source.pretrained == f"owner/tiny@{snapshot.name}"
 
 
 # --- configurations
@@ -271,7 +271,7 @@ def test_links_of_the_cache_of_huggingface_hub(clip, tmp_path):
 )
 def test_sizes_out_of_bounds(key, value, folder):
     edit(folder / "config.json", **{key: value})
-    refused(folder, rf"config.json: {key.rpartition('__')[2]} is .*, expected at most")
+    refused(folder, rf"config.json: {key.rpartition('__')[2]} is .*, expected 1 to")
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"model_type": ', b"\xff\xfe", b"{}" * 3])
