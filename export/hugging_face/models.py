@@ -105,13 +105,21 @@ def _blip_2_text(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None) ->
     return features
 
 
+def _first_token_text(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the features of Chinese-CLIP. `get_text_features` of transformers 4 fails."""
+    read = model.text_model(input_ids=tokens, attention_mask=mask).last_hidden_state
+    features = model.text_projection(read[:, 0])
+    assert isinstance(features, torch.Tensor)
+    return features
+
+
 ARCHITECTURES = {
     "align": Architecture("AlignModel", _image, _text, "mask"),
     "altclip": Architecture("AltCLIPModel", _image, _text, "mask"),
     "blip-2": Architecture(
         "Blip2ForImageTextRetrieval", _blip_2_image, _blip_2_text, "mask", texts="qformer_config"
     ),
-    "chinese_clip": Architecture("ChineseCLIPModel", _image, _text, "mask"),
+    "chinese_clip": Architecture("ChineseCLIPModel", _image, _first_token_text, "mask"),
     "clip": Architecture("CLIPModel", _image, _text),
     "clip_text_model": Architecture("CLIPTextModelWithProjection", None, _projected_text, texts=""),
     "clip_vision_model": Architecture("CLIPVisionModelWithProjection", _projected_image, None),

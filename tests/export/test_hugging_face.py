@@ -62,6 +62,9 @@ def of_transformers(model, folder, kind: str) -> tuple[np.ndarray, np.ndarray]:
     if not filled:
         read["attention_mask"] = tokens["attention_mask"]
     with torch.inference_mode():
+        if kind == "chinese_clip":
+            both = model(pixel_values=pixels, **read)
+            return unit(both.image_embeds), unit(both.text_embeds)
         if kind != "blip_2":
             images = model.get_image_features(pixel_values=pixels)
             return unit(images), unit(model.get_text_features(**read))
