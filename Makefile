@@ -50,7 +50,7 @@ $(TRITON)/.done: constraints-triton.txt
 # conflicts with constraints.txt.
 IMPORT := build/import
 
-test-import: $(IMPORT)/.done links ## crl import of exports made by transformers, optimum-onnx and open_clip; transformers 4: 3 minutes
+test-import: $(IMPORT)/.done links ## crl import of exports made by transformers, optimum-onnx and open_clip; and of transformers 4: minutes
 	PYTHONPATH=.:build/types $(IMPORT)/bin/python -m pytest tests/imports tests/export/test_hugging_face.py \
 	  tests/export/test_hugging_face_files.py tests/export/test_hugging_face_tokenizers.py
 
