@@ -166,11 +166,12 @@ def _swap(work: Path, path: Path) -> None:
         work.rename(path)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_SUFFIX, dir=path.parent))
-    path.rename(old / path.name)
     try:
+        path.rename(old / path.name)
         work.rename(path)
-    except OSError:
-        (old / path.name).rename(path)
+    except BaseException:  # Ctrl-C too: the old one is removed below
+        if not path.exists():
+            (old / path.name).rename(path)
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)

@@ -143,6 +143,28 @@ def test_a_swap_that_was_killed_between_its_renames_is_undone(tmp_path):
     assert (path / "file").exists() and os.listdir(tmp_path) == ["bundle"]
 
 
+@pytest.mark.parametrize("stopped", [1, 2])
+def test_a_swap_that_is_interrupted_keeps_the_old_directory(tmp_path, monkeypatch, stopped):
+    """Ctrl-C right after a rename: of the old directory, or of the new one."""
+    path = tmp_path / "bundle"
+    with new_directory(path, BasisError) as work:
+        (work / "old").touch()
+    renames = []
+    real = os.rename
+
+    def rename(old, new):
+        real(old, new)
+        renames.append(new)
+        if len(renames) == stopped:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_atomic_files.Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt), new_directory(path, BasisError) as work:
+        (work / "new").touch()
+    assert os.listdir(tmp_path) == ["bundle"]
+    assert os.listdir(path) == ["old" if stopped == 1 else "new"]
+
+
 def test_files_and_their_directory_are_on_the_disk_before_the_write_returns(tmp_path, monkeypatch):
     done = []
     real_sync, real_replace = os.fsync, os.replace
