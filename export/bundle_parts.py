@@ -5,6 +5,7 @@ It needs no torch.
 
 from __future__ import annotations
 
+import math
 import platform
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,12 +22,21 @@ from crl_sdk.errors import ExportError, ParityError
 from crl_sdk.model import _parity as parity
 from crl_sdk.model._bundle import sha256_file
 from crl_sdk.model._manifest import MANIFEST, FileEntry, Parity, Precision
+from crl_sdk.model._preprocess import PreprocessSpec
 
 Progress = Callable[[str, int, int], None]
 """Function that is called with the current step in words, the number of finished steps, and the
 number of all steps."""
 
 TEXT_FILE, TOKENIZER_FILE = "text.onnx", "tokenizer.json"
+
+
+SPARE_ROWS = 0.9
+"""Part of the rows of a table of token embeddings that a tokenizer uses at least. The others fill
+the table up to a round number."""
+
+LARGEST_SIDE = 4096
+"""Largest height and width of an input in pixels."""
 
 
 class Steps:
@@ -56,6 +66,10 @@ def check_place(out: Path, overwrite: bool) -> None:
     """
     if out.is_file():
         raise ExportError(f"{out}: expected a directory that does not exist yet, got a file")
+    if out.name in ("", ".."):
+        raise ExportError(f"{out}: expected the name of a new directory, such as {out / 'clip'}")
+    if out.is_symlink() and not out.exists():
+        raise ExportError(f"{out}: is a link to nothing; remove it, or choose another")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise ExportError(f"{out}: exists already; choose another, or pass --overwrite")
@@ -64,6 +78,34 @@ def check_place(out: Path, overwrite: bool) -> None:
                 f"{out}: holds files but no {MANIFEST}, so it is not a bundle and is not "
                 "overwritten; choose another directory"
             )
+
+
+def check_preprocessing(spec: PreprocessSpec, where: object, advice: str) -> None:
+    """Check that the values of a preprocessing are possible.
+
+    Args:
+        spec: The preprocessing.
+        where: File or model that it is of, for the error message.
+        advice: What to do, for the error message.
+
+    Raises:
+        ExportError: If a size, the mean, the standard deviation, the mode or the padding is not.
+    """
+    if spec.resize_mode not in ("shortest", "longest", "squash") or not 0 <= spec.fill <= 255:
+        raise ExportError(
+            f"{where}: resize mode {spec.resize_mode!r} and padding {spec.fill}, expected "
+            f"shortest, longest or squash, and 0 to 255; {advice}"
+        )
+    for sides in ((spec.height, spec.width), spec.resize):
+        if sides is not None and not all(0 < side <= LARGEST_SIDE for side in sides):
+            raise ExportError(
+                f"{where}: {sides[0]}×{sides[1]} pixels, expected 1 to {LARGEST_SIDE}; {advice}"
+            )
+    if not all(math.isfinite(each) for each in (*spec.mean, *spec.std)) or min(spec.std) <= 0:
+        raise ExportError(
+            f"{where}: mean {spec.mean} and standard deviation {spec.std}, expected numbers, and "
+            f"positive ones for the second; {advice}"
+        )
 
 
 def check_image_graph(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +15,14 @@ from torchvision.transforms.functional import normalize
 
 from crl_export.background import add_background
 from crl_export.bundle_parts import (
+    SPARE_ROWS,
     TEXT_FILE,
     TOKENIZER_FILE,
     Progress,
     Steps,
     check_image_graph,
     check_place,
+    check_preprocessing,
     list_files,
     tool_versions,
 )
@@ -53,6 +56,9 @@ from crl_sdk.model._manifest import TextGraph as TextEntry
 from crl_sdk.model._preprocess import PreprocessSpec
 from crl_sdk.model._tokenizer import Tokenizer
 from crl_sdk.storage._atomic_files import make_directory, new_directory
+
+_SAME = 1e-6
+"""Largest difference of embeddings that are the same: rounding."""
 
 _TOOLS = ("torch", "onnx", "onnxruntime", "onnxscript", "tokenizers")
 
@@ -138,6 +144,7 @@ def export_model(
             "alone with --no-text"
         )
     spec = checkpoint.image.preprocess
+    check_preprocessing(spec, model, "correct the file of the model that says so")
     make_directory(out.parent, ExportError)
     with new_directory(out, ExportError) as work:
         images = _write_images(checkpoint.image, work, precisions, steps)
@@ -159,6 +166,7 @@ def export_model(
             steps.begin("embedding the background texts")
             add_background(work, background)
         ModelBundle.open(work)
+        check_place(out, overwrite)  # another export may have taken it
     steps.begin("done")
     return ModelBundle.open(out)
 
@@ -169,8 +177,16 @@ def _write_images(
     """Write the image graphs that torch makes; return the embeddings of the check images."""
     model, spec = part.model, part.preprocess
     steps.begin("embedding the check images with torch")
-    reference = parity.batched(lambda rows: _torch_images(model, spec, rows), parity.images(spec))
-    _check_norms(reference, "images")
+    try:
+        reference = parity.batched(
+            lambda rows: _torch_images(model, spec, rows), parity.images(spec)
+        )
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        raise ExportError(
+            f"the image tower cannot embed images of {spec.height}×{spec.width} pixels "
+            f"({_first_line(error)}): the preprocessing is of another model; get its file again"
+        ) from error
+    _check_embeddings(reference, "images")
     for precision in _exported(precisions):
         steps.begin(f"exporting the image tower in {precision}")
         graph = ImageGraph(model, spec, torch.float16 if precision == "fp16" else torch.float32)
@@ -234,10 +250,18 @@ def _write_text(part: TextPart, work: Path, dim: int, steps: Steps) -> _Texts:
         row = int(np.flatnonzero((tokens != expected).any(axis=1))[0])
         raise ParityError(f"the exported tokenizer differs from the model's: {parity.TEXTS[row]!r}")
 
+    _compare_vocabularies(part)
     graph = TextGraph(part.model).eval()
-    with torch.inference_mode():
-        reference = graph(torch.from_numpy(tokens)).numpy()
-    _check_norms(reference, "texts")
+    try:
+        with torch.inference_mode():
+            reference = graph(torch.from_numpy(tokens)).numpy()
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        raise ExportError(
+            f"the text tower cannot embed {tokens.shape[1]} tokens with ids up to {tokens.max()} "
+            f"({_first_line(error)}): the tokenizer is of another model, or --context-length is "
+            "too large"
+        ) from error
+    _check_embeddings(reference, "texts")
     if reference.shape[1] != dim:
         raise ExportError(
             f"the embeddings of texts have {reference.shape[1]} dimensions, those of images {dim}: "
@@ -265,13 +289,47 @@ def _check_text(texts: _Texts, work: Path, prompt: str, steps: Steps) -> TextEnt
     )
 
 
-def _check_norms(embeddings: NDArray[np.float32], of: str) -> None:
-    """Check that embeddings are neither zero nor infinite, as with damaged weights."""
+def _compare_vocabularies(part: TextPart) -> None:
+    """Compare the number of tokens of a tokenizer with the tower's table of token embeddings.
+
+    Raises:
+        ExportError: If the tower has no embeddings for some of its tokens.
+    """
+    tables = [each for each in part.model.modules() if isinstance(each, torch.nn.Embedding)]
+    rows = max((each.num_embeddings for each in tables), default=0)  # positions are fewer
+    tokens = part.tokenizer.size()
+    counts = f"the text tower has embeddings of {rows:,} tokens, its tokenizer {tokens:,} tokens"
+    if rows and tokens > rows:
+        raise ExportError(f"{counts}: the tokenizer is of another model; get its files again")
+    if tokens < SPARE_ROWS * rows:
+        warnings.warn(
+            f"{counts}: the tokenizer is probably of another model. Compare pictures with texts "
+            "before you use the bundle",
+            stacklevel=2,
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+
+
+def _check_embeddings(embeddings: NDArray[np.float32], of: str) -> None:
+    """Check that embeddings are neither zero nor infinite, as with damaged weights, and differ."""
     norms = np.linalg.norm(embeddings, axis=1)
     if not np.all(np.abs(norms - 1) < 1e-3):
         raise ExportError(
             f"the model gives {of} embeddings that are zero or not finite (norms from "
             f"{norms.min():.3g} to {norms.max():.3g}): the weights are damaged; get them again"
+        )
+    if np.ptp(embeddings, axis=0).max() < _SAME:
+        raise ExportError(
+            f"the model gives all {of} the same embedding: "
+            + (
+                "the tokenizer is of another model, whose end of a text this one does not know"
+                if of == "texts"
+                else "the weights are damaged"
+            )
+            + "; get the files again"
         )
 
 

@@ -126,7 +126,9 @@ def load_directory(
     def make_tokenizer(name: str) -> Any:
         merges = sorted(directory.glob("bpe*.txt.gz"))
         if merges:
-            return SimpleTokenizer(str(merges[0]), context_length=words["context_length"])
+            return SimpleTokenizer(
+                str(merges[0]), context_length=words.get("context_length", DEFAULT_CONTEXT_LENGTH)
+            )
         other = words.get("hf_tokenizer_name")
         if not other or any((directory / each).is_file() for each in _TOKENIZER_FILES):
             return open_clip.get_tokenizer(name)
@@ -158,9 +160,17 @@ def _checkpoint(
     model: Any, name: str, tokenizer: OpenClipTokenizer | None, architecture: str, label: str
 ) -> Checkpoint:
     model.eval().requires_grad_(False)
+    config = open_clip.get_model_preprocess_cfg(model)
+    try:
+        spec = _preprocess_spec(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ExportError(
+            f"{name}: {type(error).__name__} at {error}: the preprocessing {config} is none of "
+            f"open_clip's; correct preprocess_cfg in {OPEN_CLIP_CONFIG}"
+        ) from error
     return Checkpoint(
         name=name,
-        image=ImagePart(model, _preprocess_spec(open_clip.get_model_preprocess_cfg(model))),
+        image=ImagePart(model, spec),
         text=None if tokenizer is None else TextPart(model, tokenizer),
         source=_source(model, architecture, label),
         library="open_clip_torch",

@@ -33,6 +33,9 @@ class TextTokenizer(Protocol):
     def ids(self, texts: list[str]) -> NDArray[np.int64]:
         """Return the token ids of texts as the model's own library gives them, shape (n, L)."""
 
+    def size(self) -> int:
+        """Return one more than the largest token id of ordinary text."""
+
     def write(self, path: Path) -> TokenizerSettings:
         """Write `tokenizer.json` and return its settings.
 
@@ -57,9 +60,26 @@ class OpenClipTokenizer:
         rows: NDArray[np.int64] = self._tokenizer(texts).numpy()
         return rows
 
+    def size(self) -> int:
+        """Return one more than the largest token id of ordinary text."""
+        if isinstance(self._tokenizer, SimpleTokenizer):
+            return int(self._tokenizer.vocab_size)
+        return vocabulary_size(self._tokenizer.tokenizer)
+
     def write(self, path: Path) -> TokenizerSettings:
         """Write `tokenizer.json`, see `TextTokenizer.write`."""
         return write_tokenizer(self._tokenizer, path)
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """Return one more than the largest token id of a tokenizer of transformers.
+
+    Tokens that were added, such as `<image>`, stand in no ordinary text, and are left out.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if isinstance(backend, Tokenizer):
+        return max(backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+    return int(tokenizer.vocab_size)
 
 
 def write_tokenizer(tokenizer: Any, path: Path) -> TokenizerSettings:

@@ -211,6 +211,7 @@ def load_model(directory: Path, architecture: Architecture) -> torch.nn.Module:
                 trust_remote_code=False,
                 dtype=torch.float32,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by their names
             )
         except Exception as error:  # transformers, safetensors and torch raise many types
             raise ExportError(

@@ -320,6 +320,7 @@ def _encoder(directory: Path) -> Any:
                 trust_remote_code=False,
                 dtype=torch.float32,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by their names
             )
         except Exception as error:  # transformers, safetensors and torch raise many types
             raise ExportError(

@@ -14,7 +14,7 @@ from tokenizers import normalizers
 from crl_export.hugging_face.models import import_transformers, quiet
 from crl_export.hugging_face.siglip_tokenizer import siglip_as_fast
 from crl_export.imported.texts import FILE, LONGEST
-from crl_export.tokenizers import TokenizerSettings
+from crl_export.tokenizers import TokenizerSettings, vocabulary_size
 from crl_sdk.errors import ExportError
 from crl_sdk.model import _parity as parity
 from crl_sdk.model._tokenizer import Tokenizer
@@ -111,6 +111,10 @@ class HuggingFaceTokenizer:
                 return_tensors="np",
             )["input_ids"]
         return np.asarray(rows, np.int64)
+
+    def size(self) -> int:
+        """Return one more than the largest token id of ordinary text."""
+        return vocabulary_size(self._tokenizer)
 
     def write(self, path: Path) -> TokenizerSettings:
         """Write `tokenizer.json`.

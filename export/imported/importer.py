@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +15,14 @@ from numpy.typing import NDArray
 
 from crl_export.background import add_background
 from crl_export.bundle_parts import (
+    SPARE_ROWS,
     TEXT_FILE,
     TOKENIZER_FILE,
     Progress,
     Steps,
     check_image_graph,
     check_place,
+    check_preprocessing,
     list_files,
     quiet_run,
     tool_versions,
@@ -76,13 +77,6 @@ from crl_sdk.model._tokenizer import Clean, Tokenizer
 from crl_sdk.storage._atomic_files import make_directory, new_directory
 
 _AGAINST = "the imported graph"
-_LARGEST_SIDE = 4096
-"""Largest height and width of an input in pixels."""
-
-_SPARE_ROWS = 0.9
-"""Part of the rows of a table of token embeddings that a tokenizer uses at least. The others fill
-the table up to a round number."""
-
 _ALL_OF_IT = {"height", "mean", "std", "interpolation", "resize_mode"}
 """Fields of the preprocessing that the caller gives in place of the file."""
 
@@ -225,6 +219,7 @@ def import_model(
             steps.begin("embedding the background texts")
             add_background(work, background)
         ModelBundle.open(work)
+        check_place(out, overwrite)  # another import may have taken it
     steps.begin("done")
     return ModelBundle.open(out)
 
@@ -274,17 +269,7 @@ def _preprocessing(layout: Layout, tower: ImageTower, given: Given) -> Preproces
             )
         size = {"height": height, "width": fields.get("width", tower.width or height)}
         spec = PreprocessSpec(**{**size, **fields})
-    for option, sides in (("--size", (spec.height, spec.width)), ("--resize", spec.resize)):
-        if sides is not None and not all(0 < side <= _LARGEST_SIDE for side in sides):
-            raise ExportError(
-                f"{layout.preprocess}: {sides[0]}×{sides[1]} pixels, expected 1 to "
-                f"{_LARGEST_SIDE}; pass {option}"
-            )
-    if not all(math.isfinite(each) for each in (*spec.mean, *spec.std)) or min(spec.std) <= 0:
-        raise ExportError(
-            f"{layout.preprocess}: mean {spec.mean} and standard deviation {spec.std}, expected "
-            "numbers, and positive ones for the second; pass --mean and --std"
-        )
+    check_preprocessing(spec, layout.preprocess, "pass --size, --resize, --mean and --std")
     fixed = (tower.height or spec.height, tower.width or spec.width)
     if fixed != (spec.height, spec.width):
         raise ExportError(
@@ -480,7 +465,7 @@ def _compare_vocabularies(layout: Layout, tower: TextTower, settings: TextSettin
     """Warn if the tower has embeddings of many more tokens than its tokenizer has."""
     stated = text_part(layout.text_config).get("vocab_size")
     rows = tower.rows or (stated if isinstance(stated, int) else None)
-    if rows is not None and settings.vocabulary < _SPARE_ROWS * rows:
+    if rows is not None and settings.vocabulary < SPARE_ROWS * rows:
         warnings.warn(
             f"{tower.path} has embeddings of {rows:,} tokens, its tokenizer {settings.vocabulary:,}"
             " tokens: the tokenizer is probably of another model. Compare a picture with texts "

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from crl_export import exporter
 from crl_export.exporter import export_model
+from crl_export.loading import load_checkpoint
 from crl_export.parity_table import MODELS, measure
 from crl_export.tokenizers import write_tokenizer
 from crl_sdk import Embedder, demo_bundle
@@ -342,3 +343,60 @@ def test_real_architectures(model, tmp_path):
     """Each exports in every precision within tolerance, with random weights."""
     record = measure(model, tmp_path)
     assert {"image.fp32.onnx", "image.fp16.onnx", "image.int8.onnx"} <= set(record["graphs"])
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "message"),
+    [
+        ({"fill_color": [1, 2, 3]}, "TypeError at .*preprocess_cfg"),
+        ({"mean": [0.5]}, "ValueError at .*preprocess_cfg"),
+        ({"std": [0.5, 0.0, 0.5]}, "positive ones"),
+        ({"fill_color": 1000}, "padding 1000"),
+    ],
+)
+def test_a_preprocessing_that_is_none_is_refused(preprocess, message, tmp_path):
+    source = checkpoint(tmp_path / "model", "vit")
+    path = source / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "preprocess_cfg": preprocess}))
+    with pytest.raises(ExportError, match=message):
+        export_model(str(source), out=tmp_path / "bundle")
+    assert [each.name for each in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_directory_need_not_say_the_default_context_length(tmp_path):
+    """open_clip's is 77; with merges of its own beside the weights."""
+    text = {name: value for name, value in TEXT.items() if name != "context_length"}
+    source = checkpoint(tmp_path / "model", "vit", text_cfg=text)
+    merges = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+    (source / merges.name).write_bytes(merges.read_bytes())
+    assert load_checkpoint(str(source)).text.tokenizer.write(tmp_path / "t.json")[0] == 77
+
+
+def test_of_two_exports_into_one_directory_the_first_stays(tmp_path):
+    source = checkpoint(tmp_path / "model", "vit")
+    out = tmp_path / "bundle"
+
+    def another(stage: str, done: int, total: int) -> None:
+        if stage == "writing the manifest":
+            out.mkdir()
+            (out / "manifest.json").write_text("of the other export")
+
+    with pytest.raises(ExportError, match="bundle: exists already"):
+        export_model(str(source), out=out, text=False, progress=another)
+    assert (out / "manifest.json").read_text() == "of the other export"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["bundle", "model"]
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("link", "link: is a link to nothing"), (".", "such as clip"), ("..", "such as ../clip")],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_the_export(
+    out, message, tmp_path, monkeypatch
+):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    Path("link").symlink_to("nowhere")
+    with pytest.raises(ExportError, match=message):
+        export_model("no model at all", out=Path(out))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import tiny_exports
 import tiny_hugging_face as tiny
 from crl_export.exporter import export_model
 from crl_export.hugging_face.cache import license_of
@@ -199,6 +201,61 @@ def test_damaged_weights_are_refused(value, words, clip, tmp_path):
     with pytest.raises(ExportError, match=f"zero or not finite .{words}"):
         export_model(str(tmp_path / "damaged"), out=tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+def changed(clip, folder, file="config.json", **sections):
+    """A copy of a directory in which sections of a JSON file have other values."""
+    shutil.copytree(clip[1], folder)
+    content = json.loads((folder / file).read_text())
+    for name, value in sections.items():
+        content[name] = {**content[name], **value} if isinstance(value, dict) else value
+    (folder / file).write_text(json.dumps(content))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"crop_size": {"height": 24, "width": 24}}, "cannot embed images of 24×24 pixels"),
+        ({"image_std": [0.5, 0, 0.5]}, "expected numbers, and positive ones"),
+        ({"image_mean": [float("nan"), 0, 0]}, "expected numbers, and positive ones"),
+        (
+            {"crop_size": {"height": 9000, "width": 9000}, "size": {"shortest_edge": 9000}},
+            "9000×9000 pixels, expected 1 to 4096",
+        ),
+    ],
+)
+def test_the_preprocessing_of_another_model_is_refused(sections, message, clip, tmp_path):
+    folder = changed(clip, tmp_path / "other", "preprocessor_config.json", **sections)
+    with pytest.raises(ExportError, match=message):
+        export_model(folder, out=tmp_path / "b")
+    assert os.listdir(tmp_path) == ["other"]
+
+
+def test_a_tokenizer_of_another_model_is_refused(clip, tmp_path):
+    """With one of few tokens, CLIP reads every text at its first token."""
+    folder = tmp_path / "other"
+    shutil.copytree(clip[1], folder)
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (folder / name).unlink()
+    tiny_exports.write_tokenizer(folder)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with (
+        pytest.warns(UserWarning, match=r"49,408 tokens, its tokenizer .*probably of another"),
+        pytest.raises(ExportError, match="all texts the same embedding: the tokenizer is of anoth"),
+    ):
+        export_model(str(folder), out=tmp_path / "b")
+    folder = changed(clip, tmp_path / "fewer", text_config={"vocab_size": 1000})
+    with pytest.raises(ExportError, match="of 1,000 tokens, its tokenizer 49,408 tokens"):
+        export_model(folder, pretrained="none", out=tmp_path / "b")
+    assert sorted(os.listdir(tmp_path)) == ["fewer", "other"]
+
+
+def test_weights_of_another_size_are_named(clip, tmp_path):
+    folder = changed(clip, tmp_path / "other", text_config={"vocab_size": 1000})
+    with pytest.raises(ExportError, match=r"another shape, such as .*token_embedding\.weight"):
+        export_model(folder, out=tmp_path / "b")
 
 
 @pytest.mark.parametrize(
