@@ -143,6 +143,8 @@ def import_bundle(
         )
     if check is not None and not check.is_file():
         raise InvalidInputError(f"{check}: no such picture; check --check")
+    if not all(each.strip() for each in texts or ()):
+        raise InvalidInputError("--check: a text has no visible characters: leave it out")
     if no_text and (text_model or check or background or tokenizer):
         raise InvalidInputError(
             "--no-text leaves the text tower out: leave out --text-model, --tokenizer, --check and "

@@ -177,6 +177,8 @@ def import_model(
     if not text:
         layout = replace(layout, text=None, text_directory=None)
     image, words, files = _read_towers(layout, given)
+    if places.text is not None and words is None:
+        raise ExportError(f"{layout.text}: has no text tower; check --text-model")
     spec = _preprocessing(layout, image, given)
     wanted = [each for each in PRECISIONS if each in (precisions or (image.precision,))]
     if image.precision != "fp32" and wanted != [image.precision]:

@@ -657,6 +657,7 @@ def test_command_says_what_a_bundle_without_texts_cannot_do(tmp_path):
         (["--check", "a.png"], "belong together"),
         (["red"], "belong together"),
         (["--check", "none.png", "red"], "no such picture"),
+        (["--check", __file__, "red", " "], "no visible characters"),
         (["--no-text", "--tokenizer", "x"], "--no-text leaves the text tower out"),
         (["--size", "a"], "--size: expected 1 or 2 numbers"),
         (["--size", "inf"], "--size: expected whole pixels"),
@@ -674,6 +675,14 @@ def test_command_with_wrong_options(tmp_path, words, message):
     source = tiny.transformers_js(tmp_path / "xenova")
     code, _, said = run("import", source, "--out", tmp_path / "b", *words)
     assert code == 1 and message in said
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_image_tower_named_as_text_tower_is_refused(tmp_path):
+    source = tiny.transformers_js(tmp_path / "xenova")
+    image = source / "onnx" / "vision_model.onnx"
+    with pytest.raises(ExportError, match="has no text tower; check --text-model"):
+        import_model(source, out=tmp_path / "b", text_source=image)
     assert not (tmp_path / "b").exists()
 
 
