@@ -72,11 +72,13 @@ def _load(
     report: Report | None,
 ) -> Checkpoint:
     if not name.startswith(PREFIX) and not Path(name).is_dir():
+        _refuse_length(name, context_length)
         return open_clip_models.load_architecture(name, pretrained, text=text, seed=seed)
     directory = find_directory(name, report, check=_check)
     if (directory / OPEN_CLIP_CONFIG).is_file():
         if pretrained is not None:
             raise ExportError(f"{name} has its own weights: leave out --pretrained {pretrained}")
+        _refuse_length(name, context_length)
         return open_clip_models.load_directory(directory, text=text, report=report)
     check_files(directory)
     # transformers takes seconds
@@ -97,6 +99,14 @@ def _load(
         seed=seed,
         root=directory,
     )
+
+
+def _refuse_length(name: str, context_length: int | None) -> None:
+    if context_length is not None:
+        raise ExportError(
+            f"{name}: models of open_clip say how many tokens their text tower reads; leave out "
+            f"--context-length {context_length}"
+        )
 
 
 def _check(directory: Path) -> None:

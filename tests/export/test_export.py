@@ -400,3 +400,11 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_export(
     Path("link").symlink_to("nowhere")
     with pytest.raises(ExportError, match=message):
         export_model("no model at all", out=Path(out))
+
+
+def test_a_context_length_of_a_model_that_says_it_is_refused(tmp_path):
+    source = checkpoint(tmp_path / "model", "vit")
+    with pytest.raises(ExportError, match="leave out --context-length 8"):
+        export_model(str(source), out=tmp_path / "bundle", context_length=8)
+    with pytest.raises(ExportError, match="leave out --context-length 8"):
+        export_model("ViT-B-32", pretrained="none", out=tmp_path / "bundle", context_length=8)
