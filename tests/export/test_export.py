@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from crl_export import exporter
 from crl_export.exporter import export_model
@@ -408,3 +408,21 @@ def test_a_context_length_of_a_model_that_says_it_is_refused(tmp_path):
         export_model(str(source), out=tmp_path / "bundle", context_length=8)
     with pytest.raises(ExportError, match="leave out --context-length 8"):
         export_model("ViT-B-32", pretrained="none", out=tmp_path / "bundle", context_length=8)
+
+
+def test_a_tokenizer_of_another_model_is_noticed(tmp_path):
+    few = checkpoint(tmp_path / "few", "vit", text_cfg={**TEXT, "vocab_size": 1000})
+    with pytest.raises(ExportError, match="of 1,000 tokens, its tokenizer 49,408 tokens"):
+        export_model(str(few), out=tmp_path / "bundle")
+    many = checkpoint(tmp_path / "many", "vit", text_cfg={**TEXT, "vocab_size": 60000})
+    path = many / "open_clip_model.safetensors"
+    weights = load_file(path)
+    weights["token_embedding.weight"].fill_(0)
+    weights["positional_embedding"][:] = weights["positional_embedding"][0].clone()
+    save_file(weights, path)
+    with (
+        pytest.warns(UserWarning, match=r"60,000 tokens, its tokenizer .*probably of another"),
+        pytest.raises(ExportError, match="all texts the same embedding: the tokenizer is of anoth"),
+    ):
+        export_model(str(many), out=tmp_path / "bundle")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["few", "many"]
