@@ -109,7 +109,10 @@ def _image_part(
 ) -> ImagePart | None:
     if architecture.image is None:
         return None
-    tower, spec = ImageTower(model, architecture), read_preprocessing(directory)
+    tower = ImageTower(model, architecture)
+    config: Any = model.config
+    size = getattr(getattr(config, "vision_config", config), "image_size", None)
+    spec = read_preprocessing(directory, (size, size) if isinstance(size, int) else None)
     try:
         with torch.inference_mode():
             tower.encode_image(torch.zeros(1, 3, spec.height, spec.width))
@@ -122,8 +125,12 @@ def _image_part(
     return ImagePart(tower, spec)
 
 
-def read_preprocessing(directory: Path) -> PreprocessSpec:
+def read_preprocessing(directory: Path, input_size: tuple[int, int] | None) -> PreprocessSpec:
     """Return the preprocessing of a directory, with the defaults of transformers filled in.
+
+    Args:
+        directory: Directory with the file.
+        input_size: Height and width that the image tower takes, if they are known.
 
     Raises:
         ExportError: If there is none, or it has no counterpart here.
@@ -141,9 +148,8 @@ def read_preprocessing(directory: Path) -> PreprocessSpec:
                 f"{path}: transformers cannot load the preprocessing ({type(error).__name__}: "
                 f"{str(error)[:200]}); get the file from the repository of the model"
             ) from error
-    return spec_from(
-        {key: value for key, value in processor.to_dict().items() if value is not None}, path
-    )
+    given = {key: value for key, value in processor.to_dict().items() if value is not None}
+    return spec_from(given, path, input_size)
 
 
 def _text_part(
@@ -182,12 +188,7 @@ def _check_fit(
     directory: Path, tokenizer: HuggingFaceTokenizer, texts: Any, architecture: Architecture
 ) -> None:
     """Raise an error if a tokenizer is not that of a text tower."""
-    remedy = "get the tokenizer of this model, or export the image tower alone with --no-text"
-    if tokenizer.vocabulary > texts.vocab_size:
-        raise ExportError(
-            f"{directory}: its tokenizer has token ids up to {tokenizer.vocabulary - 1:,}, the "
-            f"text tower knows those below {texts.vocab_size:,}; {remedy}"
-        )
+    tokenizer.check_vocabulary(texts.vocab_size)
     if architecture.padding != "end":
         return
     end = texts.eos_token_id
@@ -196,5 +197,6 @@ def _check_fit(
     if tokenizer.end_id != end:
         raise ExportError(
             f"{directory}: texts end with the token id {tokenizer.end_id}, the text tower reads "
-            f"its embedding at {end}; {remedy}"
+            f"its embedding at {end}; get the tokenizer of this model, or export the image tower "
+            "alone with --no-text"
         )

@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from crl_export.imported.reading import read_json
+from crl_export.model_files import check_own_file, read_json
 from crl_sdk.errors import ExportError
 
 _READ = re.compile(r".*\.(json|txt|model|safetensors|bin)")
 """Names of the files that transformers may read."""
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-
-_LFS = b"version https://git-lfs.github.com"
 
 
 def check_files(directory: Path) -> None:
@@ -27,7 +25,7 @@ def check_files(directory: Path) -> None:
     """
     for path in sorted(directory.iterdir()):
         if _READ.fullmatch(path.name):
-            _check_file(directory, path)
+            check_own_file(path, directory)
 
 
 def check_weights(directory: Path) -> None:
@@ -68,34 +66,6 @@ def _weight_files(directory: Path) -> list[str]:
         f"{directory}: has no weights; expected {' or '.join(_WEIGHTS)}, download one of them. "
         "Weights of TensorFlow, Flax, GGUF and ONNX are not read here; for ONNX: crl import"
     )
-
-
-def _check_file(directory: Path, path: Path) -> None:
-    if not path.is_file():
-        raise ExportError(f"{path}: not a file, or a link to nothing; download it again")
-    if path.is_symlink() and not path.resolve().is_relative_to(_root(directory)):
-        raise ExportError(
-            f"{path}: a link that leads out of the directory of the model; do not use this model, "
-            "or copy the file if you trust it"
-        )
-    with path.open("rb") as file:
-        if file.read(len(_LFS)) == _LFS:
-            raise ExportError(
-                f"{path}: a pointer of Git LFS, not the file itself; run `git lfs pull` in the "
-                "repository, or download the file"
-            )
-
-
-def _root(directory: Path) -> Path:
-    """Return the directory that links may lead into: the model's own, or its cache.
-
-    The cache of huggingface_hub has `models--OWNER--NAME/snapshots/REVISION`, whose files are links
-    into `models--OWNER--NAME/blobs`.
-    """
-    for parent in directory.absolute().parents:
-        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
-            return parent.parent.resolve()
-    return directory.resolve()
 
 
 def _check_safetensors(path: Path) -> None:

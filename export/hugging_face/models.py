@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from crl_export.encoders import ImageEncoder, TextEncoder
-from crl_export.imported.reading import read_json
+from crl_export.model_files import read_json
 from crl_sdk.errors import ExportError, MissingDependencyError
 
 CONFIG_FILE = "config.json"

@@ -24,7 +24,7 @@ from crl_export.hugging_face.cache import is_cached, label_of, license_of, name_
 from crl_export.hugging_face.checkpoint import config_digest
 from crl_export.hugging_face.models import CONFIG_FILE, import_transformers, quiet, read_config
 from crl_export.hugging_face.tokenizers import HuggingFaceTokenizer
-from crl_export.imported.reading import MAX_JSON, read_json
+from crl_export.model_files import MAX_JSON, read_json
 from crl_sdk.errors import ExportError, IntegrityError
 from crl_sdk.model._manifest import Source
 from crl_sdk.storage._json import decode_json
@@ -139,6 +139,8 @@ def load_text_tower(directory: Path, *, context_length: int | None = None) -> Ch
     tokenizer = HuggingFaceTokenizer(
         directory, positions=parts.positions, context_length=context_length
     )
+    encoder: Any = parts.transformer.config
+    tokenizer.check_vocabulary(encoder.vocab_size)
     model = PooledTextTower(parts, tokenizer.pad_id).eval().requires_grad_(False)
     return Checkpoint(
         name=name_of(directory),

@@ -34,7 +34,7 @@ from crl_export.imported.graphs import Batching, image_graph, text_graph, with_d
 from crl_export.imported.layouts import Layout, find_layout
 from crl_export.imported.onnx_edits import sort_nodes
 from crl_export.imported.preprocessing import OPENAI_MEAN, OPENAI_STD, spec_from
-from crl_export.imported.reading import OnnxFile, read_json, read_onnx
+from crl_export.imported.reading import OnnxFile, read_onnx
 from crl_export.imported.texts import TextSettings, lengths_of, text_part, text_settings
 from crl_export.imported.towers import (
     ImageTower,
@@ -52,6 +52,7 @@ from crl_export.imported.weights import (
     weight_bytes,
     written,
 )
+from crl_export.model_files import read_json
 from crl_export.precision import quantise
 from crl_sdk.basis._build import check_prompts
 from crl_sdk.engines._onnx_sessions import open_session

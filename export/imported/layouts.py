@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from crl_export.imported.reading import check_inside, read_json
+from crl_export.model_files import check_inside, read_json
 from crl_sdk.errors import ExportError
 
 LayoutName: TypeAlias = Literal[

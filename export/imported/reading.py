@@ -1,4 +1,4 @@
-"""Reads the files of a foreign export: bounded JSON, and ONNX whose external data is checked.
+"""Reads foreign ONNX files and checks their external data.
 
 Nothing outside the directory is read, and no more bytes than its files have.
 """
@@ -14,12 +14,9 @@ from typing import Any
 
 import onnx
 
-from crl_sdk.errors import ExportError, IntegrityError
+from crl_export.model_files import check_inside, check_no_pointer, kind_of
+from crl_sdk.errors import ExportError
 from crl_sdk.model._bundle import sha256_file
-from crl_sdk.storage._json import decode_json
-
-MAX_JSON = 64 << 20
-"""Largest JSON file that is read, in bytes. The tokenizer of a multilingual model has 17 MB."""
 
 MAX_MODEL = 2 << 30
 """Largest ONNX file in bytes, without external data: protobuf has no larger messages."""
@@ -43,8 +40,6 @@ _BITS = tuple(
 _VALUES = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 """Fields of a tensor with values that are not raw bytes."""
 
-_LFS = b"version https://git-lfs.github.com"
-
 RUNTIME_DOMAINS = ("", "ai.onnx", "com.microsoft")
 """Domains of operators that ONNX Runtime has."""
 
@@ -64,34 +59,6 @@ class OnnxFile:
     sha256: str
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read an object from a JSON file; empty if there is no file.
-
-    Raises:
-        ExportError: If it is too large, cannot be read, or is not a JSON object.
-    """
-    if not path.exists():
-        return {}
-    if not path.is_file():
-        raise ExportError(f"{path}: expected a file, got {_kind(path)}; get the file again")
-    try:
-        if path.stat().st_size > MAX_JSON:
-            raise ExportError(
-                f"{path}: expected at most {MAX_JSON >> 20} MiB of JSON, got "
-                f"{path.stat().st_size >> 20} MiB; get the file again from its source"
-            )
-        content = decode_json(path.read_bytes())
-    except (OSError, ValueError, IntegrityError) as error:
-        raise ExportError(
-            f"{path}: not readable as JSON ({error}); get the file again from its source"
-        ) from error
-    if not isinstance(content, dict):
-        raise ExportError(
-            f"{path}: expected a JSON object, got {type(content).__name__}; get the file again"
-        )
-    return content
-
-
 def read_onnx(path: Path) -> OnnxFile:
     """Read an ONNX file and check its external data.
 
@@ -102,7 +69,7 @@ def read_onnx(path: Path) -> OnnxFile:
             short or outside its directory, or it has operators that ONNX Runtime does not have.
     """
     if not path.is_file():
-        found = _kind(path) if path.exists() else "nothing"
+        found = kind_of(path) if path.exists() else "nothing"
         raise ExportError(f"{path}: expected a file, got {found}; check the path")
     try:
         model = _parse(path)
@@ -132,21 +99,6 @@ def external_files(path: Path) -> list[str]:
         entry.value for each in tensors for entry in each.external_data if entry.key == "location"
     ]
     return list(dict.fromkeys(names))
-
-
-def check_inside(file: Path, directory: Path) -> None:
-    """Check that a file is not a link that leads out of a directory.
-
-    Links into the cache of huggingface_hub are followed, if the directory is a part of it.
-
-    Raises:
-        ExportError: If the link leads elsewhere.
-    """
-    if not file.resolve().is_relative_to(_root(directory)):
-        raise ExportError(
-            f"{file}: a link that leads out of the directory of the model; do not use this model, "
-            "or copy the file if you trust it"
-        )
 
 
 def external_part(tensor: onnx.TensorProto) -> tuple[str, int, int]:
@@ -184,10 +136,6 @@ def _names(model: onnx.ModelProto) -> Iterator[Any]:
             yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
 
 
-def _kind(path: Path) -> str:
-    return "a directory" if path.is_dir() else "a device or a pipe"
-
-
 def _parse(path: Path) -> onnx.ModelProto:
     size = path.stat().st_size
     if size > MAX_MODEL:
@@ -195,12 +143,7 @@ def _parse(path: Path) -> onnx.ModelProto:
             f"{path}: has {size >> 30} GiB; an ONNX file has at most {MAX_MODEL >> 30} and its "
             "weights beside it: download it again, or save it with external data"
         )
-    with path.open("rb") as file:
-        if file.read(len(_LFS)) == _LFS:
-            raise ExportError(
-                f"{path}: a pointer of Git LFS, not the file itself; run `git lfs pull` in the "
-                "repository, or download the file"
-            )
+    check_no_pointer(path)
     try:
         model = onnx.load(path, load_external_data=False)
         nodes = len(model.graph.node)
@@ -327,19 +270,6 @@ def _external_file(path: Path, location: str) -> Path:
         )
     check_inside(file, path.parent)
     return file
-
-
-def _root(directory: Path) -> Path:
-    """Return the directory that links may point into: the model's own, or its cache.
-
-    The cache of huggingface_hub has `models--OWNER--NAME/snapshots/REVISION`, whose files are links
-    into `models--OWNER--NAME/blobs`.
-    """
-    absolute = directory.absolute()
-    for parent in (absolute, *absolute.parents):
-        if parent.parent.name == "snapshots" and parent.parent.parent.name.startswith("models--"):
-            return parent.parent.parent.resolve()
-    return absolute.resolve()
 
 
 def _bad_external(path: Path, tensor: onnx.TensorProto, reason: str) -> ExportError:

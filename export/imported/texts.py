@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crl_export.imported.reading import MAX_JSON, read_json
+from crl_export.model_files import MAX_JSON, read_json
 from crl_sdk.errors import ExportError
 from crl_sdk.model._tokenizer import Clean, Tokenizer
 

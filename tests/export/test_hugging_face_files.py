@@ -99,7 +99,18 @@ def test_preprocessing_of_all_ages(settings, expected, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     spec = {"height": 224, "width": 224, **OPENAI, **expected}
-    assert read_preprocessing(tmp_path) == PreprocessSpec(**spec)
+    assert read_preprocessing(tmp_path, None) == PreprocessSpec(**spec)
+
+
+def test_a_crop_that_the_file_does_not_say_is_the_towers_input(tmp_path):
+    settings = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 256}}
+    content = json.dumps({**settings, "do_center_crop": False})
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    expected = PreprocessSpec(224, 224, **OPENAI, resize=(256, 256))
+    assert read_preprocessing(tmp_path, (224, 224)) == expected
+    with pytest.raises(ExportError, match="do_center_crop"):
+        read_preprocessing(tmp_path, None)
 
 
 def test_preprocessing_inside_processor_config(tmp_path):
@@ -109,7 +120,7 @@ def test_preprocessing_inside_processor_config(tmp_path):
     content = {"processor_class": "CLIPProcessor", "image_processor": nested}
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     (tmp_path / "processor_config.json").write_text(json.dumps(content))
-    assert read_preprocessing(tmp_path) == PreprocessSpec(96, 96, **OPENAI)
+    assert read_preprocessing(tmp_path, None) == PreprocessSpec(96, 96, **OPENAI)
 
 
 @pytest.mark.parametrize(
