@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import typer
 from rich.table import Table
@@ -19,6 +19,7 @@ from crl_sdk.cli._console import (
     progress_bar,
 )
 from crl_sdk.cli._options import command
+from crl_sdk.cli._picture_check import CheckOption, CheckTexts, PictureCheck, read_check
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.model._background import BACKGROUND_FILE
 from crl_sdk.model._bundle import ModelBundle
@@ -42,6 +43,8 @@ def export(
         ),
     ],
     out_dir: Annotated[Path, typer.Option("--out", "-o", help="Directory of the new bundle.")],
+    texts: CheckTexts = None,
+    check: CheckOption = None,
     pretrained: Annotated[
         str | None,
         typer.Option(
@@ -93,6 +96,9 @@ def export(
     except ImportError as error:
         raise MissingDependencyError(error.name or "torch", "export", "crl export") from error
 
+    picture_check = read_check(check, texts, f"crl export {model}")
+    if check is not None and not text:
+        raise InvalidInputError("--check needs the text tower: leave out --no-text, or --check")
     with progress_bar() as progress, plain_warnings():
         task = progress.add_task("starting", total=None)
         bundle = export_model(
@@ -113,7 +119,7 @@ def export(
             ),
         )
     note(f"wrote {out_dir}")
-    print_bundle(bundle, as_json)
+    print_bundle(bundle, as_json, check=picture_check)
 
 
 def add_background(
@@ -160,18 +166,15 @@ def parse_precisions(value: str) -> tuple[Precision, ...]:
     return cast(tuple[Precision, ...], names)
 
 
-def bundle_document(bundle: ModelBundle) -> dict[str, Any]:
-    """Return the manifest of a bundle and its path, as `--json` prints them."""
-    import msgspec
-
-    return {"path": str(bundle.path), **msgspec.to_builtins(bundle.manifest)}
-
-
-def print_bundle(bundle: ModelBundle, as_json: bool) -> None:
-    """Print the contents of a bundle."""
+def print_bundle(bundle: ModelBundle, as_json: bool, *, check: PictureCheck | None = None) -> None:
+    """Print the contents of a bundle, and how similar a picture is to texts."""
     manifest = bundle.manifest
+    similarities = None if check is None else check.compare(bundle)
     if as_json:
-        print_json(bundle_document(bundle))
+        import msgspec
+
+        document = {"path": str(bundle.path), **msgspec.to_builtins(manifest)}
+        print_json(document if similarities is None else {**document, "check": similarities})
         return
     facts = _facts(manifest)
     if manifest.text is not None:
@@ -189,6 +192,8 @@ def print_bundle(bundle: ModelBundle, as_json: bool) -> None:
         text = manifest.text
         table.add_row(text.file, *_graph_row(manifest, text.file, text.parity))
     out.print(table)
+    if check is not None and similarities is not None:
+        check.print(similarities)
 
 
 def _facts(manifest: Manifest) -> dict[str, object]:

@@ -10,25 +10,20 @@ import typer
 from crl_sdk.cli._console import (
     JsonOption,
     note,
-    out,
     plain_warnings,
-    print_json,
     progress_bar,
     warn,
 )
 from crl_sdk.cli._export import (
     BackgroundOption,
     background_texts,
-    bundle_document,
     parse_precisions,
     print_bundle,
 )
+from crl_sdk.cli._picture_check import CheckOption, CheckTexts, read_check
 from crl_sdk.errors import InvalidInputError, MissingDependencyError
 from crl_sdk.model._bundle import ModelBundle
 from crl_sdk.model._manifest import PRECISIONS, RECOMMENDED_PROMPT
-
-_SMALL_SPREAD = 0.01
-"""Texts of different meaning whose similarities to a picture differ by less hardly differ."""
 
 
 def import_bundle(
@@ -39,13 +34,8 @@ def import_bundle(
         ),
     ],
     out_dir: Annotated[Path, typer.Option("--out", "-o", help="Directory of the new bundle.")],
-    texts: Annotated[
-        list[str] | None, typer.Argument(help="Texts to compare with the picture of --check.")
-    ] = None,
-    check: Annotated[
-        Path | None,
-        typer.Option(help="A picture to compare with the texts, to see at once that it works."),
-    ] = None,
+    texts: CheckTexts = None,
+    check: CheckOption = None,
     text_model: Annotated[
         str | None,
         typer.Option(
@@ -136,15 +126,7 @@ def import_bundle(
     except ModuleNotFoundError as error:
         raise MissingDependencyError(error.name or "onnx", "import", "crl import") from error
 
-    if bool(texts) != (check is not None):
-        raise InvalidInputError(
-            "--check PICTURE and texts belong together: crl import DIR --out BUNDLE --check "
-            'cat.jpg "a cat" "a dog"'
-        )
-    if check is not None and not check.is_file():
-        raise InvalidInputError(f"{check}: no such picture; check --check")
-    if not all(each.strip() for each in texts or ()):
-        raise InvalidInputError("--check: a text has no visible characters: leave it out")
+    picture_check = read_check(check, texts, "crl import DIR")
     if no_text and (text_model or check or background or tokenizer):
         raise InvalidInputError(
             "--no-text leaves the text tower out: leave out --text-model, --tokenizer, --check and "
@@ -182,14 +164,7 @@ def import_bundle(
         )
     note(f"wrote {out_dir}")
     _note_limits(bundle)
-    similarities = None
-    if check is not None and texts:
-        similarities = _compare(bundle, check, texts)
-    if as_json:
-        print_json({**bundle_document(bundle), "check": similarities})
-        return
-    print_bundle(bundle, as_json=False)
-    _print_similarities(check, similarities)
+    print_bundle(bundle, as_json, check=picture_check)
 
 
 def _note_limits(bundle: ModelBundle) -> None:
@@ -206,37 +181,6 @@ def _note_limits(bundle: ModelBundle) -> None:
             "basis create`, and every command that makes a basis from words, need the text tower. "
             "Import again with --text-model DIR"
         )
-
-
-def _compare(bundle: ModelBundle, picture: Path, texts: list[str]) -> dict[str, float]:
-    """Return the cosine of a picture with each text; warn if the texts hardly differ."""
-    from crl_sdk._embedder import Embedder
-
-    if bundle.manifest.text is None:
-        raise InvalidInputError(
-            "--check needs the text tower, which this export does not have: pass --text-model DIR"
-        )
-    with Embedder.open(bundle) as embedder:
-        rows = embedder.embed([picture]).universal @ embedder.embed_text(texts).T
-    found = {each: float(value) for each, value in zip(texts, rows[0], strict=True)}
-    if len(found) > 1 and max(found.values()) - min(found.values()) < _SMALL_SPREAD:
-        warn(
-            f"the similarities differ by less than {_SMALL_SPREAD}: if the texts mean different "
-            "things, the tokenizer or the preprocessing is not that of the model, or its weights "
-            "are random"
-        )
-    return found
-
-
-def _print_similarities(picture: Path | None, similarities: dict[str, float] | None) -> None:
-    if similarities is None:
-        return
-    from rich.table import Table
-
-    table = Table("text", f"cosine with {picture}")
-    for each, value in sorted(similarities.items(), key=lambda item: -item[1]):
-        table.add_row(each, f"{value:.4f}")
-    out.print(table)
 
 
 def _preprocess(

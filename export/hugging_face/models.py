@@ -82,6 +82,18 @@ def _projected_text(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None)
     return features
 
 
+def _align_image(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Return the mean over the positions of the last feature map.
+
+    ALIGN pools with a window that is larger than the map, and than what TensorRT takes.
+    """
+    if model.config.vision_config.pooling_type != "mean":
+        return _image(model, pixels)
+    features = model.vision_model(pixel_values=pixels).last_hidden_state.mean(dim=(2, 3))
+    assert isinstance(features, torch.Tensor)
+    return features
+
+
 def _blip_2_image(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Return the embedding of the first query of BLIP-2.
 
@@ -114,7 +126,7 @@ def _first_token_text(model: Any, tokens: torch.Tensor, mask: torch.Tensor | Non
 
 
 ARCHITECTURES = {
-    "align": Architecture("AlignModel", _image, _text, "mask"),
+    "align": Architecture("AlignModel", _align_image, _text, "mask"),
     "altclip": Architecture("AltCLIPModel", _image, _text, "mask"),
     "blip-2": Architecture(
         "Blip2ForImageTextRetrieval", _blip_2_image, _blip_2_text, "mask", texts="qformer_config"

@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import tiny_hugging_face as tiny
 from crl_export.exporter import export_model
@@ -20,9 +21,11 @@ from crl_export.hugging_face.hub import wanted_files
 from crl_export.hugging_face.models import ARCHITECTURES, ImageTower
 from crl_export.loading import load_checkpoint
 from crl_export.precision import quantise
+from crl_export.tensorrt import compile_plan
 from crl_export.vit import lean_tower
-from crl_sdk import Embedder
-from crl_sdk.errors import ExportError
+from crl_sdk import Client, Embedder
+from crl_sdk.cli import app
+from crl_sdk.errors import CrlError, ExportError
 from crl_sdk.model import PreprocessSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -43,7 +46,7 @@ def pictures() -> list[Image.Image]:
 
 
 def unit(rows) -> np.ndarray:
-    rows = np.asarray(rows if isinstance(rows, torch.Tensor) else rows.pooler_output)
+    rows = np.asarray(getattr(rows, "pooler_output", rows))
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
@@ -98,14 +101,56 @@ def test_clip_equals_transformers(clip, tmp_path):
 
 
 @pytest.mark.parametrize("kind", sorted(set(tiny.PROCESSORS) - {"clip"}))
-def test_an_architecture_equals_transformers(kind, tmp_path):
+def test_an_architecture_from_the_export_to_the_service(kind, serve, tmp_path):
     folder = tmp_path / kind
     model = getattr(tiny, kind)(folder)
     bundle = export_model(str(folder), out=tmp_path / "b")
     assert bundle.manifest.text.clean == "none"
     assert bundle.manifest.text.context_length == tiny.CONTEXT_LENGTHS.get(kind, 77)
     assert bundle.manifest.preprocess.resize == ((346, 346) if kind == "align" else None)
-    assert_equal_embeddings(bundle, of_transformers(model, folder, kind))
+    images, texts = of_transformers(model, folder, kind)
+    assert_equal_embeddings(bundle, (images, texts))
+    with Embedder.open(bundle, threads=1) as embedder, Client(serve(embedder).address) as client:
+        client.create_basis("texts", TEXTS, prompts=["{}"], method="cosine")
+        found = client.embed(pictures(), criteria=["texts"])
+    assert np.abs(found.universal - images).max() < TOLERANCE
+    assert np.abs(found["texts"] - unit(images @ texts.T)).max() < 10 * TOLERANCE
+    plan = compile_plan(bundle, precision="fp32", architectures=["sm89"], directory=tmp_path)
+    assert plan.plan.inputs[0].dtype == "uint8"
+
+
+def test_a_picture_shows_at_once_whether_the_model_works(clip, tmp_path):
+    pictures()[0].save(tmp_path / "a.png")
+    words = [
+        "export",
+        str(clip[1]),
+        "--out",
+        str(tmp_path / "b"),
+        "--check",
+        str(tmp_path / "a.png"),
+    ]
+    printed = CliRunner().invoke(app, [*words, "red", "a cat", "--json"])
+    assert printed.exit_code == 0, printed
+    similarities = json.loads(printed.stdout)["check"]
+    with Embedder.open(tmp_path / "b", threads=1) as embedder:
+        images, texts = embedder.embed(pictures()[:1]), embedder.embed_text(["red", "a cat"])
+    assert list(similarities) == ["red", "a cat"]
+    assert list(similarities.values()) == pytest.approx((images.universal @ texts.T)[0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--check", __file__, "red"], "not a readable image"),
+        (["red"], "belong together"),
+        (["--check", "a.png", "red", "--no-text"], "leave out --no-text, or --check"),
+    ],
+)
+def test_a_check_that_cannot_be_made_ends_before_the_export(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures()[0].save("a.png")
+    ended = CliRunner().invoke(app, ["export", "none", "--out", "b", *words]).exception
+    assert isinstance(ended, CrlError) and message in str(ended)
 
 
 def test_the_end_token_of_older_configurations_of_clip(tmp_path):
