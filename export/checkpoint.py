@@ -15,6 +15,9 @@ from crl_sdk.errors import ExportError
 from crl_sdk.model._manifest import Source
 from crl_sdk.model._preprocess import PreprocessSpec
 
+RANDOM = "none"
+"""Name in place of weights for random ones, which know nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImagePart:

@@ -5,9 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from crl_export import open_clip_models
-from crl_export.checkpoint import Checkpoint, with_text_of
+from crl_export.checkpoint import RANDOM, Checkpoint, with_text_of
 from crl_export.hugging_face.files import check_files
-from crl_export.hugging_face.hub import OPEN_CLIP_CONFIG, PREFIX, Report, find_directory
+from crl_export.hugging_face.hub import (
+    OPEN_CLIP_CONFIG,
+    PREFIX,
+    Report,
+    find_directory,
+    small_files,
+)
 from crl_sdk.errors import ExportError
 
 
@@ -74,7 +80,8 @@ def _load(
     if not name.startswith(PREFIX) and not Path(name).is_dir():
         _refuse_length(name, context_length)
         return open_clip_models.load_architecture(name, pretrained, text=text, seed=seed)
-    directory = find_directory(name, report, check=_check)
+    choose = small_files if pretrained == RANDOM else None
+    directory = find_directory(name, report, choose=choose, check=_check)
     if (directory / OPEN_CLIP_CONFIG).is_file():
         if pretrained is not None:
             raise ExportError(f"{name} has its own weights: leave out --pretrained {pretrained}")

@@ -22,7 +22,7 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
 from open_clip.transformer import QuickGELU
 
-from crl_export.checkpoint import Checkpoint, ImagePart, TextPart, weights_sha256
+from crl_export.checkpoint import RANDOM, Checkpoint, ImagePart, TextPart, weights_sha256
 from crl_export.checkpoint_files import load_weights
 from crl_export.hugging_face.cache import is_cached, label_of, license_of, name_of
 from crl_export.hugging_face.hub import (
@@ -37,8 +37,6 @@ from crl_export.tokenizers import OpenClipTokenizer
 from crl_sdk.errors import ExportError
 from crl_sdk.model._manifest import RANDOM_WEIGHTS, Source
 from crl_sdk.model._preprocess import PreprocessSpec
-
-RANDOM = "none"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
 """Files of which a directory has one at least if it has a tokenizer of transformers."""

@@ -16,8 +16,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from crl_export.checkpoint import RANDOM
 from crl_export.exporter import export_model
-from crl_export.open_clip_models import RANDOM
 from crl_sdk.model._manifest import PRECISIONS
 
 MODELS = (

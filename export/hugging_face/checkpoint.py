@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from crl_export.checkpoint import Checkpoint, ImagePart, TextPart, weights_sha256
+from crl_export.checkpoint import RANDOM, Checkpoint, ImagePart, TextPart, weights_sha256
 from crl_export.hugging_face.cache import label_of, license_of, name_of
 from crl_export.hugging_face.files import check_files, check_weights
 from crl_export.hugging_face.models import (
@@ -28,8 +28,6 @@ from crl_export.imported.preprocessing import spec_from
 from crl_sdk.errors import ExportError
 from crl_sdk.model._manifest import RANDOM_WEIGHTS, Source
 from crl_sdk.model._preprocess import PreprocessSpec
-
-RANDOM = "none"
 
 PREPROCESSING_FILE = "preprocessor_config.json"
 

@@ -88,6 +88,16 @@ def test_export_downloads_what_it_needs_and_says_so(hub, clip, tmp_path):
     assert json.loads(again.stdout)["fingerprint"] == manifest["fingerprint"]
 
 
+def test_random_weights_need_no_download_of_weights(hub, clip, tmp_path):
+    hub.repositories["o/clip"] = Repository.of(clip)
+    made = hub.run(
+        tmp_path / "home", "-m", "crl_sdk", "export", "hf:o/clip", "--pretrained", "none",
+        "--no-text", "--out", str(tmp_path / "b"),
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert "model.safetensors" not in hub.downloaded() and "config.json" in hub.downloaded()
+
+
 def test_files_are_downloaded_once(hub, tmp_path):
     first = hub.run(tmp_path, *FIND, "hf:o/r")
     assert first.returncode == 0, first.stderr
