@@ -215,28 +215,11 @@ def load_model(directory: Path, architecture: Architecture) -> torch.nn.Module:
         raise ExportError(
             f"transformers {transformers.__version__} has no {architecture.model}; upgrade it"
         )
-    with quiet():
-        try:
-            model, loaded = kind.from_pretrained(
-                directory,
-                local_files_only=True,
-                trust_remote_code=False,
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by their names
-            )
-        except Exception as error:  # transformers, safetensors and torch raise many types
-            raise ExportError(
-                f"{directory}: transformers cannot load it as {architecture.model} "
-                f"({type(error).__name__}: {_first_lines(str(error))}); expected model.safetensors "
-                "or pytorch_model.bin with tensors only: get the files again"
-            ) from error
-    wrong = [*loaded["mismatched_keys"], *loaded["missing_keys"]]
+    model, wrong = read_weights(directory, kind)
     if wrong:
-        names = sorted(str(each[0] if isinstance(each, tuple) else each) for each in wrong)
         raise ExportError(
-            f"{directory}: {len(names)} weights of {architecture.model} are missing or of another "
-            f"shape, such as {names[0]}; config.json and the weights belong to different models"
+            f"{directory}: {len(wrong)} weights of {architecture.model} are missing or of another "
+            f"shape, such as {wrong[0]}; config.json and the weights belong to different models"
             + (
                 ". BLIP-2 needs the image-text contrastive weights of Salesforce/blip2-itm-vit-g"
                 if architecture.model.startswith("Blip2")
@@ -245,6 +228,40 @@ def load_model(directory: Path, architecture: Architecture) -> torch.nn.Module:
         )
     assert isinstance(model, torch.nn.Module)
     return model.eval().requires_grad_(False)
+
+
+def read_weights(directory: Path, kind: Any) -> tuple[Any, list[str]]:
+    """Load a model of transformers in float32; no code of the directory is run.
+
+    Args:
+        directory: Directory with `config.json` and the weights.
+        kind: Class of the model, or `AutoModel`.
+
+    Returns:
+        The model, and the sorted names of weights that the files lack or that have another shape.
+        transformers makes random numbers for them.
+
+    Raises:
+        ExportError: If the files are not readable as tensors, or not of this class.
+    """
+    with quiet():
+        try:
+            model, loaded = kind.from_pretrained(
+                directory,
+                local_files_only=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are returned instead
+            )
+        except Exception as error:  # transformers, safetensors and torch raise many types
+            raise ExportError(
+                f"{directory}: transformers cannot load it as {kind.__name__} "
+                f"({type(error).__name__}: {_first_lines(str(error))}); expected model.safetensors "
+                "or pytorch_model.bin with tensors only: get the files again"
+            ) from error
+    wrong = [*loaded["mismatched_keys"], *loaded["missing_keys"]]
+    return model, sorted(str(each[0] if isinstance(each, tuple) else each) for each in wrong)
 
 
 def random_model(directory: Path, architecture: Architecture, seed: int) -> torch.nn.Module:

@@ -22,7 +22,13 @@ from crl_export.checkpoint import Checkpoint, TextPart, weights_sha256
 from crl_export.encoders import TextEncoder
 from crl_export.hugging_face.cache import is_cached, label_of, license_of, name_of
 from crl_export.hugging_face.checkpoint import config_digest
-from crl_export.hugging_face.models import CONFIG_FILE, import_transformers, quiet, read_config
+from crl_export.hugging_face.models import (
+    CONFIG_FILE,
+    import_transformers,
+    quiet,
+    read_config,
+    read_weights,
+)
 from crl_export.hugging_face.tokenizers import HuggingFaceTokenizer
 from crl_export.model_files import MAX_JSON, read_json
 from crl_sdk.errors import ExportError, IntegrityError
@@ -313,28 +319,10 @@ def _read_modules(directory: Path) -> list[tuple[str, Path]]:
 
 
 def _encoder(directory: Path) -> Any:
-    transformers = import_transformers()
-    with quiet():
-        try:
-            model, loaded = transformers.AutoModel.from_pretrained(
-                directory,
-                local_files_only=True,
-                trust_remote_code=False,
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by their names
-            )
-        except Exception as error:  # transformers, safetensors and torch raise many types
-            raise ExportError(
-                f"{directory}: transformers cannot load its transformer ({type(error).__name__}: "
-                f"{str(error)[:300]}); expected model.safetensors or pytorch_model.bin with "
-                "tensors only: get the files again"
-            ) from error
-    wrong = [each[0] if isinstance(each, tuple) else each for each in loaded["mismatched_keys"]]
+    model, wrong = read_weights(directory, import_transformers().AutoModel)
     # the pooler is not used
-    wrong += [each for each in loaded["missing_keys"] if not each.startswith("pooler.")]
-    if wrong:
-        raise _missing(directory, wrong)
+    if used := [name for name in wrong if not name.startswith("pooler.")]:
+        raise _missing(directory, used)
     return model
 
 
