@@ -93,7 +93,6 @@ def test_ids_of_thousands_of_texts(kind, tmp_path):
     # One unknown cluster of characters: tokenizers and sentencepiece sum scores in different ways
     assert len(different) <= (len(texts) // 1000 if name == "siglip" else 0), different[:5]
     assert len(np.unique(expected, axis=0)) > len(texts) // 4
-    assert theirs.vocabulary == max(theirs._tokenizer.get_vocab().values()) + 1
 
 
 def test_a_cut_text_keeps_its_end_token(kind, tmp_path):
