@@ -7,19 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("transformers", reason="run `make test-import`")
+pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 from PIL import Image  # noqa: E402
-from transformers import (  # noqa: E402
-    CLIPImageProcessor,
-    ConvNextImageProcessor,
-    EfficientNetImageProcessor,
-)
 
 from crl_export.imported.preprocessing import spec_from  # noqa: E402
 from crl_sdk.model import load_pixels  # noqa: E402
+from tiny_hugging_face import pillow  # noqa: E402
 
+CLIPImageProcessor = pillow("CLIPImageProcessor")
+ConvNextImageProcessor = pillow("ConvNextImageProcessor")
+EfficientNetImageProcessor = pillow("EfficientNetImageProcessor")
 SIZES = [(640, 480), (480, 640), (256, 256), (300, 1001), (100, 90), (1920, 1080), (290, 347)]
 OPENAI = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
