@@ -39,6 +39,11 @@ LARGEST_SIDE = 4096
 """Largest height and width of an input in pixels."""
 
 
+def image_file(precision: Precision) -> str:
+    """Return the name of the image graph of a precision."""
+    return f"image.{precision}.onnx"
+
+
 class Steps:
     """Counts the steps of an export and reports the progress."""
 

@@ -23,6 +23,7 @@ from crl_export.bundle_parts import (
     check_image_graph,
     check_place,
     check_preprocessing,
+    image_file,
     list_files,
     tool_versions,
 )
@@ -35,6 +36,7 @@ from crl_export.graphs import (
     export_text_graph,
 )
 from crl_export.loading import load_checkpoint
+from crl_export.messages import first_lines
 from crl_export.precision import quantise
 from crl_export.tokenizers import TokenizerSettings
 from crl_sdk.basis._build import check_prompts
@@ -143,6 +145,8 @@ def export_model(
             f"{model}: has no text tower; name one with --text-model, or export the image tower "
             "alone with --no-text"
         )
+    if checkpoint.text is not None:
+        _compare_vocabularies(checkpoint.text)
     spec = checkpoint.image.preprocess
     check_preprocessing(spec, model, "correct the file of the model that says so")
     make_directory(out.parent, ExportError)
@@ -184,13 +188,13 @@ def _write_images(
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise ExportError(
             f"the image tower cannot embed images of {spec.height}×{spec.width} pixels "
-            f"({_first_line(error)}): the preprocessing is of another model; get its file again"
+            f"({first_lines(error)}): the preprocessing is of another model; get its file again"
         ) from error
     _check_embeddings(reference, "images")
     for precision in _exported(precisions):
         steps.begin(f"exporting the image tower in {precision}")
         graph = ImageGraph(model, spec, torch.float16 if precision == "fp16" else torch.float32)
-        export_image_graph(graph, spec, reference.shape[1], work / _image_file(precision))
+        export_image_graph(graph, spec, reference.shape[1], work / image_file(precision))
     return reference
 
 
@@ -205,10 +209,10 @@ def _check_images(
 ) -> tuple[ImageEntry, ...]:
     """Make the int8 graph, check all image graphs and return their entries in the manifest."""
     images = parity.images(spec)
-    fp32 = work / _image_file("fp32")
+    fp32 = work / image_file("fp32")
     entries: list[ImageEntry] = []
     for precision in [each for each in PRECISIONS if each in precisions]:
-        path = work / _image_file(precision)
+        path = work / image_file(precision)
         if precision == "int8":
             steps.begin("making the image graph in int8")
             quantise(fp32, path, spec)
@@ -224,10 +228,6 @@ def _check_images(
 def _exported(precisions: Sequence[Precision]) -> list[Precision]:
     """Return the precisions that torch exports for others: int8 is made from fp32."""
     return sorted({"fp16" if each == "fp16" else "fp32" for each in precisions}, reverse=True)
-
-
-def _image_file(precision: str) -> str:
-    return f"image.{precision}.onnx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +250,6 @@ def _write_text(part: TextPart, work: Path, dim: int, steps: Steps) -> _Texts:
         row = int(np.flatnonzero((tokens != expected).any(axis=1))[0])
         raise ParityError(f"the exported tokenizer differs from the model's: {parity.TEXTS[row]!r}")
 
-    _compare_vocabularies(part)
     graph = TextGraph(part.model).eval()
     try:
         with torch.inference_mode():
@@ -258,7 +257,7 @@ def _write_text(part: TextPart, work: Path, dim: int, steps: Steps) -> _Texts:
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise ExportError(
             f"the text tower cannot embed {tokens.shape[1]} tokens with ids up to {tokens.max()} "
-            f"({_first_line(error)}): the tokenizer is of another model, or --context-length is "
+            f"({first_lines(error)}): the tokenizer is of another model, or --context-length is "
             "too large"
         ) from error
     _check_embeddings(reference, "texts")
@@ -307,10 +306,6 @@ def _compare_vocabularies(part: TextPart) -> None:
             "before you use the bundle",
             stacklevel=2,
         )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 def _check_embeddings(embeddings: NDArray[np.float32], of: str) -> None:

@@ -32,6 +32,8 @@ from crl_export.hugging_face.hub import (
     find_directory,
     small_files,
 )
+from crl_export.imported.preprocessing import three_values
+from crl_export.messages import first_lines
 from crl_export.pretrained_tags import doubts_about_file, needs_quick_gelu, preprocess_of_file
 from crl_export.tokenizers import OpenClipTokenizer
 from crl_sdk.errors import ExportError
@@ -201,20 +203,13 @@ def _preprocess_spec(config: dict[str, Any]) -> PreprocessSpec:
     return PreprocessSpec(
         height=int(height),
         width=int(width),
-        mean=_three(config["mean"]),
-        std=_three(config["std"]),
+        mean=three_values(config["mean"]),
+        std=three_values(config["std"]),
         # open_clip evaluates with bicubic if training used a random filter
         interpolation="bilinear" if config.get("interpolation") == "bilinear" else "bicubic",
         resize_mode=config.get("resize_mode") or "shortest",
         fill=int(config.get("fill_color") or 0),
     )
-
-
-def _three(values: Any) -> tuple[float, float, float]:
-    if isinstance(values, int | float):
-        values = (values,) * 3
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
 
 
 def _weights_file(architecture: str, pretrained: str) -> Path | None:
@@ -268,17 +263,12 @@ def _typed_errors(architecture: str, pretrained: str) -> Iterator[None]:
             advice = "the checkpoint is of another architecture"
         else:
             advice = "the file is damaged or no checkpoint; get it again"
-        raise ExportError(f"{where}: {_first_lines(message)}; {advice}") from error
+        raise ExportError(f"{where}: {first_lines(error, 4)}; {advice}") from error
     except Exception as error:  # safetensors, json and open_clip raise many types
         raise ExportError(
             f"{where}: not a loadable checkpoint ({type(error).__name__}: "
-            f"{_first_lines(str(error))}); check the file"
+            f"{first_lines(error, 4)}); check the file"
         ) from error
-
-
-def _first_lines(message: str, count: int = 4) -> str:
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return " ".join(lines[:count])[:600]
 
 
 @contextmanager

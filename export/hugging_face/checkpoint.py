@@ -111,15 +111,6 @@ def _image_part(
     config: Any = model.config
     size = getattr(getattr(config, "vision_config", config), "image_size", None)
     spec = read_preprocessing(directory, (size, size) if isinstance(size, int) else None)
-    try:
-        with torch.inference_mode():
-            tower.encode_image(torch.zeros(1, 3, spec.height, spec.width))
-    except (RuntimeError, ValueError) as error:  # the towers check the size of their input
-        raise ExportError(
-            f"{directory / PREPROCESSING_FILE}: makes images of {spec.height}×{spec.width} pixels, "
-            f"which {architecture.model} does not take ({str(error)[:200]}); get the file of this "
-            "model"
-        ) from error
     return ImagePart(tower, spec)
 
 
@@ -160,9 +151,7 @@ def _text_part(
         return None
     texts: Any = model.config
     texts = getattr(texts, architecture.texts) if architecture.texts else texts
-    positions = int(texts.max_position_embeddings)
-    if architecture.model == "AltCLIPModel":  # as in RoBERTa, positions begin after the padding's
-        positions -= int(texts.pad_token_id) + 1
+    positions = int(texts.max_position_embeddings) - architecture.unused_positions
     siglip = architecture.padding == "none"
     tokenizer = HuggingFaceTokenizer(
         directory, positions=positions, context_length=context_length, lower_case=siglip
@@ -186,7 +175,6 @@ def _check_fit(
     directory: Path, tokenizer: HuggingFaceTokenizer, texts: Any, architecture: Architecture
 ) -> None:
     """Raise an error if a tokenizer is not that of a text tower."""
-    tokenizer.check_vocabulary(texts.vocab_size)
     if architecture.padding != "end":
         return
     end = texts.eos_token_id

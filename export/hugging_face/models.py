@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from crl_export.encoders import ImageEncoder, TextEncoder
+from crl_export.messages import first_lines
 from crl_export.model_files import read_json
 from crl_sdk.errors import ExportError, MissingDependencyError
 
@@ -46,6 +47,8 @@ class Architecture:
             trained with texts that fill all of its positions, and reads the padding too.
         texts: Name of the part of the configuration that describes the text tower; empty if the
             configuration has no parts.
+        unused_positions: Number of positions of the text tower that no token has.
+        advice: What to do if weights are missing.
     """
 
     model: str
@@ -53,13 +56,13 @@ class Architecture:
     text: Callable[[Any, torch.Tensor, torch.Tensor | None], torch.Tensor] | None
     padding: Literal["mask", "end", "none"] = "end"
     texts: str = "text_config"
+    unused_positions: int = 0
+    advice: str = "get the files again"
 
 
 def _pooled(output: Any) -> torch.Tensor:
     """Return the features: transformers 4 returns them alone, 5 among other outputs."""
-    features = output if isinstance(output, torch.Tensor) else output.pooler_output
-    assert isinstance(features, torch.Tensor)
-    return features
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 
 def _image(model: Any, pixels: torch.Tensor) -> torch.Tensor:
@@ -71,15 +74,11 @@ def _text(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.
 
 
 def _projected_image(model: Any, pixels: torch.Tensor) -> torch.Tensor:
-    features = model(pixel_values=pixels).image_embeds
-    assert isinstance(features, torch.Tensor)
-    return features
+    return model(pixel_values=pixels).image_embeds
 
 
 def _projected_text(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    features = model(input_ids=tokens, attention_mask=mask).text_embeds
-    assert isinstance(features, torch.Tensor)
-    return features
+    return model(input_ids=tokens, attention_mask=mask).text_embeds
 
 
 def _align_image(model: Any, pixels: torch.Tensor) -> torch.Tensor:
@@ -89,9 +88,7 @@ def _align_image(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     """
     if model.config.vision_config.pooling_type != "mean":
         return _image(model, pixels)
-    features = model.vision_model(pixel_values=pixels).last_hidden_state.mean(dim=(2, 3))
-    assert isinstance(features, torch.Tensor)
-    return features
+    return model.vision_model(pixel_values=pixels).last_hidden_state.mean(dim=(2, 3))
 
 
 def _blip_2_image(model: Any, pixels: torch.Tensor) -> torch.Tensor:
@@ -104,32 +101,32 @@ def _blip_2_image(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     patches = model.vision_model(pixel_values=pixels).last_hidden_state
     queries = model.query_tokens.expand(patches.shape[0], -1, -1)
     seen = model.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
-    features = model.vision_projection(seen[:, 0].to(model.vision_projection.weight.dtype))
-    assert isinstance(features, torch.Tensor)
-    return features
+    return model.vision_projection(seen[:, 0].to(model.vision_projection.weight.dtype))
 
 
 def _blip_2_text(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     words = model.embeddings(input_ids=tokens)
     read = model.qformer(query_embeds=words, query_length=0, attention_mask=mask).last_hidden_state
-    features = model.text_projection(read[:, 0])
-    assert isinstance(features, torch.Tensor)
-    return features
+    return model.text_projection(read[:, 0])
 
 
 def _first_token_text(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Return the features of Chinese-CLIP. `get_text_features` of transformers 4 fails."""
     read = model.text_model(input_ids=tokens, attention_mask=mask).last_hidden_state
-    features = model.text_projection(read[:, 0])
-    assert isinstance(features, torch.Tensor)
-    return features
+    return model.text_projection(read[:, 0])
 
 
 ARCHITECTURES = {
     "align": Architecture("AlignModel", _align_image, _text, "mask"),
-    "altclip": Architecture("AltCLIPModel", _image, _text, "mask"),
+    # as in RoBERTa, positions begin after the padding's
+    "altclip": Architecture("AltCLIPModel", _image, _text, "mask", unused_positions=2),
     "blip-2": Architecture(
-        "Blip2ForImageTextRetrieval", _blip_2_image, _blip_2_text, "mask", texts="qformer_config"
+        "Blip2ForImageTextRetrieval",
+        _blip_2_image,
+        _blip_2_text,
+        "mask",
+        texts="qformer_config",
+        advice="take a model of image-text matching, such as Salesforce/blip2-itm-vit-g",
     ),
     "chinese_clip": Architecture("ChineseCLIPModel", _image, _first_token_text, "mask"),
     "clip": Architecture("CLIPModel", _image, _text),
@@ -219,12 +216,8 @@ def load_model(directory: Path, architecture: Architecture) -> torch.nn.Module:
     if wrong:
         raise ExportError(
             f"{directory}: {len(wrong)} weights of {architecture.model} are missing or of another "
-            f"shape, such as {wrong[0]}; config.json and the weights belong to different models"
-            + (
-                ". BLIP-2 needs the image-text contrastive weights of Salesforce/blip2-itm-vit-g"
-                if architecture.model.startswith("Blip2")
-                else ""
-            )
+            f"shape, such as {wrong[0]}; config.json and the weights belong to different models: "
+            f"{architecture.advice}"
         )
     assert isinstance(model, torch.nn.Module)
     return model.eval().requires_grad_(False)
@@ -257,7 +250,7 @@ def read_weights(directory: Path, kind: Any) -> tuple[Any, list[str]]:
         except Exception as error:  # transformers, safetensors and torch raise many types
             raise ExportError(
                 f"{directory}: transformers cannot load it as {kind.__name__} "
-                f"({type(error).__name__}: {_first_lines(str(error))}); expected model.safetensors "
+                f"({type(error).__name__}: {first_lines(error, 3)}); expected model.safetensors "
                 "or pytorch_model.bin with tensors only: get the files again"
             ) from error
     wrong = [*loaded["mismatched_keys"], *loaded["missing_keys"]]
@@ -279,7 +272,7 @@ def random_model(directory: Path, architecture: Architecture, seed: int) -> torc
         except Exception as error:  # transformers raises many types
             raise ExportError(
                 f"{directory / CONFIG_FILE}: transformers cannot make a {architecture.model} of it "
-                f"({type(error).__name__}: {_first_lines(str(error))})"
+                f"({type(error).__name__}: {first_lines(error, 3)})"
             ) from error
     assert isinstance(model, torch.nn.Module)
     return model.eval().requires_grad_(False)
@@ -381,8 +374,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
-
-
-def _first_lines(message: str, count: int = 3) -> str:
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return " ".join(lines[:count])[:400]

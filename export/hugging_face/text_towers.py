@@ -145,8 +145,6 @@ def load_text_tower(directory: Path, *, context_length: int | None = None) -> Ch
     tokenizer = HuggingFaceTokenizer(
         directory, positions=parts.positions, context_length=context_length
     )
-    encoder: Any = parts.transformer.config
-    tokenizer.check_vocabulary(encoder.vocab_size)
     model = PooledTextTower(parts, tokenizer.pad_id).eval().requires_grad_(False)
     return Checkpoint(
         name=name_of(directory),

@@ -87,23 +87,6 @@ class HuggingFaceTokenizer:
         gemma = type(self._tokenizer).__name__.startswith("Gemma")
         self._lower_case = normalizers.Lowercase() if lower_case and gemma else None
 
-    def check_vocabulary(self, size: int) -> None:
-        """Check that a text tower has an embedding for every token.
-
-        Args:
-            size: Number of its token embeddings.
-
-        Raises:
-            ExportError: If it has fewer.
-        """
-        largest = max(self._tokenizer.get_vocab().values())
-        if largest >= size:
-            raise ExportError(
-                f"{self.directory}: its tokenizer has token ids up to {largest:,}, the text tower "
-                f"knows those below {size:,}; get the tokenizer of this model, or export the image "
-                "tower alone with --no-text"
-            )
-
     @property
     def end_id(self) -> int:
         """The last token id of a text."""

@@ -23,6 +23,7 @@ from crl_export.bundle_parts import (
     check_image_graph,
     check_place,
     check_preprocessing,
+    image_file,
     list_files,
     quiet_run,
     tool_versions,
@@ -197,7 +198,7 @@ def import_model(
             _compare_vocabularies(layout, words, settings)
             files["tokenizer.json"] = sha256_file(work / TOKENIZER_FILE)
         steps.begin("embedding the check images with the imported graph")
-        image = take_weights(image, work, _image_file(image.precision))
+        image = take_weights(image, work, image_file(image.precision))
         pixels = image.pixels(parity.images(spec), spec.mean, spec.std)
         reference = graphs.run_singly(image, {image.input: pixels})
         dim = reference.shape[1]
@@ -338,7 +339,7 @@ class _Graphs:
         """Write and check the image graphs; return their entries and how they run a batch."""
         images = parity.images(spec)
         dim = reference.shape[1]
-        base = self.work / _image_file(tower.precision)
+        base = self.work / image_file(tower.precision)
 
         def write(tried: ImageTower, batching: Batching) -> Parity:
             onnx.save(image_graph(tried, spec, dim, batching), base)
@@ -351,7 +352,7 @@ class _Graphs:
             tower.precision: ImageGraph(file=base.name, precision=tower.precision, parity=measured)
         }
         for precision in [each for each in wanted if each != tower.precision]:
-            path = self.work / _image_file(precision)
+            path = self.work / image_file(precision)
             if precision == "fp16":
                 onnx.save(image_graph(_half(chosen, self.work), spec, dim, batching), path)
             elif batching == "one by one":
@@ -536,10 +537,6 @@ def _declared_dynamic(tower: AnyTower) -> AnyTower:
     return replace(tower, model=model)
 
 
-def _image_file(precision: Precision) -> str:
-    return f"image.{precision}.onnx"
-
-
 def _half(tower: ImageTower, work: Path) -> ImageTower:
     """Return a tower in half precision, whose inputs and outputs keep their types."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -548,7 +545,7 @@ def _half(tower: ImageTower, work: Path) -> ImageTower:
         half = convert_float_to_float16(str(path), keep_io_types=True)
     sort_nodes(half.graph)  # it appends casts, and a Scan takes sorted nodes only
     made = replace(tower, model=half, weights=None)
-    return made if tower.weights is None else move_weights(made, work, work, _image_file("fp16"))
+    return made if tower.weights is None else move_weights(made, work, work, image_file("fp16"))
 
 
 def _write_manifest(

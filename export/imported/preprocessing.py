@@ -62,8 +62,8 @@ def _from_open_clip(config: dict[str, Any], path: Path) -> PreprocessSpec:
     return PreprocessSpec(
         height=height,
         width=width,
-        mean=_three(config["mean"]),
-        std=_three(config["std"]),
+        mean=three_values(config["mean"]),
+        std=three_values(config["std"]),
         interpolation=_interpolation(config.get("interpolation", "bicubic"), path),
         resize_mode=cast("Literal['shortest', 'longest', 'squash']", mode),
         fill=int(config.get("fill_color") or 0),
@@ -140,18 +140,18 @@ def _normalisation(config: dict[str, Any]) -> tuple[Three, Three]:
     factor = float(config.get("rescale_factor", 1 / 255)) if rescales else 1.0
     offset = 1.0 if rescales and config.get("rescale_offset") else 0.0
     normalises = config.get("do_normalize", True)
-    mean = _three(config["image_mean"]) if normalises else (0.0, 0.0, 0.0)
-    std = _three(config["image_std"]) if normalises else (1.0, 1.0, 1.0)
+    mean = three_values(config["image_mean"]) if normalises else (0.0, 0.0, 0.0)
+    std = three_values(config["image_std"]) if normalises else (1.0, 1.0, 1.0)
     efficient_net = str(config.get("image_processor_type", "")).startswith("EfficientNet")
     if config.get("include_top", efficient_net):
-        again = _three(config["image_std"])
-        std = _three([first * second for first, second in zip(std, again, strict=True)])
+        again = three_values(config["image_std"])
+        std = three_values([first * second for first, second in zip(std, again, strict=True)])
     scale = 1 / (255 * factor)
-    return _scaled(_three([value + offset for value in mean]), scale), _scaled(std, scale)
+    return _scaled(three_values([value + offset for value in mean]), scale), _scaled(std, scale)
 
 
 def _scaled(values: Three, scale: float) -> Three:
-    return values if abs(scale - 1) < 1e-6 else _three([value * scale for value in values])
+    return values if abs(scale - 1) < 1e-6 else three_values([value * scale for value in values])
 
 
 def _height_width(size: Any) -> tuple[int, int]:
@@ -166,7 +166,8 @@ def _height_width(size: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _three(values: Any) -> Three:
+def three_values(values: Any) -> Three:
+    """Return a value for each channel, of one or three numbers."""
     if isinstance(values, int | float):
         values = (values,) * 3
     red, green, blue = (float(value) for value in values)

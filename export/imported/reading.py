@@ -14,6 +14,7 @@ from typing import Any
 
 import onnx
 
+from crl_export.messages import first_lines
 from crl_export.model_files import check_inside, check_no_pointer, kind_of
 from crl_sdk.errors import ExportError
 from crl_sdk.model._bundle import sha256_file
@@ -151,7 +152,7 @@ def _parse(path: Path) -> onnx.ModelProto:
         raise
     except Exception as error:  # protobuf raises types of its own
         raise ExportError(
-            f"{path}: not a complete ONNX file ({_first_line(error)}); it is truncated or of "
+            f"{path}: not a complete ONNX file ({first_lines(error)}); it is truncated or of "
             "another format: download it again"
         ) from error
     if not all(isinstance(name, str) for name in _names(model)):
@@ -312,7 +313,7 @@ def _modern(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
         return convert_version(model, CONVERTED_OPSET)
     except Exception as error:  # the converter raises many types
         raise ExportError(
-            f"{path}: opset {opset} is too old and cannot be converted ({_first_line(error)}); "
+            f"{path}: opset {opset} is too old and cannot be converted ({first_lines(error)}); "
             f"export the model again with opset {MIN_OPSET} or later"
         ) from error
 
@@ -351,7 +352,3 @@ def _check_count(path: Path, model: onnx.ModelProto) -> None:
         raise ExportError(
             f"{path}: has more than {MAX_NODES:,} operators; this is not the tower of a CLIP model"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -15,11 +15,9 @@ from typing import TypeVar
 
 import onnx
 
+from crl_export.graph_products import INLINE_BYTES
 from crl_export.imported.reading import all_graphs, constants_in_nodes, external_part, size_of
 from crl_export.imported.towers import ImageTower, TextTower, Tower
-
-INLINE_BYTES = 1 << 30
-"""Larger weights are written into a file beside the graph."""
 
 SMALLEST = 1024
 """Smaller tensors stay in the model: ONNX Runtime reads shapes from them when it loads it."""

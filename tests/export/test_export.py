@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -333,7 +334,9 @@ def test_token_ids_equal_open_clips(tokenizers):
 @given(st.text(alphabet=st.characters(max_codepoint=0x2FFF, exclude_categories=["Cs", "Cn"])))
 def test_token_ids_equal_open_clips_on_any_text(tokenizers, text):
     theirs, ours = tokenizers
-    if clean_text(text, "lower"):
+    cleaned = clean_text(text, "lower")
+    # ftfy makes unassigned characters of others: a newer table of Unicode may have them as letters
+    if cleaned and not any(unicodedata.category(each) == "Cn" for each in cleaned):
         np.testing.assert_array_equal(ours.encode([text], truncate=True), theirs([text]).numpy())
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_tokenizers
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import tiny_hugging_face as tiny
@@ -134,7 +135,6 @@ def test_preprocessing_inside_processor_config(tmp_path):
         {"image_processor_type": "CLIPImageProcessor", "resample": 0},
         {"image_processor_type": "CLIPImageProcessor", "size": {"longest_edge": 224}},
         {"image_processor_type": "CLIPImageProcessor", "image_mean": "none"},
-        {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 10**9}},
         [],
     ],
 )
@@ -144,8 +144,10 @@ def test_other_preprocessing_is_refused(settings, folder):
 
 
 def test_preprocessing_of_another_size_is_refused(folder):
+    edit(folder / "preprocessor_config.json", crop_size=10**9, size={"shortest_edge": 10**9})
+    refused(folder, r"1000000000×1000000000 pixels, expected 1 to 4096")
     edit(folder / "preprocessor_config.json", crop_size=64, size={"shortest_edge": 64})
-    refused(folder, r"makes images of 64×64 pixels, which CLIPModel does not take")
+    refused(folder, r"cannot embed images of 64×64 pixels .*the preprocessing is of another model")
 
 
 # --- weights
@@ -347,7 +349,18 @@ def test_a_tokenizer_with_more_tokens_than_the_tower(folder):
     name = "text_model.embeddings.token_embedding.weight"
     weights[name] = weights[name][:40000].clone()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    refused(folder, r"token ids up to 49,407, the text tower knows those below 40,000; get the")
+    refused(
+        folder, r"embeddings of 40,000 tokens, its tokenizer 49,408 tokens: the tokenizer is of"
+    )
+
+
+def test_a_token_that_was_added_needs_no_embedding(folder, tmp_path):
+    """BLIP-2's processor has `<image>`, which its text tower does not know."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<image>"])
+    assert tokenizer.convert_tokens_to_ids("<image>") == 49408
+    tokenizer.save_pretrained(folder)
+    assert export_model(str(folder), out=tmp_path / "b").manifest.text is not None
 
 
 def test_the_tokenizer_of_another_model(folder):
